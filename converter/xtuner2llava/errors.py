@@ -1,0 +1,100 @@
+"""Everything that can go wrong, as one tree.
+
+    ConversionError
+    ├── UsageError          the call contradicts itself (exit status 2)
+    ├── CheckpointError     the input is not what it should be
+    │   ├── CorruptFileError    truncated, inconsistent, or changed while it was read
+    │   ├── UnsafeFileError     a pickle asks for something outside the allow-list
+    │   └── UnsupportedError    understood, and refused with the reason
+    ├── MappingError        a YAML mapping is wrong, or does not fit the checkpoint
+    ├── PlanError           the conversion cannot be exact as asked
+    ├── OutputError         the target folder, the disk, the file system
+    ├── HubError            the Hub refuses, or cannot be reached
+    └── VerificationError   what was written is not what was planned
+
+Each message says where, what was expected, what was found, and what to do next. A stage that finds
+several faults raises one error that carries them all, see `Fault` and `raise_faults`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong: where it is, what it is, and what to do about it."""
+
+    where: str
+    what: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n    {self.advice}" if self.advice else text
+
+
+class ConversionError(Exception):
+    """Base of all errors that a user can cause or mend; `faults` lists each of them."""
+
+    exit_status = 1
+
+    def __init__(self, what: str, *, where: str = "", advice: str = "") -> None:
+        self.faults: tuple[Fault, ...] = (Fault(where, what, advice),)
+        super().__init__(str(self.faults[0]))
+
+    @classmethod
+    def from_faults(cls, faults: Sequence[Fault]) -> ConversionError:
+        """One error for all faults of a stage; `faults` must not be empty."""
+        error = cls(faults[0].what, where=faults[0].where, advice=faults[0].advice)
+        error.faults = tuple(faults)
+        if len(faults) > 1:
+            error.args = ("\n".join([f"{len(faults)} faults:", *(f"- {f}" for f in faults)]),)
+        return error
+
+
+class UsageError(ConversionError):
+    exit_status = 2
+
+
+class CheckpointError(ConversionError):
+    pass
+
+
+class CorruptFileError(CheckpointError):
+    pass
+
+
+class UnsafeFileError(CheckpointError):
+    pass
+
+
+class UnsupportedError(CheckpointError):
+    pass
+
+
+class MappingError(ConversionError):
+    pass
+
+
+class PlanError(ConversionError):
+    pass
+
+
+class OutputError(ConversionError):
+    pass
+
+
+class HubError(ConversionError):
+    pass
+
+
+class VerificationError(ConversionError):
+    pass
+
+
+def raise_faults(kind: type[ConversionError], faults: Sequence[Fault]) -> None:
+    """Raises one `kind` that carries all `faults`, or returns if there are none."""
+    if faults:
+        raise kind.from_faults(faults)

@@ -1,0 +1,1 @@
+"""What LlavaForConditionalGeneration of transformers needs beside the tensors."""

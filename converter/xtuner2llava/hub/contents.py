@@ -1,0 +1,131 @@
+"""What a converted folder holds, checked before it is published."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner2llava.errors import Fault, OutputError, UsageError, VerificationError, raise_faults
+from xtuner2llava.model_card import CARD_NAME
+from xtuner2llava.sources.json_file import Json, read_json
+
+RECORD_NAME = "conversion.json"
+_ADVICE = "Convert again; of all files, only README.md may be edited."
+# Checks of `verify` that are made here in another way: README.md may be edited, files that no
+# conversion wrote are not published, and it is the repository's name that counts.
+_NOT_OURS = ("checksums of small files", "no other files", "folder name")
+_MAX_TEXT_BYTES = 64 << 20
+# Hub tokens begin so (huggingface.co/docs/hub/security-tokens).
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The files to publish, by name; `shards` have their sha256, `others` are small.
+
+    `strange` are files that no conversion wrote.
+    """
+
+    folder: Path
+    shards: dict[str, str]
+    others: tuple[str, ...]
+    strange: tuple[str, ...]
+
+    def size(self, name: str) -> int:
+        """Bytes."""
+        return (self.folder / name).stat().st_size
+
+
+def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
+    """The contents of `folder`, if `verify` finds nothing wrong with it.
+
+    README.md may have been edited since. `advance(done, total)` counts bytes of shards. Raises
+    `UsageError` for a folder that no conversion wrote, `VerificationError` with all that is wrong.
+    """
+    if not (folder / RECORD_NAME).is_file():
+        raise UsageError(
+            f"has no {RECORD_NAME}",
+            where=str(folder),
+            advice="Give a folder that `xtuner2llava convert` wrote.",
+        )
+    record = read_json(folder / RECORD_NAME)
+    shards = _named(record.get("shards"))
+    files = record.get("files")
+    small = {n: str(d) for n, d in files.items()} if isinstance(files, dict) else {}
+    if not shards or not small:
+        raise UsageError(f"names no files in {RECORD_NAME}", where=str(folder))
+    faults: list[Fault] = []
+    try:
+        faults += _differences(folder, shards, small)
+        faults += _tokens(folder, (*small, RECORD_NAME))
+        present = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise OutputError(f"cannot be read ({error.strerror})", where=str(folder)) from error
+    if not faults:
+        faults += _verification_faults(folder, advance)
+    raise_faults(VerificationError, faults)
+    known = {*shards, *small, RECORD_NAME, CARD_NAME}
+    others = tuple(sorted((known & present) - shards.keys()))
+    return Contents(folder, shards, others, tuple(sorted(present - known)))
+
+
+def _verification_faults(folder: Path, advance: Callable[[int, int], None]) -> list[Fault]:
+    """What `verify` finds wrong; it also compares the shards with their checksums."""
+    from xtuner2llava.verify import verify
+    from xtuner2llava.verify.outcome import FAILED
+
+    found = verify(folder, on_progress=lambda stage, done, total: advance(done, total))
+    return [
+        Fault(f"{folder}, {check.name}", check.detail, _ADVICE)
+        for check in found.with_result(FAILED)
+        if check.name not in _NOT_OURS
+    ]
+
+
+def _named(value: Json) -> dict[str, str]:
+    """The shards of the record with their sha256."""
+    listed = value if isinstance(value, list) else []
+    return {
+        str(entry["file"]): str(entry.get("sha256"))
+        for entry in listed
+        if isinstance(entry, dict) and "file" in entry
+    }
+
+
+def _differences(folder: Path, shards: dict[str, str], small: dict[str, str]) -> list[Fault]:
+    """What is missing, and small files that are other than what was written."""
+    faults = [
+        Fault(str(folder / name), "is not there", _ADVICE)
+        for name in (*shards, *small)
+        if name != CARD_NAME and not _is_ours(folder, name)
+    ]
+    for name, digest in small.items():
+        if name == CARD_NAME or not _is_ours(folder, name):
+            continue
+        found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        if found != digest:
+            what = f"is not what was written: its sha256 is {found}, {RECORD_NAME} says {digest}"
+            faults.append(Fault(str(folder / name), what, _ADVICE))
+    return faults
+
+
+def _is_ours(folder: Path, name: str) -> bool:
+    path = folder / name
+    return Path(name).name == name and path.is_file() and not path.is_symlink()
+
+
+def _tokens(folder: Path, names: tuple[str, ...]) -> list[Fault]:
+    """Secrets in small files."""
+    faults = []
+    for name in dict.fromkeys((*names, CARD_NAME)):
+        path = folder / name
+        if not _is_ours(folder, name) or path.stat().st_size > _MAX_TEXT_BYTES:
+            continue
+        if _TOKEN.search(path.read_bytes()):
+            faults.append(
+                Fault(str(path), "holds what looks like a Hub token", "Take it out, and revoke it.")
+            )
+    return faults

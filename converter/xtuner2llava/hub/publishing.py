@@ -1,0 +1,95 @@
+"""Publishing what a conversion has just written, or writes shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from xtuner2llava.errors import ConversionError, Fault, HubError, UsageError
+from xtuner2llava.hub.contents import Contents
+from xtuner2llava.hub.destination import Destination, Pushed
+from xtuner2llava.hub.errors import LOG_IN, hub_errors
+from xtuner2llava.hub.pushing import OnProgress, push_contents
+from xtuner2llava.hub.upload import Upload
+from xtuner2llava.writing import WrittenShard
+
+
+def choose_destination(
+    repo_id: str | None,
+    *,
+    private: bool,
+    revision: str | None,
+    commit_message: str | None,
+    low_disk: bool,
+) -> Destination | None:
+    """Where a conversion is published; None if it is not. Raises `UsageError`."""
+    if repo_id is not None:
+        return Destination(repo_id, private, revision, commit_message)
+    given = {
+        "--private": private,
+        "--revision": revision is not None,
+        "--commit-message": commit_message is not None,
+        "--low-disk": low_disk,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise UsageError(
+            f"{' and '.join(names)} without a repository to publish to",
+            where="--push-to-hub",
+            advice="Give --push-to-hub owner/name too.",
+        )
+    return None
+
+
+def check_access(destination: Destination) -> None:
+    """Raises before hours of work if there is no valid token, or no such name can be."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    with hub_errors(destination.repo_id):
+        validate_repo_id(destination.repo_id)
+        if get_token() is None:
+            raise HubError("needs a token, and there is none", where="the Hub", advice=LOG_IN)
+        HfApi().whoami()
+
+
+def deliver_to(upload: Upload) -> Callable[[Path, WrittenShard, Callable[[int], None]], None]:
+    """What sends each shard of `write_shards` away as soon as it is finished."""
+
+    def deliver(path: Path, shard: WrittenShard, advance: Callable[[int], None]) -> None:
+        upload.send(path, shard.filename, sha256=shard.sha256, advance=advance)
+
+    return deliver
+
+
+def publish_small_files(upload: Upload, folder: Path) -> Pushed:
+    """Makes the shards that were sent visible, together with all that lies in `folder` now."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            upload.add(path.name, path.read_bytes())
+    return upload.commit()
+
+
+def publish_converted(
+    folder: Path,
+    shards: dict[str, str],
+    destination: Destination,
+    *,
+    jobs: int | None,
+    on_progress: OnProgress | None,
+) -> Pushed:
+    """Publishes `folder`, which was just written; `shards` are their sha256 by name.
+
+    An error says that `folder` is complete and how to go on.
+    """
+    others = tuple(sorted(path.name for path in folder.iterdir() if path.name not in shards))
+    try:
+        contents = Contents(folder, shards, others, ())
+        return push_contents(contents, destination, jobs=jobs, on_progress=on_progress)
+    except ConversionError as error:
+        rest = Fault(
+            str(folder),
+            "is complete, but not published",
+            f"Go on with `xtuner2llava push {folder} {destination.repo_id}`.",
+        )
+        raise type(error).from_faults([*error.faults, rest]) from error

@@ -1,0 +1,132 @@
+"""What an input is, as data: `xtuner2llava inspect`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from xtuner2llava.errors import ConversionError, Fault
+from xtuner2llava.language import Catalogue
+from xtuner2llava.options import Options
+from xtuner2llava.planning import make_plan
+from xtuner2llava.sources import Checkpoint, Part
+from xtuner2llava.sources.json_file import Json
+
+
+@dataclass(frozen=True, slots=True)
+class PartSummary:
+    """One part of the model in numbers; `nbytes` as stored, `dtypes` by number of elements."""
+
+    origin: str
+    trained: bool
+    base: str | None
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the input can become: a format and class, or the reasons why it cannot."""
+
+    format: str
+    architecture: str | None
+    caveats: tuple[str, ...]
+    faults: tuple[Fault, ...]
+
+    @property
+    def is_possible(self) -> bool:
+        return not self.faults
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found; nothing but headers and small files was read."""
+
+    layout: str
+    iteration: int | None
+    parts: Mapping[str, PartSummary]
+    llm_architectures: tuple[str, ...]
+    recipe: Mapping[str, Json]
+    targets: tuple[Target, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        return {
+            "layout": self.layout,
+            "iteration": self.iteration,
+            "parts": {
+                name: {
+                    "weights": part.origin,
+                    "trained": part.trained,
+                    "base": part.base,
+                    "tensors": part.tensors,
+                    "parameters": part.parameters,
+                    "bytes": part.nbytes,
+                    "dtypes": list(part.dtypes),
+                }
+                for name, part in self.parts.items()
+            },
+            "llm_architectures": list(self.llm_architectures),
+            "xtuner_config": dict(self.recipe),
+            "targets": [
+                {
+                    "format": target.format,
+                    "architecture": target.architecture,
+                    "possible": target.is_possible,
+                    "caveats": list(target.caveats),
+                    "faults": [str(fault) for fault in target.faults],
+                }
+                for target in self.targets
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, options: Options) -> Inspection:
+    """What `checkpoint` is, and what it can become with the base models that are at hand."""
+    contents = checkpoint.contents
+    config = checkpoint.llm.config
+    targets = [_target(checkpoint, options, name) for name in Catalogue.shipped().formats]
+    recipe = checkpoint.recipe
+    return Inspection(
+        layout=contents.layout,
+        iteration=contents.iteration,
+        parts={
+            "llm": _summary(checkpoint.llm),
+            "visual_encoder": _summary(checkpoint.visual_encoder),
+            "projector": _summary(checkpoint.projector),
+        },
+        llm_architectures=config.architectures if config else (),
+        recipe={used.name: used.value for used in recipe.used} if recipe else {},
+        targets=tuple(targets),
+        notes=checkpoint.notes,
+    )
+
+
+def _target(checkpoint: Checkpoint, options: Options, format_name: str) -> Target:
+    try:
+        plan = make_plan(checkpoint, options.with_format(format_name))
+    except ConversionError as error:
+        return Target(format_name, None, (), error.faults)
+    caveats = tuple(note for note in plan.notes if note not in checkpoint.notes)
+    return Target(format_name, plan.architecture, caveats, ())
+
+
+def _summary(part: Part) -> PartSummary:
+    elements: Counter[str] = Counter()
+    for tensor in part.tensors.values():
+        elements[tensor.stored_dtype.name] += math.prod(tensor.shape)
+    return PartSummary(
+        origin=part.origin,
+        trained=part.trained,
+        base=part.name,
+        tensors=len(part.tensors),
+        parameters=sum(elements.values()),
+        nbytes=sum(math.prod(t.shape) * t.stored_dtype.itemsize for t in part.tensors.values()),
+        dtypes=tuple(name for name, _ in elements.most_common()),
+    )

@@ -1,0 +1,50 @@
+"""The mapping language: YAML that says what an LLM is, and where its parts go.
+
+    Catalogue      what is shipped, and files of the user's own; which family an LLM is
+    Family         what an LLM is: rules and config, and the plain class it becomes
+    PlainClass     what that class is: exact names, shapes and config keys
+    Format         where the LLM, the projector and the tower go
+    expand, apply  rules to literal steps, steps to lazy tensors
+    check_against_class   whether what is made is what the class has
+
+It knows tensors, and no checkpoint layout.
+"""
+
+from xtuner2llava.language.agreement import check_against_class
+from xtuner2llava.language.application import Applied, Dropped, Origin, apply
+from xtuner2llava.language.catalogue import Catalogue, check_file
+from xtuner2llava.language.drafting import draft
+from xtuner2llava.language.expansion import Step, expand
+from xtuner2llava.language.family import Chat, Family, Generation, TranslatedConfig
+from xtuner2llava.language.folder_name import FolderName
+from xtuner2llava.language.format import COMPONENTS, Format, FormatClass
+from xtuner2llava.language.names import Folded, fold
+from xtuner2llava.language.plain_class import Expected, MappingFile, PlainClass
+from xtuner2llava.language.rule import RuleSet
+
+__all__ = [
+    "COMPONENTS",
+    "Applied",
+    "Catalogue",
+    "Chat",
+    "Dropped",
+    "Expected",
+    "Family",
+    "Folded",
+    "FolderName",
+    "Format",
+    "FormatClass",
+    "Generation",
+    "MappingFile",
+    "Origin",
+    "PlainClass",
+    "RuleSet",
+    "Step",
+    "TranslatedConfig",
+    "apply",
+    "check_against_class",
+    "check_file",
+    "draft",
+    "expand",
+    "fold",
+]

@@ -1,0 +1,82 @@
+"""Whether what a mapping makes is what the plain class has: same names, same shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xtuner2llava.errors import Fault
+from xtuner2llava.language.application import Origin
+from xtuner2llava.language.folding import TensorFaults, shortened
+from xtuner2llava.language.names import fold, nearest, unnumbered
+from xtuner2llava.language.plain_class import Expected, PlainClass
+
+_MAX_SUGGESTIONS = 10
+
+
+def check_against_class(
+    plain: PlainClass,
+    config: Mapping[str, object],
+    shapes: Mapping[str, tuple[int, ...]],
+    origins: Mapping[str, Origin] | None = None,
+) -> list[Fault]:
+    """What is missing from `shapes`, what is too many, and what has another shape.
+
+    `config` is a complete one of the class. Tensors that it ties may be there or not, and have
+    their shape if they are. `origins` tells which rule made a tensor, so that a fault can point
+    at it. Raises `MappingError` where the config makes no shapes.
+    """
+    expected = plain.tensors(config)
+    tied = plain.tied_names(config)
+    made_by = {name: origin.where for name, origin in (origins or {}).items()}
+    extra = [name for name in shapes if name not in expected]
+    lacking = [name for name in expected if name not in shapes and name not in tied]
+    wrong = TensorFaults()
+    for name, shape in shapes.items():
+        if name in expected and tuple(shape) != expected[name].shape:
+            where = made_by.get(name, expected[name].where)
+            wrong.add(where, name, *_wrong_shape(plain, config, tuple(shape), expected[name]))
+    faults = [*_lacking(plain, expected, lacking, extra), *wrong.faults()]
+    too_many = TensorFaults()
+    for name in extra:
+        too_many.add(
+            made_by.get(name, plain.file.name),
+            name,
+            f"is no tensor of {plain.architecture} with this config",
+            "Drop it with a reason, or give it the name that it has there.",
+        )
+    return shortened([*faults, *too_many.faults()])
+
+
+def _wrong_shape(
+    plain: PlainClass, config: Mapping[str, object], shape: tuple[int, ...], expected: Expected
+) -> tuple[str, str]:
+    """What is wrong with a shape, and which config keys the tensor contradicts."""
+    what = (
+        f"has shape {list(shape)}, {plain.architecture} expects "
+        f"[{', '.join(expected.formulas)}] = {list(expected.shape)}"
+    )
+    doubtful = []
+    if len(shape) == len(expected.shape):
+        sizes = zip(expected.formulas, expected.shape, shape, strict=True)
+        doubtful = [
+            f"`{formula}` is {wanted} in the config, the tensor says {found}."
+            for formula, wanted, found in sizes
+            if wanted != found and formula in config
+        ]
+    return what, " ".join([*doubtful, f"The shape stands in {expected.where}."])
+
+
+def _lacking(
+    plain: PlainClass, expected: Mapping[str, Expected], lacking: list[str], extra: list[str]
+) -> list[Fault]:
+    texts = {folded.template: str(folded) for folded in fold(extra)}
+    meant: dict[str, str] = {}
+    faults = TensorFaults()
+    for name in lacking:
+        template = unnumbered(name)
+        if template not in meant and len(meant) < _MAX_SUGGESTIONS:
+            near = nearest(template, list(texts))
+            meant[template] = f"{texts[near]} is like it, and not expected." if near else ""
+        what = f"is missing: {plain.architecture} has it and no rule makes it"
+        faults.add(expected[name].where, name, what, meant.get(template, ""))
+    return faults.faults()

@@ -1,0 +1,191 @@
+"""The mappings that are shipped, each read when it is asked for, and files of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from xtuner2llava.errors import ConversionError, Fault, MappingError
+from xtuner2llava.language.detection import Match, choose
+from xtuner2llava.language.document import Document, read_document
+from xtuner2llava.language.family import Family
+from xtuner2llava.language.family_file import read_family, read_match_only
+from xtuner2llava.language.format import Format, read_format
+from xtuner2llava.language.names import nearest
+from xtuner2llava.language.plain_class import PlainClass, read_class
+from xtuner2llava.language.prompt_templates import read_stop_words
+from xtuner2llava.language.refusals import Refusals, read_refusals
+
+_T = TypeVar("_T")
+_MAX_BYTES = 1 << 20
+_KINDS = ("family", "format", "class")
+
+
+class Catalogue:
+    """Families, formats and classes by name, in a folder that has one folder for each kind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.families: Mapping[str, Family] = _Shelf(folder / "families", "family", self._family)
+        self.formats: Mapping[str, Format] = _Shelf(folder / "formats", "format", self._format)
+        self.classes: Mapping[str, PlainClass] = _Shelf(folder / "classes", "class", read_class)
+
+    @classmethod
+    def shipped(cls) -> Catalogue:
+        """The mappings of the installed package, or of the checkout that it runs from."""
+        from importlib.resources import files
+
+        installed = Path(str(files("xtuner2llava"))) / "mappings"
+        if installed.is_dir():
+            return cls(installed)
+        return cls(Path(__file__).resolve().parents[3] / "mappings")
+
+    def with_family_file(self, path: Path) -> Family:
+        """The family of the user's own file, which may extend a shipped one.
+
+        Raises `MappingError` with all faults of the file.
+        """
+        return self._family(_read(path, path.name))
+
+    def detect(self, config: Mapping[str, object], names: Collection[str] | None) -> Family:
+        """The shipped family of an LLM with this config and these tensor names.
+
+        `names` are those of the whole LLM, without a prefix such as `llm.`; None where they are not
+        known yet, and the config decides alone. Raises `MappingError` that says what was seen,
+        which families came near, and what to do; `UnsupportedError` with the reason for an LLM
+        that is known to become nothing exactly.
+        """
+        self._refusals.check(config, names)
+        return self.families[choose(self._matches, config, names)]
+
+    def text_of(self, name: str) -> str:
+        """The YAML of the shipped family, format or class `name`, in this order."""
+        for shelf in (self.families, self.formats, self.classes):
+            if name in shelf:
+                assert isinstance(shelf, _Shelf)  # noqa: S101 - made above
+                return shelf.path(name).read_text(encoding="utf-8")
+        known = [*self.families, *self.formats, *self.classes]
+        near = nearest(name, known)
+        raise MappingError(
+            f"there is no mapping `{name}`",
+            advice=f"Did you mean `{near}`?" if near else f"Known: {', '.join(known)}.",
+        )
+
+    @cached_property
+    def stop_words(self) -> Mapping[str, tuple[str, ...]]:
+        """The words with which XTuner's prompt templates end a turn, by the template's name."""
+        path = self._folder / "prompt_templates.yaml"
+        return read_stop_words(_read(path, path.name))
+
+    def check(self, path: Path) -> list[Fault]:
+        """All faults of a family, format or class file; none if it is right."""
+        try:
+            document = _read(path, path.name)
+            kinds = [kind for kind in _KINDS if kind in document.root.entries]
+            if len(kinds) != 1:
+                raise MappingError(
+                    f"says {' and '.join(kinds) or 'nothing'} of family, format and class; "
+                    "it is one of them",
+                    where=document.where(document.root.line),
+                    advice="Begin it with `schema: 1` and, say, `family: NAME`.",
+                )
+            readers: dict[str, Callable[[Document], object]] = {
+                "family": self._family,
+                "format": self._format,
+                "class": read_class,
+            }
+            readers[kinds[0]](document)
+        except ConversionError as error:
+            return list(error.faults)
+        return []
+
+    @cached_property
+    def _matches(self) -> dict[str, Match]:
+        shelf = self.families
+        assert isinstance(shelf, _Shelf)  # noqa: S101 - made above
+        return {name: read_match_only(shelf.document(name)) for name in shelf}
+
+    def _family(self, document: Document) -> Family:
+        return read_family(document, self.families.__getitem__, self.classes.__getitem__)
+
+    def _format(self, document: Document) -> Format:
+        format_ = read_format(document, self.formats.__getitem__)
+        return replace(format_, refused=self._refusals.of_format(format_.name))
+
+    @cached_property
+    def _refusals(self) -> Refusals:
+        path = self._folder / "refusals.yaml"
+        return read_refusals(_read(path, path.name)) if path.is_file() else Refusals()
+
+
+class _Shelf(Mapping[str, _T], Generic[_T]):
+    """The files of one kind, each parsed once, when it is first looked up.
+
+    Looking up what is not there raises `MappingError`, not KeyError: the names are the user's.
+    """
+
+    def __init__(self, folder: Path, kind: str, parse: Callable[[Document], _T]) -> None:
+        self._folder, self._kind, self._parse = folder, kind, parse
+        self._documents: dict[str, Document] = {}
+        self._parsed: dict[str, _T] = {}
+        self._parsing: list[str] = []
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(sorted(path.stem for path in self._folder.glob("*.yaml")))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def path(self, name: str) -> Path:
+        return self._folder / f"{name}.yaml"
+
+    def document(self, name: str) -> Document:
+        if name not in self._documents:
+            path = self.path(name)
+            self._documents[name] = _read(path, f"{self._folder.name}/{path.name}")
+        return self._documents[name]
+
+    def __getitem__(self, name: str) -> _T:
+        if name in self._parsed:
+            return self._parsed[name]
+        if name not in self._names:
+            near = nearest(name, self._names)
+            raise MappingError(
+                f"there is no {self._kind} `{name}`",
+                advice=f"Did you mean `{near}`?" if near else f"Known: {', '.join(self._names)}.",
+            )
+        if name in self._parsing:
+            chain = " extends ".join([*self._parsing, name])
+            raise MappingError(f"extends itself: {chain}")
+        self._parsing.append(name)
+        try:
+            self._parsed[name] = self._parse(self.document(name))
+        finally:
+            self._parsing.pop()
+        return self._parsed[name]
+
+
+def _read(path: Path, name: str) -> Document:
+    """The document in the file at `path`; at most a byte more than is allowed is read."""
+    try:
+        if not path.is_file():
+            raise MappingError("is not a file", where=str(path))
+        with path.open("rb") as file:
+            return read_document(file.read(_MAX_BYTES + 1), name)
+    except OSError as error:
+        raise MappingError(f"cannot be read ({error.strerror})", where=str(path)) from error
+
+
+def check_file(path: Path) -> list[Fault]:
+    """All faults of a mapping file, in the light of the shipped ones; none if it is right."""
+    return Catalogue.shipped().check(path)

@@ -1,0 +1,193 @@
+"""Rules made literal: loops run, prefixes joined, numbers computed, subtrees and globs resolved.
+
+Who takes a tensor is decided in this order: a rule that names it, then a `drop` with a glob, then
+the `move` with the longest prefix. So a format can move a whole tower and still drop one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.language.folding import shortened
+from xtuner2llava.language.names import below, join, matches
+from xtuner2llava.language.rule import Block, Entry, Rule, RuleSet
+from xtuner2llava.language.values import Environment
+
+# The largest models have some 50,000 tensors; a loop over a hostile config ends here.
+_MAX_STEPS = 200_000
+# Of a checkpoint with few tensors, more rules than this are not worth the seconds they take.
+_STEPS_OF_ANY, _STEPS_A_TENSOR = 20_000, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rule for literal tensor names.
+
+    `numbers` are what the rule's expressions came to, and `formulas` how the rule writes them.
+    """
+
+    verb: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    where: str
+    numbers: tuple[int, ...] = ()
+    formulas: tuple[str, ...] = ()
+    groups: int = 0
+    dim: int = 0
+    value: float = 0.0
+    lossy: bool = False
+    because: str = ""
+
+    @property
+    def formula(self) -> str:
+        return f"[{', '.join(self.formulas)}]"
+
+
+def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> list[Step]:
+    """The steps that `rules` come to for a checkpoint that has the tensors `names`.
+
+    A rule of a file replaces those rules of the file it extends that make one of its targets or
+    read one of its sources. Steps may still contradict each other or ask for tensors that are not
+    there: `apply` checks that, together with the shapes.
+
+    Raises `MappingError` with every expression that has no value here.
+    """
+    faults: list[Fault] = []
+    present = frozenset(names)
+    most = min(_MAX_STEPS, _STEPS_OF_ANY + _STEPS_A_TENSOR * len(present))
+    named: list[Step] = []
+    patterns: list[Step] = []
+    own_moves: set[str] = set()
+    made: set[str] = set()
+    read: set[str] = set()
+    layer: RuleSet | None = rules
+    while layer is not None:
+        steps = list(literal_steps(layer.entries, environment, faults, most))
+        patterns += (step for step in steps if _is_pattern(step))
+        if layer is rules:
+            own_moves = {step.sources[0] for step in patterns if step.verb == "move"} - {""}
+        own = [
+            step
+            for step in steps
+            if not _is_pattern(step)
+            and made.isdisjoint(step.targets)
+            and read.isdisjoint(step.sources)
+        ]
+        made.update(name for step in own for name in step.targets)
+        read.update(name for step in own for name in step.sources)
+        # What is not there need not be dropped: older checkpoints carry buffers, newer ones do not.
+        named += (step for step in own if step.verb != "drop" or step.sources[0] in present)
+        layer = layer.parent
+    raise_faults(MappingError, shortened(faults))
+    found = _resolve(patterns, [name for name in names if name not in read], own_moves)
+    return named + found
+
+
+def literal_steps(
+    entries: Sequence[Entry],
+    environment: Environment,
+    faults: list[Fault],
+    most: int = _MAX_STEPS,
+) -> Iterator[Step]:
+    """At most `most` rules of one file, with loops run and numbers computed; adds to `faults`.
+
+    Steps of `move`, and of `drop` with a glob, still stand for all the names they cover.
+    """
+    yield from _Walk(faults, most).entries(entries, environment, "", "")
+
+
+class _Walk:
+    def __init__(self, faults: list[Fault], most: int) -> None:
+        self._faults, self._most = faults, most
+        self._count = 0
+
+    def entries(
+        self, entries: Sequence[Entry], environment: Environment, source: str, target: str
+    ) -> Iterator[Step]:
+        for entry in entries:
+            try:
+                if entry.condition is not None and not entry.condition.condition(environment):
+                    continue
+                if isinstance(entry, Rule):
+                    self._charge(entry.where)
+                    yield _step(entry, environment, source, target)
+                    continue
+                rounds = list(self._rounds(entry, environment))
+            except MappingError as error:
+                self._faults.extend(error.faults)
+                continue
+            for inner in rounds:
+                yield from self.entries(
+                    entry.rules,
+                    inner,
+                    join(source, entry.source.render(inner)),
+                    join(target, entry.target.render(inner)),
+                )
+
+    def _rounds(self, block: Block, environment: Environment) -> Iterator[Environment]:
+        """The environment of each round of a block's loops; the last variable runs fastest."""
+        rounds: list[Environment] = [environment]
+        for variable, times in block.loops:
+            following: list[Environment] = []
+            for outer in rounds:
+                for number in range(times.integer(outer)):
+                    self._charge(block.where)
+                    following.append({**outer, variable: number})
+            rounds = following
+        yield from rounds
+
+    def _charge(self, where: str) -> None:
+        self._count += 1
+        if self._count > self._most:
+            raise MappingError(f"its loops make more than {self._most:,} rules", where=where)
+
+
+def _step(rule: Rule, environment: Environment, source: str, target: str) -> Step:
+    numbers = tuple(number.integer(environment) for number in rule.numbers)
+    return Step(
+        rule.verb,
+        tuple(join(source, name.render(environment)) for name in rule.sources),
+        tuple(join(target, name.render(environment)) for name in rule.targets),
+        rule.where,
+        numbers,
+        tuple(number.text for number in rule.numbers),
+        rule.groups.integer(environment) if rule.groups else 0,
+        rule.dim,
+        rule.value,
+        rule.lossy,
+        rule.because,
+    )
+
+
+def _is_pattern(step: Step) -> bool:
+    return step.verb == "move" or (step.verb == "drop" and "*" in step.sources[0])
+
+
+def _resolve(
+    patterns: Sequence[Step], names: Sequence[str], expected: Collection[str]
+) -> list[Step]:
+    """A step for each of `names` that a glob drops or a prefix moves.
+
+    A `move` of one of the `expected` prefixes that finds nothing stays as it is: its prefix is
+    then a tensor that is missing. Moving all that is left, or what a parent file moves, may be
+    moving nothing.
+    """
+    drops = [step for step in patterns if step.verb == "drop"]
+    moves = [step for step in patterns if step.verb == "move"]
+    moves.sort(key=lambda step: len(step.sources[0]), reverse=True)
+    found: list[Step] = []
+    idle = {step.sources[0]: step for step in reversed(moves) if step.sources[0] in expected}
+    for name in names:
+        step = next((s for s in drops if matches(s.sources[0], name)), None)
+        if step is not None:
+            found.append(Step("drop", (name,), (), step.where, because=step.because))
+            continue
+        for step in moves:
+            rest = below(name, step.sources[0])
+            if rest is not None:
+                idle.pop(step.sources[0], None)
+                found.append(Step("move", (name,), (join(step.targets[0], rest),), step.where))
+                break
+    return found + list(idle.values())

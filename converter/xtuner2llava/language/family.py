@@ -1,0 +1,148 @@
+"""Families: what an LLM is, and the plain class that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from xtuner2llava.errors import MappingError, raise_faults
+from xtuner2llava.language.config_rules import ConfigRules
+from xtuner2llava.language.detection import Match
+from xtuner2llava.language.expansion import Step, expand
+from xtuner2llava.language.expression import Expression
+from xtuner2llava.language.format import Format
+from xtuner2llava.language.names import Template
+from xtuner2llava.language.plain_class import MappingFile, PlainClass, with_dims
+from xtuner2llava.language.requirement import Requirement, failures
+from xtuner2llava.language.rule import RuleSet
+from xtuner2llava.language.values import Environment, say
+
+# Keys that are not about what is computed, or that other stages decide (dtype, token ids).
+HOUSEKEEPING = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "model_type",
+        "pad_token_id",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Special tokens by their text, whose ids the tokenizer knows.
+
+    They go into config.json and generation_config.json, never onto the tokenizer. None, or an
+    empty `eos`, leaves the base model's own ids.
+    """
+
+    bos: str | None = None
+    eos: tuple[str, ...] = ()
+    pad: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The prompt template that XTuner trains this family with, by its name there, and stop words.
+
+    They go to the card and to conversion.json. None and empty where the family has no single one.
+    """
+
+    template: str | None = None
+    stop_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Caveat:
+    """What may differ after the conversion, under a condition on the source config."""
+
+    where: str
+    when: Expression | None
+    say: Template
+
+
+@dataclass(frozen=True, slots=True)
+class TranslatedConfig:
+    """The plain class's config, all its keys explicit, and source keys that nothing looked at."""
+
+    values: dict[str, object]
+    not_carried: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """An LLM family, with the tables of the families it extends already merged in."""
+
+    name: str
+    becomes: PlainClass
+    match: Match
+    dims: Mapping[str, Expression]
+    rules: RuleSet
+    config: ConfigRules
+    requirements: tuple[Requirement, ...]
+    tokenizer: Mapping[str, object]
+    generation: Generation
+    chat: Chat
+    caveats: tuple[Caveat, ...]
+    files: tuple[MappingFile, ...]
+    """This file, those it extends, and the class: what a conversion should be put down to."""
+    names_read: frozenset[str]
+
+    @property
+    def file(self) -> MappingFile:
+        return self.files[0]
+
+    def environment(self, config: Mapping[str, object]) -> Environment:
+        """What its expressions know: the source config, its defaults, and `dims`."""
+        return with_dims({**self.config.default, **config}, self.dims)
+
+    def expand(self, config: Mapping[str, object], names: Collection[str]) -> list[Step]:
+        """Its rules for a checkpoint with this source config and these tensor names."""
+        return expand(self.rules, self.environment(config), names)
+
+    def translate_config(
+        self, config: Mapping[str, object], format_: Format | None = None
+    ) -> TranslatedConfig:
+        """The config of the plain class, from a source config in the spelling of 4.37.
+
+        Raises `MappingError` with every requirement that does not hold: those of this family, of
+        the class, and with `format_` also of that class there.
+        """
+        environment = self.environment(config)
+        faults = failures(self.requirements, environment)
+        made = self.config.make(environment, faults)
+        if self.config.keep_all:
+            known = (*self.becomes.keys, *self.becomes.checked)
+            made = {key: environment[key] for key in known if key in environment} | made
+        values, wrong = self.becomes.complete(made)
+        faults += wrong
+        if format_ is not None:
+            faults += format_.class_faults(self.becomes.name, values)
+        raise_faults(MappingError, list(dict.fromkeys(faults)))
+        return TranslatedConfig(values, self._not_carried(config))
+
+    def notes(self, config: Mapping[str, object]) -> list[str]:
+        """The caveats that apply to a source config, as sentences."""
+        environment = self.environment(config)
+        return [
+            say(caveat.say, environment)
+            for caveat in self.caveats
+            if caveat.when is None or caveat.when.condition(environment)
+        ]
+
+    def _not_carried(self, config: Mapping[str, object]) -> tuple[str, ...]:
+        read = self.names_read | HOUSEKEEPING
+        if self.config.keep_all:
+            read |= {*self.becomes.keys, *self.becomes.checked}
+        return tuple(key for key, value in config.items() if key not in read and value is not None)

@@ -1,0 +1,32 @@
+"""Names of output folders: LLaVA chooses the model class by the folder's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FolderName:
+    """What a folder's name must contain to be loaded as a class, and what it must not.
+
+    Compared in lower case, as haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT do in
+    `llava/model/builder.py`.
+    """
+
+    needs: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+
+    def missing(self, name: str) -> list[str]:
+        return [word for word in self.needs if word not in name.lower()]
+
+    def wrong(self, name: str) -> list[str]:
+        return [word for word in self.avoid if word in name.lower()]
+
+    def fits(self, name: str) -> bool:
+        return not self.missing(name) and not self.wrong(name)
+
+    def suggest(self, candidates: Sequence[str]) -> str:
+        """The first of `candidates` that works, or the plainest name that does."""
+        plain = "-".join(self.needs)
+        return next((name for name in candidates if self.fits(name)), plain)

@@ -1,0 +1,180 @@
+"""Plain transformers classes as data: their config keys, and the exact names and shapes they have.
+
+A file of `mappings/classes/` says what a class of transformers 4.37.2 is, the version that LLaVA
+pins, so that a plan can be checked strictly without importing transformers (two seconds) and
+whatever version of it is installed. A test holds the files against the real classes.
+
+    config.required    keys without which nothing can be said
+    config.default     the value that the config class takes for a key that is missing
+    config.when_null   the value it takes for a key that is null, as an expression
+    config.checked     keys of other versions, or of other classes: read by `require`, never written
+    config.require     what holds for every config of this class
+    dims               names for sizes, for the shapes below
+    tied               with tie_word_embeddings: a tensor, and the one it is the same as
+    tensors            rules of the one verb `shapes`, in blocks with `for`, `prefix` and `if`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.language.document import Document
+from xtuner2llava.language.expansion import literal_steps
+from xtuner2llava.language.expression import Expression
+from xtuner2llava.language.folding import shortened
+from xtuner2llava.language.reader import Reader
+from xtuner2llava.language.requirement import Requirement, failures, read_requirements
+from xtuner2llava.language.rule import Entry, read_rules
+from xtuner2llava.language.values import Environment, show
+
+_KEYS = ("architecture", "model_type", "dims", "config", "tied", "tensors")
+_CONFIG_KEYS = ("required", "default", "when_null", "checked", "require")
+
+
+@dataclass(frozen=True, slots=True)
+class MappingFile:
+    """A file that takes part in a conversion, and the SHA-256 of its bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The shape that a class gives a tensor, how its file writes it, and where."""
+
+    shape: tuple[int, ...]
+    formulas: tuple[str, ...]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlainClass:
+    """A class of transformers 4.37.2."""
+
+    name: str
+    architecture: str
+    model_type: str
+    required: tuple[str, ...]
+    default: Mapping[str, object]
+    when_null: Mapping[str, Expression]
+    checked: tuple[str, ...]
+    requirements: tuple[Requirement, ...]
+    dims: Mapping[str, Expression]
+    tied: Mapping[str, str]
+    entries: tuple[Entry, ...]
+    file: MappingFile
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of its config, as it is written."""
+        return (*self.required, *self.default)
+
+    def complete(self, values: Mapping[str, object]) -> tuple[dict[str, object], list[Fault]]:
+        """`values` with every key of the class, and a fault for each that it cannot be.
+
+        Keys that the class does not have are left out; `checked` ones are only checked.
+        """
+        config = {key: values[key] for key in self.required if key in values}
+        config |= {key: values.get(key, default) for key, default in self.default.items()}
+        faults = [
+            Fault(self.file.name, f"`{key}` is missing, and {self.architecture} needs it")
+            for key in self.required
+            if config.get(key) is None
+        ]
+        for key in self.required:
+            size = config.get(key)
+            # Sizes, all of them. A whole float computes the same shapes, and no model loads it.
+            if isinstance(size, float) and size.is_integer():
+                config[key] = size = int(size)
+            if size is not None and (not isinstance(size, int) or size is True or size < 1):
+                what = f"`{key}` is {show(size)}, expected a positive whole number"
+                faults.append(Fault(self.file.name, what))
+        if faults:
+            return config, faults
+        for key, expression in self.when_null.items():
+            if config.get(key) is None:
+                try:
+                    config[key] = expression.value(config)
+                except MappingError as error:
+                    faults.extend(error.faults)
+        try:
+            environment = self.environment(config)
+        except MappingError as error:
+            return config, [*faults, *error.faults]
+        extra = {key: values.get(key) for key in self.checked}
+        return config, [*faults, *failures(self.requirements, {**extra, **environment})]
+
+    def environment(self, config: Mapping[str, object]) -> Environment:
+        """The names that its expressions know: config keys and `dims`."""
+        return with_dims(config, self.dims)
+
+    def tied_names(self, config: Mapping[str, object]) -> dict[str, str]:
+        """Tensors that need not be written, and the one that each is the same as."""
+        return dict(self.tied) if config.get("tie_word_embeddings") is True else {}
+
+    def tensors(self, config: Mapping[str, object]) -> dict[str, Expected]:
+        """Every tensor of the class with its shape, tied ones too, in the order of the file.
+
+        `config` is a complete one. Raises `MappingError` where it makes no shapes.
+        """
+        faults: list[Fault] = []
+        found: dict[str, Expected] = {}
+        for step in literal_steps(self.entries, self.environment(config), faults):
+            found[step.targets[0]] = Expected(step.numbers, step.formulas, step.where)
+        raise_faults(MappingError, shortened(faults))
+        return found
+
+
+def with_dims(config: Mapping[str, object], dims: Mapping[str, Expression]) -> Environment:
+    """`config` and the values of `dims`, each of which may use those before it.
+
+    Raises `MappingError` with all that have no value.
+    """
+    environment = dict(config)
+    faults: list[Fault] = []
+    for name, expression in dims.items():
+        try:
+            environment[name] = expression.value(environment)
+        except MappingError as error:
+            faults.extend(error.faults)
+    raise_faults(MappingError, faults)
+    return environment
+
+
+def read_class(document: Document) -> PlainClass:
+    """The class that a file describes. Raises `MappingError` with all faults of the file."""
+    reader = Reader(document)
+    root = reader.root("class", _KEYS)
+    entries = root.entries
+    name = reader.text(reader.required(root, "class", "a class"), "`class`")
+    architecture = reader.text(reader.required(root, "architecture", "a class"), "`architecture`")
+    model_type = reader.text(reader.required(root, "model_type", "a class"), "`model_type`")
+    config = reader.table(reader.required(root, "config", "a class"), "`config`")
+    reader.keys(config, _CONFIG_KEYS, "`config`")
+    values = config.entries
+    required = reader.texts(values.get("required"), "`required`")
+    default = {k: v for k, _, v in reader.constants(values.get("default"), "`default`")}
+    tied = reader.constants(entries.get("tied"), "`tied`")
+    rules = read_rules(reader, reader.required(root, "tensors", "a class"), shapes=True)
+    plain = PlainClass(
+        name,
+        architecture,
+        model_type,
+        required,
+        default,
+        dict(reader.formulas(values.get("when_null"), "`when_null`")),
+        reader.texts(values.get("checked"), "`checked`"),
+        read_requirements(reader, values.get("require")),
+        dict(reader.formulas(entries.get("dims"), "`dims`")),
+        {key: str(value) for key, _, value in tied},
+        rules,
+        MappingFile(document.name, document.sha256),
+    )
+    for key in default:
+        if key in required:
+            reader.fault(config.line, f"`{key}` is both required and given a default")
+    reader.finish()
+    return plain

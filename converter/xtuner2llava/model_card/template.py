@@ -1,0 +1,62 @@
+"""A card of the user's own, with places for what the conversion knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from xtuner2llava.errors import Fault, UsageError, raise_faults
+from xtuner2llava.model_card.front_matter import dump, parse, split
+from xtuner2llava.sources.json_file import Json
+
+# What may stand between {{ and }}: the sections of the generated card.
+PLACES = ("name", "summary", "parts", "usage", "prompt", "conversion", "caveats")
+_PLACE = re.compile(r"\{\{\s*([\w.-]+)\s*\}\}")
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The text of a README.md in which `{{ usage }}` and other `PLACES` are filled.
+
+    What it says between `---` lines stays as it is; metadata that it does not have is added.
+    """
+
+    text: str
+
+    @classmethod
+    def read(cls, path: str | PathLike[str]) -> Template:
+        """Reads a file of at most 1 MiB. Raises `UsageError` with all that is wrong with it."""
+        where = f"--card-template {path}"
+        try:
+            data = Path(path).read_bytes()
+            text = data.decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise UsageError(f"cannot be read ({reason})", where=where) from error
+        if len(data) > _MAX_BYTES:
+            raise UsageError(f"has more than {_MAX_BYTES:,} bytes", where=where)
+        faults = [
+            Fault(where, f"has no place '{name}'", f"Known are {', '.join(PLACES)}.")
+            for name in sorted(set(_PLACE.findall(text)) - set(PLACES))
+        ]
+        yaml_text, _ = split(text)
+        try:
+            parse(yaml_text or "")
+        except ValueError as error:
+            faults.append(Fault(where, f"its metadata between --- lines {error}"))
+        raise_faults(UsageError, faults)
+        return cls(text)
+
+    def fill(self, metadata: Mapping[str, Json], sections: Mapping[str, str]) -> str:
+        """The card, with `sections` in their places and `metadata` where it says nothing."""
+        yaml_text, body = split(self.text)
+        own = parse(yaml_text or "")
+        missing = {key: value for key, value in metadata.items() if key not in own}
+        added = dump(missing).removeprefix("---\n").removesuffix("---\n") if missing else ""
+        head = f"{yaml_text.rstrip()}\n" if yaml_text and yaml_text.strip() else ""
+        filled = _PLACE.sub(lambda match: sections[match[1]].strip(), body)
+        return f"---\n{head}{added}---\n{filled}"

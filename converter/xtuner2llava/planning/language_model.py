@@ -1,0 +1,105 @@
+"""The LLM of a plan: its family, its plain config, and its tensors under plain names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner2llava.language import (
+    Catalogue,
+    Dropped,
+    Family,
+    Format,
+    Origin,
+    apply,
+    check_against_class,
+)
+from xtuner2llava.options import PathOrText
+from xtuner2llava.plan import Tie
+from xtuner2llava.planning.findings import Findings
+from xtuner2llava.sources.json_file import Json
+from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.ties import are_surely_different, are_surely_equal
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """The LLM as its plain class: config, tensors in the class's order, and what was left out."""
+
+    family: Family
+    values: Mapping[str, object]
+    tensors: Mapping[str, LazyTensor]
+    origins: Mapping[str, Origin]
+    ties: tuple[Tie, ...]
+    dropped: tuple[Dropped, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of its vocabulary; its class has checked that this is a number."""
+        rows = self.values["vocab_size"]
+        assert isinstance(rows, int)  # noqa: S101
+        return rows
+
+
+def choose_family(
+    catalogue: Catalogue,
+    mapping: PathOrText | None,
+    config: Mapping[str, Json],
+    names: Collection[str],
+) -> Family:
+    """The family that the user names, or gives as a file; else the one that the LLM is of."""
+    if mapping is None:
+        return catalogue.detect(config, names)
+    path = Path(mapping)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return catalogue.with_family_file(path)
+    return catalogue.families[str(mapping)]
+
+
+def plain_config(
+    family: Family, config: Mapping[str, Json], format_: Format, findings: Findings
+) -> dict[str, object]:
+    """The plain class's config, every key explicit. Raises `MappingError`."""
+    translated = family.translate_config(config, format_)
+    findings.note(*family.notes(config))
+    if translated.not_carried:
+        keys = ", ".join(translated.not_carried)
+        findings.note(f"Config keys that {family.becomes.name} does not have: {keys}.")
+    return dict(translated.values)
+
+
+def plain_language_model(
+    family: Family,
+    config: Mapping[str, Json],
+    values: Mapping[str, object],
+    tensors: Mapping[str, LazyTensor],
+    findings: Findings,
+) -> LanguageModel:
+    """The LLM with the tensors of its plain class, no more and no less.
+
+    Where the config ties tensors that differ, both are kept and the config is corrected. Raises
+    `MappingError` for rules that do not fit; what the class expects otherwise becomes faults.
+    """
+    made = apply(family.expand(config, tensors.keys()), tensors, where=family.file.name)
+    values, outputs, dropped = dict(values), dict(made.outputs), list(made.dropped)
+    ties: list[Tie] = []
+    for name, same_as in family.becomes.tied_names(values).items():
+        if name not in outputs or same_as not in outputs:
+            continue
+        if are_surely_different(outputs[name], outputs[same_as]):
+            values["tie_word_embeddings"] = False
+            findings.note(
+                f"The config ties {name} to {same_as}, but they differ; both are written, "
+                "with tie_word_embeddings: false."
+            )
+            continue
+        tensor = outputs.pop(name)
+        if not are_surely_equal(tensor, outputs[same_as]):
+            ties.append(Tie(name, tensor, same_as, outputs[same_as]))
+        dropped.append(Dropped(name, f"the same as {same_as}, to which it is tied", "config"))
+    shapes = {name: tensor.shape for name, tensor in outputs.items()}
+    findings.faults.extend(check_against_class(family.becomes, values, shapes, made.origins))
+    order = {name: place for place, name in enumerate(family.becomes.tensors(values))}
+    ordered = dict(sorted(outputs.items(), key=lambda item: order.get(item[0], len(order))))
+    return LanguageModel(family, values, ordered, made.origins, tuple(ties), tuple(dropped))

@@ -1,0 +1,65 @@
+"""The tensors of a plan under the format's names, in the dtype to write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from xtuner2llava.errors import Fault
+from xtuner2llava.language import Dropped, Format, Origin, apply
+from xtuner2llava.plan import PlannedTensor
+from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.precision import KEEP
+from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
+
+
+def place(
+    components: Mapping[str, Mapping[str, LazyTensor]],
+    origins: Mapping[str, Mapping[str, Origin]],
+    format_: Format,
+    environment: Mapping[str, object],
+    findings: Findings,
+) -> tuple[list[PlannedTensor], list[tuple[str, Dropped]]]:
+    """All tensors by component under the format's names, in the order of the output.
+
+    `origins` are, by component, of tensors that rules of a family have made before. What does not
+    fit becomes faults.
+    """
+    planned: dict[str, PlannedTensor] = {}
+    dropped: list[tuple[str, Dropped]] = []
+    for component, tensors in components.items():
+        applied = findings.attempt(
+            lambda component=component, tensors=tensors: apply(  # type: ignore[misc]
+                format_.expand(component, environment, tensors.keys()),
+                tensors,
+                where=format_.file.name,
+            )
+        )
+        if applied is None:
+            continue
+        dropped.extend((component, d) for d in applied.dropped)
+        for name, tensor in applied.outputs.items():
+            origin = applied.origins[name]
+            sources: Sequence[str] = origin.sources
+            rule = f"{origin.verb} {origin.where}"
+            inner = origins.get(component, {}).get(sources[0])
+            if inner is not None:
+                sources, rule = inner.sources, f"{inner.verb} {inner.where}"
+            if name in planned:
+                findings.faults.append(Fault(origin.where, f"{name} is made twice"))
+            how = "compute" if tensor.ranges() is None else "copy"
+            planned[name] = PlannedTensor(name, component, tensor, tuple(sources), rule, how)
+    return list(planned.values()), dropped
+
+
+def in_dtype(tensors: Sequence[PlannedTensor], dtype: str) -> tuple[PlannedTensor, ...]:
+    """`tensors` in the dtype to write; integers stay what they are."""
+    result = []
+    for planned in tensors:
+        before = planned.tensor
+        target = before.stored_dtype if dtype == KEEP else BY_NAME[dtype]
+        after = cast(before, target) if before.dtype.is_float else before
+        if after is not before and before.ranges() is not None:
+            planned = replace(planned, how=f"cast from {before.dtype}")
+        result.append(replace(planned, tensor=after))
+    return tuple(result)

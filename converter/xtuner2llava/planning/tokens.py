@@ -1,0 +1,148 @@
+"""The tokenizer of a plan, the ids to generate with, and how the model is spoken to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from xtuner2llava.errors import Fault, UsageError
+from xtuner2llava.language import Catalogue, Family
+from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
+from xtuner2llava.plan import Chat
+from xtuner2llava.planning.findings import Findings
+from xtuner2llava.recipe import Recipe, Table
+from xtuner2llava.sources.json_file import Json
+from xtuner2llava.tokenizers import (
+    Tokenizer,
+    TokenizerRules,
+    prepare_tokenizer,
+    with_special_token,
+    with_tokens,
+)
+
+_DROPS = (
+    "LLaVA drops the first token of each text after an image where a prompt begins with the bos "
+    "token (`mm_utils.py`, tokenizer_image_token), and this model's prompts do"
+)
+
+
+def tokenizer_to_write(
+    tokenizer: Tokenizer,
+    family: Family,
+    recipe: Recipe | None,
+    given_bos: str | None,
+    findings: Findings,
+) -> Tokenizer:
+    """The base's tokenizer, converted where its family says so, with the right bos token.
+
+    `given_bos` is the user's. Without it, a bos token that is not the family's is taken off:
+    XTuner's advice for Qwen (issue 292 there) puts `<|im_start|>` on the tokenizer, so that
+    `generate` finds a bos id; the configs say that id here, and a bos token harms.
+    Raises `ConversionError` for a tokenizer that cannot be used.
+    """
+    generation = family.generation
+    prepared = prepare_tokenizer(
+        tokenizer,
+        TokenizerRules.of(family.tokenizer, family.file.name),
+        eos=next(iter(generation.eos), None),
+        pad=generation.pad,
+    )
+    findings.note(*prepared.notes)
+    result = prepared.tokenizer
+    present = result.special("bos_token") or tokenizer.special("bos_token")
+    if given_bos is not None:
+        if given_bos not in result.ids:
+            raise UsageError(
+                f"'{given_bos}' is no token of the tokenizer in {tokenizer.folder}",
+                where="--bos-token",
+            )
+        if generation.bos not in (None, given_bos):
+            findings.note(f"The tokenizer's bos token is '{given_bos}', as asked. {_DROPS}.")
+        return with_special_token(result, "bos_token", given_bos)
+    asked = recipe.bos_token if recipe is not None else None
+    own = generation.bos if generation.bos in result.ids else None
+    if own is not None and present not in (None, own):
+        findings.note(
+            f"The tokenizer had the bos token '{present}', which is XTuner's advice for Qwen, and "
+            f"is written without it: {_DROPS}. bos_token_id {result.ids[own]} in config.json and "
+            "generation_config.json does what the advice was for. --bos-token keeps it."
+        )
+        return with_special_token(result, "bos_token", None)
+    if own is not None and present is None and asked is not None:
+        findings.note(
+            f"The XTuner config gives the tokenizer the bos token '{asked}'; it is written without "
+            f"one: {_DROPS}. bos_token_id {result.ids[own]} in config.json and "
+            "generation_config.json does what that was for. --bos-token puts it there."
+        )
+    return result
+
+
+def generation_tokens(
+    catalogue: Catalogue,
+    family: Family,
+    tokenizer: Tokenizer,
+    recipe: Recipe | None,
+    given_bos: str | None,
+    base_generation: Mapping[str, Json],
+    base_config: Mapping[str, Json],
+    findings: Findings,
+) -> tuple[TokenIds, Chat]:
+    """Where to begin, stop and pad, and the prompt template with its stop words."""
+    template = recipe.prompt_template if recipe is not None else None
+    stop_words = list(_stop_words(catalogue, template))
+    if recipe is not None:
+        asked = [*recipe.stop_words, *([recipe.eos_token] if recipe.eos_token else [])]
+        stop_words += [word for word in asked if word not in stop_words]
+    generation = family.generation
+    named = TokenTexts(generation.bos, generation.eos, generation.pad)
+    ids = token_ids(tokenizer, named, stop_words, base_generation, base_config)
+    if given_bos is not None:
+        ids = replace(ids, bos=tokenizer.ids[given_bos])
+    unknown = [word for word in stop_words if word not in tokenizer.ids]
+    if unknown:
+        findings.note(
+            f"Stop words that are no single token here: {', '.join(unknown)}. Whoever "
+            "generates must stop at them by text."
+        )
+    name = template if isinstance(template, str) else family.chat.template
+    return ids, Chat(name, tuple(stop_words) or tuple(family.chat.stop_words))
+
+
+def with_format_tokens(
+    tokenizer: Tokenizer, tokens: Mapping[str, str]
+) -> tuple[Tokenizer, dict[str, int]]:
+    """`tokenizer` with the tokens that a format needs, and the id of each by what it is for.
+
+    For `pad`, a pad token that the tokenizer has already is as good. Raises `CorruptFileError`
+    where none can be added.
+    """
+    present = tokenizer.special("pad_token")
+    own_pad = present if present in tokenizer.ids else None
+    texts = {use: own_pad if use == "pad" and own_pad else text for use, text in tokens.items()}
+    result = with_tokens(tokenizer, list(texts.values()))
+    if "pad" in texts and own_pad is None:
+        result = with_special_token(result, "pad_token", texts["pad"])
+    return result, {use: result.ids[text] for use, text in texts.items()}
+
+
+def vocabulary_faults(tokenizer: Tokenizer, rows: int) -> list[Fault]:
+    """A fault where the LLM has no rows for all tokens of its tokenizer."""
+    if tokenizer.highest_id < rows:
+        return []
+    token = max(tokenizer.ids, key=lambda name: tokenizer.ids[name])
+    return [
+        Fault(
+            str(tokenizer.folder),
+            f"token '{token}' has id {tokenizer.highest_id}, the embedding has {rows} rows",
+            "LLaVA would add random rows for it. Give --llm the base that was trained.",
+        )
+    ]
+
+
+def _stop_words(catalogue: Catalogue, template: str | Table | None) -> Sequence[str]:
+    """The words with which a prompt template ends a turn."""
+    if isinstance(template, str):
+        return catalogue.stop_words.get(template, ())
+    words = template.get("STOP_WORDS") if template is not None else None
+    found = words if isinstance(words, (list, tuple)) else ()
+    return [word for word in found if isinstance(word, str)]

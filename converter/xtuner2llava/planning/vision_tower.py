@@ -1,0 +1,87 @@
+"""The vision tower and the projector of a plan: what they must be, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from xtuner2llava.errors import Fault, MappingError, PlanError, raise_faults
+from xtuner2llava.language import PlainClass, check_against_class
+from xtuner2llava.llava.projector import check_projector
+from xtuner2llava.options import Options
+from xtuner2llava.sources import Checkpoint
+from xtuner2llava.sources.contents import PROJECTOR
+from xtuner2llava.sources.json_file import integer, read_json
+
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+def writes_tower(checkpoint: Checkpoint, options: Options) -> bool:
+    """Whether the tower's tensors are written. Raises `PlanError` if they must be and may not."""
+    if not options.include_vision_tower and checkpoint.visual_encoder.trained:
+        raise PlanError(
+            "the vision tower was trained, so it must be written",
+            where="--no-include-vision-tower",
+            advice="Leave the option out.",
+        )
+    return options.include_vision_tower
+
+
+def check_tower(checkpoint: Checkpoint, plain: PlainClass) -> dict[str, object] | None:
+    """The tower's complete config, if there is one. Raises `MappingError` if it is not `plain`."""
+    tower = checkpoint.visual_encoder
+    if tower.config is None or not tower.tensors:
+        return None
+    values, faults = plain.complete(dict(tower.config.values))
+    # Older checkpoints carry this buffer; the format drops it.
+    shapes = {n: t.shape for n, t in tower.tensors.items() if not n.endswith("position_ids")}
+    raise_faults(MappingError, faults or check_against_class(plain, values, shapes))
+    return values
+
+
+def check_projector_of(checkpoint: Checkpoint) -> None:
+    """Raises `PlanError` with all that keeps the projector from being LLaVA's."""
+    llm, tower = checkpoint.llm.config, checkpoint.visual_encoder.config
+    hidden = integer(llm.values, "hidden_size") if llm else None
+    vision_hidden = integer(tower.values, "hidden_size") if tower else None
+    if hidden is None or vision_hidden is None:
+        return
+    shapes = {name: tensor.shape for name, tensor in checkpoint.projector.tensors.items()}
+    faults = check_projector(shapes, vision_hidden, hidden, str(checkpoint.contents.path))
+    home = checkpoint.contents.folders.get(PROJECTOR)
+    if home is not None and (home / "config.json").is_file():
+        activation = read_json(home / "config.json").get("hidden_act", "gelu")
+        if activation != "gelu":
+            faults.append(
+                Fault(
+                    f"{home}/config.json",
+                    f"the projector's hidden_act is {activation!r}",
+                    "LLaVA's mlp projectors compute gelu; this one cannot be said there.",
+                )
+            )
+    raise_faults(PlanError, faults)
+
+
+def preprocessor_of(checkpoint: Checkpoint) -> Path | None:
+    """The image processor's config, beside the tower. Raises `PlanError` if it is another's."""
+    tower = checkpoint.visual_encoder
+    if tower.folder is None:
+        return None
+    path = tower.folder / _PREPROCESSOR
+    size = integer(tower.config.values, "image_size") if tower.config else None
+    crop = read_json(path).get("crop_size")
+    if isinstance(crop, dict):
+        crop = crop.get("height")
+    if isinstance(crop, int) and size is not None and crop != size:
+        raise PlanError(
+            f"prepares images of {crop} pixels, the vision tower takes {size}",
+            where=str(path),
+            advice="Do the image processor and the tower belong together?",
+        )
+    return path
+
+
+def tower_values(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """The keys of the tower's config; empty where it is not to be had."""
+    config = checkpoint.visual_encoder.config
+    return config.values if config is not None else {}

@@ -1,0 +1,269 @@
+"""What the training run says of itself, from its XTuner config."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+from xtuner2llava.errors import CheckpointError, CorruptFileError
+from xtuner2llava.recipe.lora import LoraRecipe
+from xtuner2llava.recipe.python_data import TEXT_LIMIT, read_python
+from xtuner2llava.recipe.section import Section
+from xtuner2llava.recipe.training_data import Evaluation, TrainingData, UsedValue
+from xtuner2llava.recipe.values import Table, Unknown, Value, dotted, shown
+
+_TEXT_SHOWN = 200  # characters
+_PATH = "pretrained_model_name_or_path"
+_LOADING_KEYS = (
+    "type",
+    _PATH,
+    "trust_remote_code",
+    "torch_dtype",
+    "quantization_config",
+    "attn_implementation",
+    "low_cpu_mem_usage",
+    "device_map",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """The parts of an XTuner config that a conversion needs; nothing of it was ever run.
+
+    Paths are as written in the config. A property raises `CheckpointError`, with the line and what
+    to do, where its value follows only from running code or has the wrong type: so
+    `options.llm or recipe.llm_path` fails only for those who gave nothing. What merely describes
+    the training (`data`) never raises; what of it could not be read is in `notes`.
+    Defaults are those of LLaVAModel (xtuner/model/llava.py, the same from v0.1.23 to today).
+    """
+
+    where: str
+    config: Section = field(repr=False)
+    model: Section = field(repr=False)
+    data: TrainingData = field(repr=False)
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Recipe:
+        """Reads the text of a config; `where` names it in errors. Raises `CheckpointError`."""
+        config = Section(read_python(text, where), "", where)
+        model = config.value("model")
+        if not isinstance(model, Table):
+            names = ", ".join([str(name) for name in config.table][:12]) or "nothing"
+            found = f"missing, found: {names}" if model is None else shown(model)
+            raise config.error("model", f"is {found}, a dict was expected")
+        return cls(where, config, Section(model, "model", where), TrainingData.of(config))
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> Recipe:
+        """Reads a config file of at most 4 MiB, in UTF-8. Raises `CheckpointError`."""
+        return cls.from_text(_text_of(Path(path)), str(path))
+
+    @property
+    def model_type(self) -> str:
+        """`xtuner.model.LLaVAModel`, or what was trained in its place."""
+        name = self.model.path_of("type")
+        if name is None:
+            raise self.model.error("type", "is missing, xtuner.model.LLaVAModel was expected")
+        return name
+
+    @property
+    def is_llava(self) -> bool:
+        return self.model_type.rpartition(".")[2] == "LLaVAModel"
+
+    @property
+    def llm_path(self) -> str | None:
+        return self._text("llm", _PATH)
+
+    @property
+    def llm_type(self) -> str | None:
+        """`AutoModelForCausalLM`: the class, without its module and `from_pretrained`."""
+        return self._class("llm")
+
+    @property
+    def llm_torch_dtype(self) -> str | None:
+        """`float16`, `bfloat16`, `float32`, `auto`, or None where the config says nothing."""
+        llm = self.model.section("llm")
+        name = llm.path_of("torch_dtype") if llm else None
+        return name.removeprefix("torch.") if name else None
+
+    @property
+    def llm_overrides(self) -> Mapping[str, Value]:
+        """Further arguments of the LLM's `from_pretrained`: each overrides a key of its config."""
+        llm = self.model.section("llm")
+        return llm.others(_LOADING_KEYS) if llm else {}
+
+    @property
+    def quantization(self) -> Table | None:
+        """`quantization_config`: not None for QLoRA, whose adapters belong to the plain base."""
+        llm = self.model.section("llm")
+        quantization = llm.section("quantization_config") if llm else None
+        return quantization.table if quantization else None
+
+    @property
+    def vision_path(self) -> str | None:
+        return self._text("visual_encoder", _PATH)
+
+    @property
+    def vision_type(self) -> str | None:
+        """`CLIPVisionModel` or `SiglipVisionModel`: without its module and `from_pretrained`."""
+        return self._class("visual_encoder")
+
+    @property
+    def vision_overrides(self) -> Mapping[str, Value]:
+        """As `llm_overrides`, for the vision tower."""
+        vision = self.model.section("visual_encoder")
+        return vision.others(_LOADING_KEYS) if vision else {}
+
+    @property
+    def freeze_llm(self) -> bool:
+        return self.model.flag("freeze_llm")
+
+    @property
+    def freeze_visual_encoder(self) -> bool:
+        return self.model.flag("freeze_visual_encoder")
+
+    @property
+    def visual_select_layer(self) -> int:
+        return self.model.integer("visual_select_layer", -2)
+
+    @property
+    def projector_depth(self) -> int:
+        return self.model.positive("projector_depth", 2)
+
+    @property
+    def pretrained_pth(self) -> str | None:
+        """The checkpoint that the training started from: a frozen part that is not in the
+        checkpoint at hand may have come from there."""
+        return self.model.text("pretrained_pth")
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """See `linear_rope_factor`; None where the argument is not given."""
+        if self.model.value("max_position_embeddings") is None:
+            return None
+        return self.model.positive("max_position_embeddings", 1)
+
+    @property
+    def llm_lora(self) -> LoraRecipe | None:
+        section = self.model.section("llm_lora")
+        return LoraRecipe(section) if section else None
+
+    @property
+    def visual_encoder_lora(self) -> LoraRecipe | None:
+        section = self.model.section("visual_encoder_lora")
+        return LoraRecipe(section) if section else None
+
+    @property
+    def image_aspect_ratio(self) -> str | None:
+        """`pad` where a dataset has `pad_image_to_square`; LLaVADataset's default is False."""
+        return self.data.image_aspect_ratio
+
+    @property
+    def max_length(self) -> int | None:
+        """In tokens; the largest of the datasets."""
+        return self.data.max_length
+
+    @property
+    def prompt_template(self) -> str | Table | None:
+        """The name in XTuner's PROMPT_TEMPLATE (`qwen_chat`), or a template written out."""
+        return self.data.prompt_template
+
+    @property
+    def image_processor_path(self) -> str | None:
+        return self.data.image_processor_path
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        return self.data.tokenizer_path
+
+    @property
+    def bos_token(self) -> str | None:
+        """Given to the tokenizer by the config: the advice of XTuner #292 for Qwen."""
+        return self.data.bos_token
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.data.eos_token
+
+    @property
+    def stop_words(self) -> tuple[str, ...]:
+        """`stop_words` and `stop_word` of the EvaluateChatHook, without the template's own."""
+        return self.data.stop_words
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The EvaluateChatHook, if there is one."""
+        return self.data.evaluation
+
+    @property
+    def system(self) -> str | None:
+        """The EvaluateChatHook's; training itself had no system text (llava_map_fn.py)."""
+        return self.data.system
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.data.notes
+
+    @property
+    def used(self) -> tuple[UsedValue, ...]:
+        """What was read, for a report: names, values and lines, no paths of training data."""
+        return (*self._used_of_model(), *self.data.used)
+
+    def _text(self, part: str, key: str) -> str | None:
+        section = self.model.section(part)
+        return section.text(key) if section else None
+
+    def _class(self, part: str) -> str | None:
+        section = self.model.section(part)
+        name = section.path_of("type") if section else None
+        return name.removesuffix(".from_pretrained").rpartition(".")[2] if name else None
+
+    def _used_of_model(self) -> Iterator[UsedValue]:
+        yield from _used(self.model)
+        for part in ("llm", "visual_encoder", "llm_lora", "visual_encoder_lora"):
+            table = self.model.table.get(part)
+            if isinstance(table, Table):
+                yield from _used(Section(table, f"model.{part}", self.where))
+
+
+def _used(section: Section) -> Iterator[UsedValue]:
+    for key, value in section.table.items():
+        name, line = section.name(key), section.line(key)
+        if isinstance(value, Unknown) or value is None:
+            continue
+        if isinstance(value, (bool, int, float)):
+            yield UsedValue(name, value, line)
+        elif not isinstance(value, Table):
+            text = value[:_TEXT_SHOWN] if isinstance(value, str) else shown(value)
+            yield UsedValue(name, dotted(value) or text, line)
+
+
+def _text_of(path: Path) -> str:
+    where = str(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CorruptFileError("is not a file, an XTuner config was expected", where=where)
+        with path.open("rb") as file:
+            data = file.read(TEXT_LIMIT + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no such path"
+        raise CheckpointError(
+            f"cannot be read ({reason})",
+            where=where,
+            advice="Give the path of the training config with --xtuner-config.",
+        ) from error
+    if len(data) > TEXT_LIMIT:
+        raise CheckpointError(
+            f"has more than {TEXT_LIMIT} bytes, an XTuner config was expected", where=where
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"is not UTF-8 (byte {error.start})",
+            where=where,
+            advice="An XTuner config is a Python file; save it as UTF-8.",
+        ) from error

@@ -1,0 +1,260 @@
+"""How the training fed the model: images, prompts, tokenizer. It decides no tensor."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from xtuner2llava.errors import ConversionError
+from xtuner2llava.recipe.section import Section
+from xtuner2llava.recipe.values import Table, Unknown, Value, dotted, is_scalar, shown
+
+_T = TypeVar("_T")
+_IMAGE_KEYS = frozenset({"image_folder", "image_processor", "pad_image_to_square"})
+_PROCESSOR_KEYS = frozenset({"type", "pretrained_model_name_or_path", "trust_remote_code"})
+_MAX_LENGTH = 2048  # default of LLaVADataset, xtuner/dataset/llava.py
+_DATASETS_LIMIT = 1000
+_STOP_WORDS_LIMIT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class UsedValue:
+    """One value that was read from the config, its dotted name and its line (from 1)."""
+
+    name: str
+    value: str | int | float | bool
+    line: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The EvaluateChatHook: its own prompt template, and the bos id it generates with.
+
+    A template that is written out has no name: "". Its stop words are those of
+    `TrainingData.stop_words` and of its template (xtuner/engine/hooks/evaluate_chat_hook.py).
+    """
+
+    prompt_template: str | None
+    bos_token_id: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingData:
+    """What the datasets, the tokenizer and the EvaluateChatHook say; see `Recipe` for each field.
+
+    What cannot be read is None here and a sentence in `notes`: no conversion fails for it.
+    """
+
+    image_aspect_ratio: str | None
+    max_length: int | None
+    prompt_template: str | Table | None
+    image_processor_path: str | None
+    tokenizer_path: str | None
+    bos_token: str | None
+    eos_token: str | None
+    system: str | None
+    stop_words: tuple[str, ...]
+    evaluation: Evaluation | None
+    notes: tuple[str, ...]
+    used: tuple[UsedValue, ...]
+
+    @classmethod
+    def of(cls, config: Section) -> TrainingData:
+        return _Reader(config).read()
+
+
+class _Reader:
+    def __init__(self, config: Section) -> None:
+        self._config = config
+        self._notes: list[str] = []
+        self._used: list[UsedValue] = []
+
+    def read(self) -> TrainingData:
+        datasets = list(self._datasets())
+        hook = self._hook()
+        tokenizer = self._first("tokenizer", [*datasets, self._config])
+        processor = self._first("image_processor", [*datasets, self._config])
+        if processor is not None:
+            for key in sorted(set(map(str, processor.table)) - _PROCESSOR_KEYS)[:8]:
+                self._notes.append(f"{processor.name(key)} is set: it overrides the preprocessor's")
+        return TrainingData(
+            image_aspect_ratio=self._aspect_ratio(datasets),
+            max_length=self._max_length(datasets),
+            prompt_template=self._prompt_template(datasets, hook),
+            image_processor_path=self._text(processor, "pretrained_model_name_or_path"),
+            tokenizer_path=self._text(tokenizer, "pretrained_model_name_or_path"),
+            bos_token=self._text(tokenizer, "bos_token"),
+            eos_token=self._text(tokenizer, "eos_token"),
+            system=self._system(hook),
+            stop_words=self._stop_words(hook),
+            evaluation=self._evaluation(hook),
+            notes=tuple(dict.fromkeys(self._notes)),
+            used=tuple(self._used),
+        )
+
+    def _try(self, read: Callable[[str], _T], key: str) -> _T | None:
+        try:
+            return read(key)
+        except ConversionError as error:
+            fault = error.faults[0]
+            self._notes.append(f"{fault.where}: {fault.what}")
+            return None
+
+    def _use(self, section: Section, key: str, value: str | int | float | bool) -> None:
+        self._used.append(UsedValue(section.name(key), value, section.line(key)))
+
+    def _text(self, section: Section | None, key: str) -> str | None:
+        if section is None:
+            return None
+        text = self._try(section.text, key)
+        if text is not None:
+            self._use(section, key, text)
+        return text
+
+    def _datasets(self) -> Iterator[Section]:
+        """The datasets with images below `train_dataloader.dataset`, each once."""
+        loader = self._try(self._config.section, "train_dataloader")
+        root = self._try(loader.section, "dataset") if loader else None
+        todo, seen = deque([root] if root else []), set[int]()
+        while todo and len(seen) < _DATASETS_LIMIT:
+            section = todo.popleft()
+            if id(section.table) in seen:
+                continue
+            seen.add(id(section.table))
+            if "datasets" in section.table:
+                todo += self._parts(section)
+            elif isinstance(section.table.get("dataset"), Table):
+                inner = section.section("dataset")
+                todo += [inner] if inner else []
+            elif _IMAGE_KEYS & section.table.keys():
+                yield section
+
+    def _parts(self, section: Section) -> Iterator[Section]:
+        parts = self._try(section.value, "datasets")
+        for index, part in enumerate(_items(parts)[:_DATASETS_LIMIT]):
+            name = f"{section.name('datasets')}[{index}]"
+            if isinstance(part, Table):
+                yield Section(part, name, section.where)
+            elif isinstance(part, Unknown):
+                self._notes.append(f"{section.where}:{part.line}: {name} was not read")
+
+    def _hook(self) -> Section | None:
+        hooks = self._try(self._config.value, "custom_hooks")
+        for index, hook in enumerate(_items(hooks)):
+            if isinstance(hook, Table):
+                kind = dotted(hook.get("type")) or ""
+                if kind.rpartition(".")[2] == "EvaluateChatHook":
+                    return Section(hook, f"custom_hooks[{index}]", self._config.where)
+        return None
+
+    def _first(self, key: str, places: Iterable[Section]) -> Section | None:
+        """The first dict under `key`: a dataset's own, then the one at top level."""
+        for place in places:
+            if isinstance(place.table.get(key), Table):
+                return place.section(key)
+        return None
+
+    def _aspect_ratio(self, datasets: list[Section]) -> str | None:
+        padded = set()
+        for dataset in datasets:
+            value = self._try(dataset.flag, "pad_image_to_square")
+            if value is not None:
+                padded.add(value)
+                self._use(dataset, "pad_image_to_square", value)
+        if len(padded) == 2:
+            self._notes.append(
+                "some datasets pad images to squares (pad_image_to_square) and some do not; "
+                "`pad` is what XTuner's own chat and evaluation do"
+            )
+        return "pad" if True in padded else None
+
+    def _max_length(self, datasets: list[Section]) -> int | None:
+        lengths = set()
+        for dataset in datasets:
+            length = self._try(partial(dataset.positive, default=_MAX_LENGTH), "max_length")
+            if length is not None:
+                lengths.add(length)
+                self._use(dataset, "max_length", length)
+        if len(lengths) > 1:
+            self._notes.append(f"datasets differ in max_length: {sorted(lengths)[:8]}")
+        return max(lengths, default=None)
+
+    def _prompt_template(self, datasets: list[Section], hook: Section | None) -> str | Table | None:
+        places = []
+        for dataset in datasets:
+            if isinstance(dataset.table.get("template_map_fn"), Table):
+                section = dataset.section("template_map_fn")
+                places += [(section, "template")] if section else []
+        places.append((self._config, "prompt_template"))
+        if hook is not None:
+            places.append((hook, "prompt_template"))
+        found: dict[object, str | Table] = {}
+        for section, key in places:
+            value = self._try(section.value, key)
+            template = _template(value)
+            if template is not None and _identity(template) not in found:
+                found[_identity(template)] = template
+                self._use(section, key, shown(value) if isinstance(value, Table) else str(template))
+            elif template is None and value is not None:
+                self._notes.append(f"{section.name(key)} is {shown(value)}, no prompt template")
+        if len(found) > 1:
+            names = ", ".join(shown(template) for template in list(found.values())[:8])
+            self._notes.append(f"there are several prompt templates: {names}; the first counts")
+        return next(iter(found.values()), None)
+
+    def _evaluation(self, hook: Section | None) -> Evaluation | None:
+        if hook is None:
+            return None
+        template = _template(self._try(hook.value, "prompt_template"))
+        generation = self._try(hook.section, "generation_kwargs")
+        bos = self._try(generation.value, "bos_token_id") if generation else None
+        return Evaluation(
+            template if isinstance(template, str) else None if template is None else "",
+            bos if isinstance(bos, int) and not isinstance(bos, bool) else None,
+        )
+
+    def _system(self, hook: Section | None) -> str | None:
+        value = self._try(hook.value, "system") if hook else None
+        text = value if isinstance(value, str) else dotted(value)
+        if hook is not None and text:
+            self._use(hook, "system", shown(text))
+        return text or None
+
+    def _stop_words(self, hook: Section | None) -> tuple[str, ...]:
+        if hook is None:
+            return ()
+        words = list(self._try(hook.texts, "stop_words") or ())
+        if words:
+            self._use(hook, "stop_words", ", ".join(words)[:200])
+        word = self._try(hook.value, "stop_word")  # deprecated for stop_words
+        if isinstance(word, str):
+            self._use(hook, "stop_word", word[:200])
+            words.append(word)
+        return tuple(dict.fromkeys(words))
+
+
+def _template(value: Value) -> str | Table | None:
+    """`qwen_chat` for `xtuner.utils.PROMPT_TEMPLATE.qwen_chat`; an inline dict as it is."""
+    if isinstance(value, Table):
+        return value
+    name = dotted(value)
+    return name.rpartition(".")[2] if name else None
+
+
+def _items(value: Value) -> Sequence[Value]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _identity(template: str | Table) -> object:
+    """Equal for equal templates; never walks into nested values, which may be shared at will."""
+    if isinstance(template, str):
+        return template
+    parts = []
+    for key, value in template.items():
+        items = value if isinstance(value, (list, tuple)) else [value]
+        flat = len(items) <= _STOP_WORDS_LIMIT and all(map(is_scalar, items))
+        parts.append((str(key), tuple(items) if flat else id(value)))
+    return tuple(sorted(parts, key=lambda part: part[0]))

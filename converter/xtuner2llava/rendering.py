@@ -1,0 +1,181 @@
+"""Plans, inspections and reports as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from xtuner2llava.hub.destination import Pushed
+from xtuner2llava.inspection import Inspection
+from xtuner2llava.language import fold
+from xtuner2llava.outlook import Outlook
+from xtuner2llava.plan import Plan
+from xtuner2llava.report import Report
+
+_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+def size(count: float) -> str:
+    """A number of bytes, in decimal units as the Hub and disks count them."""
+    for factor, unit in _UNITS:
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(count: int) -> str:
+    """A number of parameters, such as 7.24B."""
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= factor:
+            return f"{count / factor:.2f}{unit}"
+    return str(count)
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """Rows in aligned columns under a header."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    rule = ["─" * width for width in widths]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, rule, *rows)
+    )
+    return "\n".join(lines)
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as a table, one line for all layers of a kind."""
+    kinds: dict[tuple[str, str, str, str, str], list[str]] = {}
+    for planned in plan.tensors:
+        shape = str(list(planned.tensor.shape))
+        dtype = planned.tensor.dtype.name
+        key = (shape, dtype, planned.how, planned.component, planned.rule)
+        kinds.setdefault(key, []).append(planned.name)
+    rows = [
+        (folded.text, str(folded.count), *key)
+        for key, names in kinds.items()
+        for folded in fold(names)
+    ]
+    shards = [(s.filename, str(len(s.entries)), size(s.size)) for s in plan.shards.shards]
+    checkpoint = plan.checkpoint
+    text = [
+        f"{checkpoint.contents.layout}: {checkpoint.contents.path}",
+        f"LLM {checkpoint.llm.origin}, vision tower {checkpoint.visual_encoder.origin}, "
+        f"projector {checkpoint.projector.origin}",
+        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, dtype {plan.dtype}",
+        "",
+        table(rows, ("tensor", "count", "shape", "dtype", "how", "from", "rule")),
+        "",
+        table(shards, ("file", "tensors", "bytes")),
+        f"and config.json, generation_config.json, {', '.join(plan.small_files)}, "
+        "README.md, conversion.json",
+        *_dropped(plan),
+        *_notes(plan.notes),
+    ]
+    return "\n".join(text)
+
+
+def render_inspection(inspection: Inspection, name: str) -> str:
+    """What an input is, and what it can become."""
+    rows = [
+        (
+            part,
+            summary.origin,
+            str(summary.tensors),
+            number(summary.parameters),
+            size(summary.nbytes),
+            ", ".join(summary.dtypes),
+            summary.base or "-",
+        )
+        for part, summary in inspection.parts.items()
+    ]
+    when = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
+    text = [
+        f"{name}: {inspection.layout}{when}",
+        "",
+        table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype", "base model")),
+        "",
+    ]
+    for target in inspection.targets:
+        if target.is_possible:
+            text.append(f"{target.format}: yes, as {target.architecture}")
+            text += [f"  - {caveat}" for caveat in target.caveats]
+        else:
+            text.append(f"{target.format}: not with what is here")
+            text += [f"  - {_indented(str(fault))}" for fault in target.faults]
+    text += _notes(inspection.notes)
+    return "\n".join(text)
+
+
+def render_outlook(outlook: Outlook) -> str:
+    """What will come of a training, and what to change before it starts."""
+    text = [f"{outlook.path}: LLM {outlook.llm}, vision tower {outlook.vision}"]
+    if outlook.family is not None:
+        text.append(f"family {outlook.family}")
+    text += [f"Error: {_indented(str(fault))}" for fault in outlook.faults]
+    text.append("")
+    for prospect in outlook.prospects:
+        if prospect.faults:
+            text.append(f"{prospect.format}: will not be possible")
+            text += [f"  - {_indented(str(fault))}" for fault in prospect.faults]
+        else:
+            text.append(f"{prospect.format}: will be possible, as {prospect.architecture}")
+            text += [f"  - {caveat}" for caveat in prospect.caveats]
+    text += _notes(outlook.advice)
+    if outlook.lines:
+        text += ["", "Add to the config:", *(f"  {line}" for line in outlook.lines)]
+    return "\n".join(text)
+
+
+def render_report(report: Report) -> str:
+    """What was done, and what to do next."""
+    total = sum(report.seconds.values())
+    checked = "verified bit for bit" if report.verified else "not verified"
+    shards = len(report.plan.shards.shards)
+    place = report.out if report.pushed is None or report.out else report.pushed.link
+    text = [
+        f"{place}: {report.plan.architecture}, {size(report.nbytes)} in {shards} "
+        f"{'shard' if shards == 1 else 'shards'}, {total:.1f} s, {checked}",
+    ]
+    if report.resumed:
+        text.append(f"Kept from the interrupted run: {', '.join(report.resumed)}")
+    for name, nan, infinite in report.nonfinite:
+        text.append(f"Warning: {name} has {nan} NaN and {infinite} infinite values, as the input.")
+    text += _notes(report.plan.notes)
+    if report.pushed is not None:
+        text += ["", render_pushed(report.pushed)]
+    text += ["", "Next:", *(f"  {_indented(step)}" for step in report.next_steps)]
+    return "\n".join(text)
+
+
+def render_pushed(pushed: Pushed) -> str:
+    """Where a model was published."""
+    text = [
+        f"{pushed.link}: {len(pushed.files)} files, {size(pushed.nbytes)}, commit "
+        f"{pushed.commit[:12]} on {pushed.revision}"
+    ]
+    if pushed.removed:
+        text.append(f"Weights of an earlier model were removed: {', '.join(pushed.removed)}")
+    return "\n".join([*text, *(f"Note: {note}" for note in pushed.notes)])
+
+
+def tree(folder: Path) -> str:
+    """The files of `folder` with their sizes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
+    return f"{folder}/\n" + table(rows, ("file", "bytes"))
+
+
+def _dropped(plan: Plan) -> Iterable[str]:
+    reasons: dict[str, list[str]] = {}
+    for component, dropped in plan.dropped:
+        reasons.setdefault(dropped.because, []).append(f"{component}.{dropped.name}")
+    for reason, names in reasons.items():
+        yield f"left out: {', '.join(folded.text for folded in fold(names))}: {reason}"
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return ["", *(f"Note: {note}" for note in notes)] if notes else []
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")

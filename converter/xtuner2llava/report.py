@@ -1,0 +1,54 @@
+"""What a conversion did, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner2llava.hub.destination import Pushed
+from xtuner2llava.plan import Plan
+from xtuner2llava.sources.json_file import Json
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished conversion.
+
+    `files` are all files of `out` with their sizes in bytes, `sha256` those of the shards,
+    `seconds` the wall time of each stage, `nonfinite` the tensors whose NaN or infinite values the
+    checkpoint already had (name, NaN, infinite), `next_steps` sentences for the user. `out` is None
+    where the shards were published and not kept; `pushed` says where to.
+    """
+
+    out: Path | None
+    plan: Plan
+    files: Mapping[str, int]
+    sha256: Mapping[str, str]
+    seconds: Mapping[str, float]
+    verified: bool
+    resumed: tuple[str, ...]
+    nonfinite: tuple[tuple[str, int, int], ...]
+    next_steps: tuple[str, ...]
+    pushed: Pushed | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON, with what the plan says."""
+        return {
+            "out": None if self.out is None else str(self.out),
+            "files": dict(self.files),
+            "bytes": self.nbytes,
+            "sha256": dict(self.sha256),
+            "seconds": dict(self.seconds),
+            "verified": self.verified,
+            "resumed": list(self.resumed),
+            "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in
+                          self.nonfinite],
+            "next_steps": list(self.next_steps),
+            "pushed": None if self.pushed is None else self.pushed.to_dict(),
+            "plan": self.plan.to_dict(),
+        }  # fmt: skip

@@ -1,0 +1,265 @@
+"""`Checkpoint`: a whole trained model, its parts gathered from the artefact and the base models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from xtuner2llava.errors import ConversionError, Fault, UnsupportedError
+from xtuner2llava.recipe import Recipe
+from xtuner2llava.sources.adapter import (
+    Adapter,
+    LoraSettings,
+    is_adapted,
+    merge,
+    read_adapter,
+)
+from xtuner2llava.sources.base_model import (
+    FLAGS,
+    TITLES,
+    find_base,
+    is_remote,
+    open_base,
+    open_streamed,
+    read_config,
+)
+from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
+from xtuner2llava.sources.model_config import ModelConfig
+from xtuner2llava.sources.weights import Fingerprint, find_weights
+from xtuner2llava.tensors import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChoice:
+    """What the user says of the base models and adapters; None leaves it to the records.
+
+    With `stream`, the base LLM's weights are read from the Hub as they are needed, and not stored.
+    """
+
+    llm: str | None = None
+    vision: str | None = None
+    llm_alpha: float | None = None
+    vision_alpha: float | None = None
+    stream: bool = False
+
+    def model(self, part: str) -> str | None:
+        return self.llm if part == LLM else self.vision
+
+    def alpha(self, part: str) -> float | None:
+        return self.llm_alpha if part == LLM else self.vision_alpha
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the three parts of the trained model.
+
+    `origin` says where its tensors come from; `folder` holds its tokenizer or image processor;
+    `name` is what the XTuner config calls its base model. Without tensors, it is not to be had.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    origin: str
+    trained: bool
+    config: ModelConfig | None = None
+    folder: Path | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The trained model as lazy tensors.
+
+    `faults` are what must be mended before it can be converted, such as a base model that is not
+    there. `base_files` fingerprints what came from base models.
+    """
+
+    contents: Contents
+    recipe: Recipe | None
+    llm: Part
+    visual_encoder: Part
+    projector: Part
+    base_files: tuple[Fingerprint, ...]
+    notes: tuple[str, ...]
+    faults: tuple[Fault, ...]
+
+
+# Opens the artefact that a run started from, if it is here; None if it is not.
+OpenPretrained = Callable[[str], Contents | None]
+
+
+def gather(
+    contents: Contents,
+    recipe: Recipe | None,
+    choice: BaseChoice,
+    open_pretrained: OpenPretrained,
+    *,
+    base_weights: bool = True,
+) -> Checkpoint:
+    """The model that `contents` and the base models make together; headers only are read.
+
+    A part's config and tokenizer come from the folder that the user gave, else from the artefact's
+    own, else from the base model that the XTuner config names. Without `base_weights`, weights of
+    base models are not downloaded.
+    """
+    work = _Gathering(contents, recipe, choice, open_pretrained, base_weights)
+    llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
+    projector = Part(contents.weights[PROJECTOR], "trained", trained=True)
+    return Checkpoint(
+        contents,
+        recipe,
+        llm,
+        tower,
+        projector,
+        tuple(work.base_files),
+        (*contents.notes, *work.notes),
+        tuple(work.faults),
+    )
+
+
+class _Gathering:
+    """The work of `gather`, with what it collects on the way."""
+
+    def __init__(
+        self,
+        contents: Contents,
+        recipe: Recipe | None,
+        choice: BaseChoice,
+        open_pretrained: OpenPretrained,
+        base_weights: bool,
+    ) -> None:
+        self._contents, self._recipe, self._choice = contents, recipe, choice
+        self._base_weights = base_weights
+        self._open_pretrained = open_pretrained
+        self.base_files: list[Fingerprint] = []
+        self.notes: list[str] = []
+        self.faults: list[Fault] = []
+
+    def part(self, part: str) -> Part:
+        """The part, whole, from the artefact where it was trained, else from its base model.
+
+        What is wrong with it is collected in `faults`, so that both parts are looked at.
+        """
+        recorded: str | None = None
+        try:
+            recorded = self._recorded(part)
+            return self._part(part, recorded)
+        except (ConversionError, OSError) as error:
+            self.faults.extend(
+                error.faults
+                if isinstance(error, ConversionError)
+                else [Fault(FLAGS[part], f"cannot be looked at ({error.strerror})")]
+            )
+            trained = part in self._contents.weights or part in self._contents.adapters
+            return Part({}, "not available", trained, name=recorded)
+
+    def _part(self, part: str, recorded: str | None) -> Part:
+        contents = self._contents
+        given = self._choice.model(part)
+        own = contents.folders.get(part)
+        full = contents.weights.get(part)
+        if full is not None and own is not None and given is None:
+            return Part(full, "trained", True, read_config(part, own), own, recorded)
+        streamed = part == LLM and self._choice.stream and is_remote(given, recorded)
+        needs_weights = full is None and self._base_weights and not streamed
+        folder = find_base(part, given, recorded, contents.path, weights=needs_weights)
+        result = Part({}, "trained", True, read_config(part, folder), folder, recorded or given)
+        if full is not None:
+            return replace(result, tensors=full)
+        adapted = is_adapted(contents.adapters.get(part, {}))
+        name = recorded or given or folder.name
+        base, origin = self._base_tensors(part, folder, name, adapted=adapted)
+        if part not in contents.adapters:
+            return replace(result, tensors=base, origin=origin, trained=False)
+        adapter, what = self._adapter(part)
+        merged = merge(base, adapter, f"{contents.path}, {TITLES[part]}")
+        return replace(result, tensors=merged, origin=f"{what} on {origin}")
+
+    def _recorded(self, part: str) -> str | None:
+        if self._recipe is None:
+            return None
+        return self._recipe.llm_path if part == LLM else self._recipe.vision_path
+
+    def _base_tensors(
+        self, part: str, folder: Path, name: str, *, adapted: bool
+    ) -> tuple[Mapping[str, LazyTensor], str]:
+        """What the part was before this run, and where from.
+
+        Not always the base model: the run may have started from an earlier stage's checkpoint
+        (`pretrained_pth`) that had trained the part. XTuner loads that after it has put LoRA
+        layers in, and not strictly: the names of an adapted part then match none of its full
+        weights, which are silently left out (xtuner/model/llava.py, `__init__`).
+        """
+        started = self._recipe.pretrained_pth if self._recipe is not None else None
+        if started is not None:
+            earlier = self._open_pretrained(started)
+            if earlier is not None and part in earlier.weights and adapted:
+                self.notes.append(
+                    f"The run started from '{started}', which holds a trained {TITLES[part]}. "
+                    "XTuner does not load that under LoRA, so the adapter was trained on the base "
+                    "model's weights, and these are used."
+                )
+            elif earlier is not None and part in earlier.weights:
+                self.base_files.extend(earlier.files)
+                return earlier.weights[part], f"pretrained_pth {Path(started).name}"
+            elif earlier is None and not adapted:
+                self.notes.append(
+                    f"The run started from '{started}', which cannot be read here. If that trained "
+                    f"the {TITLES[part]}, give {FLAGS[part]} a folder with its weights: the base "
+                    f"model's are used."
+                )
+        given, recorded = self._choice.model(part), self._recorded(part)
+        if part == LLM and self._choice.stream and is_remote(given, recorded):
+            opened = open_streamed(part, given, recorded, folder)
+        elif self._base_weights or not is_remote(given, recorded) or find_weights(folder):
+            opened = open_base(part, folder)
+        else:
+            raise UnsupportedError(
+                f"the weights of the base {TITLES[part]} are not in the local cache yet",
+                where=name,
+                advice="A conversion downloads them.",
+            )
+        self.base_files.extend(opened.files)
+        return opened.tensors, f"base {Path(name).name if Path(name).is_dir() else name}"
+
+    def _adapter(self, part: str) -> tuple[Adapter, str]:
+        """The part's adapter with its settings, and what to call it."""
+        tensors = self._contents.adapters[part]
+        alpha = self._choice.alpha(part)
+        settings = self._contents.settings.get(part) or self._settings_of_recipe(part, alpha)
+        if alpha is not None:
+            settings = (
+                replace(settings, alpha=alpha, alpha_pattern={})
+                if settings is not None
+                else LoraSettings("the command line", alpha)
+            )
+        adapter = read_adapter(tensors, settings, f"{self._contents.path}, {TITLES[part]}")
+        if not adapter.factors:
+            return adapter, "saved biases"
+        if part == LLM and self._recipe is not None and self._recipe.quantization is not None:
+            self.notes.append(
+                "The LLM was trained as QLoRA, on 4-bit weights; the adapter is merged onto the "
+                "unquantised base, as XTuner and PEFT do. Outputs are near those seen in training, "
+                "not the same."
+            )
+        ranks = ", ".join(str(rank) for rank in adapter.ranks)
+        known = settings.alpha if settings is not None else None
+        return adapter, f"LoRA (rank {ranks}, alpha {'unknown' if known is None else f'{known:g}'})"
+
+    def _settings_of_recipe(self, part: str, alpha: float | None) -> LoraSettings | None:
+        """What the XTuner config says; its alpha is not asked for where the user gave one."""
+        if self._recipe is None:
+            return None
+        lora = self._recipe.llm_lora if part == LLM else self._recipe.visual_encoder_lora
+        if lora is None:
+            return None
+        values: dict[str, object] = {
+            **lora.other,
+            "lora_alpha": lora.lora_alpha if alpha is None else alpha,
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+            "fan_in_fan_out": lora.fan_in_fan_out,
+            "bias": lora.bias,
+            "alpha_pattern": dict(lora.alpha_pattern),
+        }
+        return LoraSettings.from_mapping(values, self._recipe.where)

@@ -1,0 +1,112 @@
+"""`config.json` files, in the vocabulary of transformers 4.37 whoever wrote them.
+
+LLaVA is pinned to transformers 4.37.2, so that is the vocabulary of everything inside: `rope_theta`
+and `rope_scaling` (transformers 5 writes `rope_parameters`), `torch_dtype` (5: `dtype`),
+`rope_scaling.type` (since 4.45: `rope_type`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner2llava.errors import CorruptFileError
+from xtuner2llava.sources.json_file import Json, integer, read_json, text
+
+# What transformers assumes of a CLIP vision tower whose config leaves it out
+# (transformers 4.37.2 `models/clip/configuration_clip.py`, `CLIPVisionConfig`).
+_CLIP_VISION_DEFAULTS: dict[str, Json] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+# Every integer up to it is a float too; no factor is larger.
+_LARGEST_INTEGER = 2**53
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A model's config, its values in 4.37 vocabulary, and the file it came from."""
+
+    path: Path
+    values: dict[str, Json]
+
+    @property
+    def model_type(self) -> str | None:
+        return text(self.values, "model_type")
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        found = self.values.get("architectures")
+        return tuple(a for a in found if isinstance(a, str)) if isinstance(found, list) else ()
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The config of the model in `folder`. Raises `CorruptFileError` if it has none."""
+    path = folder / "config.json"
+    return ModelConfig(path, in_437_vocabulary(read_json(path)))
+
+
+def in_437_vocabulary(values: dict[str, Json]) -> dict[str, Json]:
+    """The same config as transformers 4.37 would spell it; keys that it does not know stay."""
+    result = dict(values)
+    if "dtype" in result:
+        dtype = result.pop("dtype")
+        result.setdefault("torch_dtype", dtype)
+    if isinstance(result.get("torch_dtype"), str):
+        result["torch_dtype"] = str(result["torch_dtype"]).removeprefix("torch.")
+    if "rope_parameters" in result:
+        rope = result.pop("rope_parameters")
+        if isinstance(rope, dict):
+            rope = dict(rope)
+            for key in ("rope_theta", "partial_rotary_factor"):
+                if key in rope:
+                    result[key] = rope.pop(key)
+            result["rope_scaling"] = _rope_scaling(rope)
+    elif isinstance(result.get("rope_scaling"), dict):
+        result["rope_scaling"] = _rope_scaling(result["rope_scaling"])
+    return result
+
+
+def _rope_scaling(scaling: Json) -> Json:
+    """`rope_scaling` with `type`; None where it says that nothing is scaled."""
+    if not isinstance(scaling, dict):
+        return scaling
+    result = dict(scaling)
+    kind = result.pop("rope_type", None)
+    kind = result.pop("type", kind) or kind
+    if kind in (None, "default"):
+        return None if len(result) == 0 or kind == "default" else scaling
+    factor = result.pop("factor", None)
+    head: dict[str, Json] = {"type": kind}
+    if factor is not None:
+        if isinstance(factor, int) and abs(factor) <= _LARGEST_INTEGER:
+            factor = float(factor)
+        head["factor"] = factor
+    return {**head, **result}
+
+
+def vision_tower_config(config: ModelConfig) -> ModelConfig:
+    """The vision tower's own config, complete: of a whole CLIP model, its `vision_config`.
+
+    Raises `CorruptFileError` where a size is no positive integer.
+    """
+    values = config.values
+    nested = values.get("vision_config")
+    if isinstance(nested, dict):
+        values = {**nested, "model_type": nested.get("model_type", "clip_vision_model")}
+    complete = {**_CLIP_VISION_DEFAULTS, **values}
+    for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
+        if (integer(complete, key) or 0) < 1:
+            raise CorruptFileError(
+                f"'{key}' is {complete[key]!r}, expected a positive integer",
+                where=str(config.path),
+            )
+    return ModelConfig(config.path, complete)

@@ -1,0 +1,61 @@
+"""Small files of strangers' folders: plain files, of bounded size, that lie where they seem to.
+
+A folder that was unpacked or cloned may hold links to any file of this machine, and what is read
+from such a file may end in a published model; and it may hold pipes, whose reading never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from xtuner2llava.errors import CorruptFileError
+
+_LONGEST_NAME = 255  # bytes, on every file system of Linux
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """The bytes of the file `path`, which are at most `most`.
+
+    Raises `CorruptFileError` if it has more, is no plain file, or is a link out of its folder.
+    """
+    inside(path.parent, path.name)
+    try:
+        # Opening a pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CorruptFileError("cannot be read (it is no plain file)", where=str(path))
+            data = file.read(most + 1)
+    except OSError as error:
+        raise CorruptFileError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    if len(data) > most:
+        raise CorruptFileError(f"has more than {most:,} bytes", where=str(path))
+    return data
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`; refuses names and links that lead out of it.
+
+    Links into the `blobs` of a Hugging Face cache are how that cache stores files.
+    """
+    path = folder / name
+    length = len(name.encode("utf-8", "surrogatepass"))
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name or length > _LONGEST_NAME:
+        shown = repr(name[:_LONGEST_NAME])
+        raise CorruptFileError(f"names {shown}, which is no plain file name", where=str(folder))
+    try:
+        target, home = path.resolve(), folder.resolve()
+    # RuntimeError: before Python 3.13, a link to itself. ValueError: a name that is no Unicode.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CorruptFileError("is a link to nowhere", where=str(path)) from error
+    # A repository's folders lie below snapshots/{revision}, its files all in blobs.
+    blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    if target.parent != home and not any(folder in target.parents for folder in blobs):
+        raise CorruptFileError(
+            "is a link that leads out of its folder",
+            where=str(path),
+            advice="Give the folder that really holds the files, or copy the file here.",
+        )
+    return path

@@ -1,0 +1,40 @@
+"""Lazy tensors: what they are, and the few operations on them. They know nobody else."""
+
+from xtuner2llava.tensors.computed import Columns, Fill, Normalize, Transpose, cast
+from xtuner2llava.tensors.dtype import BFLOAT16, BY_CODE, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.lazy import LazyTensor, Shape, row_blocks
+from xtuner2llava.tensors.lora import Merge, Reshaped
+from xtuner2llava.tensors.mean import Mean
+from xtuner2llava.tensors.rows import Piece, Rows, concat, deinterleave, split
+from xtuner2llava.tensors.stored import Stored, view_of_storage
+
+__all__ = [
+    "BFLOAT16",
+    "BY_CODE",
+    "BY_NAME",
+    "FLOAT16",
+    "FLOAT32",
+    "FLOAT64",
+    "Columns",
+    "DType",
+    "FileRange",
+    "Fill",
+    "LazyTensor",
+    "Mean",
+    "Merge",
+    "Normalize",
+    "Piece",
+    "Reshaped",
+    "Rows",
+    "Shape",
+    "SourceFile",
+    "Stored",
+    "Transpose",
+    "cast",
+    "concat",
+    "deinterleave",
+    "row_blocks",
+    "split",
+    "view_of_storage",
+]

@@ -1,0 +1,158 @@
+"""Tensors that must be computed, block of rows by block of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from xtuner2llava.tensors.dtype import FLOAT64, DType
+from xtuner2llava.tensors.lazy import LazyTensor, Shape, row_blocks
+from xtuner2llava.tensors.rounding import round_to
+
+if TYPE_CHECKING:
+    import torch
+
+_TILE_BYTES = 8 << 20
+
+
+class Cast(LazyTensor):
+    """`source` in another dtype, rounded to nearest, ties to even.
+
+    Casts are the last step of a plan, so that a value is rounded once.
+    """
+
+    def __init__(self, source: LazyTensor, dtype: DType) -> None:
+        self._source = source
+        self.dtype, self.shape = dtype, source.shape
+
+    @property
+    def row_cost(self) -> int:
+        return self.row_bytes + self._source.row_cost
+
+    @property
+    def stored_dtype(self) -> DType:
+        return self._source.stored_dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return round_to(self._source.read(start, stop), self.dtype.torch)
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        return self._source.leaves()
+
+    def flat(self) -> LazyTensor:
+        return Cast(self._source.flat(), self.dtype)
+
+    def overflow(self, start: int, stop: int) -> tuple[int, float] | None:
+        before = self._source.read(start, stop).flatten()
+        lost = before.isfinite() & round_to(before, self.dtype.torch).isinf()
+        if not bool(lost.any()):
+            return None
+        index = int(lost.nonzero()[0, 0])
+        return index, float(before[index])
+
+
+def cast(source: LazyTensor, dtype: DType) -> LazyTensor:
+    """`source` itself where it already has that dtype; else a `Cast`."""
+    return source if source.dtype == dtype else Cast(source, dtype)
+
+
+class Fill(LazyTensor):
+    """A tensor that no file holds: every element is `value`."""
+
+    def __init__(self, dtype: DType, shape: Shape, value: float) -> None:
+        self.dtype, self.shape, self._value = dtype, shape, value
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        return torch.full((stop - start, *self.row_shape), self._value, dtype=self.dtype.torch)
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        return iter(())
+
+    def flat(self) -> LazyTensor:
+        return Fill(self.dtype, (math.prod(self.shape),), self._value)
+
+
+class Columns(LazyTensor):
+    """Columns `[first, last)` of the second dimension of `source`."""
+
+    def __init__(self, source: LazyTensor, first: int, last: int) -> None:
+        if len(source.shape) < 2 or not 0 <= first <= last <= source.shape[1]:
+            raise ValueError(f"columns {first} to {last} of shape {source.shape}")
+        self._source, self._first, self._last = source, first, last
+        self.dtype = source.dtype
+        self.shape = (source.shape[0], last - first, *source.shape[2:])
+
+    @property
+    def row_cost(self) -> int:
+        return self.row_bytes + self._source.row_cost
+
+    @property
+    def stored_dtype(self) -> DType:
+        return self._source.stored_dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._source.read(start, stop)[:, self._first : self._last].contiguous()
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        return self._source.leaves()
+
+
+class Transpose(LazyTensor):
+    """A matrix with its dimensions exchanged.
+
+    A block of its rows is a block of columns of `source`, so each block passes over all of it.
+    """
+
+    def __init__(self, source: LazyTensor) -> None:
+        if len(source.shape) != 2:
+            raise ValueError(f"a matrix is needed, shape {source.shape} is none")
+        self._source = source
+        self.dtype, self.shape = source.dtype, (source.shape[1], source.shape[0])
+
+    @property
+    def stored_dtype(self) -> DType:
+        return self._source.stored_dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        result = torch.empty((stop - start, self.shape[1]), dtype=self.dtype.torch)
+        for low, high in row_blocks(self._source, _TILE_BYTES):
+            result[:, low:high] = self._source.read(low, high)[:, start:stop].T
+        return result
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        return self._source.leaves()
+
+
+class Normalize(LazyTensor):
+    """The rows of a matrix, each divided by its L2 norm, in float64 until it is rounded.
+
+    What Baichuan2's head does at run time (baichuan-inc/Baichuan2 `modeling_baichuan.py`,
+    `NormHead`: `torch.nn.functional.normalize`, whose norms are at least 1e-12).
+    """
+
+    def __init__(self, source: LazyTensor) -> None:
+        if len(source.shape) != 2:
+            raise ValueError(f"a matrix is needed, shape {source.shape} is none")
+        self._source = source
+        self.dtype, self.shape = FLOAT64, source.shape
+
+    @property
+    def row_cost(self) -> int:
+        return 2 * self.row_bytes + self._source.row_cost
+
+    @property
+    def stored_dtype(self) -> DType:
+        return self._source.stored_dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        return torch.nn.functional.normalize(self._source.read(start, stop).double())
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        return self._source.leaves()

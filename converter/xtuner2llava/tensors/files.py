@@ -1,0 +1,133 @@
+"""Byte ranges of source files, read without memory mapping.
+
+A mapped file that another process truncates kills the reader with SIGBUS; `pread` turns the same
+accident into an error message.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner2llava.errors import CorruptFileError
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when its header was read; size in bytes, mtime in nanoseconds."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> SourceFile:
+        """The state of `path` now. Raises `CorruptFileError` if it cannot be looked at."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise CorruptFileError(f"cannot be read ({error.strerror})", where=str(path)) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptFileError("cannot be read (it is no plain file)", where=str(path))
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """A read-only file descriptor; raises `CorruptFileError` if the file has changed since."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CorruptFileError(
+                f"cannot be opened ({error.strerror})", where=str(self.path)
+            ) from error
+        try:
+            self.check(descriptor)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def check(self, descriptor: int) -> None:
+        """Raises `CorruptFileError` unless the open file is the one whose header was read."""
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise CorruptFileError(
+                "the file changed while it was read: "
+                f"it had {self.size:,} bytes, now {status.st_size:,}",
+                where=str(self.path),
+                advice="Wait until nothing writes to it, then run again.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """`length` bytes of `file` from `offset` on."""
+
+    file: SourceFile
+    offset: int
+    length: int
+
+
+def cut(ranges: Sequence[FileRange], start: int, length: int) -> tuple[FileRange, ...]:
+    """Bytes `[start, start + length)` of the concatenation of `ranges`, as ranges."""
+    pieces = []
+    for piece in ranges:
+        if length <= 0:
+            break
+        if start >= piece.length:
+            start -= piece.length
+            continue
+        take = min(piece.length - start, length)
+        pieces.append(FileRange(piece.file, piece.offset + start, take))
+        start, length = 0, length - take
+    return tuple(pieces)
+
+
+def join(ranges: Sequence[FileRange]) -> tuple[FileRange, ...]:
+    """The same bytes with neighbours in one file made one range and empty ranges left out."""
+    joined: list[FileRange] = []
+    for piece in ranges:
+        if not piece.length:
+            continue
+        last = joined[-1] if joined else None
+        if last and last.file == piece.file and last.offset + last.length == piece.offset:
+            joined[-1] = FileRange(last.file, last.offset, last.length + piece.length)
+        else:
+            joined.append(piece)
+    return tuple(joined)
+
+
+def read_ranges(ranges: Sequence[FileRange]) -> bytearray:
+    """The bytes of `ranges`, one after the other, in a new buffer of exactly that size."""
+    buffer = bytearray(sum(piece.length for piece in ranges))
+    view = memoryview(buffer)
+    filled = 0
+    for piece in ranges:
+        with piece.file.open() as descriptor:
+            read_into(descriptor, piece, view[filled : filled + piece.length])
+        filled += piece.length
+    return buffer
+
+
+def read_into(descriptor: int, piece: FileRange, view: memoryview) -> None:
+    """Fills `view` with the bytes of `piece`, whose file is open as `descriptor`."""
+    done = 0
+    while done < piece.length:
+        try:
+            count = os.preadv(descriptor, [view[done:]], piece.offset + done)
+        except OSError as error:
+            raise CorruptFileError(
+                f"reading failed at byte {piece.offset + done:,} ({error.strerror})",
+                where=str(piece.file.path),
+            ) from error
+        if not count:
+            raise CorruptFileError(
+                f"ends at byte {piece.offset + done:,}, "
+                f"expected data up to byte {piece.offset + piece.length:,}",
+                where=str(piece.file.path),
+                advice="The file is truncated; copy or download it again.",
+            )
+        done += count

@@ -1,0 +1,96 @@
+"""`LazyTensor`: a tensor that is file ranges until somebody must compute.
+
+A lazy tensor has two ways out. `ranges()` gives the byte ranges whose concatenation is the tensor,
+so that a writer can copy inside the kernel; `read(start, stop)` gives a block of rows, so that
+whatever must be computed is computed within a bounded buffer. Rows are the first dimension; a
+scalar has one row.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from xtuner2llava.tensors.dtype import DType
+from xtuner2llava.tensors.files import FileRange
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+
+class LazyTensor(ABC):
+    """A tensor known by dtype and shape; subclasses say where its values come from."""
+
+    dtype: DType
+    shape: Shape
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_shape(self) -> Shape:
+        return self.shape[1:]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    @property
+    def row_cost(self) -> int:
+        """Bytes of memory that `read` needs for each row, the result included."""
+        return self.row_bytes
+
+    @property
+    def stored_dtype(self) -> DType:
+        """What "as stored" means for it: computed tensors are float64 until they are rounded."""
+        return self.dtype
+
+    def ranges(self) -> tuple[FileRange, ...] | None:
+        """The tensor's bytes, row-major and little-endian, as file ranges; None if computed."""
+        return None
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `[start, stop)`, of shape `(stop - start, *row_shape)`, in memory of their own.
+
+        Raises `CorruptFileError` where a file ends early or has changed.
+        """
+
+    @abstractmethod
+    def leaves(self) -> Iterator[LazyTensor]:
+        """The stored tensors that it is made of."""
+
+    def flat(self) -> LazyTensor:
+        """The same bytes, as one dimension where rows can be cut anywhere; else itself.
+
+        It lets a block be bounded even if one row is larger than the memory allowed.
+        """
+        return self
+
+    def overflow(self, start: int, stop: int) -> tuple[int, float] | None:
+        """Of rows `[start, stop)`, the first element that was finite and is now infinite.
+
+        Returned as (flat index from the first row on, the finite value). Only a cast can do that.
+        """
+        return None
+
+
+def row_blocks(tensor: LazyTensor, memory: int) -> Iterator[tuple[int, int]]:
+    """Cuts the rows of `tensor` into blocks that each cost at most `memory` bytes to read.
+
+    A single row that costs more is still a block of its own.
+    """
+    if not tensor.nbytes:
+        return
+    step = max(1, memory // max(1, tensor.row_cost))
+    for start in range(0, tensor.rows, step):
+        yield start, min(start + step, tensor.rows)

@@ -1,0 +1,29 @@
+"""Text for terminals: names in a stranger's file may hold commands to them."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def printable(text: str) -> str:
+    """`text` with all that is neither visible nor a line break or tab written as an escape.
+
+    So no tensor name can move the cursor, hide what follows, or reverse the reading direction.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char in "\n\t" or char.isprintable() else _escaped(char) for char in text
+    )
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def accept_any_text() -> None:
+    """Makes stdout and stderr write what their encoding lacks as escapes, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

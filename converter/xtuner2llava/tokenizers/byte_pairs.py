@@ -1,0 +1,54 @@
+"""Merges of byte-pair encoding, found from a vocabulary that has only ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from xtuner2llava.errors import CorruptFileError
+
+# Pairs looked at, in all, four million a second: Qwen's 151,643 tokens need 4.4 million.
+_MAX_STEPS = 40_000_000
+_MAX_SYMBOLS = 1024
+
+
+def merges(
+    ranks: Mapping[str, int], tokens: Sequence[str], where: str
+) -> list[tuple[str, tuple[str, str] | None]]:
+    """Each of `tokens` with the two parts that it is merged of, or None where it never is.
+
+    `ranks` are of all tokens of more than one symbol; the lowest is merged first, the leftmost of
+    equal ones first. Whatever text a token is part of, all merges of lower rank inside it are done
+    before it is made: so its parts are what the merges below its own rank leave of it, and one
+    pair a token is all that is needed.
+
+    Raises `CorruptFileError` for a vocabulary that would take longer than some ten seconds;
+    `where` names its file.
+    """
+    found: list[tuple[str, tuple[str, str] | None]] = []
+    steps = 0
+    for token in tokens:
+        rank = ranks[token]
+        parts = list(token[: _MAX_SYMBOLS + 1])
+        if len(parts) > _MAX_SYMBOLS:
+            steps = _MAX_STEPS + 1
+        while 2 < len(parts) <= _MAX_SYMBOLS:
+            steps += len(parts)
+            best, place = rank, -1
+            left = parts[0]
+            for index in range(1, len(parts)):
+                right = parts[index]
+                candidate = ranks.get(left + right)
+                if candidate is not None and candidate < best:
+                    best, place = candidate, index
+                left = right
+            if place < 0:
+                break
+            parts[place - 1 : place + 1] = [parts[place - 1] + parts[place]]
+        if steps > _MAX_STEPS:
+            raise CorruptFileError(
+                "its tokens are so long that finding their merges would take too long",
+                where=where,
+                advice="Is this the tokenizer of a language model?",
+            )
+        found.append((token, (parts[0], parts[1]) if len(parts) == 2 else None))
+    return found

@@ -1,0 +1,131 @@
+"""Changes to a tokenizer, made in all of its files alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from xtuner2llava.errors import CorruptFileError
+from xtuner2llava.sources.json_file import Json
+from xtuner2llava.tokenizers.added_token import AddedToken
+from xtuner2llava.tokenizers.tokenizer import (
+    ADDED,
+    CONFIG,
+    FAST,
+    SPECIAL_MAP,
+    MadeFile,
+    Tokenizer,
+    decoder_tokens,
+    fast_tokens,
+    integers,
+    json_file,
+)
+
+# Named special tokens (transformers `tokenization_utils_base.py`, SPECIAL_TOKENS_ATTRIBUTES).
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+def with_config(tokenizer: Tokenizer, changes: Mapping[str, Json]) -> Tokenizer:
+    """The same tokenizer with other values in tokenizer_config.json."""
+    config = {**tokenizer.config, **changes}
+    return _with_files(
+        replace(tokenizer, config=config), {CONFIG: lambda: json_file(config, indent=2)}
+    )
+
+
+def without_keys(tokenizer: Tokenizer, keys: Sequence[str]) -> Tokenizer:
+    """The same tokenizer without some keys of tokenizer_config.json."""
+    config = {key: value for key, value in tokenizer.config.items() if key not in keys}
+    return with_config(replace(tokenizer, config=config), {})
+
+
+def with_special_token(tokenizer: Tokenizer, key: str, text: str | None) -> Tokenizer:
+    """The same tokenizer with the token `text` as `key`, such as `bos_token`; None takes it off.
+
+    The token must be one of the tokenizer's.
+    """
+    changed = with_config(tokenizer, {key: text})
+    if SPECIAL_MAP not in tokenizer.files:
+        return changed
+    special = {name: value for name, value in tokenizer.special_map.items() if name != key}
+    if text is not None:
+        special[key] = text
+    return _with_files(
+        replace(changed, special_map=special), {SPECIAL_MAP: lambda: json_file(special, indent=2)}
+    )
+
+
+def with_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+    """The same tokenizer with `texts` as special tokens, each found whole in any text.
+
+    A text that is a token already keeps its id; others get the ids that follow the highest one,
+    which is how huggingface/tokenizers numbers them if there are no gaps (`added_vocabulary.rs`).
+    Raises `CorruptFileError` where there are some.
+    """
+    known = added_tokens(tokenizer)
+    new: list[AddedToken] = []
+    following = tokenizer.highest_id + 1
+    for text in texts:
+        if any(token.text == text for token in known):
+            continue
+        index = tokenizer.ids.get(text)
+        if index is None:
+            index, following = following, following + 1
+        new.append(AddedToken(text, index))
+    if following != tokenizer.length + sum(token.text not in tokenizer.ids for token in new):
+        raise CorruptFileError(
+            f"has {tokenizer.length:,} tokens with ids up to {tokenizer.highest_id:,}: with such "
+            "gaps no token can be added, whose id would depend on the library",
+            where=str(tokenizer.folder),
+        )
+    if not new:
+        return tokenizer
+    # Where tokenizer_config.json lists added tokens, transformers reads no other file for them:
+    # so all of them are listed, and the named ones are said there too.
+    everything = sorted([*known, *new], key=lambda token: token.id)
+    decoder: dict[str, Json] = {str(token.id): token.in_config for token in everything}
+    named = {key: tokenizer.special(key) for key in _NAMED if key not in tokenizer.config}
+    changed = with_config(
+        replace(tokenizer, ids={**tokenizer.ids, **{t.text: t.id for t in new}}),
+        {**{k: v for k, v in named.items() if v is not None}, "added_tokens_decoder": decoder},
+    )
+    files: dict[str, MadeFile] = {}
+    if ADDED in tokenizer.files:
+        before = tokenizer.read(ADDED) or {}
+        files[ADDED] = lambda: json_file({**before, **{t.text: t.id for t in new}}, indent=2)
+    if FAST in tokenizer.files:
+        files[FAST] = lambda: _fast_file(tokenizer, new)
+    return _with_files(changed, files)
+
+
+def _with_files(tokenizer: Tokenizer, made: Mapping[str, MadeFile]) -> Tokenizer:
+    copied = tuple(name for name in tokenizer.copied if name not in made)
+    return replace(tokenizer, copied=copied, made={**tokenizer.made, **made})
+
+
+def _fast_file(tokenizer: Tokenizer, new: Sequence[AddedToken]) -> bytes:
+    content = tokenizer.read(FAST) or {}
+    added = content.get("added_tokens")
+    before = added if isinstance(added, list) else []
+    return json_file({**content, "added_tokens": [*before, *(t.in_tokenizer_json for t in new)]})
+
+
+def added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
+    """The tokens that are already found whole, from whichever file says so."""
+    found = {token.id: token for token in decoder_tokens(tokenizer.config)}
+    if not found and FAST in tokenizer.files:
+        for token in fast_tokens(tokenizer.read(FAST) or {}):
+            found.setdefault(token.id, token)
+    special = [text for key in _NAMED if (text := tokenizer.special(key)) is not None]
+    for values in (tokenizer.config, tokenizer.special_map):
+        additional = values.get("additional_special_tokens")
+        for entry in additional if isinstance(additional, list) else []:
+            named = AddedToken.of(0, entry)
+            special += [] if named is None else [named.text]
+    if ADDED in tokenizer.files:
+        for name, index in integers(tokenizer.read(ADDED) or {}).items():
+            found.setdefault(index, AddedToken(name, index, special=name in special))
+    for name in special:
+        if name in tokenizer.ids:
+            found.setdefault(tokenizer.ids[name], AddedToken(name, tokenizer.ids[name]))
+    return list(found.values())

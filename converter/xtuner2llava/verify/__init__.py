@@ -1,0 +1,10 @@
+"""Proof that a converted folder is right: by itself, against its checkpoint, and at work.
+
+It shares little with the conversion that it judges: see `recomputed/__init__.py` for what. It knows
+what the output looks like (`layout.py`), and nothing of how it is written.
+"""
+
+from xtuner2llava.verify.outcome import Check, Verification
+from xtuner2llava.verify.verification import verify
+
+__all__ = ["Check", "Verification", "verify"]

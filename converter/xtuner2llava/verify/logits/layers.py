@@ -1,0 +1,163 @@
+"""A transformers model run layer by layer: one layer in memory, whatever the model's size.
+
+A model of the real class with a single layer and a tiny vocabulary is made once. Before each layer
+runs, its tensors take the place of that layer's parameters; what went into the layer is replaced by
+what came out of the one before. So everything around the layers (masks, positions, rotary tables)
+is the class's own, whatever its version.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from xtuner2llava.errors import CheckpointError
+from xtuner2llava.verify.plain_model import installed_names
+
+if TYPE_CHECKING:
+    import torch
+
+_TINY_VOCABULARY = 8
+# Buffers that older checkpoints carry, and that modules now make themselves.
+_BUFFERS = ("inv_freq", "position_ids")
+
+
+def one_layer_config(config: Any) -> Any:
+    """`config` for one layer and a vocabulary of eight."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(small, key, None) is not None:
+            setattr(small, key, None)
+    if getattr(small, "vocab_size", None) is not None:
+        small.vocab_size = _TINY_VOCABULARY
+    return small
+
+
+class Layers:
+    """A one-layer `model`, whose layer stands in for any of that kind.
+
+    `normed` is what went into the head in the last run, if the model has a head: what the class
+    makes of the layer's output.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prefix, layers = _layer_list(model)
+        self._layer = layers[0]
+        self._given: torch.Tensor | None = None
+        self._seen: torch.Tensor | None = None
+        self.normed: torch.Tensor | None = None
+        self._layer.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._layer.register_forward_hook(self._after)
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(self._before_head)
+        _free(self._layer)
+
+    def load_outer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts float32 tensors outside of the layer in place: norms, the tower's embeddings.
+
+        Raises `CheckpointError` unless they are all that the model has, but for the embedding and
+        the head of a language model.
+        """
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        rows = {
+            f"{name}.{inner}"
+            for name, module in self.model.named_modules()
+            if head is not None and module in (embedding, head)
+            for inner in module.state_dict()
+        }
+        wanted = {
+            name
+            for name in self.model.state_dict()
+            if not name.startswith(f"{self.prefix}.") and not name.endswith(_BUFFERS)
+        }
+        given = {name: t for name, t in tensors.items() if not name.endswith(_BUFFERS)}
+        named = installed_names(given, wanted)
+        self._agree(named, wanted - rows)
+        self.model.load_state_dict(named, strict=False, assign=True)
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts a layer's float32 `tensors`, by their names within the layer, in its place.
+
+        Raises `CheckpointError` unless they are exactly those of the layer.
+        """
+        wanted = [f"{self.prefix}.0.{name}" for name in self._layer.state_dict()]
+        given = {f"{self.prefix}.0.{n}": t for n, t in tensors.items() if not n.endswith(_BUFFERS)}
+        named = installed_names(given, wanted)
+        self._agree(named, set(wanted))
+        cut = len(f"{self.prefix}.0.")
+        inner = {name[cut:]: tensor for name, tensor in named.items()}
+        self._layer.load_state_dict(inner, strict=True, assign=True)
+
+    def free(self) -> None:
+        """Gives the memory of the layer back."""
+        _free(self._layer)
+
+    def run(self, hidden: torch.Tensor | None, **inputs: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of `hidden`; of what the model itself makes of `inputs` if None."""
+        import torch
+
+        self._given, self._seen = hidden, None
+        with torch.no_grad():
+            self.model(**inputs)
+        assert self._seen is not None  # noqa: S101 - the hook ran
+        return self._seen
+
+    def _agree(self, named: Mapping[str, object], wanted: set[str]) -> None:
+        strange = sorted(set(named) ^ wanted)
+        if strange:
+            raise CheckpointError(
+                f"{type(self.model).__name__} and the tensors to run it with differ in "
+                f"{', '.join(strange[:3])}"
+            )
+
+    def _before(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if self._given is None:
+            return None
+        if arguments:
+            return (self._given, *arguments[1:]), named
+        return arguments, {**named, "hidden_states": self._given}
+
+    def _after(self, module: Any, arguments: Any, output: Any) -> None:
+        self._seen = output[0] if isinstance(output, tuple) else output
+
+    def _before_head(self, module: Any, arguments: tuple[Any, ...]) -> None:
+        self.normed = arguments[0][0]
+
+
+def layer_tensors(names: Iterable[str], prefix: str) -> dict[int, dict[str, str]]:
+    """Names of tensors by layer: for each its name within the layer, and its whole name."""
+    layers: dict[int, dict[str, str]] = {}
+    for name in names:
+        if not name.startswith(f"{prefix}."):
+            continue
+        number, _, rest = name[len(prefix) + 1 :].partition(".")
+        if number.isdecimal() and rest:
+            layers.setdefault(int(number), {})[rest] = name
+    return layers
+
+
+def _layer_list(model: Any) -> tuple[str, Any]:
+    """The model's list of layers, and its name: the outermost that has one module."""
+    from torch import nn
+
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == 1
+    ]
+    if not found:
+        raise CheckpointError(f"{type(model).__name__} has no list of layers")
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def _free(module: Any) -> None:
+    import torch
+
+    for inner in module.modules():
+        for name, parameter in inner.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="meta")
+            setattr(inner, name, torch.nn.Parameter(empty, requires_grad=False))

@@ -1,0 +1,178 @@
+"""The parts of a LLaVA, run on one image and one prompt, each with little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xtuner2llava.errors import ConversionError, UnsupportedError
+from xtuner2llava.sources.json_file import Json
+from xtuner2llava.verify.logits.layers import Layers, layer_tensors, one_layer_config
+from xtuner2llava.verify.plain_model import new_tower
+from xtuner2llava.verify.recomputed.weight import Weight
+
+if TYPE_CHECKING:
+    import torch
+
+# How the values of a tensor are taken: as they are, or rounded to a dtype first.
+Rounding = Callable[[Weight], "torch.dtype | None"]
+
+_TOWER_LAYERS = "vision_model.encoder.layers"
+
+
+class LanguageModel:
+    """A causal language model of the class of `config`, whose weights are given layer by layer."""
+
+    def __init__(self, config: Any, weights: Mapping[str, Weight], *, trust: bool = False) -> None:
+        """Makes the class with one layer. Raises `ConversionError` where that cannot be run."""
+        self._config, self._trust = config, trust
+        self.weights = weights
+        kinds = getattr(config, "layer_types", None)
+        self._kinds: Sequence[str] = kinds if isinstance(kinds, list | tuple) else ()
+        self._layers: dict[str, Layers] = {}
+        first = self._for(0)
+        model = first.model
+        names = {module: name for name, module in model.named_modules()}
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if type(head).__name__ != "Linear" or head not in names or embedding not in names:
+            raise UnsupportedError(f"the head of {type(model).__name__} is no plain linear layer")
+        self.title = type(model).__name__
+        self.embedding = f"{names[embedding]}.weight"
+        self.head = f"{names[head]}.weight"
+        if self.head not in weights:
+            self.head = self.embedding
+        self._by_layer = layer_tensors(weights, first.prefix)
+        self.count = len(self._by_layer)
+        if sorted(self._by_layer) != list(range(self.count)):
+            raise UnsupportedError(f"there are layers {sorted(self._by_layer)[:5]} …")
+        known = {self.embedding, self.head, f"{names[embedding]}.weight", f"{names[head]}.weight"}
+        self._outer = [
+            name
+            for name in weights
+            if name not in known and not name.startswith(f"{first.prefix}.")
+        ]
+
+    def _for(self, number: int) -> Layers:
+        """The one-layer model for layers of the kind of layer `number`."""
+        import torch
+        import transformers
+
+        classes: Any = transformers
+        kind = self._kinds[number] if number < len(self._kinds) else ""
+        if kind not in self._layers:
+            small = one_layer_config(self._config)
+            if kind:
+                small.layer_types = [kind]
+            options = {"trust_remote_code": True} if self._trust else {}
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    model = classes.AutoModelForCausalLM.from_config(
+                        small, attn_implementation="eager", **options
+                    )
+            except ConversionError:
+                raise
+            except Exception as error:
+                what = f"transformers makes no model of its config: {type(error).__name__}: {error}"
+                raise UnsupportedError(what) from error
+            self._layers[kind] = Layers(model.float().eval())
+        return self._layers[kind]
+
+    def embed(self, ids: Sequence[int], rounding: Rounding) -> torch.Tensor:
+        """(1, ids, hidden size) in float32; only the rows of `ids` are read."""
+        import torch
+
+        weight = self.weights[self.embedding]
+        dtype = rounding(weight)
+        rows = [weight.read(n, n + 1).value for n in ids]
+        return torch.cat([r if dtype is None else r.to(dtype) for r in rows]).float()[None]
+
+    def layer(self, number: int, rounding: Rounding) -> dict[str, torch.Tensor]:
+        """The tensors of a layer in float32, by their names within it."""
+        inner = self._by_layer[number]
+        return {
+            name: self.weights[whole].float32(rounding(self.weights[whole]))
+            for name, whole in inner.items()
+        }
+
+    def run(
+        self, number: int, tensors: Mapping[str, torch.Tensor], streams: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What layer `number` with these `tensors` makes of each of `streams`.
+
+        Layer 0 takes what the model itself makes of embeddings.
+        """
+        layers = self._for(number)
+        layers.load(tensors)
+        try:
+            return [layers.run(None if number == 0 else hidden, inputs_embeds=hidden)
+                    for hidden in streams]  # fmt: skip
+        finally:
+            layers.free()
+
+    def run_last(
+        self, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor, rounding: Rounding
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last layer makes of `hidden`, and what of that goes into the head.
+
+        The latter is (positions, hidden size).
+        """
+        layers = self._for(self.count - 1)
+        layers.load_outer({n: self.weights[n].float32(rounding(self.weights[n]))
+                           for n in self._outer})  # fmt: skip
+        (last,) = self.run(self.count - 1, tensors, [hidden])
+        assert layers.normed is not None  # noqa: S101 - a language model has a head
+        return last, layers.normed
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """A CLIP tower and the projector behind it."""
+
+    config: Mapping[str, Json]
+    weights: Mapping[str, Weight]
+    projector: Mapping[str, Weight]
+    select_layer: int
+
+    def features(self, pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        """What stands for the image, (1, patches, hidden size of the LLM), in float32."""
+        return self._project(self._patches(pixels, rounding), rounding)
+
+    def _patches(self, pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        """The selected hidden state without its class token."""
+        import torch
+
+        def values(name: str) -> torch.Tensor:
+            return self.weights[name].float32(rounding(self.weights[name]))
+
+        with torch.random.fork_rng(devices=[]):
+            one = new_tower(self.config, num_hidden_layers=1, attn_implementation="eager")
+        layers = Layers(one.float().eval())
+        by_layer = layer_tensors(self.weights, _TOWER_LAYERS)
+        outer = [n for n in self.weights if not n.startswith(f"{_TOWER_LAYERS}.")]
+        layers.load_outer({n: values(n) for n in outer if not n.endswith("position_ids")})
+        count = len(by_layer)
+        last = self.select_layer if self.select_layer >= 0 else count + 1 + self.select_layer
+        if not 0 < last <= count:
+            raise UnsupportedError(f"layer {self.select_layer} of a tower of {count} is selected")
+        hidden: torch.Tensor | None = None
+        for number in range(last):
+            layers.load({name: values(whole) for name, whole in by_layer[number].items()})
+            hidden = layers.run(hidden, pixel_values=pixels)
+            layers.free()
+        assert hidden is not None  # noqa: S101 - there is at least one layer
+        return hidden[:, 1:]
+
+    def _project(self, hidden: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        """Linear layers with an exact GELU between them."""
+        from torch.nn import functional
+
+        indices = sorted({int(name.split(".")[0]) for name in self.projector})
+        for index in indices:
+            weight, bias = (self.projector[f"{index}.{kind}"] for kind in ("weight", "bias"))
+            if index != indices[0]:
+                hidden = functional.gelu(hidden)
+            hidden = functional.linear(
+                hidden, weight.float32(rounding(weight)), bias.float32(rounding(bias))
+            )
+        return hidden

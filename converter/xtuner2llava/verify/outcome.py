@@ -1,0 +1,97 @@
+"""What a verification found: one row for each check, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xtuner2llava.errors import ConversionError
+from xtuner2llava.sources.json_file import Json
+
+OK = "ok"
+FAILED = "FAILED"
+WARNING = "warning"
+SKIPPED = "skipped"
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at: `result` is "ok", "FAILED", "warning" or "skipped".
+
+    A warning is what the folder cannot settle by itself; a skipped check was not made, and
+    `detail` says why. Neither fails a verification.
+    """
+
+    name: str
+    result: str
+    detail: str
+
+    @classmethod
+    def of(cls, name: str, faults: Sequence[str], fine: str) -> Check:
+        """A check that found `faults`, or none; `fine` is the detail for none."""
+        return cls(name, FAILED, joined(faults)) if faults else cls(name, OK, fine)
+
+    @classmethod
+    def failed(cls, name: str, error: ConversionError) -> Check:
+        """A check that could not be made, because what it looks at is damaged."""
+        texts = [f"{f.where}: {f.what}" if f.where else f.what for f in error.faults]
+        return cls(name, FAILED, joined(texts))
+
+
+def joined(texts: Sequence[str]) -> str:
+    """`texts` as one; of many, the first few and how many more."""
+    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+    return "; ".join([*texts[:_SHOWN], *more])
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """All checks of a folder. `figures` are the numbers behind them, by part."""
+
+    out: Path
+    checks: tuple[Check, ...]
+    figures: dict[str, Json] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return not self.with_result(FAILED)
+
+    def with_result(self, result: str) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.result == result)
+
+    def named(self, name: str) -> Check:
+        """The check called `name`. Raises `KeyError` if it was not made."""
+        found = next((check for check in self.checks if check.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: right or wrong, and what was not looked at."""
+        made = len(self.checks) - len(self.with_result(SKIPPED))
+        wrong = [check.name for check in self.with_result(FAILED)]
+        text = (
+            f"NOT VERIFIED: {len(wrong)} of {made} checks failed: {', '.join(wrong)}."
+            if wrong
+            else f"Verified: {made} checks, none failed."
+        )
+        for result, word in ((WARNING, "Warnings"), (SKIPPED, "Skipped")):
+            names = [check.name for check in self.with_result(result)]
+            text += f" {word}: {', '.join(names)}." if names else ""
+        return text
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        return {
+            "out": str(self.out),
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "checks": [
+                {"check": c.name, "result": c.result, "detail": c.detail} for c in self.checks
+            ],
+            "figures": dict(self.figures),
+        }

@@ -1,0 +1,91 @@
+"""The tokenizer and the image processor against those of the base models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.verify.layout import LLM, VISUAL_ENCODER
+from xtuner2llava.verify.out_folder import OutFolder
+from xtuner2llava.verify.outcome import SKIPPED, Check
+from xtuner2llava.verify.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+_IMAGE_PROCESSOR = "preprocessor_config.json"
+# Texts that tokenizers split in their own ways: spaces, digits, lines, accents, other scripts.
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces,\n\ta tab, 1234567890 and 3.14!",
+    "naïve café — “quotes” … 你好 世界 🙂",
+    "def f(x): return x ** 2  # comment",
+)
+
+
+def copies_checks(
+    out: OutFolder, folders: Mapping[str, Path], *, converts_tokenizer: bool
+) -> Iterator[Check]:
+    """Compares the small files; `folders` are the base models'.
+
+    A tokenizer's files are the base's byte for byte, or, where they were changed, have all its
+    tokens and make the same of texts.
+    """
+    yield _tokenizer(out, folders[LLM], converts_tokenizer)
+    yield _image_processor(out, folders[VISUAL_ENCODER])
+
+
+def _tokenizer(out: OutFolder, base: Path, converted: bool) -> Check:
+    name = "tokenizer as the base's"
+    same, changed = [], []
+    for file in TOKENIZER_FILES:
+        ours, theirs = out.path / file, base / file
+        if ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes():
+            same.append(file)
+        elif ours.is_file() or theirs.is_file():
+            changed.append(file)
+    if not changed:
+        return Check.of(name, [], f"{', '.join(same)}, byte for byte")
+    model_type = out.layout.text.get("model_type")
+    try:
+        ours = load_tokenizer(out.path, model_type)
+    except Exception as error:
+        return Check.of(name, [f"does not load: {type(error).__name__}"], "")
+    said = f"{', '.join(changed)} changed"
+    try:
+        theirs = load_tokenizer(base, _model_type(base))
+    except Exception as error:
+        why = "this family has one made" if converted else f"{said}, and the base's does not load"
+        return Check(name, SKIPPED, f"{why}: {type(error).__name__}")
+    return Check.of(name, list(_differences(ours, theirs)), f"{said}; same tokens, same splitting")
+
+
+def _differences(ours: Any, theirs: Any) -> Iterator[str]:
+    known: Mapping[str, int] = ours.get_vocab()
+    for token, index in sorted(theirs.get_vocab().items(), key=lambda item: item[1]):
+        if known.get(token) != index:
+            yield f"token {token!r} has id {known.get(token)}, the base's {index}"
+    for text in _TEXTS:
+        one, other = (t(text, add_special_tokens=False)["input_ids"] for t in (ours, theirs))
+        if one != other:
+            yield f"{text!r} is {one[:8]}…, the base makes {other[:8]}…"
+
+
+def _model_type(base: Path) -> Json:
+    return read_json(base / "config.json").get("model_type")
+
+
+def _image_processor(out: OutFolder, base: Path) -> Check:
+    """The base's values; only the name of a class may be added."""
+    name = "image processor as the base's"
+    theirs, ours = base / _IMAGE_PROCESSOR, out.path / _IMAGE_PROCESSOR
+    if not theirs.is_file() or not ours.is_file():
+        return Check.of(name, [f"{_IMAGE_PROCESSOR} is not in both"], "")
+    if theirs.read_bytes() == ours.read_bytes():
+        return Check.of(name, [], f"{_IMAGE_PROCESSOR}, byte for byte")
+    found, wanted = read_json(ours), read_json(theirs)
+    faults = [
+        f"{key} is {found.get(key)!r}, the base's {wanted.get(key)!r}"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key) and key != "processor_class"
+    ]
+    return Check.of(name, faults, f"{_IMAGE_PROCESSOR}, with the processor's class")

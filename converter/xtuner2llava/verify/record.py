@@ -1,0 +1,90 @@
+"""`conversion.json` against the files: every checksum, and nothing that it does not name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from xtuner2llava.sources.json_file import Json
+from xtuner2llava.verify.out_folder import RECORD, OutFolder
+from xtuner2llava.verify.outcome import SKIPPED, Check
+
+_BLOCK_BYTES = 4 << 20
+# What a clone or a download from the Hub adds.
+_FOREIGN = (".gitattributes", ".gitignore")
+
+
+def record_checks(out: OutFolder, advance: Callable[[int], None]) -> Iterator[Check]:
+    """Checks of all files against `conversion.json`; reads everything once.
+
+    `advance` is told the bytes that were read.
+    """
+    shards = out.record.get("shards")
+    files = out.record.get("files")
+    if not isinstance(shards, list) or not isinstance(files, dict):
+        yield Check("checksums", SKIPPED, f"{RECORD} has no list of shards and files")
+        return
+    yield _shards(out.path, shards, advance)
+    faults = []
+    for name, digest in files.items():
+        path = out.path / name
+        if Path(name).name != name:
+            faults.append(f"{name!r} is no plain file name")
+        elif not path.is_file():
+            faults.append(f"{name} is not there")
+        elif sha256(path) != digest:
+            faults.append(f"{name} is not what was written: another sha256")
+    fine = f"{len(files)} files are as written"
+    yield Check.of("checksums of small files", faults, fine)
+    known = {*files, RECORD, *(s["file"] for s in shards if isinstance(s, dict) and "file" in s)}
+    strange = [p.name for p in out.files() if p.name not in known and p.name not in _FOREIGN]
+    said = [f"{name} is not named in {RECORD}" for name in strange]
+    yield Check.of("no other files", said, f"{RECORD} names them all")
+    yield Check.of("record and config", list(_contradictions(out)), "the record is of this model")
+
+
+def sha256(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """The checksum of a file, in hex, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
+
+
+def _shards(folder: Path, shards: list[Json], advance: Callable[[int], None]) -> Check:
+    faults = []
+    total = 0
+    for shard in shards:
+        values: Mapping[str, Json] = shard if isinstance(shard, dict) else {}
+        name, size = values.get("file"), values.get("bytes")
+        if not isinstance(name, str) or Path(name).name != name:
+            faults.append(f"{RECORD} names the shard {name!r}")
+            continue
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name} is not there")
+        elif path.stat().st_size != size:
+            faults.append(f"{name} has {path.stat().st_size:,} bytes, {RECORD} says {size}")
+        elif sha256(path, advance) != values.get("sha256"):
+            faults.append(f"{name} is not what was written: another sha256")
+        else:
+            total += path.stat().st_size
+    fine = f"{len(shards)} files, {total:,} bytes, are as written"
+    return Check.of("checksums of shards", faults, fine)
+
+
+def _contradictions(out: OutFolder) -> Iterator[str]:
+    """Where the record and the folder speak of different models."""
+    mapping = out.record.get("mapping")
+    named: Mapping[str, Json] = mapping if isinstance(mapping, dict) else {}
+    if named.get("format") != out.layout.format:
+        yield f"the record says format {named.get('format')!r}, the folder is {out.layout.format}"
+    if named.get("becomes") != out.layout.text.get("model_type"):
+        model_type = out.layout.text.get("model_type")
+        yield f"the record says it became {named.get('becomes')!r}, the config {model_type!r}"
+    dtype = out.record.get("dtype")
+    if dtype != "keep" and dtype != out.layout.dtype:
+        yield f"the record says dtype {dtype!r}, the config {out.layout.dtype!r}"

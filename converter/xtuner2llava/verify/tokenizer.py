@@ -1,0 +1,108 @@
+"""Whether the tokenizer of the folder loads, and fits the vocabulary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from xtuner2llava.sources.json_file import Json
+from xtuner2llava.verify.out_folder import OutFolder
+from xtuner2llava.verify.outcome import SKIPPED, WARNING, Check
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+)  # fmt: skip
+_SAMPLE = "A picture of 2 cats.\nWhat is it?"
+
+
+def tokenizer_checks(out: OutFolder) -> Iterator[Check]:
+    """Loads the tokenizer with transformers, without remote code, and counts its tokens."""
+    name = "tokenizer"
+    try:
+        tokenizer = load_tokenizer(out.path, out.layout.text.get("model_type"))
+    except Exception as error:
+        if lacks_sentencepiece(out.path) and not (out.path / "tokenizer.json").is_file():
+            yield Check(name, SKIPPED, "loading it needs the package sentencepiece")
+            return
+        yield Check.of(name, [f"does not load: {type(error).__name__}: {error}"], "")
+        return
+    rows = out.layout.text.get("vocab_size")
+    size = rows if isinstance(rows, int) else 0
+    ids: Mapping[str, int] = tokenizer.get_vocab()
+    faults = []
+    highest = max(ids.values(), default=-1)
+    if highest >= size or len(tokenizer) > size:
+        faults.append(
+            f"has {len(tokenizer)} tokens up to id {highest}, the embedding has {size} rows: LLaVA "
+            "would add random ones"
+        )
+    if not tokenizer(_SAMPLE)["input_ids"]:
+        faults.append("makes nothing of a text")
+    faults += _stop_words(out, ids)
+    if out.layout.format == "hf":
+        image = out.layout.config.get("image_token_index", out.layout.config.get("image_token_id"))
+        if image not in ids.values():
+            faults.append(f"image_token_index {image} is no token")
+    yield Check.of(name, faults, f"{type(tokenizer).__name__}, {len(tokenizer)} ≤ {size} rows")
+    bos = tokenizer.bos_token
+    if out.layout.text.get("model_type") == "qwen2" and bos is not None:
+        yield Check(
+            "bos of the tokenizer",
+            WARNING,
+            f"it is {bos}: a prompt that begins with it loses the first token of every chunk after "
+            "an image (LLaVA `mm_utils.py`, tokenizer_image_token)",
+        )
+
+
+def load_tokenizer(source: Path, model_type: Json) -> Any:
+    """The tokenizer of a folder, as transformers loads it without remote code.
+
+    Its files are put beside the config of a plain model of `model_type`: `config.json` of a LLaVA
+    folder names a class that plain transformers does not have. Raises what transformers raises.
+    """
+    import transformers
+
+    classes: Any = transformers
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, folder / file)
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        try:
+            return classes.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception:
+            # Before transformers 5, some Llama tokenizers are read by way of tokenizer.model, which
+            # needs a package that may not be here. What they are stands in tokenizer.json too.
+            if lacks_sentencepiece(folder) and (folder / "tokenizer.json").is_file():
+                return classes.PreTrainedTokenizerFast(
+                    tokenizer_file=str(folder / "tokenizer.json"),
+                    clean_up_tokenization_spaces=False,
+                )
+            raise
+
+
+def lacks_sentencepiece(folder: Path) -> bool:
+    """Whether the tokenizer in `folder` is one of SentencePiece, whose package is not here."""
+    return (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None
+
+
+def _stop_words(out: OutFolder, ids: Mapping[str, int]) -> Iterator[str]:
+    """Stop words of the training that are single tokens, and that generation does not stop at."""
+    chat = out.record.get("chat")
+    words = chat.get("stop_words") if isinstance(chat, dict) else None
+    generation = out.small_json("generation_config.json")
+    eos: Json = generation.get("eos_token_id")
+    stops = eos if isinstance(eos, list) else [eos]
+    for word in words if isinstance(words, list) else ():
+        if isinstance(word, str) and word in ids and ids[word] not in stops:
+            yield f"{word} (id {ids[word]}) ended each turn in training, and is no eos_token_id"

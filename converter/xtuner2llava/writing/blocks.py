@@ -1,0 +1,112 @@
+"""The bytes of a planned tensor, block by block, from wherever they come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from xtuner2llava.errors import PlanError
+from xtuner2llava.tensors import FileRange, LazyTensor, Shape, row_blocks
+from xtuner2llava.tensors.files import read_into
+from xtuner2llava.writing.disk import BLOCK_BYTES
+from xtuner2llava.writing.nonfinite import count_nonfinite
+from xtuner2llava.writing.shards import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+# What one computed block may cost: for element by element work little enough for the cache, for
+# rows enough to make a matrix product efficient. Never a share of some total, since a product may
+# round differently for another number of rows, and the output must not depend on the jobs.
+_ELEMENTS_BYTES = 4 << 20
+_ROWS_BYTES = 16 << 20
+
+_LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
+
+
+def blocks(entry: Entry) -> Iterator[memoryview]:
+    """The bytes of `entry`, row-major and little-endian, in blocks that are never empty.
+
+    A block is valid until the next one is asked for. Raises `CorruptFileError` if a source file is
+    short or changes meanwhile, and `PlanError` for a finite value that its cast made infinite.
+    """
+    ranges = entry.tensor.ranges()
+    if ranges is None:
+        return _computed(entry)
+    if sum(piece.length for piece in ranges) != entry.tensor.nbytes:
+        raise RuntimeError(f"{entry.name}: its ranges are not its {entry.tensor.nbytes:,} bytes")
+    return _copied(ranges)
+
+
+def computed_blocks(tensor: LazyTensor) -> Iterator[tuple[LazyTensor, int, int]]:
+    """How a computed tensor is cut: (tensor to read from, first row, last row + 1) per block."""
+    source = tensor.flat()
+    memory = _ROWS_BYTES if len(source.shape) > 1 else _ELEMENTS_BYTES
+    for start, stop in row_blocks(source, memory):
+        yield source, start, stop
+
+
+def _copied(ranges: Sequence[FileRange]) -> Iterator[memoryview]:
+    total = sum(piece.length for piece in ranges)
+    buffer = memoryview(bytearray(min(total, BLOCK_BYTES)))
+    filled = 0
+    # A tensor may lie in as many files as there were GPUs: only one is open at a time.
+    for file, pieces in groupby(ranges, key=lambda piece: piece.file):
+        with file.open() as descriptor:
+            for piece in pieces:
+                done = 0
+                while done < piece.length:
+                    count = min(piece.length - done, len(buffer) - filled)
+                    part = FileRange(file, piece.offset + done, count)
+                    read_into(descriptor, part, buffer[filled : filled + count])
+                    done, filled = done + count, filled + count
+                    if filled == len(buffer):
+                        yield buffer
+                        filled = 0
+            file.check(descriptor)
+    if filled:
+        yield buffer[:filled]
+
+
+def _computed(entry: Entry) -> Iterator[memoryview]:
+    for source, start, stop in computed_blocks(entry.tensor):
+        data = _as_bytes(source.read(start, stop))
+        if len(data) != (stop - start) * source.row_bytes:
+            raise RuntimeError(f"{entry.name}: rows {start} to {stop} came as {len(data)} bytes")
+        _, infinities = count_nonfinite(data, source.dtype.code)
+        lost = source.overflow(start, stop) if infinities else None
+        if lost:
+            first = start * math.prod(source.row_shape)
+            raise _overflow(entry, first + lost[0], lost[1])
+        yield data
+
+
+def _as_bytes(block: torch.Tensor) -> memoryview:
+    """The memory of `block`; numpy knows no bfloat16, so it goes through bytes."""
+    import torch
+
+    return block.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _overflow(entry: Entry, element: int, value: float) -> PlanError:
+    dtype = entry.tensor.dtype
+    largest = _LARGEST.get(dtype.code)
+    limit = f", whose largest value is {largest:g}" if largest else ""
+    other = "bfloat16 or --dtype float32" if dtype.code == "F16" else "float32"
+    return PlanError(
+        f"element {list(position(element, entry.tensor.shape))} is {value:g}, "
+        f"which overflows {dtype}{limit}",
+        where=entry.name,
+        advice=f"Convert with --dtype {other}.",
+    )
+
+
+def position(element: int, shape: Shape) -> tuple[int, ...]:
+    """The index of the element that is number `element` in row-major order."""
+    index = []
+    for size in reversed(shape):
+        element, place = divmod(element, size)
+        index.append(place)
+    return tuple(reversed(index))

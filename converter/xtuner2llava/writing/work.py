@@ -1,0 +1,127 @@
+"""Several shards at once: threads, progress, and stopping all of them when one fails."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+# Called with (bytes done, bytes in all), from one thread at a time.
+OnProgress = Callable[[int, int], None]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_PROGRESS_BYTES = 16 << 20
+_POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """Another thread failed, or the user interrupted; that error is the one to tell."""
+
+
+class Work:
+    """Jobs on a number of bytes; each byte counts once for each of the `passes` over it.
+
+    Threads are enough: reading, writing, hashing and torch's arithmetic all release Python's lock.
+    """
+
+    def __init__(
+        self,
+        jobs: int | None,
+        total: int,
+        on_progress: OnProgress | None = None,
+        passes: int = 1,
+    ) -> None:
+        self.jobs = jobs or min(4, len(os.sched_getaffinity(0)))
+        self._total, self._on_progress, self._passes = total, on_progress, passes
+        self._lock = threading.Lock()
+        self._done = self._told = 0
+        self._stop = threading.Event()
+        self._failures: list[tuple[int, BaseException]] = []
+
+    def check(self) -> None:
+        """Raises `Stopped` if the work is to end early."""
+        if self._stop.is_set():
+            raise Stopped
+
+    def stop(self) -> None:
+        """Makes `check` raise in all threads."""
+        self._stop.set()
+
+    def advance(self, count: int) -> None:
+        """Counts `count` bytes of one pass. Raises `Stopped`, or what the callback raises."""
+        self.check()
+        with self._lock:
+            self._done += count
+            done = self._done // self._passes
+            if done - self._told >= _PROGRESS_BYTES or done == self._total != self._told:
+                self._told = done
+                if self._on_progress:
+                    self._on_progress(done, self._total)
+
+    def run(self, job: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """The results of `job` for all items, computed by `jobs` threads.
+
+        After the first error the other jobs stop; of all errors, the one of the first item that
+        has one is raised.
+        """
+        with ThreadPoolExecutor(self.jobs, "shard") as threads:
+            futures = [
+                threads.submit(self.guarded, place, job, item) for place, item in enumerate(items)
+            ]
+            try:
+                wait(futures)
+            except BaseException:
+                self._stop.set()
+                raise
+        if self._failures:
+            raise min(self._failures, key=lambda failure: failure[0])[1]
+        return [future.result() for future in futures]
+
+    def guarded(self, place: int, job: Callable[[Item], Result], item: Item) -> Result:
+        """`job(item)`; its error stops all the work and is remembered as that of item `place`."""
+        try:
+            self.check()
+            return job(item)
+        except Stopped:
+            raise
+        except BaseException as error:
+            self._failures.append((place, error))
+            self._stop.set()
+            raise
+
+
+class Tail:
+    """How far a file is written, for the thread that reads it while it grows."""
+
+    # A reader further behind might find that the page cache has dropped what it wants to read.
+    MAX_LAG_BYTES = 1 << 30
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._changed = threading.Condition()
+        self._written = self._read = 0
+
+    def wrote(self, end: int) -> None:
+        """The file is written up to byte `end`; waits if the reader is too far behind."""
+        self._work.check()
+        with self._changed:
+            self._written = end
+            self._changed.notify()
+            self._wait(lambda: self._written - self._read <= self.MAX_LAG_BYTES)
+
+    def wait(self, end: int) -> None:
+        """Returns when the file is written up to byte `end`; raises `Stopped`."""
+        self._work.check()
+        with self._changed:
+            self._read = end
+            self._changed.notify()
+            self._wait(lambda: self._written >= end)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        # Nobody notifies when the work is stopped, so look now and then.
+        while not self._changed.wait_for(condition, _POLL_SECONDS):
+            self._work.check()

@@ -1,0 +1,174 @@
+"""Loads folders the way the official LLaVA does, and says how far its logits are from a reference.
+
+Runs in the environment that `tests/acceptance/environment` makes, in a folder from which the paths
+of `mm_vision_tower` lead to the towers. Standard input: a JSON list of jobs, each
+
+    {"folder": path, "reference": path of a reference.npz, "how": one of the names in HOW}
+
+Standard output: a JSON list of results in the same order, each either {"error": text} or
+
+    {"class": name, "differences": {name of logits: largest difference}, "generated": [token, …]}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from safetensors.torch import load_file
+
+NEW_TOKENS = 4
+TOWER = "model.vision_tower.vision_tower."
+PROJECTOR = "model.mm_projector."
+
+
+class OfficialFloat16:
+    """What LLaVA's own `load_pretrained_model` gives: its class by folder name, all in float16."""
+
+    def __init__(self, folder):
+        name = get_model_name_from_path(folder)
+        _, self.model, _, _ = load_pretrained_model(
+            folder, None, name, device="cpu", device_map="cpu"
+        )
+
+    def logits(self, ids, pixels):
+        return self.model(input_ids=ids, images=pixels.to(self.model.dtype)).logits
+
+    def generate(self, ids, pixels):
+        # Before transformers 4.38, ids generated from embeddings start with the bos token.
+        return self.model.generate(
+            ids,
+            images=pixels.to(self.model.dtype),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+
+class OfficialFloat32(OfficialFloat16):
+    """LLaVA's Llama class as its loader builds it, but for the float32."""
+
+    def __init__(self, folder):
+        self.model = LlavaLlamaForCausalLM.from_pretrained(
+            folder, low_cpu_mem_usage=True, torch_dtype=torch.float32, device_map={"": "cpu"}
+        )
+        self.model.get_vision_tower().float()
+
+
+class Qwen:
+    """What LLaVA-NeXT's LlavaQwenForCausalLM computes, composed here.
+
+    That is: Qwen2 without rope scaling; the tower's config from `mm_vision_tower` and its tensors
+    from the folder; image features in place of the image token; `generate` from embeddings
+    (LLaVA-VL/LLaVA-NeXT `llava/model/language_model/llava_qwen.py`, `llava/model/llava_arch.py`).
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        config = transformers.Qwen2Config.from_dict(
+            json.loads((folder / "config.json").read_text())
+        )
+        config.rope_scaling = None
+        tensors = {}
+        for file in sorted(folder.glob("model*.safetensors")):
+            tensors.update(load_file(file))
+        parts = {TOWER: {}, PROJECTOR: {}, "": {}}
+        for name, tensor in tensors.items():
+            prefix = next(prefix for prefix in parts if name.startswith(prefix))
+            parts[prefix][name[len(prefix) :]] = tensor
+
+        with contextlib.redirect_stdout(sys.stderr):
+            tower = transformers.CLIPVisionModel.from_pretrained(config.mm_vision_tower)
+        tower.load_state_dict(parts[TOWER])
+        self.tower = tower.to(self.dtype).eval()
+        self.select_layer = config.mm_vision_select_layer
+        linear = torch.nn.Linear
+        self.projector = torch.nn.Sequential(
+            linear(config.mm_hidden_size, config.hidden_size),
+            torch.nn.GELU(),
+            linear(config.hidden_size, config.hidden_size),
+        )
+        self.projector.load_state_dict(parts[PROJECTOR])
+        self.projector.to(self.dtype)
+        self.model = transformers.Qwen2ForCausalLM(config)
+        if config.tie_word_embeddings:
+            parts[""]["lm_head.weight"] = parts[""]["model.embed_tokens.weight"]
+        self.model.load_state_dict(parts[""])
+        self.model.to(self.dtype).eval()
+        with contextlib.suppress(OSError):
+            self.model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+
+    def embeds(self, ids, pixels):
+        seen = self.tower(pixels.to(self.dtype), output_hidden_states=True)
+        image = self.projector(seen.hidden_states[self.select_layer][:, 1:])
+        place = ids[0].tolist().index(IMAGE_TOKEN_INDEX)
+        embed = self.model.get_input_embeddings()
+        return torch.cat([embed(ids[:, :place]), image, embed(ids[:, place + 1 :])], dim=1)
+
+    def logits(self, ids, pixels):
+        return self.model(inputs_embeds=self.embeds(ids, pixels)).logits
+
+    def generate(self, ids, pixels):
+        return self.model.generate(
+            inputs_embeds=self.embeds(ids, pixels), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+
+
+class QwenFloat16(Qwen):
+    dtype = torch.float16
+
+
+HOW = {
+    "official float16": OfficialFloat16,
+    "official float32": OfficialFloat32,
+    "qwen float16": QwenFloat16,
+    "qwen float32": Qwen,
+}
+
+
+def run(job):
+    reference = numpy.load(job["reference"])
+    ids = torch.from_numpy(reference["input_ids"])
+    pixels = torch.from_numpy(reference["pixel_values"])
+    loaded = HOW[job["how"]](job["folder"])
+    with torch.inference_mode():
+        logits = loaded.logits(ids, pixels)[0].float()
+        generated = loaded.generate(ids, pixels)[0].tolist()
+    return {
+        "class": type(loaded.model).__name__,
+        "differences": {
+            name: (logits - torch.from_numpy(reference[name])).abs().max().item()
+            for name in reference.files
+            if name.startswith("logits")
+        },
+        "generated": generated,
+    }
+
+
+def main():
+    warnings.simplefilter("ignore")  # the tower is built under meta before it is loaded
+    results = []
+    for job in json.load(sys.stdin):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                results.append(run(job))
+        except Exception as error:
+            results.append({"error": f"{type(error).__name__}: {error}"})
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

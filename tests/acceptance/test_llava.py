@@ -1,0 +1,134 @@
+"""The official LLaVA, in an environment of its own, loads what the converter writes.
+
+LLaVA's loader forces float16, so its logits are within float16 arithmetic of XTuner's; its class,
+loaded in float32, is within float32 rounding. LLaVA has no Qwen class: what LLaVA-NeXT's class does
+is composed from the parts that it uses, under the same transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reference.cases import Converted
+from reference.exchange import write_exchanged
+
+pytestmark = pytest.mark.acceptance
+
+FLOAT16, FLOAT32 = 5e-3, 1e-5
+LLAMA = ("llama_b_full_frozenvis", "llama_d_lora_vislora", "llama_e_full_fullvis")
+QWEN = ("qwen2_a_pretrain", "qwen2_d_lora_vislora", "qwen2_e_full_fullvis", "qwen2_f_zero2_full")
+
+Job = tuple[Path, str, str]  # folder, case, how
+
+
+@pytest.fixture(scope="session")
+def llava_python() -> Path:
+    made = subprocess.run(
+        [Path(__file__).parent / "environment"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if made.returncode == 77:
+        pytest.skip("no Python from 3.10 to 3.12, which the transformers that LLaVA pins need")
+    assert made.returncode == 0, "the environment could not be made, see above"
+    return Path(made.stdout.strip())
+
+
+def run_llava(python: Path, checkpoints: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """One result for each job, see `run_llava.py`; a single process, as it takes long to start."""
+    given = [
+        {"folder": str(folder), "reference": f"{case}/reference.npz", "how": how}
+        for folder, case, how in jobs
+    ]
+    ran = subprocess.run(
+        [python, Path(__file__).with_name("run_llava.py")],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        cwd=checkpoints,  # where `mm_vision_tower: bases/…` leads to
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(ran.stdout)
+    assert len(results) == len(jobs)
+    return list(results)
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    llava_python: Path, checkpoints: Path, converted: Converted
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results for all cases, by case and precision."""
+    jobs = [
+        (converted(case, dtype=dtype), case, f"{how} {dtype}")
+        for cases, how in ((LLAMA, "official"), (QWEN, "qwen"))
+        for case in cases
+        for dtype in ("float16", "float32")
+    ]
+    results = run_llava(llava_python, checkpoints, jobs)
+    return {
+        (case, how.split()[1]): result for (_, case, how), result in zip(jobs, results, strict=True)
+    }
+
+
+@pytest.mark.parametrize("case", (*LLAMA, *QWEN))
+def test_logits_are_xtuners(loaded: dict[tuple[str, str], dict[str, Any]], case: str) -> None:
+    best = "logits_master32" if "zero" in case else "logits_f32"
+    for dtype, tolerance in (("float16", FLOAT16), ("float32", FLOAT32)):
+        result = loaded[case, dtype]
+        assert "error" not in result, result["error"]
+        expected = "LlavaLlamaForCausalLM" if case in LLAMA else "Qwen2ForCausalLM"
+        assert result["class"] == expected
+        assert result["differences"][best] < tolerance, dtype
+
+
+@pytest.mark.parametrize("case", (*LLAMA, *QWEN))
+def test_it_generates(loaded: dict[tuple[str, str], dict[str, Any]], case: str) -> None:
+    generated = loaded[case, "float32"]["generated"]
+    bos = 1 if case in LLAMA else 361
+    # Before transformers 4.38, ids generated from embeddings start with the bos token.
+    assert generated[0] == bos
+    assert len(generated) > 1
+
+
+def test_a_sharded_folder_is_loaded_whole(
+    llava_python: Path, checkpoints: Path, converted: Converted
+) -> None:
+    case = "llama_e_full_fullvis"
+    folder = converted(case, dtype="float16", max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    (result,) = run_llava(llava_python, checkpoints, [(folder, case, "official float16")])
+    assert result["differences"]["logits_f32"] < FLOAT16
+
+
+def test_gate_and_up_exchanged_is_seen(
+    llava_python: Path, checkpoints: Path, converted: Converted, tmp_path: Path
+) -> None:
+    case = "llama_e_full_fullvis"
+    wrong = write_exchanged(
+        converted(case, dtype="float32"),
+        tmp_path / "llava-llama-wrong",
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    )
+    (result,) = run_llava(llava_python, checkpoints, [(wrong, case, "official float16")])
+    assert result["differences"]["logits_f32"] > 10 * FLOAT16
+
+
+def test_a_qwen_without_bos_token_id_would_not_generate(
+    llava_python: Path, checkpoints: Path, converted: Converted, tmp_path: Path
+) -> None:
+    import shutil
+
+    case = "qwen2_e_full_fullvis"
+    folder = tmp_path / "llava-qwen-without-bos"
+    shutil.copytree(converted(case, dtype="float32"), folder)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        assert content.pop("bos_token_id") == 361
+        (folder / name).write_text(json.dumps(content))
+    (result,) = run_llava(llava_python, checkpoints, [(folder, case, "qwen float32")])
+    assert "`bos_token_id` has to be defined" in result["error"]

@@ -1,0 +1,45 @@
+"""Fixtures that more than one test module needs: the real checkpoints, and folders made of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from reference.cases import Converted
+
+# Test modules import `reference.…` from here; `--import-mode=importlib` adds no paths itself.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> Path:
+    """Checkpoints that XTuner wrote, see its README.md. Not to be written to."""
+    return Path(__file__).parent / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    from reference.cases import CASES
+    from xtuner2llava import convert
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(case: str, source: str = "iter_2.pth", **options: Any) -> Path:
+        key = (case, source, *sorted(options.items()))
+        if key not in made:
+            base = CASES[case]
+            out = tmp_path_factory.mktemp("converted") / f"llava-{case.replace('_', '-')}"
+            given: dict[str, Any] = {
+                "llm": checkpoints / base.llm,
+                "vision": checkpoints / base.vision,
+                "vision_tower_name": base.vision,
+            }
+            convert(checkpoints / case / source, out, **given | options)
+            made[key] = out
+        return made[key]
+
+    return make

@@ -1,0 +1,15 @@
+"""A Hub on loopback: what huggingface_hub asks for, over real HTTP, with faults to order.
+
+    with HubServer() as hub, Client(hub, cache, folder) as client:
+        client.call("push", out, "ann/model")
+        assert hub.repos["ann/model"].content() == ...
+
+It keeps files in memory, logs every request, and can be told to fail one (`HubServer.fail`).
+"""
+
+from hub_server.client import Answer, Client
+from hub_server.faults import Fault
+from hub_server.server import HubServer, Request
+from hub_server.store import Blob, Repo
+
+__all__ = ["Answer", "Blob", "Client", "Fault", "HubServer", "Repo", "Request"]

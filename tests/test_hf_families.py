@@ -1,0 +1,136 @@
+"""Every class that the Hugging Face format holds: tied heads, rotary scaling, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders.families.checkpoints import Trained, write_trained
+from builders.families.models import KINDS, Source
+from reference import huggingface
+from reference.compose import read_tensors
+from xtuner2llava import PlanError, convert, plan
+from xtuner2llava.language import Catalogue
+
+SAME = 1e-5
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama_linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "llama_3_1": ("llama_3_1", {}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma": ("gemma", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+}
+
+
+def make(case: str, folder: Path, checkpoints: Path) -> tuple[Source, Trained]:
+    import transformers
+
+    kind, change = CASES[case]
+    if not hasattr(transformers, KINDS[kind].architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    source = KINDS[kind].make(folder / "source", **change)
+    return source, write_trained(folder / "trained", source, checkpoints)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_language_model_computes_what_it_did(
+    checkpoints: Path, tmp_path: Path, case: str
+) -> None:
+    import torch
+
+    source, trained = make(case, tmp_path, checkpoints)
+    out = tmp_path / "out"
+    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
+    model = huggingface.load(out)
+    ids = torch.randint(3, 380, (1, 60), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = source.model(input_ids=ids, attention_mask=mask).logits
+        found = model(input_ids=ids, attention_mask=mask).logits
+    assert expected.abs().max() > 0.5
+    assert (found[..., : expected.shape[-1]] - expected).abs().max() < SAME
+    tied = source.config.get("tie_word_embeddings", case == "gemma")
+    assert ("language_model.lm_head.weight" in read_tensors(out)) != tied
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] == config["text_config"]["tie_word_embeddings"] == tied
+
+
+def test_every_class_is_tried() -> None:
+    catalogue = Catalogue.shipped()
+    becomes = {
+        catalogue.families[KINDS[kind].model_type].becomes.name for kind, _ in CASES.values()
+    }
+    assert set(catalogue.formats["hf"].classes) == becomes
+
+
+def test_a_tied_head_needs_the_config_to_say_so(checkpoints: Path, tmp_path: Path) -> None:
+    _, trained = make("qwen2_tied", tmp_path, checkpoints)
+    out = tmp_path / "out"
+    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
+    config = json.loads((out / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AssertionError, match="lm_head"):
+        huggingface.load(out)
+
+
+# What it cannot hold
+
+
+def faults_of(trained: Trained, **options: Any) -> str:
+    with pytest.raises(PlanError) as error:
+        plan(trained.checkpoint, format="hf", **{**trained.bases, **options})
+    return str(error.value)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_projector_of_another_depth_is_refused(
+    checkpoints: Path, tmp_path: Path, depth: int
+) -> None:
+    import torch
+
+    _, trained = make("llama", tmp_path, checkpoints)
+    saved = torch.load(trained.checkpoint)
+    state = saved["state_dict"]
+    if depth == 1:
+        del state["projector.model.2.weight"], state["projector.model.2.bias"]
+    else:
+        state["projector.model.4.weight"] = torch.zeros(64, 64)
+        state["projector.model.4.bias"] = torch.zeros(64)
+    torch.save(saved, trained.checkpoint)
+    assert f"has a projector of two layers, linear_1 and linear_2, and this one has {depth}" in (
+        faults_of(trained)
+    )
+    made = plan(trained.checkpoint, **trained.bases)
+    assert made.config["mm_projector_type"] == f"mlp{depth}x_gelu"
+
+
+def test_the_tower_cannot_be_left_out(checkpoints: Path, tmp_path: Path) -> None:
+    _, trained = make("llama", tmp_path, checkpoints)
+    assert "the vision tower is a part of LlavaForConditionalGeneration" in faults_of(
+        trained, include_vision_tower=False
+    )
+
+
+def test_no_name_of_the_tower_is_needed(checkpoints: Path, tmp_path: Path) -> None:
+    _, trained = make("llama", tmp_path, checkpoints)
+    bases = {**trained.bases, "vision_tower_name": None, "vision": trained.vision.resolve()}
+    made = plan(trained.checkpoint, format="hf", **bases)
+    assert not any("mm_vision_tower is" in note for note in made.notes)
+
+
+def test_what_to_do_about_padded_images_is_said(checkpoints: Path, tmp_path: Path) -> None:
+    _, trained = make("llama", tmp_path, checkpoints)
+    notes = plan(trained.checkpoint, format="hf", **trained.bases).notes
+    assert any(note.startswith("Training padded images to squares") for note in notes)
+    assert any("LlavaImageProcessor" in note and "(122, 116, 104)" in note for note in notes)
+    official = plan(trained.checkpoint, **trained.bases).notes
+    assert not any("Training padded" in note for note in official)

@@ -1,0 +1,81 @@
+"""What a plan tells besides: dtypes that are rounded, images, and names of the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xtuner2llava import plan
+from xtuner2llava.plan import Plan
+
+
+def make(checkpoints: Path, case: str, llm: str, **options: Any) -> Plan:
+    return plan(
+        checkpoints / case,
+        llm=checkpoints / "bases" / llm,
+        vision=checkpoints / "bases/vision_clip",
+        vision_tower_name="openai/clip",
+        **options,
+    )
+
+
+def test_float32_that_is_rounded_to_bfloat16_is_said(checkpoints: Path) -> None:
+    made = make(checkpoints, "qwen2_e_full_fullvis/iter_2.pth", "llm_qwen2")
+    assert made.dtype == made.config["torch_dtype"] == "bfloat16"
+    assert any("--dtype float16 rounds once instead of twice" in note for note in made.notes)
+
+
+def test_float16_that_is_rounded_to_bfloat16_is_said(checkpoints: Path) -> None:
+    made = make(checkpoints, "qwen2_e_full_fullvis/iter_2_xtuner", "llm_qwen2")
+    assert any("stored as float16 and is rounded to bfloat16" in note for note in made.notes)
+
+
+def test_as_stored(checkpoints: Path) -> None:
+    made = make(checkpoints, "qwen2_e_full_fullvis/iter_2_xtuner", "llm_qwen2", dtype="keep")
+    dtypes = {planned.component: planned.tensor.dtype.name for planned in made.tensors}
+    assert dtypes == {"llm": "float16", "visual_encoder": "float32", "projector": "float32"}
+    assert made.config["torch_dtype"] == "float16"
+    assert {planned.how for planned in made.tensors} == {"copy"}
+
+
+@pytest.mark.parametrize(
+    ("case", "llm", "needs"),
+    [
+        ("qwen2_e_full_fullvis/iter_2.pth", "llm_qwen2", ("llava", "qwen")),
+        ("llama_e_full_fullvis/iter_2.pth", "llm_llama", ("llava",)),
+    ],
+)
+def test_the_suggested_name_is_one_that_works(
+    checkpoints: Path, case: str, llm: str, needs: tuple[str, ...]
+) -> None:
+    made = make(checkpoints, case, llm)
+    assert made.folder_name.needs == needs
+    assert made.folder_name.fits(made.suggested_name)
+    assert make(checkpoints, case, llm, format="hf").folder_name.fits("anything")
+
+
+def test_every_tensor_says_what_it_is_made_of(checkpoints: Path) -> None:
+    made = make(checkpoints, "llama_e_full_fullvis/iter_2.pth", "llm_llama", format="hf")
+    by_name = {planned.name: planned for planned in made.tensors}
+    embed = by_name["language_model.model.embed_tokens.weight"]
+    assert embed.sources == ("model.embed_tokens.weight",)
+    assert embed.rule.startswith("move families/llama.yaml:")
+    assert (embed.how, embed.tensor.shape) == ("compute", (448, 64))
+    linear = by_name["multi_modal_projector.linear_2.bias"]
+    assert linear.sources == ("model.2.bias",)
+    assert linear.rule.startswith("move formats/hf.yaml:")
+    assert by_name["language_model.model.norm.weight"].how == "cast from float32"
+
+
+def test_the_plan_as_json_names_what_is_made(checkpoints: Path) -> None:
+    found = make(checkpoints, "llama_e_full_fullvis/iter_2.pth", "llm_llama", format="hf").to_dict()
+    assert found["copied_files"] == ["tokenizer.model"]
+    assert found["made_files"] == [
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ]

@@ -1,0 +1,469 @@
+"""What a recipe says of a training run, from a config file and from a checkpoint's text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from xtuner2llava.errors import CheckpointError
+from xtuner2llava.recipe import Recipe, Reference, Table, UsedValue
+
+CONFIG = """\
+from mmengine.hooks import CheckpointHook
+from peft import LoraConfig
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig,
+                          CLIPImageProcessor, CLIPVisionModel)
+import torch
+from xtuner.dataset import LLaVADataset
+from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
+from xtuner.engine.hooks import DatasetInfoHook, EvaluateChatHook
+from xtuner.model import LLaVAModel
+from xtuner.utils import PROMPT_TEMPLATE
+
+llm = 'Qwen/Qwen1.5-7B-Chat'
+vision = 'openai/clip-vit-large-patch14-336'
+data_root = './secret_data/'
+prompt_template = PROMPT_TEMPLATE.qwen_chat
+max_length = int(2048 - (336 / 14)**2)
+tokenizer = dict(
+    type=AutoTokenizer.from_pretrained,
+    pretrained_model_name_or_path=llm,
+    bos_token='<|im_start|>',
+    eos_token='<|im_end|>',
+    padding_side='right')
+image_processor = dict(
+    type=CLIPImageProcessor.from_pretrained,
+    pretrained_model_name_or_path=vision,
+    trust_remote_code=True)
+model = dict(
+    type=LLaVAModel,
+    freeze_llm=True,
+    freeze_visual_encoder=True,
+    pretrained_pth='./work_dirs/pretrain/iter_2181.pth',
+    llm=dict(
+        type=AutoModelForCausalLM.from_pretrained,
+        pretrained_model_name_or_path=llm,
+        trust_remote_code=True,
+        torch_dtype=torch.float16,
+        quantization_config=dict(type=BitsAndBytesConfig, load_in_4bit=True)),
+    llm_lora=dict(
+        type=LoraConfig,
+        r=512,
+        lora_alpha=256,
+        lora_dropout=0.05,
+        bias='none',
+        task_type='CAUSAL_LM'),
+    visual_encoder=dict(
+        type=CLIPVisionModel.from_pretrained,
+        pretrained_model_name_or_path=vision),
+    visual_encoder_lora=dict(type=LoraConfig, r=64, lora_alpha=16))
+dataset = dict(
+    type=LLaVADataset,
+    data_path=data_root + 'train.json',
+    image_folder=data_root + 'images',
+    tokenizer=tokenizer,
+    image_processor=image_processor,
+    dataset_map_fn=llava_map_fn,
+    template_map_fn=dict(type=template_map_fn_factory, template=prompt_template),
+    max_length=max_length,
+    pad_image_to_square=True)
+train_dataloader = dict(batch_size=16, dataset=dataset)
+custom_hooks = [
+    dict(type=DatasetInfoHook, tokenizer=tokenizer),
+    dict(
+        type=EvaluateChatHook,
+        tokenizer=tokenizer,
+        evaluation_inputs=['hi'],
+        system='Be brief.',
+        stop_words=['<|im_end|>'],
+        stop_word='<|endoftext|>',
+        prompt_template=prompt_template)
+]
+"""
+
+# The same, as mmengine would store it: sorted, resolved, names as strings.
+RESOLVED = """\
+custom_hooks = [
+    dict(
+        tokenizer=dict(type='transformers.AutoTokenizer.from_pretrained'),
+        type='xtuner.engine.hooks.DatasetInfoHook'),
+    dict(
+        evaluation_inputs=[
+            'hi',
+        ],
+        prompt_template='xtuner.utils.PROMPT_TEMPLATE.qwen_chat',
+        stop_word='<|endoftext|>',
+        stop_words=[
+            '<|im_end|>',
+        ],
+        system='Be brief.',
+        type='xtuner.engine.hooks.EvaluateChatHook'),
+]
+launcher = 'none'
+model = dict(
+    freeze_llm=True,
+    freeze_visual_encoder=True,
+    llm=dict(
+        pretrained_model_name_or_path='Qwen/Qwen1.5-7B-Chat',
+        quantization_config=dict(
+            load_in_4bit=True, type='transformers.BitsAndBytesConfig'),
+        torch_dtype='torch.float16',
+        trust_remote_code=True,
+        type='transformers.AutoModelForCausalLM.from_pretrained'),
+    llm_lora=dict(
+        bias='none',
+        lora_alpha=256,
+        lora_dropout=0.05,
+        r=512,
+        task_type='CAUSAL_LM',
+        type='peft.LoraConfig'),
+    pretrained_pth='./work_dirs/pretrain/iter_2181.pth',
+    type='xtuner.model.LLaVAModel',
+    visual_encoder=dict(
+        pretrained_model_name_or_path='openai/clip-vit-large-patch14-336',
+        type='transformers.CLIPVisionModel.from_pretrained'),
+    visual_encoder_lora=dict(lora_alpha=16, r=64, type='peft.LoraConfig'))
+train_dataloader = dict(
+    batch_size=16,
+    dataset=dict(
+        data_path='./secret_data/train.json',
+        dataset_map_fn='xtuner.dataset.map_fns.llava_map_fn',
+        image_folder='./secret_data/images',
+        image_processor=dict(
+            pretrained_model_name_or_path='openai/clip-vit-large-patch14-336',
+            trust_remote_code=True,
+            type='transformers.CLIPImageProcessor.from_pretrained'),
+        max_length=1472,
+        pad_image_to_square=True,
+        template_map_fn=dict(
+            template='xtuner.utils.PROMPT_TEMPLATE.qwen_chat',
+            type='xtuner.dataset.map_fns.template_map_fn_factory'),
+        tokenizer=dict(
+            bos_token='<|im_start|>',
+            eos_token='<|im_end|>',
+            padding_side='right',
+            pretrained_model_name_or_path='Qwen/Qwen1.5-7B-Chat',
+            type='transformers.AutoTokenizer.from_pretrained'),
+        type='xtuner.dataset.LLaVADataset'))
+"""
+
+
+def recipe(text: str) -> Recipe:
+    return Recipe.from_text(text, "config.py")
+
+
+def of_model(arguments: str, rest: str = "") -> Recipe:
+    return recipe(f"model = dict(type='xtuner.model.LLaVAModel', {arguments})\n{rest}")
+
+
+def of_dataset(arguments: str, before: str = "") -> Recipe:
+    return of_model("", f"{before}\ntrain_dataloader = dict(dataset=dict({arguments}))")
+
+
+def test_resolved_is_what_reading_the_config_gives() -> None:
+    file, stored = recipe(CONFIG), recipe(RESOLVED)
+    plain = [
+        name
+        for name, kind in vars(Recipe).items()
+        if isinstance(kind, property) and name not in ("used", "llm_lora", "visual_encoder_lora")
+    ]
+    assert len(plain) > 20
+    different = [name for name in plain if getattr(file, name) != getattr(stored, name)]
+    assert different == ["quantization"]  # it keeps an imported class as it stands
+    assert {(u.name, u.value) for u in file.used} == {(u.name, u.value) for u in stored.used}
+
+
+@pytest.mark.parametrize("text", [CONFIG, RESOLVED], ids=["config", "resolved"])
+def test_every_field(text: str) -> None:
+    run = recipe(text)
+    assert run.model_type == "xtuner.model.LLaVAModel"
+    assert run.is_llava
+    assert (run.llm_path, run.llm_type) == ("Qwen/Qwen1.5-7B-Chat", "AutoModelForCausalLM")
+    assert run.vision_path == "openai/clip-vit-large-patch14-336"
+    assert run.vision_type == "CLIPVisionModel"
+    assert run.llm_torch_dtype == "float16"
+    assert run.quantization is not None
+    assert run.quantization["load_in_4bit"] is True
+    assert (run.llm_overrides, run.vision_overrides) == ({}, {})
+    assert (run.freeze_llm, run.freeze_visual_encoder) == (True, True)
+    assert (run.visual_select_layer, run.projector_depth) == (-2, 2)
+    assert run.pretrained_pth == "./work_dirs/pretrain/iter_2181.pth"
+    assert run.max_position_embeddings is None
+    assert run.max_length == 1472
+    assert run.image_aspect_ratio == "pad"
+    assert run.prompt_template == "qwen_chat"
+    assert run.image_processor_path == "openai/clip-vit-large-patch14-336"
+    assert run.tokenizer_path == "Qwen/Qwen1.5-7B-Chat"
+    assert (run.bos_token, run.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert run.stop_words == ("<|im_end|>", "<|endoftext|>")
+    assert run.system == "Be brief."
+    assert run.notes == ()
+    assert run.llm_lora is not None
+    assert run.visual_encoder_lora is not None
+    assert (run.llm_lora.r, run.llm_lora.lora_alpha) == (512, 256)
+    assert (run.visual_encoder_lora.r, run.visual_encoder_lora.lora_alpha) == (64, 16)
+    assert (run.llm_lora.type, run.llm_lora.bias) == ("peft.LoraConfig", "none")
+    assert run.llm_lora.other == {}
+
+
+def test_used_names_what_was_read_with_its_line_and_no_data_path() -> None:
+    used = recipe(CONFIG).used
+    assert UsedValue("model.llm_lora.lora_alpha", 256, 41) in used
+    assert UsedValue("model.llm.torch_dtype", "torch.float16", 36) in used
+    assert UsedValue("train_dataloader.dataset.pad_image_to_square", True, 58) in used
+    assert UsedValue("model.type", "xtuner.model.LLaVAModel", 28) in used
+    assert "secret_data" not in repr(used)
+
+
+def test_defaults_are_those_of_llavamodel_and_peft() -> None:
+    run = of_model("llm_lora=dict(), visual_encoder_lora=None")
+    assert (run.freeze_llm, run.freeze_visual_encoder) == (False, False)
+    assert (run.visual_select_layer, run.projector_depth) == (-2, 2)
+    assert run.llm_path is run.vision_path is run.llm_type is run.vision_type is None
+    assert (run.llm_torch_dtype, run.pretrained_pth, run.quantization) == (None, None, None)
+    assert (run.image_aspect_ratio, run.max_length, run.prompt_template) == (None, None, None)
+    assert run.visual_encoder_lora is None
+    lora = run.llm_lora
+    assert lora is not None
+    assert (lora.r, lora.lora_alpha, lora.bias, lora.type) == (8, 8, "none", "peft.LoraConfig")
+    assert not (lora.use_rslora or lora.use_dora or lora.fan_in_fan_out)
+    assert (lora.target_modules, lora.modules_to_save) == (None, ())
+    assert (lora.rank_pattern, lora.alpha_pattern, lora.other) == ({}, {}, {})
+
+
+def test_values_that_are_not_the_default() -> None:
+    run = of_model(
+        "visual_select_layer=-1, projector_depth=3, max_position_embeddings=32768,"
+        "llm=dict(type='a.B.from_pretrained', torch_dtype='bfloat16', rope_theta=1e6,"
+        " revision='v1'),"
+        "visual_encoder=dict(type='transformers.SiglipVisionModel.from_pretrained'),"
+        "llm_lora=dict(type='peft.AdaLoraConfig', r=4, lora_alpha=2.5, use_rslora=True,"
+        " use_dora=True, fan_in_fan_out=True, bias='all', target_modules=['q', 'v'],"
+        " modules_to_save={'b', 'a'}, rank_pattern={'q': 2}, alpha_pattern=dict(q=1),"
+        " init_lora_weights='pissa', layers_to_transform=[1])"
+    )
+    assert (run.visual_select_layer, run.projector_depth) == (-1, 3)
+    assert run.max_position_embeddings == 32768
+    assert (run.llm_type, run.llm_torch_dtype) == ("B", "bfloat16")
+    assert run.llm_overrides == {"rope_theta": 1e6, "revision": "v1"}
+    assert run.vision_type == "SiglipVisionModel"
+    lora = run.llm_lora
+    assert lora is not None
+    assert (lora.type, lora.r, lora.lora_alpha) == ("peft.AdaLoraConfig", 4, 2.5)
+    assert lora.use_rslora and lora.use_dora and lora.fan_in_fan_out
+    assert (lora.bias, lora.target_modules) == ("all", ("q", "v"))
+    assert lora.modules_to_save == ("a", "b")
+    assert (lora.rank_pattern, lora.alpha_pattern) == ({"q": 2}, {"q": 1})
+    assert lora.other == {"init_lora_weights": "pissa", "layers_to_transform": [1]}
+    pattern = of_model("llm_lora=dict(target_modules='.*q_proj')").llm_lora
+    assert pattern is not None
+    assert pattern.target_modules == ".*q_proj"
+
+
+def test_other_models_are_read_and_left_to_be_refused() -> None:
+    run = recipe(
+        "from xtuner.model import SupervisedFinetune\n"
+        "model = dict(type=SupervisedFinetune, lora=dict(r=64),"
+        " llm=dict(pretrained_model_name_or_path='a/b'))"
+    )
+    assert run.model_type == "xtuner.model.SupervisedFinetune"
+    assert not run.is_llava
+    assert (run.llm_path, run.vision_path, run.llm_lora) == ("a/b", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("lr = 1\nepochs = 2", "missing, found: lr, epochs"),
+        ("", "missing, found: nothing"),
+        ("model = 'x'", "model is 'x', a dict was expected"),
+        ("model = build()", "a call of `build` is code"),
+        ("with read_base():\n  from .base import *", "base config, which is not followed"),
+        ("_base_ = ['base.py']\nmodel = dict(llm=1)", "base config, which is not followed"),
+    ],
+)
+def test_without_a_model_the_error_says_what_was_found(text: str, found: str) -> None:
+    with pytest.raises(CheckpointError, match="model") as caught:
+        recipe(text)
+    (fault,) = caught.value.faults
+    assert found in fault.what
+    assert "--xtuner-config" in fault.advice
+    assert fault.where.startswith("config.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "flag"),
+    [
+        ("llm=build()", "llm_path", "--llm"),
+        ("llm=dict(pretrained_model_name_or_path=build())", "llm_path", "--llm"),
+        ("visual_encoder=dict(pretrained_model_name_or_path=a + b)", "vision_path", "--vision"),
+        ("freeze_llm=build()", "freeze_llm", "--xtuner-config"),
+        ("projector_depth=build()", "projector_depth", "--xtuner-config"),
+        ("llm_lora=build()", "llm_lora", "--xtuner-config"),
+    ],
+)
+def test_only_who_asks_for_an_unknown_value_fails(arguments: str, name: str, flag: str) -> None:
+    run = recipe(f"model = dict(\n  type='LLaVAModel',\n  {arguments})")
+    assert run.is_llava
+    assert run.used
+    with pytest.raises(CheckpointError, match="without running code") as caught:
+        getattr(run, name)
+    assert caught.value.faults[0].where == "config.py:3"
+    assert flag in caught.value.faults[0].advice
+
+
+@pytest.mark.parametrize(
+    ("part", "flag"), [("llm", "--lora-alpha"), ("visual_encoder", "--vision-lora-alpha")]
+)
+def test_an_unknown_alpha_fails_only_who_needs_it(part: str, flag: str) -> None:
+    run = of_model(f"{part}_lora=dict(r=16, lora_alpha=2 * build())")
+    lora = run.llm_lora if part == "llm" else run.visual_encoder_lora
+    assert lora is not None
+    assert lora.r == 16
+    with pytest.raises(CheckpointError) as caught:
+        _ = lora.lora_alpha
+    assert f"with {flag}." in caught.value.faults[0].advice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "found"),
+    [
+        ("llm=dict(pretrained_model_name_or_path=3)", "llm_path", "3, a text"),
+        ("llm=dict(pretrained_model_name_or_path='a\\0')", "llm_path", "printable"),
+        ("llm='x'", "llm_path", "'x', a dict"),
+        ("freeze_llm='no'", "freeze_llm", "True or False"),
+        ("projector_depth=0", "projector_depth", "a positive integer"),
+        ("projector_depth=True", "projector_depth", "an integer"),
+        ("visual_select_layer=1.5", "visual_select_layer", "an integer"),
+        ("visual_select_layer=2**60", "visual_select_layer", "an integer"),
+        ("max_position_embeddings=-1", "max_position_embeddings", "a positive integer"),
+        ("visual_encoder=dict(type=[1])", "vision_type", "a list of 1"),
+    ],
+)
+def test_wrong_types_are_said(arguments: str, name: str, found: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        getattr(of_model(arguments), name)
+    assert found in caught.value.faults[0].what
+    assert caught.value.faults[0].where == "config.py:1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("r=0", "r"),
+        ("lora_alpha='8'", "lora_alpha"),
+        ("lora_alpha=float('nan')", "lora_alpha"),
+        ("use_dora=2", "use_dora"),
+        ("modules_to_save='head'", "modules_to_save"),
+        ("target_modules=[1]", "target_modules"),
+        ("rank_pattern={'q': 'x'}", "rank_pattern"),
+        ("unheard_of=build()", "other"),
+    ],
+)
+def test_wrong_lora_values_are_said(arguments: str, name: str) -> None:
+    lora = of_model(f"llm_lora=dict({arguments})").llm_lora
+    assert lora is not None
+    with pytest.raises(CheckpointError, match=r"model\.llm_lora"):
+        getattr(lora, name)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "ratio", "noted"),
+    [
+        ("dict(image_folder='a', pad_image_to_square=True)", "pad", False),
+        ("dict(image_folder='a', pad_image_to_square=False)", None, False),
+        ("dict(image_folder='a')", None, False),
+        ("dict(image_folder='a', pad_image_to_square=True), dict(image_folder='b')", "pad", True),
+        ("dict(image_folder='a', pad_image_to_square=True), dict(type='text')", "pad", False),
+        ("dict(dataset=dict(image_folder='a', pad_image_to_square=True))", "pad", False),
+        ("dict(datasets=[dict(image_folder='a', pad_image_to_square=True)])", "pad", False),
+        ("dict(image_folder='a', pad_image_to_square=build())", None, True),
+        ("build(), dict(image_folder='a', pad_image_to_square=True)", "pad", True),
+    ],
+)
+def test_padding_is_gathered_from_all_datasets(
+    datasets: str, ratio: str | None, noted: bool
+) -> None:
+    run = of_dataset(f"type='xtuner.dataset.ConcatDataset', datasets=[{datasets}]")
+    assert run.image_aspect_ratio == ratio
+    assert bool(run.notes) is noted
+
+
+def test_lengths_and_templates_of_several_datasets() -> None:
+    run = of_dataset(
+        "datasets=[dict(image_folder='a', max_length=5, template_map_fn=dict(template='x.y.a')),"
+        " dict(image_folder='b', template_map_fn=dict(template='x.y.b'))]"
+    )
+    assert run.max_length == 2048  # the default of LLaVADataset, longer than 5
+    assert run.prompt_template == "a"
+    assert len(run.notes) == 2
+
+
+def test_an_inline_template() -> None:
+    template = "dict(SYSTEM='s', STOP_WORDS=['e'])"
+    run = of_dataset(
+        f"datasets=[dict(image_folder='a', template_map_fn=dict(template={template})),"
+        f"dict(image_folder='b', template_map_fn=dict(template={template}))]"
+    )
+    assert run.prompt_template == {"SYSTEM": "s", "STOP_WORDS": ["e"]}
+    assert run.notes == ()
+
+
+def test_a_changed_image_processor_is_noted() -> None:
+    run = of_dataset("image_folder='a', image_processor=dict(size=dict(height=1))")
+    assert run.notes == (
+        "train_dataloader.dataset.image_processor.size is set: it overrides the preprocessor's",
+    )
+
+
+def test_what_only_describes_never_fails() -> None:
+    run = of_model(
+        "",
+        "prompt_template = build()\ntrain_dataloader = build()\ncustom_hooks = build()\n"
+        "tokenizer = dict(bos_token=build())\nimage_processor = build()",
+    )
+    assert (run.prompt_template, run.bos_token, run.image_aspect_ratio) == (None, None, None)
+    assert run.stop_words == ()
+    assert len(run.notes) == 4
+    assert all(note.startswith("config.py:") for note in run.notes)
+
+
+def test_shared_and_endless_datasets_end() -> None:
+    wide = "d = [dict(image_folder='a')] * 900_000"
+    assert of_dataset("datasets=d", wide).max_length == 2048
+    bomb = "d = [dict(image_folder='a')]\n" + "d = [dict(datasets=d), dict(datasets=d)]\n" * 30
+    run = of_dataset("datasets=d", bomb)
+    assert run.max_length == 2048
+
+
+def test_quantization_keeps_names_as_they_stand() -> None:
+    quantization = recipe(CONFIG).quantization
+    assert isinstance(quantization, Table)
+    assert quantization["type"] == Reference("transformers.BitsAndBytesConfig")
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("\ufeff" + CONFIG.replace("Be brief.", "简短回答。"), encoding="utf-8")
+    assert Recipe.from_file(path).system == "简短回答。"
+    path.write_bytes(CONFIG.replace("\n", "\r\n").encode())
+    assert recipe(CONFIG).used == Recipe.from_file(str(path)).used
+
+
+def test_what_is_no_config_file(tmp_path: Path) -> None:
+    latin, large, pipe = tmp_path / "latin.py", tmp_path / "large.py", tmp_path / "pipe.py"
+    latin.write_bytes(b"x = '\xe9'")
+    large.write_bytes(b"#" * ((4 << 20) + 1))
+    os.mkfifo(pipe)
+    for path, what in [
+        (latin, "UTF-8"),
+        (large, "more than"),
+        (pipe, "not a file"),
+        (tmp_path, "not a file"),
+        (tmp_path / "none.py", "No such file"),
+        (Path("a\0b"), "cannot be read"),
+    ]:
+        with pytest.raises(CheckpointError, match=what):
+            Recipe.from_file(path)

@@ -1,0 +1,508 @@
+"""`verify` by itself: a right folder passes, and each kind of damage fails where it is.
+
+Damage that a checksum would tell is sealed first, so that the other checks show what they can.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from damage import (
+    copy_of,
+    edit_json,
+    edit_tensors,
+    flip_bit,
+    results,
+    rewrite_header,
+    seal,
+    set_keys,
+)
+from reference.cases import Converted
+from xtuner2llava import UsageError, verify
+
+INDEX = "model.safetensors.index.json"
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def whole(converted: Converted) -> Path:
+    """Qwen2, everything trained, one shard."""
+    return converted("qwen2_e_full_fullvis", dtype="float16")
+
+
+@pytest.fixture(scope="module")
+def sharded(converted: Converted) -> Path:
+    return converted("qwen2_e_full_fullvis", dtype="float16", max_shard_size="200KB")
+
+
+def test_a_converted_folder_is_right(whole: Path, sharded: Path) -> None:
+    for folder in (whole, sharded):
+        found = verify(folder)
+        assert results(found) == {}
+        assert found.passed
+        assert found.verdict.startswith("Verified: 20 checks, none failed.")
+        # The towers of the test are at a relative path.
+        assert [check.name for check in found.with_result("warning")] == ["mm_vision_tower"]
+    assert verify(sharded).named("index and files").detail == "114 tensors in 3 files, each once"
+
+
+def test_the_report_as_data(whole: Path) -> None:
+    found = verify(whole)
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["passed"] is True
+    assert data["out"] == str(whole)
+    assert {
+        "check": "tied embeddings",
+        "result": "ok",
+        "detail": "not tied, the head is there",
+    } in data["checks"]
+    with pytest.raises(KeyError, match="nonsense"):
+        found.named("nonsense")
+
+
+# Each: what is damaged, which check fails, and what it says.
+
+
+def renamed_tensor(folder: Path) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.gate.weight"] = tensors.pop(
+            "model.layers.1.mlp.gate_proj.weight"
+        )
+
+    edit_tensors(folder, change)
+
+
+def transposed_tensor(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+
+
+def without(*names: str) -> Damage:
+    return lambda folder: edit_tensors(
+        folder, lambda tensors: [tensors.pop(name) for name in names]
+    )
+
+
+def config(**values: Any) -> Damage:
+    return lambda folder: set_keys(folder / "config.json", **values)
+
+
+def without_key(file: str, key: str) -> Damage:
+    return lambda folder: edit_json(folder / file, lambda values: values.pop(key))
+
+
+def tokens_beyond_the_rows(folder: Path) -> None:
+    new = {index: f"<new_{index}>" for index in range(363, 403)}
+
+    def change(values: dict[str, Any]) -> None:
+        last = values["added_tokens"][-1]
+        values["added_tokens"] += [{**last, "id": n, "content": text} for n, text in new.items()]
+
+    def list_them(values: dict[str, Any]) -> None:
+        decoder = values["added_tokens_decoder"]
+        decoder |= {str(n): {**decoder["361"], "content": text} for n, text in new.items()}
+
+    edit_json(folder / "tokenizer.json", change)
+    edit_json(folder / "tokenizer_config.json", list_them)
+
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+SEALED: dict[str, tuple[Damage, str, str]] = {
+    "tensor renamed": (
+        renamed_tensor,
+        "tensors of the LLM",
+        "model.layers.1.mlp.gate_proj.weight is missing; model.layers.1.mlp.gate.weight is "
+        "unexpected",
+    ),
+    "tensor transposed": (
+        transposed_tensor,
+        "tensors of the LLM",
+        "up_proj.weight has shape [64, 112], expected [112, 64]",
+    ),
+    "tensor of the tower gone": (
+        without(f"{TOWER}encoder.layers.2.mlp.fc1.weight"),
+        "tensors of the vision tower",
+        "vision_model.encoder.layers.2.mlp.fc1.weight is missing",
+    ),
+    "second layer of the projector gone": (
+        without("model.mm_projector.2.weight", "model.mm_projector.2.bias"),
+        "tensors of the projector",
+        "2.weight is missing",
+    ),
+    "projector type of another depth": (
+        config(mm_projector_type="mlp3x_gelu"),
+        "tensors of the projector",
+        "4.weight is missing",
+    ),
+    "head dropped": (
+        without("lm_head.weight"),
+        "tied embeddings",
+        "there is no lm_head.weight",
+    ),
+    "tie flag flipped": (
+        config(tie_word_embeddings=True),
+        "tied embeddings",
+        "tie_word_embeddings is true, and lm_head.weight is there",
+    ),
+    "vocab_size changed": (
+        config(vocab_size=384),
+        "vocabulary size",
+        "model.embed_tokens.weight has 400 rows, vocab_size is 384",
+    ),
+    "dtype of the config": (
+        config(torch_dtype="bfloat16"),
+        "dtype",
+        "is float16, torch_dtype says bfloat16",
+    ),
+    "tower that would be ignored": (
+        config(unfreeze_mm_vision_tower=False),
+        "vision tower in the folder",
+        "unfreeze_mm_vision_tower is not true",
+    ),
+    "key that LLaVA takes for true": (
+        without_key("config.json", "mm_use_im_patch_token"),
+        "config keys",
+        "mm_use_im_patch_token is missing",
+    ),
+    "words of transformers 5": (
+        config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        "config keys",
+        "rope_parameters is a word of transformers 5",
+    ),
+    "model type of another class": (
+        config(model_type="llava_llama"),
+        "config keys",
+        "model_type is 'llava_llama', expected llava_qwen",
+    ),
+    "eos dropped": (
+        without_key("generation_config.json", "eos_token_id"),
+        "generation config",
+        "there is no eos_token_id, so it never stops",
+    ),
+    "end of turn no longer eos": (
+        lambda folder: (
+            set_keys(folder / "generation_config.json", eos_token_id=361),
+            set_keys(folder / "config.json", eos_token_id=361),
+        ),
+        "tokenizer",
+        "<|im_end|> (id 360) ended each turn in training, and is no eos_token_id",
+    ),
+    "pad beyond the vocabulary": (
+        lambda folder: set_keys(folder / "generation_config.json", pad_token_id=400),
+        "generation config",
+        "pad_token_id 400 is beyond the 400 rows",
+    ),
+    "bos contradicts": (
+        config(bos_token_id=5),
+        "generation config",
+        "bos_token_id is [5] in config.json, [361] in generation_config.json",
+    ),
+    "tokenizer replaced by a larger one": (
+        tokens_beyond_the_rows,
+        "tokenizer",
+        "the embedding has 400 rows: LLaVA would add random ones",
+    ),
+    "tokenizer broken": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "tokenizer",
+        "does not load",
+    ),
+    "preprocessor of another size": (
+        lambda folder: set_keys(
+            folder / "preprocessor_config.json", crop_size={"height": 336, "width": 336}
+        ),
+        "image processor",
+        "crops to 336 pixels, 576 patches of 14; the tower has 16",
+    ),
+    "tower named by a local path": (
+        config(mm_vision_tower="/data/models/clip"),
+        "mm_vision_tower",
+        "'/data/models/clip' is a path of one machine",
+    ),
+    "home in the card": (
+        lambda folder: (folder / "README.md").write_text("Trained in /home/jane/runs/7 .\n"),
+        "no local paths",
+        "README.md says '/home/jane/runs/7'",
+    ),
+    "record of another format": (
+        lambda folder: edit_json(
+            folder / "conversion.json", lambda values: values["mapping"].update(format="hf")
+        ),
+        "record and config",
+        "the record says format 'hf', the folder is llava",
+    ),
+    "header padded wrongly": (
+        lambda folder: rewrite_header(folder / "model.safetensors", lambda header: header + b" "),
+        "safetensors headers",
+        "is not padded with spaces to a multiple of eight",
+    ),
+    "header padded too much": (
+        lambda folder: rewrite_header(
+            folder / "model.safetensors", lambda header: header + b" " * 8
+        ),
+        "safetensors headers",
+        "is not padded with spaces to a multiple of eight",
+    ),
+    "bytes after the last tensor": (
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes() + b"\0" * 8
+        ),
+        "safetensors headers",
+        "bytes of data, its tensors need",
+    ),
+    "file without a format": (
+        lambda folder: rewrite_header(
+            folder / "model.safetensors", lambda header: header.replace(b'"pt"', b'"tf"')
+        ),
+        "safetensors headers",
+        "its __metadata__ is not {'format': 'pt'}",
+    ),
+    "weights cut short": (
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:-100]
+        ),
+        "safetensors headers",
+        "bytes of data, its tensors need",
+    ),
+    "a pickle beside the weights": (
+        lambda folder: (folder / "pytorch_model.bin").write_bytes(b""),
+        "index and files",
+        "pytorch_model.bin lies beside the safetensors files",
+    ),
+    "config without a class": (
+        config(architectures=["LlamaForCausalLM"]),
+        "config.json",
+        "architectures is ['LlamaForCausalLM'], expected one of",
+    ),
+    "config that is no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json",
+        "is not JSON",
+    ),
+    "config of a monster": (
+        config(num_hidden_layers=10**9),
+        "tensors of the LLM",
+        "num_hidden_layers is 1,000,000,000",
+    ),
+    "record gone": (
+        lambda folder: (folder / "conversion.json").unlink(),
+        "conversion.json",
+        "cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", SEALED)
+def test_damage_that_checksums_do_not_tell(whole: Path, tmp_path: Path, damage: str) -> None:
+    change, check, says = SEALED[damage]
+    folder = copy_of(whole, tmp_path)
+    change(folder)
+    if (folder / "conversion.json").is_file():
+        seal(folder)
+    found = verify(folder)
+    assert not found.passed
+    assert says in results(found)[check]
+    assert "checksums of shards" not in results(found)
+    assert check in found.verdict
+
+
+def swap_shards(folder: Path) -> None:
+    one, other = sorted(folder.glob("model-0000[12]*"))
+    aside = one.rename(folder / "aside")
+    other.rename(one)
+    aside.rename(other)
+
+
+SHARDED: dict[str, tuple[Damage, str]] = {
+    "shards swapped": (swap_shards, f", {INDEX} says model-0000"),
+    "index entry removed": (
+        lambda folder: edit_json(
+            folder / INDEX, lambda values: values["weight_map"].pop("model.norm.weight")
+        ),
+        "model.norm.weight is in model-0000",
+    ),
+    "index entry too many": (
+        lambda folder: edit_json(
+            folder / INDEX,
+            lambda values: values["weight_map"].update(
+                {"model.extra": "model-00001-of-00003.safetensors"}
+            ),
+        ),
+        "names model.extra, which is in no file",
+    ),
+    "shard gone": (
+        lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),
+        "names model-00002-of-00003.safetensors, which is not there",
+    ),
+    "shard too many": (
+        lambda folder: shutil.copy(
+            folder / "model-00001-of-00003.safetensors",
+            folder / "model-00004-of-00003.safetensors",
+        ),
+        "is in model-00001-of-00003.safetensors and in model-00004-of-00003.safetensors",
+    ),
+    "total size": (
+        lambda folder: edit_json(
+            folder / INDEX, lambda values: values["metadata"].update(total_size=7)
+        ),
+        "says total_size 7, the tensors have",
+    ),
+    "index gone": (
+        lambda folder: (folder / INDEX).unlink(),
+        "so model.safetensors is expected alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", SHARDED)
+def test_damage_to_shards(sharded: Path, tmp_path: Path, damage: str) -> None:
+    change, says = SHARDED[damage]
+    folder = copy_of(sharded, tmp_path)
+    change(folder)
+    seal(folder)
+    assert says in results(verify(folder))["index and files"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "says"),
+    [
+        (
+            lambda folder: flip_bit(folder / "model.safetensors", -1),
+            "checksums of shards",
+            "model.safetensors is not what was written",
+        ),
+        (
+            lambda folder: set_keys(folder / "config.json", rope_theta=10000.0),
+            "checksums of small files",
+            "config.json is not what was written",
+        ),
+        (
+            lambda folder: set_keys(folder / "preprocessor_config.json", image_mean=[0, 0, 0]),
+            "checksums of small files",
+            "preprocessor_config.json is not what was written",
+        ),
+        (
+            lambda folder: (folder / "merges.txt").unlink(),
+            "checksums of small files",
+            "merges.txt is not there",
+        ),
+        (
+            lambda folder: (folder / "notes.txt").write_text("x"),
+            "no other files",
+            "notes.txt is not named in conversion.json",
+        ),
+    ],
+)
+def test_damage_that_only_checksums_tell(
+    whole: Path, tmp_path: Path, damage: Damage, check: str, says: str
+) -> None:
+    folder = copy_of(whole, tmp_path)
+    damage(folder)
+    found = results(verify(folder))
+    assert says in found[check]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "says"),
+    [
+        ("llava-qwen", "ok", "LlavaQwenForCausalLM to LLaVA-NeXT"),
+        ("model", "FAILED", "LLaVA-NeXT loads it as no LLaVA, not LlavaQwenForCausalLM"),
+        ("llava-llama-qwen", "FAILED", "LLaVA-NeXT loads it as LlavaLlamaForCausalLM"),
+        ("llava-mixtral-qwen", "FAILED", "as LlavaMixtralForCausalLM"),
+        ("llava-qwen-moe", "FAILED", "as LlavaQwenMoeForCausalLM"),
+        ("models--me--llava-qwen/snapshots/0123", "ok", "'llava-qwen' is"),
+        ("llava-qwen/checkpoint-7", "ok", "'llava-qwen_checkpoint-7' is"),
+    ],
+)
+def test_the_folders_name(whole: Path, tmp_path: Path, name: str, result: str, says: str) -> None:
+    shutil.copytree(whole, tmp_path / name)
+    check = verify(tmp_path / name).named("folder name")
+    assert check.result == result
+    assert says in check.detail
+
+
+def test_a_llama_whose_name_one_loader_takes_for_another(
+    converted: Converted, tmp_path: Path
+) -> None:
+    whole = converted("llama_e_full_fullvis", dtype="float16")
+    shutil.copytree(whole, tmp_path / "llava-zephyr")
+    check = verify(tmp_path / "llava-zephyr").named("folder name")
+    assert check.result == "warning"
+    assert check.detail == (
+        "'llava-zephyr' is LlavaLlamaForCausalLM to LLaVA; "
+        "LLaVA-NeXT loads it as LlavaMistralForCausalLM"
+    )
+
+
+def test_a_path_in_what_was_copied_is_a_warning(whole: Path, tmp_path: Path) -> None:
+    folder = copy_of(whole, tmp_path)
+    set_keys(folder / "tokenizer_config.json", name_or_path="/mnt/vendor/model")
+    seal(folder)
+    found = verify(folder)
+    assert found.passed
+    assert found.named("no local paths").result == "warning"
+    assert "tokenizer_config.json says '/mnt/vendor/model'" in found.named("no local paths").detail
+
+
+def test_the_users_home_and_name(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(whole, tmp_path)
+    monkeypatch.setenv("LOGNAME", "jdoe")
+    monkeypatch.setenv("HOME", "/srv/jdoe")
+    card = folder / "README.md"
+    for text, leaks in (
+        ("By jdoe/llava on the Hub, see https://example.org/a/b/c, path/to/x and/or y.", False),
+        ("At cluster/jdoe", True),
+        ("In ~/runs/llava/x", True),
+        ("C:\\Users\\jane", True),
+    ):
+        card.write_text(text)
+        seal(folder)
+        assert (verify(folder).named("no local paths").result == "FAILED") is leaks, text
+
+
+def test_a_tokenizer_with_a_bos_is_warned_of(whole: Path, tmp_path: Path) -> None:
+    folder = copy_of(whole, tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        set_keys(folder / name, **{"bos_token": "<|im_start|>"})
+    seal(folder)
+    check = verify(folder).named("bos of the tokenizer")
+    assert check.result == "warning"
+    assert "loses the first token of every chunk after an image" in check.detail
+
+
+def test_what_is_asked_for_is_held_against_the_folder(whole: Path) -> None:
+    found = verify(whole, format="hf", model_type="llava", vision_tower_name="openai/clip")
+    assert results(found) == {
+        "as asked for": "it is of format llava, --format is hf; its model_type is 'llava_qwen', "
+        "--model-type is llava; its mm_vision_tower is 'bases/vision_clip', "
+        "--vision-tower-name is openai/clip"
+    }
+    assert verify(whole, format="llava", model_type="official").passed
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no folder"):
+        verify(tmp_path / "nothing")
+
+
+def test_logits_need_a_checkpoint(whole: Path) -> None:
+    with pytest.raises(UsageError, match="--logits: needs the checkpoint"):
+        verify(whole, logits=True)
+
+
+def test_no_libraries_global_state_is_changed(whole: Path) -> None:
+    import torch
+
+    before = torch.random.get_rng_state().clone(), torch.get_default_dtype()
+    verify(whole)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert torch.get_default_dtype() is before[1]

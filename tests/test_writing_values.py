@@ -1,0 +1,120 @@
+"""Values that do not fit: overflow is refused, NaN and infinity are reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storing import stored
+from xtuner2llava.errors import PlanError
+from xtuner2llava.tensors import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    DType,
+    FileRange,
+    LazyTensor,
+    SourceFile,
+    Stored,
+    cast,
+)
+from xtuner2llava.writing import NonFinite, OutputFolder, Written, plan_shards, write_shards
+from xtuner2llava.writing.nonfinite import count_nonfinite
+
+NAN, INF = float("nan"), float("inf")
+
+
+def write(tmp_path: Path, tensors: dict[str, LazyTensor]) -> Written:
+    plan = plan_shards(tensors)
+    with OutputFolder(tmp_path / "out", plan.fingerprint("")) as folder:
+        written = write_shards(folder, plan.shards)
+        folder.publish()
+    return written
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "text"),
+    [
+        (FLOAT16, 65520.0, "65520, which overflows float16, whose largest value is 65504"),
+        (FLOAT16, -1e6, "-1e+06, which overflows float16, whose largest value is 65504"),
+        (BFLOAT16, 3.4e38, "3.4e+38, which overflows bfloat16, whose largest value is 3.38953e+38"),
+    ],
+)
+def test_a_finite_value_that_becomes_infinite_is_refused(
+    dtype: DType, value: float, text: str, tmp_path: Path
+) -> None:
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    # Wide enough for several blocks; the fault is in the last of them, behind an honest infinity.
+    tensor = torch.zeros(3, 2_000_000)
+    tensor[2, 1_999_997] = INF
+    tensor[2, 1_999_998] = value
+    path = sources / "big.bin"
+    path.write_bytes(tensor.numpy().tobytes())
+    piece = FileRange(SourceFile.of(path), 0, 24_000_000)
+    lazy = Stored("llm.w", FLOAT32, (3, 2_000_000), (piece,))
+    with pytest.raises(PlanError) as caught:
+        write(tmp_path, {"model.w": cast(lazy, dtype)})
+    (fault,) = caught.value.faults
+    assert fault.where == "model.w"
+    assert fault.what == f"element [2, 1999998] is {text}"
+    expected = "bfloat16 or --dtype float32" if dtype == FLOAT16 else "float32"
+    assert fault.advice == f"Convert with --dtype {expected}."
+    assert [path.name for path in tmp_path.iterdir()] == ["sources"]
+
+
+def test_the_largest_value_that_rounds_down_is_no_overflow(tmp_path: Path) -> None:
+    tensor = stored(tmp_path, "w", torch.tensor([65519.0, -65504.0]))
+    assert write(tmp_path, {"w": cast(tensor, FLOAT16)}).nonfinite == ()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+def test_nan_and_infinity_in_copied_tensors_are_reported(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    values = torch.tensor([0.0, NAN, 1.0, INF, -INF, -NAN, -2.0, NAN], dtype=dtype)
+    written = write(
+        tmp_path,
+        {
+            "bad": stored(tmp_path, "bad", values),
+            "negative": stored(tmp_path, "negative", values[4:5]),
+            "good": stored(tmp_path, "good", torch.tensor([1.0, -1.0], dtype=dtype)),
+        },
+    )
+    assert written.nonfinite == (NonFinite("bad", 3, 2), NonFinite("negative", 0, 1))
+
+
+def test_nan_and_infinity_in_cast_tensors_are_reported(tmp_path: Path) -> None:
+    tensor = stored(tmp_path, "w", torch.tensor([[1.0, NAN], [INF, -INF]]))
+    written = write(tmp_path, {"w": cast(tensor, FLOAT16)})
+    assert written.nonfinite == (NonFinite("w", 1, 2),)
+
+
+def test_findings_are_counted_over_all_blocks_of_a_tensor(tmp_path: Path) -> None:
+    values = torch.zeros(200_000)
+    values[[0, 65_535, 65_536, 199_999]] = torch.tensor([NAN, INF, NAN, -INF])
+    written = write(tmp_path, {"w": stored(tmp_path, "w", values)})
+    assert written.nonfinite == (NonFinite("w", 2, 2),)
+
+
+def test_integers_are_never_nan(tmp_path: Path) -> None:
+    values = torch.full((4,), -1, dtype=torch.int32)  # As float32, all of these bits are NaN.
+    assert write(tmp_path, {"w": stored(tmp_path, "w", values)}).nonfinite == ()
+
+
+@given(st.binary(max_size=400).map(lambda data: data[: len(data) // 8 * 8]))
+def test_counting_agrees_with_numpy_on_any_bits(data: bytes) -> None:
+    for code, kind in (("F64", "<f8"), ("F32", "<f4"), ("F16", "<f2")):
+        values = np.frombuffer(data, dtype=kind)
+        expected = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+        assert count_nonfinite(memoryview(data), code) == expected
+    brain = torch.tensor(list(data), dtype=torch.uint8).view(torch.bfloat16)
+    expected = int(brain.isnan().sum()), int(brain.isinf().sum())
+    assert count_nonfinite(memoryview(data), "BF16") == expected

@@ -161,7 +161,7 @@ def test_an_input_that_changes_between_plan_and_copy_is_told(
 ) -> None:
     path = tmp_path / "iter_2.pth"
     shutil.copy(checkpoints / CASE / "iter_2.pth", path)
-    write = writer._Job._copy
+    write = writer._Job._write
 
     def meanwhile(self: writer._Job, *arguments: object) -> object:
         if change == "mtime":
@@ -172,7 +172,7 @@ def test_an_input_that_changes_between_plan_and_copy_is_told(
             path.unlink(missing_ok=True)
         return write(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writer._Job, "_copy", meanwhile)
+    monkeypatch.setattr(writer._Job, "_write", meanwhile)
     expected = "cannot be opened" if change == "gone" else "the file changed while it was read"
     with pytest.raises(CorruptFileError, match=expected):
         convert(path, tmp_path / "out", dtype="keep", **options)
@@ -249,14 +249,14 @@ def test_a_kill_while_out_appears_is_resumed(arguments: list[str], tmp_path: Pat
 SLOW = """
 import sys, time
 from xtuner2llava.writing import writer
-copy = writer._Job._copy
-def slow(self, descriptor, shard, tail, flushing):
+write = writer._Job._write
+def slow(self, shard):
     print("copying", flush=True)
     while self.folder.finished("model-00001-of-" + shard.filename[-17:]):
         self.work.check()
         time.sleep(0.01)
-    return copy(self, descriptor, shard, tail, flushing)
-writer._Job._copy = slow
+    return write(self, shard)
+writer._Job._write = slow
 from xtuner2llava.cli import main
 main()
 """

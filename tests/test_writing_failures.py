@@ -22,9 +22,9 @@ from xtuner2llava.tensors import FLOAT32, FileRange, LazyTensor, SourceFile, Sto
 from xtuner2llava.writing import (
     OutputFolder,
     ShardPlan,
-    checksum,
     disk,
     plan_shards,
+    verify,
     write_shards,
 )
 
@@ -75,11 +75,7 @@ def test_a_disk_that_refuses_to_write(
             raise OSError(number, os.strerror(number))
         return pwrite(descriptor, data, offset)
 
-    def refuse_copy(source: int, target: int, count: int, start: int, offset: int) -> int:
-        raise OSError(number, os.strerror(number))
-
     monkeypatch.setattr(disk.os, "pwrite", refuse)
-    monkeypatch.setattr(disk.os, "copy_file_range", refuse_copy)
     with pytest.raises(OutputError) as caught:
         write(tmp_path / "out", plan)
     (fault,) = caught.value.faults
@@ -113,7 +109,7 @@ def test_a_disk_that_refuses_to_be_read_back(
     def refuse(descriptor: int, view: memoryview, offset: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(checksum, "read_all", refuse)
+    monkeypatch.setattr(verify, "read_all", refuse)
     with pytest.raises(
         OutputError, match=r"model\.safetensors: cannot be read back \(Input/output"
     ):
@@ -237,13 +233,13 @@ def test_progress_grows_to_the_total(sources: Path, tmp_path: Path) -> None:
     big = Stored("big", FLOAT32, (20_000_000,), [FileRange(SourceFile.of(path), 0, 80_000_000)])
     plan = plan_shards({"big": big, "small": lazy}, 80_000_000)
     total = sum(shard.size for shard in plan.shards)
-    for verify in (True, False):
+    for verified in (True, False):
         told: list[tuple[int, int]] = []
         with OutputFolder(tmp_path / "out", "") as folder:
             write_shards(
                 folder,
                 plan.shards,
-                verify=verify,
+                verify=verified,
                 on_progress=lambda done, total: told.append((done, total)),  # noqa: B023
             )
         steps = [done for done, _ in told]

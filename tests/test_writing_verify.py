@@ -16,12 +16,11 @@ from xtuner2llava.writing import (
     OutputFolder,
     Shard,
     ShardPlan,
-    copying,
     disk,
     plan_shards,
+    shard_file,
     verify_shards,
     write_shards,
-    writer,
 )
 
 
@@ -137,10 +136,7 @@ def damaged_writes(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
             data = memoryview(bytes(data[:-1]) + bytes([data[-1] ^ 1]))
         write_all(descriptor, data, offset)
 
-    # Both ways in which bytes get to the disk: written, and copied by a kernel that cannot.
-    monkeypatch.setattr(writer, "write_all", damage)
-    monkeypatch.setattr(copying, "write_all", damage)
-    monkeypatch.delattr(copying.os, "copy_file_range")
+    monkeypatch.setattr(shard_file, "write_all", damage)
 
 
 @pytest.mark.parametrize(

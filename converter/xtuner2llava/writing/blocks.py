@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError
@@ -26,18 +26,20 @@ _ROWS_BYTES = 16 << 20
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
 
 
-def blocks(entry: Entry) -> Iterator[memoryview]:
+def blocks(entry: Entry, buffers: Iterator[memoryview] | None = None) -> Iterator[memoryview]:
     """The bytes of `entry`, row-major and little-endian, in blocks that are never empty.
 
-    A block is valid until the next one is asked for. Raises `CorruptFileError` if a source file is
-    short or changes meanwhile, and `PlanError` for a finite value that its cast made infinite.
+    What is copied is read into `buffers`, of `BLOCK_BYTES` each, one after another; by default a
+    block is valid until the next one is asked for. What is computed has memory of its own. Raises
+    `CorruptFileError` if a source file is short or changes meanwhile, and `PlanError` for a finite
+    value that its cast made infinite.
     """
     ranges = entry.tensor.ranges()
     if ranges is None:
         return _computed(entry)
     if sum(piece.length for piece in ranges) != entry.tensor.nbytes:
         raise RuntimeError(f"{entry.name}: its ranges are not its {entry.tensor.nbytes:,} bytes")
-    return _copied(ranges)
+    return _copied(ranges, buffers or repeat(memoryview(bytearray(BLOCK_BYTES))))
 
 
 def computed_blocks(tensor: LazyTensor) -> Iterator[tuple[LazyTensor, int, int]]:
@@ -48,9 +50,8 @@ def computed_blocks(tensor: LazyTensor) -> Iterator[tuple[LazyTensor, int, int]]
         yield source, start, stop
 
 
-def _copied(ranges: Sequence[FileRange]) -> Iterator[memoryview]:
-    total = sum(piece.length for piece in ranges)
-    buffer = memoryview(bytearray(min(total, BLOCK_BYTES)))
+def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+    buffer = next(buffers)
     filled = 0
     # A tensor may lie in as many files as there were GPUs: only one is open at a time.
     for file, pieces in groupby(ranges, key=lambda piece: piece.file):
@@ -64,7 +65,7 @@ def _copied(ranges: Sequence[FileRange]) -> Iterator[memoryview]:
                     done, filled = done + count, filled + count
                     if filled == len(buffer):
                         yield buffer
-                        filled = 0
+                        buffer, filled = next(buffers), 0
             file.check(descriptor)
     if filled:
         yield buffer[:filled]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xtuner2llava.errors import VerificationError
-from xtuner2llava.writing.blocks import blocks, computed_blocks, position
-from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors, read_all
+from xtuner2llava.writing.blocks import blocks, position
+from xtuner2llava.writing.disk import disk_errors, read_all
 from xtuner2llava.writing.shards import Entry, Shard
 from xtuner2llava.writing.work import OnProgress, Work
 
-# Per computed tensor, the CRC-32 of each of its blocks, taken from memory before it was written.
-Digests = Mapping[str, Sequence[int]]
 _ADVICE = "The disk or memory of this machine may be faulty: convert again, best to another disk."
 
 
@@ -36,86 +33,59 @@ def verify_shards(
 
 
 def verify_shard(
-    path: Path,
-    shard: Shard,
-    digests: Digests | None = None,
-    advance: Callable[[int], None] = lambda count: None,
+    path: Path, shard: Shard, advance: Callable[[int], None] = lambda count: None
 ) -> None:
     """Compares the file at `path` with `shard`: size, header, then tensor by tensor.
 
-    Stored tensors are read from their sources again. Computed ones are compared by `digests`
-    where those are given, and else computed again. `advance` is told the bytes that were found
-    right. Raises `VerificationError` and, for the sources, `CorruptFileError`.
+    Stored tensors are read from their sources again, computed ones are computed again. `advance`
+    is told the bytes that were found right. Raises `VerificationError` and, for the sources,
+    `CorruptFileError`.
     """
     with disk_errors(path, "cannot be read back"):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with disk_errors(path, "cannot be read back"):
-            size = os.fstat(descriptor).st_size
-            if size != shard.size:
-                raise VerificationError(
-                    f"has {size:,} bytes, expected {shard.size:,}", where=str(path), advice=_ADVICE
-                )
-            header = memoryview(bytearray(len(shard.header)))
-            read_all(descriptor, header, 0)
-        if header != shard.header:
-            raise VerificationError(
-                "its header is not the one planned", where=str(path), advice=_ADVICE
-            )
-        advance(len(header))
+        require_header(path, descriptor, shard)
+        advance(len(shard.header))
+        found = bytearray()
         for entry in shard.entries:
-            known = digests.get(entry.name) if digests is not None else None
-            if known is None:
-                _compare(path, descriptor, entry, advance)
-            else:
-                _compare_digests(path, descriptor, entry, known, advance)
+            offset = entry.offset
+            for expected in blocks(entry):
+                if len(found) != len(expected):
+                    found = bytearray(len(expected))
+                require_same(path, descriptor, entry, offset, expected, found)
+                offset += len(expected)
+                advance(len(expected))
     finally:
         os.close(descriptor)
 
 
-def _compare(path: Path, descriptor: int, entry: Entry, advance: Callable[[int], None]) -> None:
-    offset = entry.offset
-    found = bytearray()
-    for expected in blocks(entry):
-        # Equal lengths of bytearray and buffer are compared by memcmp; slices would be copied.
-        if len(found) != len(expected):
-            found = bytearray(len(expected))
-        with disk_errors(path, "cannot be read back"):
-            read_all(descriptor, memoryview(found), offset)
-        if found != expected:
-            raise _difference(path, entry, offset, found, expected)
-        offset += len(expected)
-        advance(len(expected))
-
-
-def _compare_digests(
-    path: Path,
-    descriptor: int,
-    entry: Entry,
-    digests: Sequence[int],
-    advance: Callable[[int], None],
-) -> None:
-    offset = entry.offset
-    buffer = memoryview(bytearray(min(BLOCK_BYTES, entry.tensor.nbytes)))
-    cuts = list(computed_blocks(entry.tensor))
-    for (source, start, stop), digest in zip(cuts, digests, strict=True):
-        end = offset + (stop - start) * source.row_bytes
-        crc = 0
-        while offset < end:
-            view = buffer[: min(len(buffer), end - offset)]
-            with disk_errors(path, "cannot be read back"):
-                read_all(descriptor, view, offset)
-            crc = zlib.crc32(view, crc)
-            offset += len(view)
-            advance(len(view))
-        if crc != digest:
-            # Computing it once more tells which element it is.
-            _compare(path, descriptor, entry, lambda count: None)
+def require_header(path: Path, descriptor: int, shard: Shard) -> None:
+    """Raises `VerificationError` unless the file has the size and the header of `shard`."""
+    with disk_errors(path, "cannot be read back"):
+        size = os.fstat(descriptor).st_size
+        if size != shard.size:
             raise VerificationError(
-                f"bytes up to {end:,} are not what was computed the first time",
-                where=f"{path}: {entry.name}",
-                advice=_ADVICE,
+                f"has {size:,} bytes, expected {shard.size:,}", where=str(path), advice=_ADVICE
             )
+        header = bytearray(len(shard.header))
+        read_all(descriptor, memoryview(header), 0)
+    if header != shard.header:
+        raise VerificationError(
+            "its header is not the one planned", where=str(path), advice=_ADVICE
+        )
+
+
+def require_same(
+    path: Path, descriptor: int, entry: Entry, offset: int, expected: memoryview, found: bytearray
+) -> None:
+    """Raises `VerificationError` unless the file has the bytes `expected` of `entry` at `offset`.
+
+    `found` is a buffer of that length: a bytearray of equal length is compared by memcmp.
+    """
+    with disk_errors(path, "cannot be read back"):
+        read_all(descriptor, memoryview(found), offset)
+    if found != expected:
+        raise _difference(path, entry, offset, found, expected)
 
 
 def _difference(

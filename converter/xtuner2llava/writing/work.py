@@ -15,7 +15,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _PROGRESS_BYTES = 16 << 20
-_POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
@@ -92,36 +91,3 @@ class Work:
             self._failures.append((place, error))
             self._stop.set()
             raise
-
-
-class Tail:
-    """How far a file is written, for the thread that reads it while it grows."""
-
-    # A reader further behind might find that the page cache has dropped what it wants to read.
-    MAX_LAG_BYTES = 1 << 30
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._changed = threading.Condition()
-        self._written = self._read = 0
-
-    def wrote(self, end: int) -> None:
-        """The file is written up to byte `end`; waits if the reader is too far behind."""
-        self._work.check()
-        with self._changed:
-            self._written = end
-            self._changed.notify()
-            self._wait(lambda: self._written - self._read <= self.MAX_LAG_BYTES)
-
-    def wait(self, end: int) -> None:
-        """Returns when the file is written up to byte `end`; raises `Stopped`."""
-        self._work.check()
-        with self._changed:
-            self._read = end
-            self._changed.notify()
-            self._wait(lambda: self._written >= end)
-
-    def _wait(self, condition: Callable[[], bool]) -> None:
-        # Nobody notifies when the work is stopped, so look now and then.
-        while not self._changed.wait_for(condition, _POLL_SECONDS):
-            self._work.check()

@@ -11,28 +11,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError, UsageError
-from xtuner2llava.hub import (
-    Destination,
-    Pushed,
-    Upload,
-    check_access,
-    choose_destination,
-    deliver_to,
-    publish_converted,
-    publish_small_files,
-    push_folder,
-)
-from xtuner2llava.inspection import Inspection, inspect_checkpoint
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
 from xtuner2llava.options import Options, PathOrText
-from xtuner2llava.outlook import Outlook, foresee
 from xtuner2llava.plan import Plan
 from xtuner2llava.planning import make_plan
 from xtuner2llava.provenance import plan_identity, provenance
@@ -43,8 +32,14 @@ from xtuner2llava.sources import Checkpoint, open_checkpoint
 from xtuner2llava.sources.small_file import read_small
 from xtuner2llava.ties import first_difference
 from xtuner2llava.version import version
-from xtuner2llava.writing import INDEX_NAME, OutputFolder, write_shards
+from xtuner2llava.writing import INDEX_NAME, OutputFolder, parse_size, write_shards
 from xtuner2llava.writing.disk import disk_errors
+
+if TYPE_CHECKING:
+    # Imported where they are used: most conversions start sooner without them.
+    from xtuner2llava.hub import Destination, Pushed, Upload
+    from xtuner2llava.inspection import Inspection
+    from xtuner2llava.outlook import Outlook
 
 # Of a tokenizer's or processor's file; the largest vocabularies have a tenth of it.
 _MAX_COPIED_BYTES = 256 << 20
@@ -72,6 +67,8 @@ def convert(
     vision_lora_alpha: float | None = None,
     weights: str = "master",
     jobs: int | None = None,
+    max_memory: int | str = "256MB",
+    executor: Executor | None = None,
     verify: bool = True,
     resume: bool = False,
     overwrite: bool = False,
@@ -90,6 +87,11 @@ def convert(
     The options are those of `xtuner2llava convert`. `out` appears as a whole when everything is
     written, flushed and, with `verify`, compared with its sources; or it does not appear. Memory
     does not depend on the model's size. `on_progress(stage, done, total)` counts bytes.
+
+    All shards that are written at once share `max_memory` for their buffers; torch and Python take
+    some 250 MB besides. With `executor`, its workers write the shards, each with that much: any
+    `concurrent.futures.Executor` whose workers see the same paths, such as
+    `distributed.Client(...).get_executor()` of Dask.
 
     With `push_to_hub`, it is then published there. With `low_disk` too, each shard is sent and
     removed before the next is written, `out` never appears, and one commit makes all of it visible
@@ -114,13 +116,19 @@ def convert(
         vision_lora_alpha=vision_lora_alpha,
         weights=weights,
     )
-    destination = choose_destination(
-        push_to_hub,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        low_disk=low_disk,
-    )
+    destination: Destination | None = None
+    publishing = (push_to_hub, revision, commit_message)
+    if private or low_disk or any(value is not None for value in publishing):
+        from xtuner2llava import hub
+
+        destination = hub.choose_destination(
+            push_to_hub,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            low_disk=low_disk,
+        )
+    memory = parse_size(max_memory, "--max-memory")
     template = None if card_template is None else Template.read(card_template)
     timer = _Timer()
     with timer.stage("open"):
@@ -135,7 +143,7 @@ def convert(
         card = model_card(planned, version(), options, verified=verify, template=template)
         small[CARD_NAME] = card.encode("utf-8")
         if destination is not None:
-            check_access(destination)
+            hub.check_access(destination)
     fingerprint = planned.shards.fingerprint(plan_identity(planned, version()))
     inputs = _inputs(opened)
     pushed: Pushed | None = None
@@ -145,15 +153,17 @@ def convert(
         )
         upload: Upload | None = None
         if destination is not None and low_disk:
-            upload = stack.enter_context(Upload(destination))
+            upload = stack.enter_context(hub.Upload(destination))
             upload.check_card(card)
         with timer.stage("write"):
             written = write_shards(
                 folder,
                 planned.shards.shards,
                 jobs=jobs,
+                max_memory=memory,
                 verify=verify,
-                deliver=None if upload is None else deliver_to(upload),
+                executor=executor,
+                deliver=None if upload is None else hub.deliver_to(upload),
                 on_progress=_named(on_progress, "write" if upload is None else "write and upload"),
             )
         nonfinite = tuple((found.name, found.nan, found.infinite) for found in written.nonfinite)
@@ -170,11 +180,11 @@ def convert(
             if upload is None:
                 folder.publish()
             else:
-                pushed = publish_small_files(upload, folder.path)
+                pushed = hub.publish_small_files(upload, folder.path)
     digests = {shard.filename: shard.sha256 for shard in written.shards}
     if destination is not None and pushed is None:
         with timer.stage("upload"):
-            pushed = publish_converted(
+            pushed = hub.publish_converted(
                 Path(out), digests, destination, jobs=jobs, on_progress=on_progress
             )
     return Report(
@@ -208,8 +218,10 @@ def push(
     be repeated. Raises `ConversionError`: `VerificationError` before anything is sent, or
     `HubError`.
     """
-    destination = Destination(repo_id, private, revision, commit_message)
-    return push_folder(Path(out), destination, jobs=jobs, on_progress=on_progress)
+    from xtuner2llava import hub
+
+    destination = hub.Destination(repo_id, private, revision, commit_message)
+    return hub.push_folder(Path(out), destination, jobs=jobs, on_progress=on_progress)
 
 
 def plan(
@@ -266,6 +278,8 @@ def inspect(
     Raises `ConversionError` for what is no checkpoint of XTuner's LLaVA; what else keeps it from
     becoming a format stands in the inspection's targets.
     """
+    from xtuner2llava.inspection import inspect_checkpoint
+
     options = Options(llm=llm, vision=vision, xtuner_config=xtuner_config)
     return inspect_checkpoint(_open(checkpoint, options, download=False), options)
 
@@ -281,6 +295,8 @@ def foresee_training(
     Raises `ConversionError` if it is no config of XTuner; all else that will be in the way stands
     in the outlook.
     """
+    from xtuner2llava.outlook import foresee
+
     return foresee(Path(config), Options(llm=llm, vision=vision).base_choice)
 
 

@@ -44,6 +44,9 @@ class ConversionError(Exception):
         self.faults: tuple[Fault, ...] = (Fault(where, what, advice),)
         super().__init__(str(self.faults[0]))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self).from_faults, (self.faults,)
+
     @classmethod
     def from_faults(cls, faults: Sequence[Fault]) -> ConversionError:
         """One error for all faults of a stage; `faults` must not be empty."""

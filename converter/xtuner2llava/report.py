@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from xtuner2llava.hub.destination import Pushed
 from xtuner2llava.plan import Plan
 from xtuner2llava.sources.json_file import Json
+
+if TYPE_CHECKING:
+    from xtuner2llava.hub import Pushed
 
 
 @dataclass(frozen=True, slots=True)

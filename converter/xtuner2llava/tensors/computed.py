@@ -31,6 +31,10 @@ class Cast(LazyTensor):
         return self.row_bytes + self._source.row_cost
 
     @property
+    def fixed_cost(self) -> int:
+        return self._source.fixed_cost
+
+    @property
     def stored_dtype(self) -> DType:
         return self._source.stored_dtype
 
@@ -90,6 +94,10 @@ class Columns(LazyTensor):
         return self.row_bytes + self._source.row_cost
 
     @property
+    def fixed_cost(self) -> int:
+        return self._source.fixed_cost
+
+    @property
     def stored_dtype(self) -> DType:
         return self._source.stored_dtype
 
@@ -111,6 +119,10 @@ class Transpose(LazyTensor):
             raise ValueError(f"a matrix is needed, shape {source.shape} is none")
         self._source = source
         self.dtype, self.shape = source.dtype, (source.shape[1], source.shape[0])
+
+    @property
+    def fixed_cost(self) -> int:
+        return max(_TILE_BYTES, self._source.row_cost) + self._source.fixed_cost
 
     @property
     def stored_dtype(self) -> DType:
@@ -144,6 +156,10 @@ class Normalize(LazyTensor):
     @property
     def row_cost(self) -> int:
         return 2 * self.row_bytes + self._source.row_cost
+
+    @property
+    def fixed_cost(self) -> int:
+        return self._source.fixed_cost
 
     @property
     def stored_dtype(self) -> DType:

@@ -35,6 +35,10 @@ class SourceFile:
             raise CorruptFileError("cannot be read (it is no plain file)", where=str(path))
         return cls(path, status.st_size, status.st_mtime_ns)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process may have another working directory.
+        return SourceFile, (self.path.absolute(), self.size, self.mtime_ns)
+
     @contextmanager
     def open(self) -> Iterator[int]:
         """A read-only file descriptor; raises `CorruptFileError` if the file has changed since."""

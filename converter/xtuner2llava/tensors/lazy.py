@@ -50,6 +50,11 @@ class LazyTensor(ABC):
         return self.row_bytes
 
     @property
+    def fixed_cost(self) -> int:
+        """Bytes of memory that `read` needs besides, however few the rows."""
+        return 0
+
+    @property
     def stored_dtype(self) -> DType:
         """What "as stored" means for it: computed tensors are float64 until they are rounded."""
         return self.dtype

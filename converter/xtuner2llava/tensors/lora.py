@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.dtype import FLOAT64, DType
+from xtuner2llava.tensors.kept import keep
 from xtuner2llava.tensors.lazy import LazyTensor
 
 if TYPE_CHECKING:
     import torch
-
-# The factor that every block of a weight needs whole, kept while that weight is being read. One a
-# thread, so that memory is bounded by the number of jobs.
-_last_right = threading.local()
 
 
 class Merge(LazyTensor):
@@ -65,6 +61,12 @@ class Merge(LazyTensor):
         factor = self._left.row_cost + self._left.shape[1] * FLOAT64.itemsize
         return self.row_bytes + self._weight.row_cost + factor
 
+    @property
+    def fixed_cost(self) -> int:
+        right = self._right.nbytes + math.prod(self._right.shape) * FLOAT64.itemsize
+        magnitude = 0 if self._magnitude is None else 2 * self.rows * FLOAT64.itemsize
+        return right + magnitude + self._weight.fixed_cost
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
@@ -85,12 +87,8 @@ class Merge(LazyTensor):
     def _whole_right(self) -> torch.Tensor:
         import torch
 
-        kept: tuple[LazyTensor, torch.Tensor] | None = getattr(_last_right, "factor", None)
-        if kept is None or kept[0] is not self._right:
-            _last_right.factor = None
-            whole = self._right.read(0, self._right.rows).to(torch.float64)
-            kept = _last_right.factor = (self._right, whole)
-        return kept[1]
+        right = self._right
+        return keep(right, lambda: right.read(0, right.rows).to(torch.float64))
 
 
 class Reshaped(LazyTensor):
@@ -105,6 +103,10 @@ class Reshaped(LazyTensor):
     @property
     def row_cost(self) -> int:
         return self._source.row_cost
+
+    @property
+    def fixed_cost(self) -> int:
+        return self._source.fixed_cost
 
     @property
     def stored_dtype(self) -> DType:

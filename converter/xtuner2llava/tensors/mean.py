@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from xtuner2llava.tensors.dtype import DType
+from xtuner2llava.tensors.dtype import FLOAT64, DType
 from xtuner2llava.tensors.lazy import LazyTensor, row_blocks
 
 if TYPE_CHECKING:
@@ -29,6 +30,17 @@ class Mean(LazyTensor):
         self.dtype, self.shape = source.dtype, (rows, *source.row_shape)
         self._row: torch.Tensor | None = None
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process makes the mean, and its lock, for itself.
+        return Mean, (self._source, self.rows)
+
+    @property
+    def fixed_cost(self) -> int:
+        row = math.prod(self.row_shape) * FLOAT64.itemsize
+        block = max(_BLOCK_BYTES, self._source.row_cost)
+        # The block comes once as it is and once in float64.
+        return 2 * row + (1 + FLOAT64.itemsize // self.dtype.itemsize) * block
 
     @property
     def stored_dtype(self) -> DType:

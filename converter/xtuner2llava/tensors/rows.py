@@ -51,6 +51,10 @@ class Rows(LazyTensor):
         return self.row_bytes + max(piece.source.row_cost for piece in self._pieces)
 
     @property
+    def fixed_cost(self) -> int:
+        return max(piece.source.fixed_cost for piece in self._pieces)
+
+    @property
     def stored_dtype(self) -> DType:
         return self._pieces[0].source.stored_dtype
 

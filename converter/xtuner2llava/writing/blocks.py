@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from xtuner2llava.errors import PlanError
 from xtuner2llava.tensors import FileRange, LazyTensor, Shape, row_blocks
 from xtuner2llava.tensors.files import read_into
+from xtuner2llava.tensors.kept import forget
 from xtuner2llava.writing.disk import BLOCK_BYTES
 from xtuner2llava.writing.nonfinite import count_nonfinite
 from xtuner2llava.writing.shards import Entry
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
 _ELEMENTS_BYTES = 4 << 20
 _ROWS_BYTES = 16 << 20
 
+# Blocks of what is copied: one being read, and so many written ones that followers still hold.
+COPY_BUFFERS = 6
+# Blocks of what is computed that followers may still hold when the next is being computed.
+_HELD_BLOCKS = 2
+
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
 
 
 def blocks(entry: Entry, buffers: Iterator[memoryview] | None = None) -> Iterator[memoryview]:
-    """The bytes of `entry`, row-major and little-endian, in blocks that are never empty.
+    """The bytes of `entry`, row-major and little-endian, in blocks of at most `BLOCK_BYTES`.
 
     What is copied is read into `buffers`, of `BLOCK_BYTES` each, one after another; by default a
     block is valid until the next one is asked for. What is computed has memory of its own. Raises
@@ -42,12 +48,19 @@ def blocks(entry: Entry, buffers: Iterator[memoryview] | None = None) -> Iterato
     return _copied(ranges, buffers or repeat(memoryview(bytearray(BLOCK_BYTES))))
 
 
-def computed_blocks(tensor: LazyTensor) -> Iterator[tuple[LazyTensor, int, int]]:
-    """How a computed tensor is cut: (tensor to read from, first row, last row + 1) per block."""
+def working_bytes(tensor: LazyTensor) -> int:
+    """The most memory that writing `tensor` takes at a time, in bytes."""
+    if tensor.ranges() is not None:
+        return (COPY_BUFFERS + 2) * BLOCK_BYTES
     source = tensor.flat()
-    memory = _ROWS_BYTES if len(source.shape) > 1 else _ELEMENTS_BYTES
-    for start, stop in row_blocks(source, memory):
-        yield source, start, stop
+    rows = next((stop - start for start, stop in _cuts(source)), 0)
+    held = _HELD_BLOCKS * source.row_bytes
+    return rows * (source.row_cost + held) + source.fixed_cost + 2 * BLOCK_BYTES
+
+
+def _cuts(source: LazyTensor) -> Iterator[tuple[int, int]]:
+    """First row and last row + 1 of each block."""
+    return row_blocks(source, _ROWS_BYTES if len(source.shape) > 1 else _ELEMENTS_BYTES)
 
 
 def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -72,16 +85,23 @@ def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Itera
 
 
 def _computed(entry: Entry) -> Iterator[memoryview]:
-    for source, start, stop in computed_blocks(entry.tensor):
-        data = _as_bytes(source.read(start, stop))
-        if len(data) != (stop - start) * source.row_bytes:
-            raise RuntimeError(f"{entry.name}: rows {start} to {stop} came as {len(data)} bytes")
-        _, infinities = count_nonfinite(data, source.dtype.code)
-        lost = source.overflow(start, stop) if infinities else None
-        if lost:
-            first = start * math.prod(source.row_shape)
-            raise _overflow(entry, first + lost[0], lost[1])
-        yield data
+    source = entry.tensor.flat()
+    try:
+        for start, stop in _cuts(source):
+            data = _as_bytes(source.read(start, stop))
+            if len(data) != (stop - start) * source.row_bytes:
+                raise RuntimeError(
+                    f"{entry.name}: rows {start} to {stop} came as {len(data)} bytes"
+                )
+            _, infinities = count_nonfinite(data, source.dtype.code)
+            lost = source.overflow(start, stop) if infinities else None
+            if lost:
+                first = start * math.prod(source.row_shape)
+                raise _overflow(entry, first + lost[0], lost[1])
+            for place in range(0, len(data), BLOCK_BYTES):
+                yield data[place : place + BLOCK_BYTES]
+    finally:
+        forget()
 
 
 def _as_bytes(block: torch.Tensor) -> memoryview:

@@ -37,7 +37,8 @@ class OutputFolder:
     with `resume`, finished files are kept if theirs is the same. `overwrite` lets `publish`
     replace a folder that is there, unless it holds one of the `protected` paths, which are read.
     Leaving the block early removes `OUT.partial`, or keeps it if `resume` could go on from it;
-    `kept` then says where. Raises `OutputError`.
+    `kept` then says where. `state` is a folder for what shall not be part of it. Raises
+    `OutputError`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class OutputFolder:
         self.path = self.out.with_name(self.out.name + ".partial")
         self.kept: Path | None = None
         self._replaced = self.out.with_name(self.out.name + ".replaced")
-        self._state = self.path / _STATE
+        self.state = self.path / _STATE
         self._aside = self.path.with_name(self.path.name + ".state")
         self._fingerprint = fingerprint
         self._overwrite, self._resume, self._protected = overwrite, resume, tuple(protected)
@@ -67,13 +68,13 @@ class OutputFolder:
         with disk_errors(self.path, "cannot be made"):
             self._take_back()
             if not self._is_ours():
-                self._state.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire(self._state / "lock")
+                self.state.mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire(self.state / "lock")
         try:
             with disk_errors(self.path, "cannot be prepared"):
                 self._clear(keep=self._resume and self._matches())
                 self._write(
-                    self._state / "plan.json", json.dumps({"fingerprint": self._fingerprint})
+                    self.state / "plan.json", json.dumps({"fingerprint": self._fingerprint})
                 )
         except BaseException:
             self._release()
@@ -146,6 +147,13 @@ class OutputFolder:
             source.check(origin)
             os.fsync(descriptor)
 
+    def adopt(self, path: Path, name: str) -> None:
+        """Makes the flushed file at `path`, on the same file system, the file `name`."""
+        target = self._locate(name)
+        with disk_errors(target):
+            self._record(name).unlink(missing_ok=True)
+            path.replace(target)
+
     def require_space(self, count: int) -> None:
         """Raises `OutputError` if the disk has no room for `count` bytes more."""
         with disk_errors(self.path, "cannot be looked at"):
@@ -194,7 +202,7 @@ class OutputFolder:
                 flush_directory(Path(directory))
             # One step, which takes the lock along: a folder without the state is nobody's, and
             # one that is being published must not be taken for free.
-            os.rename(self._state, self._aside)  # noqa: PTH104
+            os.rename(self.state, self._aside)  # noqa: PTH104
             flush_directory(self.path)
             flush_directory(self.path.parent)
             self._complete = True
@@ -220,7 +228,7 @@ class OutputFolder:
 
     @property
     def _finished(self) -> Path:
-        return self._state / "finished"
+        return self.state / "finished"
 
     def _record(self, name: str) -> Path:
         return self._finished / f"{name}.json"
@@ -272,7 +280,7 @@ class OutputFolder:
             return False
         is_folder = self.path.is_dir() and not self.path.is_symlink()
         # Looked at once: it goes when another conversion is done, and must not be made again then.
-        has_state = self._state.is_dir()
+        has_state = self.state.is_dir()
         if not is_folder or (not has_state and any(self.path.iterdir())):
             raise OutputError(
                 f"is in the way: it holds no {_STATE}, so no conversion left it there",
@@ -293,8 +301,8 @@ class OutputFolder:
                 advice="Move or remove it, or choose another OUT.",
             )
         os.close(self._acquire(self._aside / "lock"))
-        if self.path.is_dir() and not self._state.exists():
-            os.rename(self._aside, self._state)  # noqa: PTH104
+        if self.path.is_dir() and not self.state.exists():
+            os.rename(self._aside, self.state)  # noqa: PTH104
         else:
             shutil.rmtree(self._aside)
 
@@ -302,13 +310,13 @@ class OutputFolder:
         """Removes the folder, its state last: whoever is killed meanwhile leaves what is ours."""
         with suppress(OSError):
             self._clear(keep=False)
-        shutil.rmtree(self._state, ignore_errors=True)
+        shutil.rmtree(self.state, ignore_errors=True)
         with suppress(OSError):
             self.path.rmdir()
 
     def _matches(self) -> bool:
         """Whether this is a plan to resume; raises `OutputError` if it is that of another one."""
-        plan = self._state / "plan.json"
+        plan = self.state / "plan.json"
         try:
             found = json.loads(plan.read_bytes())
         except (OSError, ValueError):
@@ -326,7 +334,7 @@ class OutputFolder:
         if not keep:
             shutil.rmtree(self._finished, ignore_errors=True)
         for child in self.path.iterdir():
-            if child == self._state or self._record(child.name).exists():
+            if child == self.state or self._record(child.name).exists():
                 continue
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)

@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from xtuner2llava.writing.blocks import blocks
+from xtuner2llava.writing.blocks import COPY_BUFFERS, blocks, working_bytes
+from xtuner2llava.writing.budget import Budget
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors, read_all, write_all
 from xtuner2llava.writing.follower import Follower
 from xtuner2llava.writing.nonfinite import NonFinite, count_nonfinite
 from xtuner2llava.writing.shards import Entry, Shard
 from xtuner2llava.writing.verify import require_header, require_same
 
-# How many blocks may be written and not yet in the checksum, or not yet verified.
-_AHEAD = 4
+# How many blocks may wait to get into the checksum, and as many to be verified. One more is being
+# worked on and one being read, so that a buffer is free again when it is its turn.
+_AHEAD = COPY_BUFFERS - 2
 # How often what is written is sent to disk, so that little is left to wait for at the end.
 _FLUSH_BYTES = 256 << 20
 
@@ -53,17 +55,18 @@ def write_shard(
     path: Path,
     descriptor: int,
     shard: Shard,
+    budget: Budget,
     *,
     verify: bool = True,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Checksum:
     """Writes `shard` to the empty file `descriptor`, which is that at `path`, and flushes it.
 
-    With `verify`, each block is read back from the file and compared: what was copied with its
-    source, which is read again, what was computed with what is in memory. `advance` is told the
-    bytes that are written and, with `verify`, again when they are verified; what it raises ends
-    the work. Raises `OutputError`, `CorruptFileError`, `PlanError` for a value that overflows its
-    dtype, and `VerificationError`.
+    Buffers are taken from `budget`. With `verify`, each block is read back from the file and
+    compared: what was copied with its source, which is read again, what was computed with what is
+    in memory. `advance` is told the bytes that are written and, with `verify`, again when they are
+    verified; what it raises ends the work. Raises `OutputError`, `CorruptFileError`, `PlanError`
+    for a value that overflows its dtype, and `VerificationError`.
     """
     digest = hashlib.sha256()
     found: list[NonFinite] = []
@@ -91,22 +94,21 @@ def write_shard(
         digest.update(shard.header)
         advance(len(shard.header))
         flushed = 0
-        # A buffer is free again when so many blocks have been handed over after it that it cannot
-        # wait or be worked on any more.
-        buffers = cycle([memoryview(bytearray(BLOCK_BYTES)) for _ in range(_AHEAD + 2)])
+        buffers = cycle([memoryview(bytearray(BLOCK_BYTES)) for _ in range(COPY_BUFFERS)])
         for entry in shard.entries:
             nan = inf = 0
-            for block in _entry_blocks(entry, buffers):
-                counts = count_nonfinite(block.data, entry.tensor.dtype.code)
-                nan, inf = nan + counts[0], inf + counts[1]
-                with disk_errors(path):
-                    write_all(descriptor, block.data, block.offset)
-                hasher.put(block)
-                advance(len(block.data))
-                end = block.offset + len(block.data)
-                if end - flushed >= _FLUSH_BYTES:
-                    flushed = end
-                    flusher.put(end)
+            with budget.take(working_bytes(entry.tensor), lambda: advance(0)):
+                for block in _entry_blocks(entry, buffers):
+                    counts = count_nonfinite(block.data, entry.tensor.dtype.code)
+                    nan, inf = nan + counts[0], inf + counts[1]
+                    with disk_errors(path):
+                        write_all(descriptor, block.data, block.offset)
+                    hasher.put(block)
+                    advance(len(block.data))
+                    end = block.offset + len(block.data)
+                    if end - flushed >= _FLUSH_BYTES:
+                        flushed = end
+                        flusher.put(end)
             if nan or inf:
                 found.append(NonFinite(entry.name, nan, inf))
         flusher.put(shard.size)

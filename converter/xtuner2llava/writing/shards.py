@@ -107,8 +107,11 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: int | str = "
     return ShardPlan(shards, sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def parse_size(size: int | str) -> int:
-    """A size such as "5GB" or 5000000000 in bytes, as the Hub reads it. Raises `UsageError`."""
+def parse_size(size: int | str, option: str = "--max-shard-size") -> int:
+    """A size such as "5GB" or 5000000000 in bytes, as the Hub reads it.
+
+    Raises a `UsageError` about `option`.
+    """
     from huggingface_hub.serialization._base import parse_size_to_int
 
     try:
@@ -118,7 +121,7 @@ def parse_size(size: int | str) -> int:
     if count < 1:
         raise UsageError(
             f"{size!r} is no size",
-            where="--max-shard-size",
+            where=option,
             advice="Give one such as 5GB or 500MB.",
         )
     return count

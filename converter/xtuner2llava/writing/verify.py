@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xtuner2llava.errors import VerificationError
-from xtuner2llava.writing.blocks import blocks, position
+from xtuner2llava.writing.blocks import blocks, position, working_bytes
+from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
 from xtuner2llava.writing.disk import disk_errors, read_all
 from xtuner2llava.writing.shards import Entry, Shard
 from xtuner2llava.writing.work import OnProgress, Work
@@ -20,6 +21,7 @@ def verify_shards(
     shards: Sequence[Shard],
     *,
     jobs: int | None = None,
+    max_memory: int = DEFAULT_BYTES,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Compares the files in `folder` with `shards`, reading and computing all sources again.
@@ -27,13 +29,15 @@ def verify_shards(
     Raises `VerificationError` for the first difference of the first shard that has one.
     """
     work = Work(jobs, sum(shard.size for shard in shards), on_progress)
+    budget = Budget(max_memory)
+    budget.require(shards)
     work.run(
-        lambda shard: verify_shard(folder / shard.filename, shard, advance=work.advance), shards
+        lambda shard: verify_shard(folder / shard.filename, shard, budget, work.advance), shards
     )
 
 
 def verify_shard(
-    path: Path, shard: Shard, advance: Callable[[int], None] = lambda count: None
+    path: Path, shard: Shard, budget: Budget, advance: Callable[[int], None] = lambda count: None
 ) -> None:
     """Compares the file at `path` with `shard`: size, header, then tensor by tensor.
 
@@ -49,12 +53,13 @@ def verify_shard(
         found = bytearray()
         for entry in shard.entries:
             offset = entry.offset
-            for expected in blocks(entry):
-                if len(found) != len(expected):
-                    found = bytearray(len(expected))
-                require_same(path, descriptor, entry, offset, expected, found)
-                offset += len(expected)
-                advance(len(expected))
+            with budget.take(working_bytes(entry.tensor), lambda: advance(0)):
+                for expected in blocks(entry):
+                    if len(found) != len(expected):
+                        found = bytearray(len(expected))
+                    require_same(path, descriptor, entry, offset, expected, found)
+                    offset += len(expected)
+                    advance(len(expected))
     finally:
         os.close(descriptor)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
+from xtuner2llava.writing.elsewhere import Elsewhere
 from xtuner2llava.writing.folder import OutputFolder
 from xtuner2llava.writing.nonfinite import NonFinite
 from xtuner2llava.writing.shard_file import Checksum, checksum, write_shard
@@ -41,33 +45,48 @@ def write_shards(
     shards: Sequence[Shard],
     *,
     jobs: int | None = None,
+    max_memory: int = DEFAULT_BYTES,
     verify: bool = True,
+    executor: Executor | None = None,
     deliver: Deliver | None = None,
     on_progress: OnProgress | None = None,
 ) -> Written:
     """Writes and flushes `shards` into `folder`, `jobs` of them at once (default: four, or less).
 
-    The bytes do not depend on `jobs`, and memory is about 32 MB a job. With `verify`, each shard is
-    read back and compared with its sources. `on_progress(done, total)` counts bytes of output, half
-    of a byte for writing it and half for verifying it. Raises `OutputError`, `CorruptFileError`,
-    `PlanError` for a value that overflows its dtype, and `VerificationError`.
+    The bytes do not depend on `jobs`. All jobs together use `max_memory` bytes for their buffers
+    and wait for each other if need be; a tensor that needs more by itself is a `UsageError`. With
+    `verify`, each shard is read back and compared with its sources. `on_progress(done, total)`
+    counts bytes of output, half of a byte for writing it and half for verifying it. Raises
+    `OutputError`, `CorruptFileError`, `PlanError` for a value that overflows its dtype, and
+    `VerificationError`.
 
     With `deliver`, each shard is handed over when it is finished, by the thread that wrote it, and
     is removed when `deliver` returns: there are never more than `jobs` shards in `folder`. What is
     delivered counts as a third part of its bytes. What `deliver` raises stops all jobs.
 
+    With `executor`, its workers write the shards, as many at once as it likes, each with
+    `max_memory` of its own. They must see the paths of the sources and of `folder`.
+
     torch computes with as many threads for each job as it does elsewhere; `torch.set_num_threads`
     is the caller's to set, because it changes the whole process.
     """
     total = sum(shard.size for shard in shards)
+    if executor is not None:
+        jobs = max(1, len(shards))  # Each only waits.
     work = Work(jobs, total, on_progress, passes=1 + verify + (deliver is not None))
     missing = [shard.size for shard in shards if folder.finished(shard.filename) is None]
     at_once = len(missing) if deliver is None else work.jobs
     folder.require_space(sum(sorted(missing, reverse=True)[:at_once]))
-    if any(entry.tensor.ranges() is None for shard in shards for entry in shard.entries):
-        import torch  # noqa: F401 - a second, which Ctrl-C can end here and not in a thread
-    job = _Job(folder, work, verify, deliver)
-    results = work.run(job.run, shards)
+    budget = Budget(max_memory)
+    budget.require(shards)
+    with ExitStack() as stack:
+        elsewhere: Elsewhere | None = None
+        if executor is not None:
+            elsewhere = stack.enter_context(Elsewhere(executor, folder, verify, max_memory))
+        elif any(entry.tensor.ranges() is None for shard in shards for entry in shard.entries):
+            import torch  # noqa: F401 - a second, which Ctrl-C can end here and not in a thread
+        job = _Job(folder, work, budget, verify, elsewhere, deliver)
+        results = work.run(job.run, shards)
     return Written(
         tuple(written for written, _ in results),
         tuple(found for _, checked in results for found in checked.nonfinite),
@@ -78,7 +97,9 @@ def write_shards(
 class _Job:
     folder: OutputFolder
     work: Work
+    budget: Budget
     verify: bool
+    elsewhere: Elsewhere | None
     deliver: Deliver | None
 
     def run(self, shard: Shard) -> tuple[WrittenShard, Checksum]:
@@ -105,12 +126,19 @@ class _Job:
             return None
         self.work.advance(shard.size)
         if self.verify:
-            verify_shard(path, shard, self.work.advance)
+            verify_shard(path, shard, self.budget, self.work.advance)
         return checked
 
     def _write(self, shard: Shard) -> Checksum:
+        if self.elsewhere is not None:
+            return self.elsewhere.write(shard, self.work)
         path = self.folder.path / shard.filename
         with self.folder.create(shard.filename) as descriptor:
             return write_shard(
-                path, descriptor, shard, verify=self.verify, advance=self.work.advance
+                path,
+                descriptor,
+                shard,
+                self.budget,
+                verify=self.verify,
+                advance=self.work.advance,
             )

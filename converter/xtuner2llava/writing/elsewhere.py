@@ -1,0 +1,118 @@
+"""Shards written by the workers of a `concurrent.futures.Executor`, maybe on other machines.
+
+A worker writes an attempt: a file of its own beside the output, under a name that nobody else has.
+When it is whole, flushed and verified, the process that holds the folder renames it. So a worker
+that dies leaves nothing that could be taken for a shard, and one that was given up and comes back
+late cannot touch what others have written since.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import Executor, Future, wait
+from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+from xtuner2llava.errors import ConversionError, OutputError
+from xtuner2llava.writing.budget import Budget
+from xtuner2llava.writing.disk import disk_errors
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shard_file import Checksum, write_shard
+from xtuner2llava.writing.shards import Shard
+from xtuner2llava.writing.work import Stopped, Work
+
+_PREFIX = "attempts-"
+_POLL_SECONDS = 0.2
+# How often a worker looks whether anybody still wants what it writes.
+_LOOK_BYTES = 64 << 20
+
+
+class Elsewhere:
+    """Has shards of `folder` written by `executor`, each with `max_memory` bytes of buffers."""
+
+    def __init__(
+        self, executor: Executor, folder: OutputFolder, verify: bool, max_memory: int
+    ) -> None:
+        self._executor, self._folder = executor, folder
+        self._verify, self._max_memory = verify, max_memory
+        self._attempts = folder.state / f"{_PREFIX}{uuid4().hex}"
+
+    def __enter__(self) -> Elsewhere:
+        with disk_errors(self._attempts, "cannot be made"):
+            for left in self._folder.state.glob(f"{_PREFIX}*"):
+                shutil.rmtree(left)
+            self._attempts.mkdir()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._attempts, ignore_errors=True)
+
+    def write(self, shard: Shard, work: Work) -> Checksum:
+        """Waits until `shard` is in the folder. Raises what `write_shard` raises, and `Stopped`.
+
+        An engine that tries again where a worker died, as Dask does, may do so; for others, it is
+        an `OutputError`.
+        """
+        future = self._executor.submit(
+            write_attempt, self._attempts, shard, self._verify, self._max_memory
+        )
+        try:
+            while not wait([future], _POLL_SECONDS).done:
+                work.check()
+            path, checked = self._result(future, shard)
+        finally:
+            future.cancel()
+        self._folder.adopt(path, shard.filename)
+        for _ in range(1 + self._verify):
+            work.advance(shard.size)
+        return checked
+
+    def _result(self, future: Future[tuple[Path, Checksum]], shard: Shard) -> tuple[Path, Checksum]:
+        try:
+            return future.result()
+        except ConversionError:
+            raise
+        except Exception as error:
+            text = (str(error).strip() or "no more is known").splitlines()[0]
+            raise OutputError(
+                f"the worker that wrote it failed ({type(error).__name__}: {text})",
+                where=shard.filename,
+                advice="Each worker needs xtuner2llava of this version, and the same paths.",
+            ) from error
+
+
+def write_attempt(
+    attempts: Path, shard: Shard, verify: bool, max_memory: int
+) -> tuple[Path, Checksum]:
+    """Writes `shard` into a new file in the folder `attempts`; returns its path.
+
+    It stops when the file is removed, and leaves none if it fails.
+    """
+    path = attempts / f"{uuid4().hex}-{shard.filename}"
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    looked = 0
+
+    def advance(count: int) -> None:
+        nonlocal looked
+        looked += count
+        if looked >= _LOOK_BYTES:
+            looked = 0
+            if not os.fstat(descriptor).st_nlink:
+                raise Stopped
+
+    try:
+        budget = Budget(max_memory)
+        return path, write_shard(path, descriptor, shard, budget, verify=verify, advance=advance)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)

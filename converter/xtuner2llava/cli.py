@@ -12,15 +12,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
 from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.progress import ProgressBar
 from xtuner2llava.terminal import accept_any_text, printable
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 OnProgress: TypeAlias = Callable[[str, int, int], None]
@@ -205,6 +209,12 @@ _repository = _options(
 @_stream
 @click.option("--jobs", type=click.IntRange(1), metavar="N",
               help="Shards written at once.  [default: min(4, cores)]")  # fmt: skip
+@click.option("--max-memory", default="256MB", show_default=True, metavar="SIZE",
+              help="Working buffers of all shards together; Python and torch come on "
+              "top.")  # fmt: skip
+@click.option("--dask", metavar="ADDRESS",
+              help="Have the workers of this Dask scheduler write the shards; they must see the "
+              "same paths.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="The same as `plan`.")
 @click.option("--verify/--no-verify", default=True, show_default=True,
               help="Read OUT back and compare it with its sources, bit for bit.")  # fmt: skip
@@ -225,6 +235,8 @@ def convert(
     checkpoint: str,
     out: Path,
     jobs: int | None,
+    max_memory: str,
+    dask: str | None,
     dry_run: bool,
     verify: bool,
     resume: bool,
@@ -246,11 +258,19 @@ def convert(
         return
     from xtuner2llava.conversion import convert as run
 
-    with ProgressBar(show=not quiet and sys.stderr.isatty()) as bar:
+    with ExitStack() as stack:
+        executor: Executor | None = None
+        if dask is not None:
+            from xtuner2llava.dask_cluster import dask_executor
+
+            executor = stack.enter_context(dask_executor(dask))
+        bar = stack.enter_context(ProgressBar(show=not quiet and sys.stderr.isatty()))
         report = run(
             checkpoint,
             out,
             jobs=jobs,
+            max_memory=max_memory,
+            executor=executor,
             verify=verify,
             resume=resume,
             overwrite=overwrite,

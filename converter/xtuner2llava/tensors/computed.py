@@ -13,7 +13,7 @@ from xtuner2llava.tensors.rounding import round_to
 if TYPE_CHECKING:
     import torch
 
-_TILE_BYTES = 8 << 20
+_TILE_BYTES = 1 << 20
 
 
 class Cast(LazyTensor):
@@ -122,7 +122,8 @@ class Transpose(LazyTensor):
 
     @property
     def fixed_cost(self) -> int:
-        return max(_TILE_BYTES, self._source.row_cost) + self._source.fixed_cost
+        # Tiles and results of uneven sizes leave holes in the heap, up to one of glibc's (64 MB).
+        return max(_TILE_BYTES, self._source.row_cost) + self._source.fixed_cost + (64 << 20)
 
     @property
     def stored_dtype(self) -> DType:

@@ -1,21 +1,26 @@
-"""Times `xtuner2llava convert` against `cp`, and against loading everything with torch.
+"""Times `xtuner2llava convert` against `cp`, `dd`, SHA-256, and loading everything with torch.
 
-    python scripts/bench.py --size 2GB [--stored float32] [--dtype keep] [--runs 3] [--json]
+    python scripts/bench.py --size 2GB [--stored float32] [--dtype keep] [--runs 5]
     python scripts/bench.py --size 6GB --layout zero3 [--ranks 8]
     python scripts/bench.py --size 4GB --layout lora --stored float16 [--rank 512]
+    ... [--contenders NAME ...] [--json | --markdown]
 
 It makes a Llama-shaped checkpoint of that size, with a small CLIP tower: `iter_1.pth` as mmengine
 writes it, a DeepSpeed ZeRO-3 directory, or LoRA on every linear layer of a base LLM of that size,
-which is timed against the bare float32 matrix products too.
-Each run takes the contenders in turn; each writes the same bytes, starts from a warm page cache
-after `sync`, and ends with its output flushed. `convert` is the command line in a fresh process, so
-that starting Python counts. Memory is the largest resident set of the process, CPU its user and
-system time. Needs about three times the size of free disk, in DIR, and leaves nothing there.
+which is timed against the bare matrix products and, if it is installed, PEFT's merge.
+Each run takes the contenders in turn; each starts from a warm page cache after `sync`, and those
+that write end with their output flushed. `convert` is the command line in a fresh process, so that
+starting Python counts. SHA-256 of the output, which `convert` computes, is a contender because it
+can be the slowest part: a processor without instructions for it takes longer than the disk.
+Memory is the largest resident set of the process, CPU its user and system time; read and written
+are its `rchar` and `wchar` of /proc/self/io for each byte of the output. Needs about three times
+the size of free disk, in DIR, and leaves nothing there.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -24,18 +29,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench_model import ITEMSIZE, make_input
 
 UNITS = {"MB": 10**6, "GB": 10**9}
-CP, CONVERT, NO_VERIFY = "cp and sync", "convert", "convert --no-verify"
-NAIVE_NAME, PRODUCTS_NAME = "torch.load, save_file", "float32 products"
+CP, DD, SHA, CONVERT, NO_VERIFY = (
+    "cp and sync",
+    "dd: read all, write all",
+    "SHA-256 of the output",
+    "convert",
+    "convert --no-verify",
+)
+NAIVE_NAME, PEFT_NAME = "torch.load, save_file", "PEFT merge, save_pretrained"
+PRODUCTS_NAME, PRODUCTS64_NAME = "float32 products", "float64 products"
 CONTENDERS = {
-    "file": (CP, CONVERT, NO_VERIFY, NAIVE_NAME),
-    "zero3": (CP, CONVERT, NO_VERIFY),
-    "lora": (CP, CONVERT, NO_VERIFY, PRODUCTS_NAME),
+    "file": (CP, DD, SHA, CONVERT, NO_VERIFY, NAIVE_NAME),
+    "zero3": (CP, DD, SHA, CONVERT, NO_VERIFY),
+    "lora": (CP, SHA, CONVERT, NO_VERIFY, PRODUCTS_NAME, PRODUCTS64_NAME, PEFT_NAME),
 }
 NAMES = tuple(dict.fromkeys(name for names in CONTENDERS.values() for name in names))
 
@@ -62,19 +74,54 @@ for filename, names in split.filename_to_tensors.items():
 os.sync()
 """
 
-# What a merge cannot do without: one product of float32 matrices for each adapted weight, in blocks
+# As many files at a time as there are cores, as `convert` does.
+SHA256 = """
+import hashlib, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+def digest(path):
+    found, view = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(view):
+            found.update(view[:count])
+
+shards = sorted(Path(sys.argv[1]).glob("*.safetensors"))
+list(ThreadPoolExecutor(len(os.sched_getaffinity(0))).map(digest, shards))
+"""
+
+PEFT = """
+import os, sys, torch
+from pathlib import Path
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+work, rank = Path(sys.argv[1]), int(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(work / "llm", dtype="auto")
+names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
+state = torch.load(work / "iter_1.pth", map_location="cpu")["state_dict"]
+state = {name.removeprefix("llm."): value for name, value in state.items() if "lora" in name}
+missing, unexpected = model.load_state_dict(state, strict=False)
+assert not unexpected and not any("lora" in name for name in missing)
+model.merge_and_unload().save_pretrained(work / "llava-bench")
+os.sync()
+"""
+
+# What a merge cannot do without: one product of matrices for each adapted weight, in blocks
 # of rows, added to a block that is there. It reads nothing but the shapes, and writes nothing.
 PRODUCTS = """
 import json, struct, sys, time, torch
 from pathlib import Path
 
-work, rank = Path(sys.argv[1]), int(sys.argv[2])
+work, rank, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
 with (work / "llm/model.safetensors").open("rb") as file:
     header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
 shapes = [e["shape"] for name, e in header.items() if "_proj" in name]
-block = {shape[1]: torch.randn(max(1, (16 << 20) // (4 * shape[1])), shape[1]) for shape in shapes}
-right = {columns: torch.randn(rank, columns) for columns in block}
-left = torch.randn(max(b.shape[0] for b in block.values()), rank)
+rows = lambda columns: max(1, (16 << 20) // (4 * columns))
+block = {shape[1]: torch.randn(rows(shape[1]), shape[1], dtype=dtype) for shape in shapes}
+right = {columns: torch.randn(rank, columns, dtype=dtype) for columns in block}
+left = torch.randn(max(b.shape[0] for b in block.values()), rank, dtype=dtype)
 start = time.perf_counter()
 for rows, columns in shapes:
     for done in range(0, rows, block[columns].shape[0]):
@@ -88,8 +135,23 @@ flops = sum(2 * rows * columns * rank for rows, columns in shapes)
 
 
 @dataclass(frozen=True)
+class Run:
+    """One run of a contender, in seconds and bytes."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    read_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
 class Measured:
-    """One contender: medians over the runs, in seconds and bytes."""
+    """One contender: medians over the runs, in seconds and bytes.
+
+    `times_cp` is the median of the ratios to `cp` of the same run; `read` and `written` are bytes
+    for each byte of the output.
+    """
 
     name: str
     seconds: float
@@ -98,6 +160,8 @@ class Measured:
     peak_bytes: int
     bytes_per_second: float
     times_cp: float
+    read: float
+    written: float
 
 
 def main() -> None:
@@ -123,13 +187,22 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{written / 1e9:.2f} GB written, {options.runs} runs, medians (best)")
-    print(f"{'':24}{'seconds':>16}{'MB/s':>8}{'x cp':>7}{'CPU s':>8}{'peak MB':>9}")
-    for m in summarise(runs, written):
-        print(
-            f"{m.name:24}{m.seconds:8.2f} ({m.best_seconds:5.2f}){m.bytes_per_second / 1e6:8.0f}"
-            f"{m.times_cp:7.2f}{m.cpu_seconds:8.2f}{m.peak_bytes / 1e6:9.0f}"
-        )
+    measured = summarise(runs, written)
+    if options.markdown:
+        print(f"| {written / 1e9:.1f} GB, {options.runs} runs | seconds | x `cp` | read | written "
+              "| peak memory |\n|---|---|---|---|---|---|")  # fmt: skip
+    else:
+        print(f"{written / 1e9:.2f} GB written, {options.runs} runs, medians (best)")
+        print(f"{'':28}{'seconds':>16}{'MB/s':>8}{'x cp':>7}{'CPU s':>8}{'peak MB':>9}"
+              f"{'read':>7}{'written':>9}")  # fmt: skip
+    for m in measured:
+        if options.markdown:
+            print(f"| {m.name} | {m.seconds:.1f} | {m.times_cp:.2f} | {m.read:.2f} | "
+                  f"{m.written:.2f} | {m.peak_bytes / 1e6:.0f} MB |")  # fmt: skip
+        else:
+            print(f"{m.name:28}{m.seconds:8.2f} ({m.best_seconds:5.2f})"
+                  f"{m.bytes_per_second / 1e6:8.0f}{m.times_cp:7.2f}{m.cpu_seconds:8.2f}"
+                  f"{m.peak_bytes / 1e6:9.0f}{m.read:7.2f}{m.written:9.2f}")  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -140,10 +213,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layout", choices=CONTENDERS, default="file")
     parser.add_argument("--ranks", type=int, default=8, help="of ZeRO-3")
     parser.add_argument("--rank", type=int, default=64, help="of LoRA")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--contenders", nargs="+", choices=NAMES, metavar="NAME",
                         help=f"of {', '.join(NAMES)}")  # fmt: skip
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="a table as in README.md")
     parser.add_argument("--work", type=Path, help="where to put the files; default: temporary")
     return parser.parse_args()
 
@@ -158,39 +232,54 @@ def talk(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure(work: Path, options: argparse.Namespace) -> dict[str, list[tuple[float, float, int]]]:
-    """(seconds, CPU seconds, peak bytes) of each contender in each run."""
-    out, reference = work / "llava-bench", work / "reference"
-    convert = [sys.executable, "-m", "xtuner2llava", "convert", work / "iter_1.pth", out,
+def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
+    """The runs of each contender."""
+    out, reference, checkpoint = work / "llava-bench", work / "reference", work / "iter_1.pth"
+    convert = [sys.executable, "-m", "xtuner2llava", "convert", checkpoint, out,
                "--llm", work / "llm", "--vision", work / "vision", "--dtype", options.dtype,
                "--vision-tower-name", "openai/clip-vit-large-patch14-336", "-q"]  # fmt: skip
-    commands = {
-        CP: ["sh", "-c", 'cp -r "$0" "$1" && sync', reference, out],
-        CONVERT: convert,
-        NO_VERIFY: [*convert, "--no-verify"],
-        NAIVE_NAME: [sys.executable, "-c", NAIVE, work, out, options.dtype],
-        PRODUCTS_NAME: [sys.executable, "-c", PRODUCTS, work, options.rank],
-    }
     # Makes what cp copies, and warms the cache.
     subprocess.run(list(map(str, convert)), check=True, stdout=subprocess.DEVNULL)
     out.rename(reference)
-    names = options.contenders or CONTENDERS[options.layout]
-    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in names}
-    inputs = [*files(work / "iter_1.pth"), *files(work / "llm"), *files(reference)]
-    for run in range(options.runs):
+    inputs = [*files(checkpoint), *files(work / "llm"), *files(work / "vision")]
+    outputs = files(reference)
+    written = sum(path.stat().st_size for path in outputs)
+    products = [sys.executable, "-c", PRODUCTS, work, options.rank]
+    commands = {
+        CP: ["sh", "-c", 'cp -r "$0" "$1" && sync', reference, out],
+        DD: ["sh", "-c",
+             'mkdir "$0"; dd if=/dev/zero of="$0/zeros" bs=1M iflag=count_bytes count="$1" '
+             'conv=fsync; shift; for file; do dd if="$file" of=/dev/null bs=1M; done',
+             out, written, *inputs],
+        SHA: [sys.executable, "-c", SHA256, reference],
+        CONVERT: convert,
+        NO_VERIFY: [*convert, "--no-verify"],
+        NAIVE_NAME: [sys.executable, "-c", NAIVE, work, out, options.dtype],
+        PRODUCTS_NAME: [*products, "float32"],
+        PRODUCTS64_NAME: [*products, "float64"],
+        PEFT_NAME: [sys.executable, "-c", PEFT, work, options.rank],
+    }  # fmt: skip
+    names = options.contenders or [
+        name
+        for name in CONTENDERS[options.layout]
+        if name != PEFT_NAME or importlib.util.find_spec("peft")
+    ]
+    found: dict[str, list[Run]] = {name: [] for name in names}
+    for number in range(options.runs):
         for name in names:
-            for path in inputs:
+            for path in outputs if name in (CP, SHA) else inputs:
                 read(path)
             os.sync()
-            seconds, cpu, peak = timed([str(word) for word in commands[name]])
-            if name == PRODUCTS_NAME:
+            run = timed([str(word) for word in commands[name]])
+            if "products" in name:
                 # Only the products count, not the start of torch.
                 seconds = json.loads((out / "products.json").read_text())["seconds"]
-            found[name].append((seconds, cpu, peak))
-            if name == NAIVE_NAME and run == 0:
+                run = replace(run, seconds=seconds)
+            found[name].append(run)
+            if name == NAIVE_NAME and number == 0:
                 check_same(out, reference)
-            shutil.rmtree(out)
-            talk(f"run {run + 1}: {name}: {seconds:.2f} s")
+            shutil.rmtree(out, ignore_errors=True)
+            talk(f"run {number + 1}: {name}: {run.seconds:.2f} s")
     return found
 
 
@@ -216,32 +305,54 @@ def read(path: Path) -> None:
             pass
 
 
-def timed(command: list[str]) -> tuple[float, float, int]:
+def timed(command: list[str]) -> Run:
+    # As it is once it is installed: compiled.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    before = counts()
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    )
+    with process.stderr or open(os.devnull, "rb") as stream:
+        told = stream.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+        raise SystemExit(f"failed: {' '.join(command)}\n{told.decode(errors='replace')}")
+    # A process that ended is counted for the one that waited for it.
+    read_bytes, written_bytes = (b - a for a, b in zip(before, counts(), strict=True))
+    cpu = usage.ru_utime + usage.ru_stime
+    return Run(seconds, cpu, usage.ru_maxrss * 1024, read_bytes, written_bytes)
 
 
-def summarise(runs: dict[str, list[tuple[float, float, int]]], written: int) -> list[Measured]:
-    medians = {name: statistics.median(run[0] for run in values) for name, values in runs.items()}
-    base = medians.get(NAMES[0], float("nan"))
-    return [
-        Measured(
-            name,
-            medians[name],
-            min(run[0] for run in values),
-            statistics.median(run[1] for run in values),
-            max(run[2] for run in values),
-            written / medians[name],
-            medians[name] / base,
+def counts() -> tuple[int, int]:
+    """Bytes that this process and its ended children read and wrote, from memory or disk."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    values = dict(line.split(": ") for line in lines)
+    return int(values["rchar"]), int(values["wchar"])
+
+
+def summarise(runs: dict[str, list[Run]], written: int) -> list[Measured]:
+    base = [run.seconds for run in runs.get(CP, [])]
+    result = []
+    for name, values in runs.items():
+        seconds = statistics.median(run.seconds for run in values)
+        ratios = [run.seconds / cp for run, cp in zip(values, base, strict=False)]
+        result.append(
+            Measured(
+                name,
+                seconds,
+                min(run.seconds for run in values),
+                statistics.median(run.cpu_seconds for run in values),
+                max(run.peak_bytes for run in values),
+                written / seconds,
+                statistics.median(ratios) if ratios else float("nan"),
+                statistics.median(run.read_bytes for run in values) / written,
+                statistics.median(run.written_bytes for run in values) / written,
+            )
         )
-        for name, values in runs.items()
-    ]
+    return result
 
 
 if __name__ == "__main__":

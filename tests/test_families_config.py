@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from builders.families.models import KINDS, SIZES
+from reference.measured import Measured
 from xtuner2llava.errors import MappingError, UnsupportedError
 from xtuner2llava.language import Catalogue, check_file
 
@@ -254,13 +255,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("config", "because"), REFUSED)
 @pytest.mark.parametrize("names", [None, ["transformer.embedding.weight"]])
 def test_an_llm_without_an_exact_target_is_told_why(
-    config: dict[str, Any], because: str, names: list[str] | None
+    config: dict[str, Any], because: str, names: list[str] | None, measured: Measured
 ) -> None:
     with pytest.raises(UnsupportedError, match=because) as caught:
         CATALOGUE.detect(config, names)
     (fault,) = caught.value.faults
     assert fault.where.startswith("refusals.yaml:")
     assert fault.advice.startswith("Train again on ")
+    measured.refused(fault.where)
 
 
 def test_what_can_be_converted_is_not_refused() -> None:

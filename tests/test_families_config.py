@@ -177,6 +177,8 @@ def test_values_that_a_target_cannot_express(
         ("qwen_early", {"use_dynamic_ntk": False, "use_logn_attn": False}, None),
         ("mistral", {}, "attends to the last 8 tokens"),
         ("mistral", {"sliding_window": None}, None),
+        ("mixtral", {}, None),
+        ("mixtral", {"sliding_window": 8}, "attends to the last 8 tokens"),
         ("qwen2", {}, None),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 99}, "the last 99 tokens"),
         ("baichuan2", {}, None),

@@ -157,6 +157,23 @@ def test_what_no_test_found_is_not_written(
         matrix(script, kept)
 
 
+def test_the_script_fails_where_verdicts_differ(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(result) + "\n" for result in made_up()))
+    ran = subprocess.run(
+        [sys.executable, "scripts/matrix.py", "--check", "--results", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "README.md disagrees" in ran.stderr
+    # The one checkpoint of these results is of no family in the README's table.
+    assert "by the tests: | full | frozen | `iter_N.pth` | exact (yi) |" in ran.stdout
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == README
+
+
 def test_numbers_are_rounded_up(script: ModuleType) -> None:
     found = [script.bound(value) for value in (0.0, 1e-6, 1.1e-6, 2e-6, 9.5e-7, 9e-7, 0.003)]
     assert found == ["0", "≤ 1e-6", "≤ 2e-6", "≤ 2e-6", "≤ 1e-6", "≤ 9e-7", "≤ 3e-3"]

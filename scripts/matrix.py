@@ -23,6 +23,7 @@ from pathlib import Path
 
 from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.language.family import Caveat
+from xtuner2llava.language.requirement import Condition, Requirement
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -47,7 +48,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Results:
-    """All of them, and the places in refusals.yaml whose refusals were met."""
+    """All of them, and the places in the mappings whose refusals were met."""
 
     exact: tuple[Result, ...]
     refused: frozenset[str]
@@ -166,7 +167,7 @@ def families(results: Sequence[Result]) -> str:
 
 
 def refusal_table(results: Results, catalogue: Catalogue) -> str:
-    """A row for each refusal of refusals.yaml, and nothing where no test has met it."""
+    """A row for each refusal of refusals.yaml and of a format; each must be met by a test."""
     rows = []
     for refusal in catalogue.refusals.llms:
         if refusal.where not in results.refused:
@@ -176,9 +177,22 @@ def refusal_table(results: Results, catalogue: Catalogue) -> str:
             names += f" where `{refusal.match.when.text}`"
         rows.append([names, "all", published(refusal.because.text)])
     for format_ in FORMATS:
+        described = catalogue.formats[format_].classes
+        for name, requirement in ((n, r) for n, c in described.items() for r in c.requirements):
+            if requirement.where not in results.refused:
+                sys.exit(f"No test shows the refusal of {requirement.where}.")
+            architecture = catalogue.classes[name].architecture
+            rows.append([f"some `{architecture}`", f"`{format_}`", reason(requirement)])
         for name, fault in catalogue.refusals.of_format(format_).items():
             rows.append([f"`{catalogue.classes[name].architecture}`", f"`{format_}`", fault.what])
     return table(["refused", "in", "because"], rows)
+
+
+def reason(requirement: Requirement) -> str:
+    """Why a config is refused that does not meet a requirement."""
+    if isinstance(requirement, Condition):
+        return published(requirement.because.text)
+    return f"`{requirement.key}` is not `{requirement.expected}`"
 
 
 def is_limit(caveat: str) -> bool:
@@ -194,7 +208,9 @@ def limit(caveat: Caveat) -> str:
 
 def published(sentence: str) -> str:
     """A sentence of a mapping without the values that it takes from a config."""
-    return re.sub(r"\{([\w.]+)\}", r"`\1`", re.sub(r" \(\{[\w.]+\}\)", "", sentence)).strip()
+    short = re.sub(r" \(\{[\w.]+\}\)", "", sentence)
+    short = re.sub(r"\b(\w+) \{\1\}", r"\1", short)
+    return re.sub(r"\{([\w.]+)\}", r"`\1`", short).strip()
 
 
 def exact(results: Sequence[Result]) -> str:

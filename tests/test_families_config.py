@@ -267,6 +267,29 @@ def test_an_llm_without_an_exact_target_is_told_why(
     measured.refused(fault.where)
 
 
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        ("llama_3_1", KINDS["llama_3_1"].config["rope_scaling"]),
+        ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        ("mistral", {"type": "linear", "factor": 2.0}),
+        ("mixtral", {"type": "linear", "factor": 2.0}),
+    ],
+)
+def test_rope_scaling_that_llava_would_lose(
+    kind: str, scaling: dict[str, Any], measured: Measured
+) -> None:
+    config = config_of(kind, rope_scaling=scaling)
+    family = CATALOGUE.detect(config, None)
+    family.translate_config(config_of(kind, rope_scaling=None), LLAVA)
+    with pytest.raises(MappingError, match="the format hf") as caught:
+        family.translate_config(config, LLAVA)
+    (fault,) = caught.value.faults
+    assert fault.where.startswith("formats/llava.yaml:")
+    family.translate_config(config, CATALOGUE.formats["hf"])
+    measured.refused(fault.where)
+
+
 def test_what_can_be_converted_is_not_refused() -> None:
     sizes = {"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 4096}
     for config, family in (

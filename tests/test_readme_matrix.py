@@ -47,14 +47,19 @@ def faults(readme: str) -> Iterator[str]:
     table = readme.partition("| refused | in | because |\n")[2].partition("<!--")[0]
     reasons = [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[1:]]
     every = [refusal.because.text for refusal in CATALOGUE.refusals.llms]
+    every += [requirement.because.text for requirement in requirements("llava")]
     every += [fault.what for fault in CATALOGUE.formats["llava"].refused.values()]
     if [words(text) for text in reasons] != [words(text) for text in every]:
         yield "other refusals"
 
 
+def requirements(format_: str) -> list[Any]:
+    return [r for c in CATALOGUE.formats[format_].classes.values() for r in c.requirements]
+
+
 def words(sentence: str) -> str:
     """Without what stands for values of a config."""
-    return re.sub(r" \(\{.+?\}\)|\n", "", sentence)
+    return re.sub(r" \(\{.+?\}\)|[{}`\n]|(?<=rope_scaling) \{rope_scaling\}", "", sentence)
 
 
 def test_it_says_what_the_mappings_say() -> None:
@@ -78,6 +83,7 @@ def row(of: str) -> str:
         ("`YiForCausalLM`", "`LlamaForCausalLM`", "yi: other architectures"),
         ("MiniCPM 3 has multi-head latent attention", "MiniCPM 3 is fine", "other refusals"),
         ("Qwen 3 has norms on q and k", "Qwen 3 is fine", "other refusals"),
+        ("(Llama 3.1 and later)", "(Llama 4)", "other refusals"),
     ],
 )
 def test_what_it_should_not_say_is_seen(old: str, new: str, fault: str) -> None:
@@ -103,6 +109,7 @@ def made_up(difference: float = 1.4e-6) -> list[dict[str, Any]]:
     """Results with which everything agrees, as if the tests had found them."""
     found: list[dict[str, Any]] = []
     refused = [refusal.where for refusal in CATALOGUE.refusals.llms]
+    refused += [requirement.where for requirement in requirements("llava")]
     for name, family in CATALOGUE.families.items():
         for format_ in ("llava", "hf"):
             if family.becomes.name not in CATALOGUE.formats[format_].classes:
@@ -143,6 +150,7 @@ def test_only_verdicts_are_compared(script: ModuleType) -> None:
     [
         ({"family": "yi", "format": "hf"}, "becomes of yi in the format hf"),
         ({"refused": CATALOGUE.refusals.llms[2].where}, "the refusal of refusals.yaml:"),
+        ({"refused": requirements("llava")[0].where}, "the refusal of formats/llava.yaml:"),
         (
             {"refused": CATALOGUE.formats["llava"].refused["gemma"].where},
             "becomes of gemma in the format llava",
@@ -194,7 +202,8 @@ def test_only_tests_that_take_something_down_are_run(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stdout
     found = {json.loads(line)["refused"] for line in file.read_text().splitlines()}
-    assert found == {refusal.where for refusal in CATALOGUE.refusals.llms}
+    refused = [*CATALOGUE.refusals.llms, *requirements("llava")]
+    assert found == {refusal.where for refusal in refused}
     counted = re.search(r"(\d+) passed, (\d+) deselected", ran.stdout)
     assert counted is not None
     assert int(counted[1]) == len(file.read_text().splitlines())

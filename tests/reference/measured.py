@@ -36,7 +36,7 @@ class Measured:
         )
 
     def refused(self, where: str) -> None:
-        """A refusal of `mappings/refusals.yaml`, by its file and line, was met."""
+        """A refusal of the mappings, by its file and line, was met."""
         self._write(refused=where)
 
     def _write(self, **values: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +12,42 @@ import pytest
 
 if TYPE_CHECKING:
     from reference.cases import Converted
+    from reference.measured import Measured
 
 # Test modules import `reference.…` from here; `--import-mode=importlib` adds no paths itself.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-matrix",
+        type=Path,
+        metavar="FILE",
+        help="run only the tests behind README.md's matrix, and append what they find to FILE",
+    )
+
+
+def pytest_configure() -> None:
+    # A shell makes its background jobs ignore interrupts, which some tests send.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--record-matrix") is None:
+        return
+    rest = [item for item in items if "measured" not in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=rest)
+    items[:] = [item for item in items if item not in rest]
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig: pytest.Config) -> Measured:
+    """Takes down what README.md's matrix is made of."""
+    from reference.measured import Measured
+
+    return Measured(pytestconfig.getoption("--record-matrix"))
 
 
 @pytest.fixture(scope="session")

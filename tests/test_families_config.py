@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from builders.families.models import KINDS, SIZES
+from reference.measured import Measured
 from xtuner2llava.errors import MappingError, UnsupportedError
 from xtuner2llava.language import Catalogue, check_file
 
@@ -176,6 +177,8 @@ def test_values_that_a_target_cannot_express(
         ("qwen_early", {"use_dynamic_ntk": False, "use_logn_attn": False}, None),
         ("mistral", {}, "attends to the last 8 tokens"),
         ("mistral", {"sliding_window": None}, None),
+        ("mixtral", {}, None),
+        ("mixtral", {"sliding_window": 8}, "attends to the last 8 tokens"),
         ("qwen2", {}, None),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 99}, "the last 99 tokens"),
         ("baichuan2", {}, None),
@@ -254,13 +257,37 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("config", "because"), REFUSED)
 @pytest.mark.parametrize("names", [None, ["transformer.embedding.weight"]])
 def test_an_llm_without_an_exact_target_is_told_why(
-    config: dict[str, Any], because: str, names: list[str] | None
+    config: dict[str, Any], because: str, names: list[str] | None, measured: Measured
 ) -> None:
     with pytest.raises(UnsupportedError, match=because) as caught:
         CATALOGUE.detect(config, names)
     (fault,) = caught.value.faults
     assert fault.where.startswith("refusals.yaml:")
     assert fault.advice.startswith("Train again on ")
+    measured.refused(fault.where)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        ("llama_3_1", KINDS["llama_3_1"].config["rope_scaling"]),
+        ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        ("mistral", {"type": "linear", "factor": 2.0}),
+        ("mixtral", {"type": "linear", "factor": 2.0}),
+    ],
+)
+def test_rope_scaling_that_llava_would_lose(
+    kind: str, scaling: dict[str, Any], measured: Measured
+) -> None:
+    config = config_of(kind, rope_scaling=scaling)
+    family = CATALOGUE.detect(config, None)
+    family.translate_config(config_of(kind, rope_scaling=None), LLAVA)
+    with pytest.raises(MappingError, match="the format hf") as caught:
+        family.translate_config(config, LLAVA)
+    (fault,) = caught.value.faults
+    assert fault.where.startswith("formats/llava.yaml:")
+    family.translate_config(config, CATALOGUE.formats["hf"])
+    measured.refused(fault.where)
 
 
 def test_what_can_be_converted_is_not_refused() -> None:

@@ -14,7 +14,8 @@ import pytest
 from builders.families.checkpoints import Trained, write_trained
 from builders.families.models import KINDS, Source, load_plain
 from reference.compose import compose, read_tensors
-from xtuner2llava import PlanError, convert
+from reference.measured import Measured
+from xtuner2llava import PlanError, convert, plan
 from xtuner2llava.language import Catalogue
 
 # Float32 sums in another order; logits are about 1.
@@ -86,10 +87,37 @@ def distance(source: Source, trained: Trained, out: Path, **options: Any) -> flo
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_family_computes_what_it_did(sources: Any, tmp_path: Path, case: str) -> None:
+def test_a_family_computes_what_it_did(
+    sources: Any, tmp_path: Path, measured: Measured, case: str
+) -> None:
     kind, change = CASES[case]
     source, trained = sources(kind, change)
-    assert distance(source, trained, tmp_path / f"llava-{kind}") < SAME
+    found = distance(source, trained, tmp_path / f"llava-{kind}")
+    assert found < SAME
+    measured.exact(tmp_path / f"llava-{kind}", found)
+
+
+REFUSED = sorted(CATALOGUE.formats["llava"].refused)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_family_without_a_class_is_refused(sources: Any, measured: Measured, kind: str) -> None:
+    import transformers
+
+    if not hasattr(transformers, KINDS[kind].architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    _, trained = sources(kind, {})
+    with pytest.raises(PlanError, match="--format hf") as error:
+        plan(trained.checkpoint, **trained.bases)
+    (where,) = {fault.where for fault in error.value.faults}
+    assert where.startswith("refusals.yaml:")
+    measured.refused(where)
+
+
+def test_every_family_is_tried() -> None:
+    kinds = {"mixtral", *(kind for kind, _ in CASES.values())}
+    assert not kinds & {*REFUSED}
+    assert kinds | {*REFUSED} == {*CATALOGUE.families}
 
 
 def wrong_mapping(folder: Path, family: str, *changes: tuple[str, str]) -> Path:
@@ -280,9 +308,13 @@ def test_an_attention_window_shorter_than_the_text_is_not_carried_by_llama(
 
 
 @pytest.mark.parametrize("change", [{}, {"num_key_value_heads": 2}])
-def test_experts_stay_in_their_places(sources: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_experts_stay_in_their_places(
+    sources: Any, tmp_path: Path, measured: Measured, change: dict[str, Any]
+) -> None:
     source, trained = sources("mixtral", change)
-    assert distance_of_llm(source, trained, tmp_path) < SAME
+    found = distance_of_llm(source, trained, tmp_path)
+    assert found < SAME
+    measured.exact(tmp_path / "llava-mixtral", found)
     exchanged = """\
 schema: 1
 family: wrong

@@ -13,6 +13,7 @@ from reference import huggingface
 from reference.cases import CASES, Converted, read_reference
 from reference.compose import read_tensors
 from reference.exchange import write_exchanged
+from reference.measured import Measured
 from xtuner2llava import convert
 
 if TYPE_CHECKING:
@@ -46,22 +47,24 @@ def distance(checkpoints: Path, folder: Path, case: str, name: str) -> float:
     return (found[:, : expected.shape[-1]] - expected).abs().max().item()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "llama_b_full_frozenvis",
-        "llama_d_lora_vislora",
-        "llama_e_full_fullvis",
-        "phi3_e_full_fullvis",
-        "qwen2_a_pretrain",
-        "qwen2_d_lora_vislora",
-        "qwen2_e_full_fullvis",
-        "qwen2_f_zero3_full",
-    ],
-)
-def test_float32_is_the_trained_model(checkpoints: Path, converted: Converted, case: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_the_trained_model(
+    checkpoints: Path, converted: Converted, measured: Measured, case: str
+) -> None:
     folder = converted(case, format="hf", dtype="float32")
-    assert distance(checkpoints, folder, case, CASES[case].best) < SAME
+    found = distance(checkpoints, folder, case, CASES[case].best)
+    assert found < SAME
+    measured.exact(folder, found, real=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_exported_folder_is_the_trained_model_with_a_float16_llm(
+    checkpoints: Path, converted: Converted, measured: Measured, case: str
+) -> None:
+    folder = converted(case, "iter_2_xtuner", format="hf", dtype="float32")
+    found = distance(checkpoints, folder, case, "logits_llm16")
+    assert found < SAME
+    measured.exact(folder, found, real=True)
 
 
 @pytest.mark.parametrize("case", ["llama_e_full_fullvis", "qwen2_e_full_fullvis"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from storing import stored
+from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.sources.adapter import LoraSettings, merge, read_adapter
 from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
 
@@ -51,7 +52,10 @@ def trained(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
 
 
 def as_xtuner_saves(model: Any) -> dict[str, torch.Tensor]:
-    """What of the state dict lies in a .pth, see `get_peft_model_state_dict` of XTuner."""
+    """What of the state dict lies in a .pth, see `get_peft_model_state_dict` of XTuner.
+
+    With bias="lora_only" it finds no bias, as an adapted layer has it under `base_layer`.
+    """
     config = model.peft_config["default"]
     return {
         name: tensor
@@ -59,7 +63,6 @@ def as_xtuner_saves(model: Any) -> dict[str, torch.Tensor]:
         if "lora_" in name
         or ".modules_to_save.default." in name
         or (config.bias == "all" and "bias" in name and "original_module" not in name)
-        or (config.bias == "lora_only" and name.endswith("base_layer.bias"))
     }
 
 
@@ -125,6 +128,11 @@ def test_the_same_weights_as_peft(case: str, layout: str, tmp_path: Path) -> Non
         text = (tmp_path / "saved" / "adapter_config.json").read_text()
         settings = LoraSettings.from_mapping(json.loads(text), "adapter_config.json")
     adapter = read_adapter(lazily(tmp_path / "adapter", saved), settings, "")
+    if settings.bias == "lora_only" and not any(name.endswith(".bias") for name in saved):
+        # XTuner and PEFT 0.17 save none.
+        with pytest.raises(UnsupportedError, match="on q and 1 more: bias='lora_only' says that"):
+            merge(base, adapter, "")
+        return
     merged = merge(base, adapter, "")
     expected = model.merge_and_unload().state_dict()
     assert list(merged) == list(expected)
@@ -134,6 +142,24 @@ def test_the_same_weights_as_peft(case: str, layout: str, tmp_path: Path) -> Non
         assert torch.allclose(got.double(), tensor.double(), rtol=1e-5, atol=1e-6), name
         changed += int(not torch.equal(base[name].read(0, base[name].rows), tensor))
     assert changed >= len(CASES[case]["target_modules"])
+
+
+@pytest.mark.parametrize("case", ["every bias", "some biases"])
+def test_trained_biases_that_were_not_saved_are_refused(case: str, tmp_path: Path) -> None:
+    # As DeepSpeed has it.
+    model = trained(**CASES[case])
+    saved = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    settings = LoraSettings.from_mapping({"r": 8, **CASES[case]}, "config.py")
+    base = lazily(tmp_path / "base", dict(Net().state_dict()))
+    tensors = lazily(tmp_path / "adapter", saved)
+    merged = merge(base, read_adapter(tensors, settings, ""), "")
+    assert torch.equal(
+        merged["square.bias"].read(0, 6), model.merge_and_unload().state_dict()["square.bias"]
+    )
+    (lost,) = (name for name in tensors if name.endswith("square.base_layer.bias"))
+    del tensors[lost]
+    with pytest.raises(UnsupportedError, match=r"on square: bias='.+' says that its bias was"):
+        merge(base, read_adapter(tensors, settings, ""), "")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

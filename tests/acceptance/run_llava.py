@@ -25,11 +25,13 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from safetensors.torch import load_file
 
 NEW_TOKENS = 4
 TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."
+CLASSES = {kind.__name__: kind for kind in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)}
 
 
 class OfficialFloat16:
@@ -57,13 +59,26 @@ class OfficialFloat16:
 
 
 class OfficialFloat32(OfficialFloat16):
-    """LLaVA's Llama class as its loader builds it, but for the float32."""
+    """LLaVA's class of the config as its loader builds it, but for the float32."""
+
+    attention = None
 
     def __init__(self, folder):
-        self.model = LlavaLlamaForCausalLM.from_pretrained(
-            folder, low_cpu_mem_usage=True, torch_dtype=torch.float32, device_map={"": "cpu"}
+        (architecture,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
+        self.model = CLASSES[architecture].from_pretrained(
+            folder,
+            low_cpu_mem_usage=True,
+            torch_dtype=torch.float32,
+            device_map={"": "cpu"},
+            attn_implementation=self.attention,
         )
         self.model.get_vision_tower().float()
+
+
+class OfficialEager(OfficialFloat32):
+    """The same with the attention that is written out, which knows of windows."""
+
+    attention = "eager"
 
 
 class Qwen:
@@ -134,6 +149,7 @@ class QwenFloat16(Qwen):
 HOW = {
     "official float16": OfficialFloat16,
     "official float32": OfficialFloat32,
+    "official eager": OfficialEager,
     "qwen float16": QwenFloat16,
     "qwen float32": Qwen,
 }

@@ -8,6 +8,7 @@ is composed from the parts that it uses, under the same transformers.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,12 @@ from typing import Any
 
 import pytest
 
+from builders.families.checkpoints import write_trained
+from builders.families.models import KINDS
 from reference.cases import Converted
 from reference.exchange import write_exchanged
+from reference.trained import write_reference
+from xtuner2llava import convert
 
 pytestmark = pytest.mark.acceptance
 
@@ -24,7 +29,7 @@ FLOAT16, FLOAT32 = 5e-3, 1e-5
 LLAMA = ("llama_b_full_frozenvis", "llama_d_lora_vislora", "llama_e_full_fullvis")
 QWEN = ("qwen2_a_pretrain", "qwen2_d_lora_vislora", "qwen2_e_full_fullvis", "qwen2_f_zero2_full")
 
-Job = tuple[Path, str, str]  # folder, case, how
+Job = tuple[Path, str | Path, str]  # folder, case or folder of its reference.npz, how
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +100,76 @@ def test_it_generates(loaded: dict[tuple[str, str], dict[str, Any]], case: str) 
     assert len(generated) > 1
 
 
+# Mistral: a random one, and the reference composed here.
+
+
+MISTRAL: dict[str, dict[str, Any]] = {
+    "whole": {"sliding_window": None, "num_key_value_heads": 2},
+    "window": {"sliding_window": 8},
+}
+TOKENS = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture(scope="module")
+def mistrals(
+    llava_python: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results for Mistrals without and with a window, by case and how they were loaded."""
+    import numpy
+    import torch
+
+    jobs: dict[tuple[str, str], Job] = {}
+    for case, change in MISTRAL.items():
+        folder = tmp_path_factory.mktemp(case)
+        source = KINDS["mistral"].make(folder / "m", **TOKENS, **change)
+        # Logits of the size of the real checkpoints', or a bit smaller; exact, as it is 1/4.
+        with torch.no_grad():
+            for head in (source.tensors["lm_head.weight"], source.model.lm_head.weight):
+                head.mul_(0.25)
+        trained = write_trained(folder / "trained", source, checkpoints)
+        # This one is of a tokenizers that is newer than LLaVA's, which takes tokenizer.model then.
+        (trained.llm / "tokenizer.json").unlink()
+        write_reference(source, trained, numpy.array([[1, 300, 21, -200, 55, 131, 380, 7]]))
+        bases = {**trained.bases, "vision_tower_name": "bases/vision_clip"}
+        home = trained.checkpoint.parent
+        for dtype in ("float16", "float32"):
+            out = folder / f"llava-mistral-{dtype}"
+            convert(trained.checkpoint, out, dtype=dtype, **bases)
+            jobs[case, dtype] = (out, home, f"official {dtype}")
+        jobs[case, "eager"] = (out, home, "official eager")
+        exchanged = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+        wrong = write_exchanged(out, folder / "llava-mistral-wrong", exchanged)
+        jobs[case, "wrong"] = (wrong, home, "official float16")
+        other = folder / "llava-named-otherwise"
+        shutil.copytree(out, other)
+        jobs[case, "named otherwise"] = (other, home, "official float16")
+    results = run_llava(llava_python, checkpoints, [*jobs.values()])
+    for key, result in zip(jobs, results, strict=True):
+        assert "error" not in result, (key, result["error"])
+    return dict(zip(jobs, results, strict=True))
+
+
+def test_a_mistral_is_loaded_as_one(mistrals: dict[tuple[str, str], dict[str, Any]]) -> None:
+    for how, tolerance in (("float16", FLOAT16), ("float32", FLOAT32), ("eager", FLOAT32)):
+        result = mistrals["whole", how]
+        assert result["class"] == "LlavaMistralForCausalLM"
+        assert result["differences"]["logits_f32"] < tolerance, how
+        assert result["generated"][0] == 1
+        assert len(result["generated"]) > 1
+    assert mistrals["whole", "wrong"]["differences"]["logits_f32"] > 10 * FLOAT16
+    # The folder's name is what its loader goes by.
+    assert mistrals["whole", "named otherwise"]["class"] == "LlavaLlamaForCausalLM"
+
+
+def test_a_window_is_there_for_attention_that_heeds_it(
+    mistrals: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """The caveat of mistral.yaml: by default, Mistral of transformers 4.37.2 has no window."""
+    assert mistrals["window", "eager"]["class"] == "LlavaMistralForCausalLM"
+    assert mistrals["window", "eager"]["differences"]["logits_f32"] < FLOAT32
+    assert mistrals["window", "float32"]["differences"]["logits_f32"] > 1e-2
+
+
 def test_a_sharded_folder_is_loaded_whole(
     llava_python: Path, checkpoints: Path, converted: Converted
 ) -> None:
@@ -121,8 +196,6 @@ def test_gate_and_up_exchanged_is_seen(
 def test_a_qwen_without_bos_token_id_would_not_generate(
     llava_python: Path, checkpoints: Path, converted: Converted, tmp_path: Path
 ) -> None:
-    import shutil
-
     case = "qwen2_e_full_fullvis"
     folder = tmp_path / "llava-qwen-without-bos"
     shutil.copytree(converted(case, dtype="float32"), folder)

@@ -9,6 +9,7 @@ import pytest
 from reference.cases import CASES, Converted, read_reference
 from reference.compose import compose, read_tensors
 from reference.exchange import write_exchanged
+from reference.measured import Measured
 
 # Float32 sums in another order; logits are up to 2.5, and rounding weights to float16 moves them
 # by 5e-4 to 2e-3.
@@ -27,9 +28,13 @@ def distance(checkpoints: Path, folder: Path, case: str, name: str) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32_is_the_trained_model(checkpoints: Path, converted: Converted, case: str) -> None:
+def test_float32_is_the_trained_model(
+    checkpoints: Path, converted: Converted, measured: Measured, case: str
+) -> None:
     folder = converted(case, dtype="float32")
-    assert distance(checkpoints, folder, case, CASES[case].best) < SAME
+    found = distance(checkpoints, folder, case, CASES[case].best)
+    assert found < SAME
+    measured.exact(folder, found, real=True)
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.has_lora])
@@ -50,10 +55,12 @@ def test_float16_of_merged_lora_is_near(checkpoints: Path, converted: Converted,
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_exported_folder_is_the_trained_model_with_a_float16_llm(
-    checkpoints: Path, converted: Converted, case: str
+    checkpoints: Path, converted: Converted, measured: Measured, case: str
 ) -> None:
     folder = converted(case, "iter_2_xtuner", dtype="float32")
-    assert distance(checkpoints, folder, case, "logits_llm16") < SAME
+    found = distance(checkpoints, folder, case, "logits_llm16")
+    assert found < SAME
+    measured.exact(folder, found, real=True)
 
 
 @pytest.mark.parametrize(

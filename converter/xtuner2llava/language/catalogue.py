@@ -58,7 +58,7 @@ class Catalogue:
         which families came near, and what to do; `UnsupportedError` with the reason for an LLM
         that is known to become nothing exactly.
         """
-        self._refusals.check(config, names)
+        self.refusals.check(config, names)
         return self.families[choose(self._matches, config, names)]
 
     def text_of(self, name: str) -> str:
@@ -113,10 +113,11 @@ class Catalogue:
 
     def _format(self, document: Document) -> Format:
         format_ = read_format(document, self.formats.__getitem__)
-        return replace(format_, refused=self._refusals.of_format(format_.name))
+        return replace(format_, refused=self.refusals.of_format(format_.name))
 
     @cached_property
-    def _refusals(self) -> Refusals:
+    def refusals(self) -> Refusals:
+        """LLMs and classes that are known to have no exact target."""
         path = self._folder / "refusals.yaml"
         return read_refusals(_read(path, path.name)) if path.is_file() else Refusals()
 

@@ -188,6 +188,7 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
         try:
             if name not in base:
                 raise ValueError("the base model has no such module; is it the one that was used?")
+            _check_bias(module, base, adapter)
             merged[name] = _merged(merged[name], module, factors, settings)
         except ValueError as error:
             refused.setdefault(str(error), []).append(module)
@@ -196,6 +197,21 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
         faults.append(Fault(f"{where}, LoRA on {modules[0]}{others}", what))
     raise_faults(UnsupportedError, faults)
     return merged
+
+
+def _check_bias(module: str, base: Mapping[str, LazyTensor], adapter: Adapter) -> None:
+    """Raises `ValueError` where the bias of a module was trained and is not there.
+
+    XTuner (`xtuner/model/utils.py`, `get_peft_model_state_dict`) and PEFT, up to 0.17, look for it
+    under the name that the module has without an adapter, and save none with bias="lora_only".
+    """
+    kind = adapter.settings.bias if adapter.settings is not None else "none"
+    name = f"{module}.bias"
+    if kind != "none" and name in base and name not in adapter.replacements:
+        raise ValueError(
+            f"bias={kind!r} says that its bias was trained, but the checkpoint has none: XTuner "
+            "and older versions of PEFT do not save it; a DeepSpeed directory of the run has it"
+        )
 
 
 def _merged(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.language import Catalogue
+from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.options import Options
 from xtuner2llava.planning import make_plan
 from xtuner2llava.sources import Checkpoint, Part
 from xtuner2llava.sources.json_file import Json
+from xtuner2llava.verdict import Verdict
+
+_ANY_NAME = "openai/any"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +34,28 @@ class PartSummary:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the input can become: a format and class, or the reasons why it cannot."""
+    """What an input can become in a format: its class there, or the reasons why it cannot."""
 
     format: str
     architecture: str | None
+    verdict: Verdict
     caveats: tuple[str, ...]
     faults: tuple[Fault, ...]
 
     @property
     def is_possible(self) -> bool:
-        return not self.faults
+        return self.verdict.is_possible
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        return {
+            "format": self.format,
+            "architecture": self.architecture,
+            "possible": self.is_possible,
+            **self.verdict.to_dict(),
+            "caveats": list(self.caveats),
+            "faults": [str(fault) for fault in self.faults],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +89,7 @@ class Inspection:
             },
             "llm_architectures": list(self.llm_architectures),
             "xtuner_config": dict(self.recipe),
-            "targets": [
-                {
-                    "format": target.format,
-                    "architecture": target.architecture,
-                    "possible": target.is_possible,
-                    "caveats": list(target.caveats),
-                    "faults": [str(fault) for fault in target.faults],
-                }
-                for target in self.targets
-            ],
+            "targets": [target.to_dict() for target in self.targets],
             "notes": list(self.notes),
         }
 
@@ -109,12 +116,25 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: Options) -> Inspection:
 
 
 def _target(checkpoint: Checkpoint, options: Options, format_name: str) -> Target:
+    """What becomes of `checkpoint` in a format.
+
+    That the tower has no name yet makes nothing impossible: the user gives one to convert.
+    """
+    unnamed: tuple[str, ...] = ()
     try:
-        plan = make_plan(checkpoint, options.with_format(format_name))
+        try:
+            plan = make_plan(checkpoint, options.with_format(format_name))
+        except ConversionError as error:
+            lacking = [fault for fault in error.faults if fault.where == VISION_TOWER_KEY]
+            if not lacking or options.vision_tower_name is not None:
+                raise
+            unnamed = tuple(f"{fault.what}: {fault.advice}" for fault in lacking)
+            named = replace(options, vision_tower_name=_ANY_NAME)
+            plan = make_plan(checkpoint, named.with_format(format_name))
     except ConversionError as error:
-        return Target(format_name, None, (), error.faults)
+        return Target(format_name, None, Verdict.of(faults=error.faults), (), error.faults)
     caveats = tuple(note for note in plan.notes if note not in checkpoint.notes)
-    return Target(format_name, plan.architecture, caveats, ())
+    return Target(format_name, plan.architecture, plan.verdict, (*caveats, *unnamed), ())
 
 
 def _summary(part: Part) -> PartSummary:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from xtuner2llava.hub.destination import Pushed
-from xtuner2llava.inspection import Inspection
+from xtuner2llava.inspection import Inspection, Target
 from xtuner2llava.language import fold
 from xtuner2llava.outlook import Outlook
 from xtuner2llava.plan import Plan
@@ -95,13 +95,7 @@ def render_inspection(inspection: Inspection, name: str) -> str:
         table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype", "base model")),
         "",
     ]
-    for target in inspection.targets:
-        if target.is_possible:
-            text.append(f"{target.format}: yes, as {target.architecture}")
-            text += [f"  - {caveat}" for caveat in target.caveats]
-        else:
-            text.append(f"{target.format}: not with what is here")
-            text += [f"  - {_indented(str(fault))}" for fault in target.faults]
+    text += _targets(inspection.targets)
     text += _notes(inspection.notes)
     return "\n".join(text)
 
@@ -111,15 +105,8 @@ def render_outlook(outlook: Outlook) -> str:
     text = [f"{outlook.path}: LLM {outlook.llm}, vision tower {outlook.vision}"]
     if outlook.family is not None:
         text.append(f"family {outlook.family}")
-    text += [f"Error: {_indented(str(fault))}" for fault in outlook.faults]
     text.append("")
-    for prospect in outlook.prospects:
-        if prospect.faults:
-            text.append(f"{prospect.format}: will not be possible")
-            text += [f"  - {_indented(str(fault))}" for fault in prospect.faults]
-        else:
-            text.append(f"{prospect.format}: will be possible, as {prospect.architecture}")
-            text += [f"  - {caveat}" for caveat in prospect.caveats]
+    text += _targets(outlook.prospects)
     text += _notes(outlook.advice)
     if outlook.lines:
         text += ["", "Add to the config:", *(f"  {line}" for line in outlook.lines)]
@@ -163,6 +150,14 @@ def tree(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
     return f"{folder}/\n" + table(rows, ("file", "bytes"))
+
+
+def _targets(targets: Iterable[Target]) -> Iterable[str]:
+    for target in targets:
+        become = f", as {target.architecture}" if target.is_possible else ""
+        yield f"{target.format}: {target.verdict}{become}"
+        remarks = (*target.caveats, *(_indented(str(fault)) for fault in target.faults))
+        yield from (f"  - {remark}" for remark in remarks)
 
 
 def _dropped(plan: Plan) -> Iterable[str]:

@@ -155,7 +155,7 @@ def _mapping(data: bytes, folder: Path) -> None:
         try:
             family.expand(config, names.keys())
             family.translate_config(config, Catalogue.shipped().formats["llava"])
-            family.notes(config)
+            family.limits(config)
         except ConversionError:
             continue
 
@@ -486,7 +486,7 @@ def _config(data: bytes, folder: Path) -> None:
             family = catalogue.detect(config, names)
             for format_ in catalogue.formats.values():
                 family.translate_config(config, format_)
-            family.notes(config)
+            family.limits(config)
             family.expand(config, names or ())
         except ConversionError:
             continue

@@ -13,6 +13,7 @@ It knows tensors, and no checkpoint layout.
 from xtuner2llava.language.agreement import check_against_class
 from xtuner2llava.language.application import Applied, Dropped, Origin, apply
 from xtuner2llava.language.catalogue import Catalogue, check_file
+from xtuner2llava.language.caveat import Limit, in_range
 from xtuner2llava.language.drafting import draft
 from xtuner2llava.language.expansion import Step, expand
 from xtuner2llava.language.family import Chat, Family, Generation, TranslatedConfig
@@ -35,6 +36,7 @@ __all__ = [
     "Format",
     "FormatClass",
     "Generation",
+    "Limit",
     "MappingFile",
     "Origin",
     "PlainClass",
@@ -47,4 +49,5 @@ __all__ = [
     "draft",
     "expand",
     "fold",
+    "in_range",
 ]

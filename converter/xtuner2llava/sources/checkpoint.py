@@ -71,7 +71,8 @@ class Checkpoint:
     """The trained model as lazy tensors.
 
     `faults` are what must be mended before it can be converted, such as a base model that is not
-    there. `base_files` fingerprints what came from base models.
+    there. `base_files` fingerprints what came from base models. `inexact`, which `notes` have too,
+    are reasons why these weights are not quite those that were trained.
     """
 
     contents: Contents
@@ -82,6 +83,7 @@ class Checkpoint:
     base_files: tuple[Fingerprint, ...]
     notes: tuple[str, ...]
     faults: tuple[Fault, ...]
+    inexact: tuple[str, ...] = ()
 
 
 # Opens the artefact that a run started from, if it is here; None if it is not.
@@ -105,6 +107,7 @@ def gather(
     work = _Gathering(contents, recipe, choice, open_pretrained, base_weights)
     llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
     projector = Part(contents.weights[PROJECTOR], "trained", trained=True)
+    inexact = work.inexact()
     return Checkpoint(
         contents,
         recipe,
@@ -112,8 +115,9 @@ def gather(
         tower,
         projector,
         tuple(work.base_files),
-        (*contents.notes, *work.notes),
+        (*contents.notes, *work.notes, *inexact),
         tuple(work.faults),
+        inexact,
     )
 
 
@@ -174,6 +178,16 @@ class _Gathering:
         adapter, what = self._adapter(part)
         merged = merge(base, adapter, f"{contents.path}, {TITLES[part]}")
         return replace(result, tensors=merged, origin=f"{what} on {origin}")
+
+    def inexact(self) -> tuple[str, ...]:
+        """Why the LLM is near to the trained one, and not the same."""
+        if self._recipe is None or LLM in self._contents.weights:
+            return ()
+        try:
+            return self._recipe.inexact
+        except ConversionError as error:
+            self.faults.extend(error.faults)
+            return ()
 
     def _recorded(self, part: str) -> str | None:
         if self._recipe is None:
@@ -236,12 +250,6 @@ class _Gathering:
         adapter = read_adapter(tensors, settings, f"{self._contents.path}, {TITLES[part]}")
         if not adapter.factors:
             return adapter, "saved biases"
-        if part == LLM and self._recipe is not None and self._recipe.quantization is not None:
-            self.notes.append(
-                "The LLM was trained as QLoRA, on 4-bit weights; the adapter is merged onto the "
-                "unquantised base, as XTuner and PEFT do. Outputs are near those seen in training, "
-                "not the same."
-            )
         ranks = ", ".join(str(rank) for rank in adapter.ranks)
         known = settings.alpha if settings is not None else None
         return adapter, f"LoRA (rank {ranks}, alpha {'unknown' if known is None else f'{known:g}'})"

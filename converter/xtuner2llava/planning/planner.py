@@ -49,7 +49,6 @@ from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import plan_shards
 
 
-
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact."""
     planner = _Planner(checkpoint, options)

@@ -111,7 +111,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: Options) -> Inspection:
         llm_architectures=config.architectures if config else (),
         recipe={used.name: used.value for used in recipe.used} if recipe else {},
         targets=tuple(targets),
-        notes=checkpoint.notes,
+        notes=tuple(note for note in checkpoint.notes if note not in checkpoint.inexact),
     )
 
 
@@ -133,8 +133,9 @@ def _target(checkpoint: Checkpoint, options: Options, format_name: str) -> Targe
             plan = make_plan(checkpoint, named.with_format(format_name))
     except ConversionError as error:
         return Target(format_name, None, Verdict.of(faults=error.faults), (), error.faults)
-    caveats = tuple(note for note in plan.notes if note not in checkpoint.notes)
-    return Target(format_name, plan.architecture, plan.verdict, (*caveats, *unnamed), ())
+    notes = (note for note in plan.notes if note not in checkpoint.notes)
+    caveats = (*checkpoint.inexact, *notes, *unnamed)
+    return Target(format_name, plan.architecture, plan.verdict, caveats, ())
 
 
 def _summary(part: Part) -> PartSummary:

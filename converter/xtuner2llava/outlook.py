@@ -96,14 +96,15 @@ class _Foreseeing:
         )
         family = self._try(lambda: self._family(llm, config)) if config else None
         self._try(self._check_tower)
-        tokenizer = self._try(lambda: self._tokenizer(llm, family) if llm and family else None)
+        base = self._try(lambda: read_tokenizer(llm)) if llm else None
+        tokenizer = self._try(lambda: self._written(base, family) if base and family else None)
         depth = self._try(lambda: recipe.projector_depth)
         inexact = self._try(lambda: recipe.inexact) or ()
-        advice = [Advice(note) for note in (*recipe.notes, *inexact)]
-        if llm is not None and family is not None and config is not None and tokenizer is not None:
+        advice = [Advice(note) for note in recipe.notes]
+        if llm and family and config and base and tokenizer:
             generation = self._try(lambda: _generation(llm)) or {}
             stop_words = self._catalogue.stop_words
-            advice += token_advice(recipe, family, tokenizer, config, generation, stop_words)
+            advice += token_advice(recipe, family, base, tokenizer, config, generation, stop_words)
         return Outlook(
             self._path,
             recipe.llm_path,
@@ -134,10 +135,9 @@ class _Foreseeing:
         names = open_weights(weights).tensors.keys() if weights is not None else None
         return self._catalogue.detect(config, names)
 
-    def _tokenizer(self, llm: Path, family: Family) -> Tokenizer:
+    def _written(self, base: Tokenizer, family: Family) -> Tokenizer:
         """The base's tokenizer as a conversion would write it, which is not always possible."""
-        found = Findings((), ())
-        return tokenizer_to_write(read_tokenizer(llm), family, self._recipe, None, found)
+        return tokenizer_to_write(base, family, self._recipe, None, Findings((), ()))
 
     def _check_tower(self) -> None:
         tower = self._base(VISUAL_ENCODER, self._recipe.vision_path)
@@ -167,7 +167,8 @@ class _Foreseeing:
         if family is None or not verdict.is_possible:
             return Target(name, None, verdict, (), tuple(faults))
         architecture = format_.classes[family.becomes.name].architecture
-        return Target(name, architecture, verdict, tuple(limit.text for limit in limits), ())
+        caveats = (*inexact, *(limit.text for limit in limits))
+        return Target(name, architecture, verdict, caveats, ())
 
 
 def _generation(llm: Path) -> dict[str, Json]:

@@ -23,17 +23,18 @@ class Advice:
 def token_advice(
     recipe: Recipe,
     family: Family,
-    tokenizer: Tokenizer,
+    base: Tokenizer,
+    written: Tokenizer,
     config: Mapping[str, Json],
     generation: Mapping[str, Json],
     templates: Mapping[str, Sequence[str]],
 ) -> Iterator[Advice]:
     """Advice for a training by `recipe`.
 
-    `tokenizer` is the base's as it will be written, `config` and `generation` are the base's, and
-    `templates` are the stop words of XTuner's prompt templates.
+    `base` is the tokenizer that trains, `written` what a conversion makes of it; `config` and
+    `generation` are the base's, and `templates` are the stop words of XTuner's prompt templates.
     """
-    work = _Advising(recipe, family, tokenizer, templates)
+    work = _Advising(recipe, family, base, written, templates)
     ids = work.ids(config, generation)
     yield from work.special_tokens(ids)
     yield from work.template()
@@ -45,21 +46,22 @@ class _Advising:
         self,
         recipe: Recipe,
         family: Family,
-        tokenizer: Tokenizer,
+        base: Tokenizer,
+        written: Tokenizer,
         templates: Mapping[str, Sequence[str]],
     ) -> None:
-        self._recipe, self._family, self._tokenizer = recipe, family, tokenizer
-        self._templates = templates
+        self._recipe, self._family, self._templates = recipe, family, templates
+        self._base, self._written = base, written
 
     def ids(self, config: Mapping[str, Json], generation: Mapping[str, Json]) -> TokenIds:
         named = self._family.generation
         stops = self._of_template(self._recipe.prompt_template)
         texts = TokenTexts(named.bos, named.eos, named.pad)
-        return token_ids(self._tokenizer, texts, stops, generation, config)
+        return token_ids(self._written, texts, stops, generation, config)
 
     def special_tokens(self, ids: TokenIds) -> Iterator[Advice]:
         recipe, named = self._recipe, self._family.generation
-        if self._tokenizer.special("bos_token") is None:
+        if self._base.special("bos_token") is None:
             told = (
                 f"the converted config.json and generation_config.json will have {ids.bos}, so "
                 "LLaVA needs nothing more."
@@ -79,21 +81,19 @@ class _Advising:
                     "tokenizer, which transformers before 4.40 need. Training does not use it.",
                     f"tokenizer=dict(**tokenizer, bos_token={named.bos!r}),  # in EvaluateChatHook",
                 )
-        if recipe.bos_token is not None and recipe.bos_token != self._tokenizer.special(
-            "bos_token"
-        ):
+        if recipe.bos_token not in (None, self._written.special("bos_token")):
             yield Advice(
                 f"The config gives the tokenizer the bos token {recipe.bos_token!r}. Training does "
                 "not use it; in LLaVA it would make prompts lose tokens after an image, so the "
                 "converted tokenizer will be without it."
             )
-        if self._tokenizer.special("eos_token") is None and recipe.eos_token is None:
+        if self._base.special("eos_token") is None and recipe.eos_token is None:
             # xtuner/dataset/utils.py, get_bos_eos_token_ids
             yield Advice(
                 "The tokenizer has no eos token, and XTuner does not train without one.",
                 f"eos_token={named.eos[0]!r},  # in tokenizer" if named.eos else None,
             )
-        if self._tokenizer.special("pad_token") is None:
+        if self._base.special("pad_token") is None:
             pad = f"will have {ids.pad}" if ids.pad is not None else "will have none either"
             yield Advice(
                 f"The tokenizer has no pad token. The converted generation_config.json {pad}; "
@@ -111,7 +111,7 @@ class _Advising:
                 f"prompt_template = PROMPT_TEMPLATE.{wanted}",
             )
             return
-        known = [n for n, words in self._templates.items() if {*words} <= {*self._tokenizer.ids}]
+        known = [n for n, words in self._templates.items() if {*words} <= {*self._written.ids}]
         yield Advice(
             "No prompt template is set. XTuner's PROMPT_TEMPLATE has them by name; take that which "
             "the LLM was tuned with.",

@@ -214,6 +214,26 @@ def test_an_llm_without_target_has_a_verdict_for_each(
     assert all(because in str(target.faults[0]) for target in outlook.prospects)
 
 
+def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
+    written: Callable[..., Path], tmp_path: Path
+) -> None:
+    mapping = tmp_path / "mine.yaml"
+    mapping.write_text(
+        "schema: 1\nfamily: mine\nextends: llama\n"
+        "caveats: [{say: It differs., exact_up_to: max_position_embeddings}]\n"
+    )
+    config = written("llama3", {"architectures": ["NobodysForCausalLM"], "model_type": "nobody"})
+    outlook = foresee_training(config, mapping=mapping)
+    assert outlook.family == "mine"
+    limit = Verdict("exact_up_to", 8192)
+    assert verdicts(outlook) == {"llava": limit, "hf": limit}
+    command = [sys.executable, "-m", "xtuner2llava", "inspect", str(config), "--mapping"]
+    done = subprocess.run(
+        [*command, str(mapping), "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["targets"][0]["exact_up_to"] == 8192
+
+
 def test_a_tokenizer_that_is_code_is_told_before_the_training(
     foresee: Foresee, written: Callable[..., Path]
 ) -> None:

@@ -255,7 +255,26 @@ def test_the_command_line_says_it_in_words_and_as_data(checkpoints: Path, tmp_pa
     ] * 2
 
 
+def test_a_mapping_of_the_users_own_has_its_say(checkpoints: Path, tmp_path: Path) -> None:
+    made = trained(tmp_path, checkpoints, "llama")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "schema: 1\nfamily: mine\nextends: llama\n"
+        "caveats: [{say: It differs., exact_up_to: max_position_embeddings // 2}]\n"
+    )
+    found = inspect(made.checkpoint, llm=made.llm, vision=made.vision, mapping=path)
+    for target in found.targets:
+        assert target.verdict == Verdict("exact_up_to", 128)
+        assert "It differs." in target.caveats
+    assert {target.verdict for target in look(made).values()} == {Verdict("exact")}
+
+
 def test_a_plan_has_it_too(checkpoints: Path, tmp_path: Path) -> None:
     made = trained(tmp_path, checkpoints, "phi3")
     data = plan(made.checkpoint, **made.bases).to_dict()
     assert (data["verdict"], data["exact_up_to"]) == ("exact_up_to", 100)
+    command = [sys.executable, "-m", "xtuner2llava", "plan", str(made.checkpoint)]
+    for option, value in made.bases.items():
+        command += [f"--{option.replace('_', '-')}", str(value)]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "\nphi3 → llava: LlavaLlamaForCausalLM, exact up to 100 tokens, dtype float32\n" in words

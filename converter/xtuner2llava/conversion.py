@@ -29,6 +29,7 @@ from xtuner2llava.hub import (
     push_folder,
 )
 from xtuner2llava.inspection import Inspection, inspect_checkpoint
+from xtuner2llava.language import model_name
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
 from xtuner2llava.options import Options, PathOrText
@@ -260,13 +261,14 @@ def inspect(
     llm: PathOrText | None = None,
     vision: PathOrText | None = None,
     xtuner_config: PathOrText | None = None,
+    mapping: PathOrText | None = None,
 ) -> Inspection:
     """What `checkpoint` is, and what it can become; reads headers only, downloads no weights.
 
     Raises `ConversionError` for what is no checkpoint of XTuner's LLaVA; what else keeps it from
     becoming a format stands in the inspection's targets.
     """
-    options = Options(llm=llm, vision=vision, xtuner_config=xtuner_config)
+    options = Options(llm=llm, vision=vision, xtuner_config=xtuner_config, mapping=mapping)
     return inspect_checkpoint(_open(checkpoint, options, download=False), options)
 
 
@@ -275,13 +277,14 @@ def foresee_training(
     *,
     llm: PathOrText | None = None,
     vision: PathOrText | None = None,
+    mapping: PathOrText | None = None,
 ) -> Outlook:
     """What will come of a training with the XTuner config file `config`, which is never run.
 
     Raises `ConversionError` if it is no config of XTuner; all else that will be in the way stands
     in the outlook.
     """
-    return foresee(Path(config), Options(llm=llm, vision=vision).base_choice)
+    return foresee(Path(config), Options(llm=llm, vision=vision, mapping=mapping))
 
 
 def _open(
@@ -355,7 +358,7 @@ def _xtuner_config(opened: Checkpoint, given: PathOrText | None) -> bytes:
 
 def _last_name(out: str | PathLike[str], pushed: Pushed | None) -> str:
     """The name by which LLaVA will choose the class: the folder's, or the repository's."""
-    return Path(out).name if pushed is None else pushed.repo_id.rpartition("/")[2]
+    return model_name(Path(out)) if pushed is None else pushed.repo_id.rpartition("/")[2]
 
 
 def _next_steps(planned: Plan, out: str) -> tuple[str, ...]:

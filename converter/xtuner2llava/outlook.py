@@ -15,12 +15,12 @@ from xtuner2llava.errors import ConversionError, Fault, MappingError, raise_faul
 from xtuner2llava.inspection import Target
 from xtuner2llava.language import Catalogue, Family, Limit
 from xtuner2llava.llm_config import trained_llm_config
+from xtuner2llava.options import Options
 from xtuner2llava.planning.findings import Findings
-from xtuner2llava.planning.language_model import translate
+from xtuner2llava.planning.language_model import choose_family, translate
 from xtuner2llava.planning.tokens import tokenizer_to_write
 from xtuner2llava.planning.vision_tower import TOWER_CLASS
 from xtuner2llava.recipe import Recipe
-from xtuner2llava.sources import BaseChoice
 from xtuner2llava.sources.base_model import find_base, read_config
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, read_json
@@ -68,14 +68,14 @@ class Outlook:
         }
 
 
-def foresee(path: Path, choice: BaseChoice) -> Outlook:
+def foresee(path: Path, options: Options) -> Outlook:
     """What will come of a training with the config at `path`. Raises `CheckpointError`."""
-    return _Foreseeing(path, choice).outlook()
+    return _Foreseeing(path, options).outlook()
 
 
 class _Foreseeing:
-    def __init__(self, path: Path, choice: BaseChoice) -> None:
-        self._path, self._choice = path, choice
+    def __init__(self, path: Path, options: Options) -> None:
+        self._path, self._options = path, options
         self._recipe = Recipe.from_file(path)
         self._catalogue = Catalogue.shipped()
         self._faults: list[Fault] = []
@@ -127,13 +127,13 @@ class _Foreseeing:
             return None
 
     def _base(self, part: str, recorded: str | None) -> Path:
-        given = self._choice.model(part)
+        given = self._options.base_choice.model(part)
         return find_base(part, given, recorded, self._path, weights=False)
 
     def _family(self, llm: Path | None, config: dict[str, Json]) -> Family:
         weights = find_weights(llm) if llm is not None else None
         names = open_weights(weights).tensors.keys() if weights is not None else None
-        return self._catalogue.detect(config, names)
+        return choose_family(self._catalogue, self._options.mapping, config, names)
 
     def _written(self, base: Tokenizer, family: Family) -> Tokenizer:
         """The base's tokenizer as a conversion would write it, which is not always possible."""

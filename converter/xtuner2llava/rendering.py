@@ -61,7 +61,8 @@ def render_plan(plan: Plan) -> str:
         f"{checkpoint.contents.layout}: {checkpoint.contents.path}",
         f"LLM {checkpoint.llm.origin}, vision tower {checkpoint.visual_encoder.origin}, "
         f"projector {checkpoint.projector.origin}",
-        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, dtype {plan.dtype}",
+        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.verdict}, "
+        f"dtype {plan.dtype}",
         "",
         table(rows, ("tensor", "count", "shape", "dtype", "how", "from", "rule")),
         "",

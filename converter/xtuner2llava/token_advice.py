@@ -82,10 +82,14 @@ class _Advising:
                     f"tokenizer=dict(**tokenizer, bos_token={named.bos!r}),  # in EvaluateChatHook",
                 )
         if recipe.bos_token not in (None, self._written.special("bos_token")):
+            harm = (
+                "LLaVA needs none there"
+                if recipe.bos_token == named.bos
+                else "in LLaVA it would make prompts lose tokens after an image"
+            )
             yield Advice(
                 f"The config gives the tokenizer the bos token {recipe.bos_token!r}. Training does "
-                "not use it; in LLaVA it would make prompts lose tokens after an image, so the "
-                "converted tokenizer will be without it."
+                f"not use it; {harm}, so the converted tokenizer will be without it."
             )
         if self._base.special("eos_token") is None and recipe.eos_token is None:
             # xtuner/dataset/utils.py, get_bos_eos_token_ids

@@ -17,7 +17,7 @@ from xtuner2llava.language.caveat import Limit, in_range
 from xtuner2llava.language.drafting import draft
 from xtuner2llava.language.expansion import Step, expand
 from xtuner2llava.language.family import Chat, Family, Generation, TranslatedConfig
-from xtuner2llava.language.folder_name import FolderName
+from xtuner2llava.language.folder_name import FolderName, model_name
 from xtuner2llava.language.format import COMPONENTS, Format, FormatClass
 from xtuner2llava.language.names import Folded, fold
 from xtuner2llava.language.plain_class import Expected, MappingFile, PlainClass
@@ -50,4 +50,5 @@ __all__ = [
     "expand",
     "fold",
     "in_range",
+    "model_name",
 ]

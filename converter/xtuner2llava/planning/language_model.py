@@ -48,7 +48,7 @@ def choose_family(
     catalogue: Catalogue,
     mapping: PathOrText | None,
     config: Mapping[str, Json],
-    names: Collection[str],
+    names: Collection[str] | None,
 ) -> Family:
     """The family that the user names, or gives as a file; else the one that the LLM is of."""
     if mapping is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from builders.families.models import KINDS
 from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.inspection import Target
 from xtuner2llava.language import Catalogue, Limit, in_range
+from xtuner2llava.target import Target
 from xtuner2llava.verdict import Verdict
 
 CATALOGUE = Catalogue.shipped()
@@ -240,6 +241,41 @@ def test_an_llm_that_training_quantised_is_near_and_not_exact(
         for target in found.targets:
             told = [caveat for caveat in target.caveats if caveat.startswith(sentence)]
             assert len(told) == (given is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "llava", "hf"),
+    [
+        ({}, "exact", "exact"),
+        ({"use_sliding_window": True, "sliding_window": 50}, "exact_up_to", "exact_up_to"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "not_possible", "exact"),
+        ({"architectures": ["ChatGLMModel"], "model_type": "chatglm"}, *["not_possible"] * 2),
+    ],
+)
+def test_weights_that_a_conversion_downloads_make_nothing_impossible(
+    checkpoints: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    llava: str,
+    hf: str,
+) -> None:
+    cached = tmp_path / "cached"
+    shutil.copytree(checkpoints / "bases/llm_qwen2", cached)
+    (cached / "model.safetensors").unlink()
+    config = json.loads((cached / "config.json").read_text())
+    (cached / "config.json").write_text(json.dumps({**config, **change}))
+    monkeypatch.setattr(
+        "xtuner2llava.sources.base_model.fetch_model", lambda reference, *, weights: cached
+    )
+    vision = checkpoints / "bases/vision_clip"
+    case = checkpoints / "qwen2_a_pretrain/iter_2.pth"
+    found = {t.format: t for t in inspect(case, llm="somebody/llm", vision=vision).targets}
+    assert (found["llava"].verdict.kind, found["hf"].verdict.kind) == (llava, hf)
+    for target in found.values():
+        told = "By the configs alone" in " ".join(target.caveats)
+        assert told is (target.verdict.kind != "not_possible")
+        assert "not in the local cache" not in " ".join(str(fault) for fault in target.faults)
 
 
 def test_the_command_line_says_it_in_words_and_as_data(checkpoints: Path, tmp_path: Path) -> None:

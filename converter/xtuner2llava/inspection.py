@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import ConversionError, Fault
-from xtuner2llava.language import Catalogue
+from xtuner2llava.language import Catalogue, Family
+from xtuner2llava.llava.projector import depth_of
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
+from xtuner2llava.llm_config import trained_llm_config
 from xtuner2llava.options import Options
 from xtuner2llava.planning import make_plan
+from xtuner2llava.planning.language_model import choose_family
 from xtuner2llava.sources import Checkpoint, Part
 from xtuner2llava.sources.json_file import Json
+from xtuner2llava.target import Target, prospect
 from xtuner2llava.verdict import Verdict
 
 _ANY_NAME = "openai/any"
@@ -30,32 +34,6 @@ class PartSummary:
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What an input can become in a format: its class there, or the reasons why it cannot."""
-
-    format: str
-    architecture: str | None
-    verdict: Verdict
-    caveats: tuple[str, ...]
-    faults: tuple[Fault, ...]
-
-    @property
-    def is_possible(self) -> bool:
-        return self.verdict.is_possible
-
-    def to_dict(self) -> dict[str, Json]:
-        """The same as JSON."""
-        return {
-            "format": self.format,
-            "architecture": self.architecture,
-            "possible": self.is_possible,
-            **self.verdict.to_dict(),
-            "caveats": list(self.caveats),
-            "faults": [str(fault) for fault in self.faults],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +110,40 @@ def _target(checkpoint: Checkpoint, options: Options, format_name: str) -> Targe
             named = replace(options, vision_tower_name=_ANY_NAME)
             plan = make_plan(checkpoint, named.with_format(format_name))
     except ConversionError as error:
-        return Target(format_name, None, Verdict.of(faults=error.faults), (), error.faults)
+        pending = tuple(fault for fault in error.faults if fault in checkpoint.pending)
+        if len(pending) == len(error.faults):
+            return _without_weights(checkpoint, options, format_name)
+        faults = tuple(fault for fault in error.faults if fault not in pending) or error.faults
+        return Target(format_name, None, Verdict.of(faults=faults), (), faults)
     notes = (note for note in plan.notes if note not in checkpoint.notes)
     caveats = (*checkpoint.inexact, *notes, *unnamed)
     return Target(format_name, plan.architecture, plan.verdict, caveats, ())
+
+
+def _without_weights(checkpoint: Checkpoint, options: Options, format_name: str) -> Target:
+    """What the configs alone say, while weights of a base model are still on the Hub."""
+    catalogue, llm = Catalogue.shipped(), checkpoint.llm.config
+    family: Family | None = None
+    config: dict[str, Json] | None = None
+    faults: tuple[Fault, ...] = ()
+    try:
+        config = trained_llm_config(llm, checkpoint.recipe) if llm is not None else None
+        names = checkpoint.llm.tensors.keys() or None
+        family = choose_family(catalogue, options.mapping, config or {}, names)
+    except ConversionError as error:
+        faults = error.faults
+    found = prospect(
+        catalogue.formats[format_name],
+        family,
+        config,
+        depth=depth_of(checkpoint.projector.tensors),
+        inexact=checkpoint.inexact,
+        faults=faults,
+    )
+    if not found.is_possible:
+        return found
+    unseen = (f"By the configs alone: {f.where}: {f.what}" for f in checkpoint.pending)
+    return replace(found, caveats=(*found.caveats, *unseen))
 
 
 def _summary(part: Part) -> PartSummary:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError, raise_faults
-from xtuner2llava.inspection import Target
-from xtuner2llava.language import Catalogue, Family, Limit
+from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.llm_config import trained_llm_config
 from xtuner2llava.options import Options
 from xtuner2llava.planning.findings import Findings
-from xtuner2llava.planning.language_model import choose_family, translate
+from xtuner2llava.planning.language_model import choose_family
 from xtuner2llava.planning.tokens import tokenizer_to_write
 from xtuner2llava.planning.vision_tower import TOWER_CLASS
 from xtuner2llava.recipe import Recipe
@@ -25,9 +24,9 @@ from xtuner2llava.sources.base_model import find_base, read_config
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.sources.weights import find_weights, open_weights
+from xtuner2llava.target import Target, prospect
 from xtuner2llava.token_advice import Advice, token_advice
 from xtuner2llava.tokenizers import Tokenizer, read_tokenizer
-from xtuner2llava.verdict import Verdict
 
 _T = TypeVar("_T")
 
@@ -111,8 +110,8 @@ class _Foreseeing:
             recipe.vision_path,
             family.name if family else None,
             tuple(
-                self._prospect(name, family, config, depth, inexact)
-                for name in self._catalogue.formats
+                prospect(format_, family, config, depth=depth, inexact=inexact, faults=self._faults)
+                for format_ in self._catalogue.formats.values()
             ),
             tuple(one.sentence for one in advice),
             tuple(one.line for one in advice if one.line is not None),
@@ -144,31 +143,6 @@ class _Foreseeing:
         values = read_config(VISUAL_ENCODER, tower).values
         _, faults = self._catalogue.classes[TOWER_CLASS].complete(dict(values))
         raise_faults(MappingError, faults)
-
-    def _prospect(
-        self,
-        name: str,
-        family: Family | None,
-        config: dict[str, Json] | None,
-        depth: int | None,
-        inexact: tuple[str, ...],
-    ) -> Target:
-        format_, faults = self._catalogue.formats[name], list(self._faults)
-        limits: list[Limit] = []
-        if family is not None and config is not None:
-            try:
-                _, limits = translate(family, config, format_)
-            except ConversionError as error:
-                faults += error.faults
-        if depth is not None:
-            environment = {"projector": {"depth": depth}, "writes": {"visual_encoder": True}}
-            faults += format_.faults(environment)
-        verdict = Verdict.of(limits, inexact=inexact, faults=faults)
-        if family is None or not verdict.is_possible:
-            return Target(name, None, verdict, (), tuple(faults))
-        architecture = format_.classes[family.becomes.name].architecture
-        caveats = (*inexact, *(limit.text for limit in limits))
-        return Target(name, architecture, verdict, caveats, ())
 
 
 def _generation(llm: Path) -> dict[str, Json]:

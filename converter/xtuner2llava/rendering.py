@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from xtuner2llava.hub.destination import Pushed
-from xtuner2llava.inspection import Inspection, Target
+from xtuner2llava.inspection import Inspection
 from xtuner2llava.language import fold
 from xtuner2llava.outlook import Outlook
 from xtuner2llava.plan import Plan
 from xtuner2llava.report import Report
+from xtuner2llava.target import Target
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 

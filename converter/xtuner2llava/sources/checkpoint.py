@@ -71,8 +71,9 @@ class Checkpoint:
     """The trained model as lazy tensors.
 
     `faults` are what must be mended before it can be converted, such as a base model that is not
-    there. `base_files` fingerprints what came from base models. `inexact`, which `notes` have too,
-    are reasons why these weights are not quite those that were trained.
+    there; those that are `pending` too a conversion mends by a download. `base_files` fingerprints
+    what came from base models. `inexact`, which `notes` have too, are reasons why these weights are
+    not quite those that were trained.
     """
 
     contents: Contents
@@ -84,6 +85,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     faults: tuple[Fault, ...]
     inexact: tuple[str, ...] = ()
+    pending: tuple[Fault, ...] = ()
 
 
 # Opens the artefact that a run started from, if it is here; None if it is not.
@@ -118,7 +120,12 @@ def gather(
         (*contents.notes, *work.notes, *inexact),
         tuple(work.faults),
         inexact,
+        tuple(work.pending),
     )
+
+
+class _NotDownloadedError(UnsupportedError):
+    pass
 
 
 class _Gathering:
@@ -138,6 +145,7 @@ class _Gathering:
         self.base_files: list[Fingerprint] = []
         self.notes: list[str] = []
         self.faults: list[Fault] = []
+        self.pending: list[Fault] = []
 
     def part(self, part: str) -> Part:
         """The part, whole, from the artefact where it was trained, else from its base model.
@@ -172,7 +180,13 @@ class _Gathering:
             return replace(result, tensors=full)
         adapted = is_adapted(contents.adapters.get(part, {}))
         name = recorded or given or folder.name
-        base, origin = self._base_tensors(part, folder, name, adapted=adapted)
+        try:
+            base, origin = self._base_tensors(part, folder, name, adapted=adapted)
+        except _NotDownloadedError as error:
+            self.faults.extend(error.faults)
+            self.pending.extend(error.faults)
+            trained = part in contents.adapters
+            return replace(result, origin="not downloaded", trained=trained)
         if part not in contents.adapters:
             return replace(result, tensors=base, origin=origin, trained=False)
         adapter, what = self._adapter(part)
@@ -228,7 +242,7 @@ class _Gathering:
         elif self._base_weights or not is_remote(given, recorded) or find_weights(folder):
             opened = open_base(part, folder)
         else:
-            raise UnsupportedError(
+            raise _NotDownloadedError(
                 f"the weights of the base {TITLES[part]} are not in the local cache yet",
                 where=name,
                 advice="A conversion downloads them.",

@@ -404,6 +404,10 @@ def _show_plan(checkpoint: str, as_json: bool, choices: Mapping[str, Any]) -> No
 def inspect(checkpoint: str, as_json: bool, quiet: bool, **choices: Any) -> None:
     """Show what CHECKPOINT is, and what it can become.
 
+    For each format there is a verdict: exact, exact up to so many tokens (images counted as their
+    patches), possible but not exact, or not possible and why. With --json these are `verdict`,
+    `exact_up_to` and `transformers`, the versions with which it holds.
+
     Also takes an XTuner config .py, before training: what will come of it.
     """
     if checkpoint.endswith(".py"):

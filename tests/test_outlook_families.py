@@ -123,6 +123,23 @@ def test_a_config_without_prompt_template_is_told_which(foresee: Foresee, kind: 
     assert f"prompt_template = PROMPT_TEMPLATE.{TEMPLATES[kind]}" in outlook.lines
 
 
+def test_a_template_whose_words_the_tokenizer_lacks_is_not_advised(
+    written: Callable[..., Path],
+) -> None:
+    """Phi-4 is of Phi-3's family, and ends its turns otherwise."""
+    path = written("phi3", prompt_template=None)
+    (llm,) = [p for p in path.parent.iterdir() if p.name.startswith("base-")]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (llm / name).read_text()
+        assert "<|end|>" in text
+        (llm / name).write_text(text.replace("<|end|>", "<|im_end|>"))
+    outlook = foresee_training(path)
+    assert outlook.family == "phi3"
+    assert outlook.lines == ()
+    assert any("No prompt template is set" in sentence for sentence in outlook.advice)
+    assert not any("<|end|>" in sentence for sentence in outlook.advice)
+
+
 def test_the_workaround_on_an_llm_with_a_bos_token(foresee: Foresee) -> None:
     """InternLM2 has a bos token; the advice for Qwen would replace it, and the output will not."""
     outlook = foresee("internlm2", tokenizer=WORKAROUND)

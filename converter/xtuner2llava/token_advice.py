@@ -109,13 +109,14 @@ class _Advising:
         if self._recipe.prompt_template is not None:
             return
         wanted = self._family.chat.template
-        if wanted is not None:
+        # A family may have members that speak otherwise, such as Phi-4 among Phi-3's.
+        if wanted is not None and self._has(self._family.chat.stop_words):
             yield Advice(
                 f"No prompt template is set; this family's is {wanted}.",
                 f"prompt_template = PROMPT_TEMPLATE.{wanted}",
             )
             return
-        known = [n for n, words in self._templates.items() if {*words} <= {*self._written.ids}]
+        known = [name for name, words in self._templates.items() if self._has(words)]
         yield Advice(
             "No prompt template is set. XTuner's PROMPT_TEMPLATE has them by name; take that which "
             "the LLM was tuned with.",
@@ -125,7 +126,8 @@ class _Advising:
     def stop_words(self, ids: TokenIds) -> Iterator[Advice]:
         recipe = self._recipe
         evaluation = recipe.evaluation
-        needed = self._of_template(recipe.prompt_template) or tuple(self._family.chat.stop_words)
+        own = self._family.chat.stop_words
+        needed = self._of_template(recipe.prompt_template) or (own if self._has(own) else ())
         if not needed:
             return
         if evaluation is not None and evaluation.prompt_template != "":
@@ -138,6 +140,10 @@ class _Advising:
                     f"stop_words={missing!r},  # in EvaluateChatHook",
                 )
         yield Advice(f"Turns end with {', '.join(needed)}: eos ids {list(ids.eos)}.")
+
+    def _has(self, words: Sequence[str]) -> bool:
+        """Whether all of `words` are tokens."""
+        return {*words} <= {*self._written.ids}
 
     def _of_template(self, template: str | Table | None) -> tuple[str, ...]:
         if isinstance(template, str):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.language import Catalogue, Family
-from xtuner2llava.language.family import Caveat
+from xtuner2llava.language.caveat import Caveat
 from xtuner2llava.language.requirement import Condition, Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -117,10 +117,13 @@ def family_table(results: Results, catalogue: Catalogue) -> str:
     rows, remarks = [], []
     for name, family in catalogue.families.items():
         cells = [family_cell(results, catalogue, family, format_) for format_ in FORMATS]
-        limits = [limit(caveat) for caveat in family.caveats if is_limit(caveat.say.text)]
-        remarks += [
-            f"{name}: {published(c.say.text)}" for c in family.caveats if not is_limit(c.say.text)
-        ]
+        limits = [limit(caveat) for caveat in family.caveats if is_limit(caveat)]
+        for format_ in FORMATS:
+            described = catalogue.formats[format_].classes.get(family.becomes.name)
+            limits += [
+                f"{limit(c)} in `{format_}`" for c in (described.caveats if described else ())
+            ]
+        remarks += [f"{name}: {published(c.say.text)}" for c in family.caveats if not is_limit(c)]
         link = f"[{name}](mappings/families/{name}.yaml)"
         architectures = ", ".join(f"`{a}`" for a in family.match.architectures)
         rows.append([link, architectures, *cells, " and ".join(limits) or "any length"])
@@ -195,15 +198,17 @@ def reason(requirement: Requirement) -> str:
     return f"`{requirement.key}` is not `{requirement.expected}`"
 
 
-def is_limit(caveat: str) -> bool:
-    """Whether a caveat says up to which length a model is exact."""
-    return "beyond" in caveat
+def is_limit(caveat: Caveat) -> bool:
+    """Whether a model is exact all the same, within some length or with some versions."""
+    return caveat.exact_up_to is not None or caveat.transformers is not None
 
 
 def limit(caveat: Caveat) -> str:
-    """The config key that holds the length, and the condition on the config."""
-    where = f" where `{caveat.when.text}`" if caveat.when is not None else ""
-    return f"`{caveat.say.variables[0]}` tokens{where}"
+    """The length, the versions, and the condition on the config."""
+    length = f"`{caveat.exact_up_to.text}` tokens" if caveat.exact_up_to is not None else ""
+    versions = f"with transformers {caveat.transformers}" if caveat.transformers else ""
+    where = f"where `{caveat.when.text}`" if caveat.when is not None else ""
+    return " ".join(part for part in (length, versions, where) if part)
 
 
 def published(sentence: str) -> str:

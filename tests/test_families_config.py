@@ -164,33 +164,33 @@ def test_values_that_a_target_cannot_express(
 @pytest.mark.parametrize(
     ("kind", "change", "limit"),
     [
-        ("phi3", {}, "differ only beyond 100 tokens"),
+        ("phi3", {}, (100, "differ only beyond 100 tokens")),
         ("phi3", {"sliding_window": None}, None),
         ("phi3", {"sliding_window": 256}, None),
-        ("internlm", {}, "past 256 tokens"),
+        ("internlm", {}, (256, "past 256 tokens")),
         ("internlm", {"rotary": {"base": 5000, "type": "origin"}}, None),
         ("internlm2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
-        ("internlm2_early", {}, "past 256 tokens"),
+        ("internlm2_early", {}, (256, "past 256 tokens")),
         ("internlm3", {}, None),
-        ("qwen", {}, "past 256 tokens"),
-        ("qwen_early", {}, "past 256 tokens"),
+        ("qwen", {}, (256, "past 256 tokens")),
+        ("qwen_early", {}, (256, "past 256 tokens")),
         ("qwen_early", {"use_dynamic_ntk": False, "use_logn_attn": False}, None),
-        ("mistral", {}, "attends to the last 8 tokens"),
+        ("mistral", {}, (8, "attends to the last 8 tokens")),
         ("mistral", {"sliding_window": None}, None),
         ("mixtral", {}, None),
         ("mixtral", {"sliding_window": 8}, "attends to the last 8 tokens"),
         ("qwen2", {}, None),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 99}, "the last 99 tokens"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 99}, (99, "the last 99 tokens")),
         ("baichuan2", {}, None),
-        ("gemma", {}, "from 5.4 on it does not"),
+        ("gemma", {}, (None, "from 5.4 on it does not")),
     ],
 )
 def test_caveats_say_from_which_length_on(
-    kind: str, change: dict[str, Any], limit: str | None
+    kind: str, change: dict[str, Any], limit: tuple[int | None, str] | None
 ) -> None:
-    notes = CATALOGUE.families[kind].notes(config_of(kind, **change))
-    assert len(notes) == (limit is not None)
-    assert limit is None or limit in notes[0]
+    limits = CATALOGUE.families[kind].limits(config_of(kind, **change))
+    assert [found.tokens for found in limits] == ([] if limit is None else [limit[0]])
+    assert limit is None or limit[1] in limits[0].text
 
 
 # By text, since ids are the tokenizer's: InternLM/xtuner xtuner/utils/templates.py for the words.

@@ -12,10 +12,10 @@ from builders.families.checkpoints import Trained, write_trained
 from builders.families.formulas import Formula
 from builders.families.models import KINDS, Source
 from reference import huggingface
-from reference.compose import read_tensors
+from reference.compose import Llava, read_tensors
 from reference.measured import Measured
 from xtuner2llava import PlanError, convert, plan
-from xtuner2llava.language import Catalogue
+from xtuner2llava.language import Catalogue, in_range
 
 SAME = 1e-5
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -145,3 +145,100 @@ def test_what_to_do_about_padded_images_is_said(checkpoints: Path, tmp_path: Pat
     assert any("LlavaImageProcessor" in note and "(122, 116, 104)" in note for note in notes)
     official = plan(trained.checkpoint, **trained.bases).notes
     assert not any("Training padded" in note for note in official)
+
+
+# With an image
+
+
+class Scaling:
+    """Gemma as every version up to 5.3 computes it: all embeddings times the root of their size."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def get_input_embeddings(self) -> Any:
+        return lambda ids: self._source.tensors["model.embed_tokens.weight"][ids]
+
+    def __call__(self, inputs_embeds: Any, use_cache: bool = False) -> Any:
+        import transformers
+
+        if not in_range(transformers.__version__, "<5.4"):
+            inputs_embeds = inputs_embeds * self._source.config["hidden_size"] ** 0.5
+        return self._source.model(inputs_embeds=inputs_embeds, use_cache=use_cache)
+
+
+def trained_model(source: Source, trained: Trained) -> Llava:
+    """What was trained, put together from the source's class and the files, not from an output."""
+    import torch
+    from transformers import CLIPVisionModel
+
+    state = torch.load(trained.checkpoint)["state_dict"]
+    layers: list[torch.nn.Module] = []
+    for place in ("0", "2"):
+        weight = state[f"projector.model.{place}.weight"]
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        linear.load_state_dict({"weight": weight, "bias": state[f"projector.model.{place}.bias"]})
+        layers += [linear, torch.nn.GELU()]
+    tower = CLIPVisionModel.from_pretrained(
+        trained.vision, torch_dtype=torch.float32, attn_implementation="eager"
+    )
+    model = Scaling(source) if source.config["model_type"] == "gemma" else source.model
+    return Llava(model, tower.eval(), torch.nn.Sequential(*layers[:-1]), -2)
+
+
+def difference_with_an_image(source: Source, trained: Trained, out: Path) -> float:
+    import numpy
+    import torch
+
+    ids = numpy.array([[7, 300, 21, -200, 55, 131, 309, 2]])
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(2)).numpy()
+    reference = trained_model(source, trained)
+    expected = reference.logits(ids, pixels)
+    found = huggingface.logits(huggingface.load(out), ids, pixels)
+    assert len(expected) == len(found) == 7 + 16  # the image's patches are in it
+    assert expected.abs().max() > 0.5
+    # The image counts: another one gives other logits.
+    assert (reference.logits(ids, -pixels) - expected).abs().max() > 1e-2
+    return float((found[:, : expected.shape[1]] - expected).abs().max())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gemma"])
+def test_an_image_counts_as_it_did(checkpoints: Path, tmp_path: Path, case: str) -> None:
+    if not huggingface.expands_image_tokens():
+        pytest.skip("before 4.45 logits have other places")
+    source, trained = make(case, tmp_path, checkpoints)
+    out = tmp_path / "out"
+    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
+    assert difference_with_an_image(source, trained, out) < SAME
+
+
+def test_gemma_sees_images_as_its_verdict_says(checkpoints: Path, tmp_path: Path) -> None:
+    """From 5.4 on images are too weak in LlavaForConditionalGeneration, and the verdict says so."""
+    import transformers
+
+    if not huggingface.expands_image_tokens():
+        pytest.skip("before 4.45 logits have other places")
+    source, trained = make("gemma", tmp_path, checkpoints)
+    out = tmp_path / "out"
+    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
+    verdict = plan(trained.checkpoint, format="hf", **trained.bases).verdict
+    (versions,) = verdict.transformers
+    difference = difference_with_an_image(source, trained, out)
+    if in_range(transformers.__version__, versions):
+        assert difference < SAME
+    else:
+        assert difference > 1e-2
+
+
+def test_a_wrong_projector_is_seen_with_an_image(checkpoints: Path, tmp_path: Path) -> None:
+    if not huggingface.expands_image_tokens():
+        pytest.skip("before 4.45 logits have other places")
+    import torch
+
+    source, trained = make("llama", tmp_path, checkpoints)
+    out = tmp_path / "out"
+    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
+    saved = torch.load(trained.checkpoint)
+    saved["state_dict"]["projector.model.2.weight"] *= -1
+    torch.save(saved, trained.checkpoint)
+    assert difference_with_an_image(source, trained, out) > 1e-2

@@ -203,11 +203,13 @@ def test_qwen_1_values_that_qwen_2_cannot_express_are_all_refused() -> None:
 
 def test_caveats_are_said_when_they_apply() -> None:
     family = CATALOGUE.families["qwen"]
-    assert family.notes(QWEN) == [
+    (limit,) = family.limits(QWEN)
+    assert limit.text == (
         "Qwen 1 rescales attention past 8192 tokens and Qwen 2 does not; "
         "outputs differ only beyond that length."
-    ]
-    assert family.notes({**QWEN, "use_dynamic_ntk": False, "use_logn_attn": False}) == []
+    )
+    assert (limit.tokens, limit.transformers) == (8192, None)
+    assert family.limits({**QWEN, "use_dynamic_ntk": False, "use_logn_attn": False}) == []
 
 
 def test_missing_and_impossible_sizes_are_named() -> None:

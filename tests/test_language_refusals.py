@@ -218,6 +218,13 @@ chat: {template: [a]}
 caveats:
   - when: a.b.c[0]
     say: "{x"
+  - {say: x, exact_up_to: -1}
+  - {say: x, exact_up_to: true}
+  - {say: x, exact_up_to: 2 **}
+  - {say: x, exact_up_to: }
+  - {say: x, transformers: 4.45 or later}
+  - {say: x, transformers: 4.45}
+  - {say: x, beyond: 9}
 """
     assert check(tmp_path, text) == [
         "my.yaml:4: `match` has no key `architecture`",
@@ -236,6 +243,13 @@ caveats:
         "my.yaml:18: `template` is a text",
         "my.yaml:20: `a.b.c[0]`: Subscript is not allowed",
         "my.yaml:21: `{x`: braces go around a name, as in {i}",
+        "my.yaml:22: `exact_up_to` is -1, a number of tokens was expected",
+        "my.yaml:23: `exact_up_to` is true, a number of tokens was expected",
+        "my.yaml:24: `2 **` is not an expression",
+        "my.yaml:25: `exact_up_to` is a number or an expression",
+        "my.yaml:26: `4.45 or later` is no range of versions",
+        "my.yaml:27: `transformers` is a text",
+        "my.yaml:28: a caveat has no key `beyond`",
     ]
 
 

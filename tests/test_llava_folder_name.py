@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
-from xtuner2llava.language import Catalogue, FolderName
+from xtuner2llava.language import Catalogue, FolderName, model_name
 
 CLASSES = Catalogue.shipped().formats["llava"].classes
 WORDS = ("llava", "llama", "qwen", "quyen", "mistral", "mixtral", "zephyr", "mpt", "moe", "gemma")
@@ -77,6 +78,14 @@ def test_what_is_wrong_with_a_name() -> None:
     assert name.missing("my-model") == ["llava", "qwen"]
     assert name.wrong("LLaVA-Llama-Qwen") == ["llama"]
     assert name.fits("LLaVA-Qwen2.5-7B")
+
+
+def test_a_checkpoint_is_called_after_the_folder_above() -> None:
+    assert model_name(Path("runs/llava-qwen/checkpoint-5")) == "llava-qwen_checkpoint-5"
+    assert model_name(Path("runs/llava-qwen/checkpoints")) == "checkpoints"
+    assert model_name(Path("llava-qwen")) == "llava-qwen"
+    assert model_name(Path("checkpoint-5")) == f"{Path.cwd().name}_checkpoint-5"
+    assert CLASSES["qwen2"].folder_name.fits(model_name(Path("llava-qwen/checkpoint-5")))
 
 
 def test_the_suggestion_is_the_first_that_works() -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from builders.families.checkpoints import write_trained
+from builders.families.models import KINDS
 from xtuner2llava import PlanError, UsageError, plan
 from xtuner2llava.plan import Plan
 
@@ -235,6 +237,30 @@ def test_a_tower_whose_only_name_is_a_path(workshop: Workshop) -> None:
     config.write_text(text.replace("bases/vision_clip", "/home/me/clip"))
     with pytest.raises(PlanError, match="only by a path of this machine"):
         workshop.plan(QWEN, vision_tower_name=None, xtuner_config=config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen_early"])
+def test_a_projector_for_another_llm(checkpoints: Path, tmp_path: Path, kind: str) -> None:
+    """`hidden_size` is that of the plain class: this Qwen calls its own n_embd."""
+    import torch
+
+    source = KINDS[kind].make(tmp_path / "source")
+    assert ("hidden_size" in source.config) is (kind == "llama")
+    made = write_trained(tmp_path / "trained", source, checkpoints)
+    assert plan(made.checkpoint, **made.bases).mapping.family == kind
+    saved = torch.load(made.checkpoint)
+    state = saved["state_dict"]
+    for name, shape in (("0.weight", (48, 48)), ("0.bias", (48,)), ("2.weight", (48, 48)),
+                        ("2.bias", (48,))):  # fmt: skip
+        assert state[f"projector.model.{name}"].shape != shape
+        state[f"projector.model.{name}"] = torch.zeros(shape)
+    torch.save(saved, made.checkpoint)
+    with pytest.raises(PlanError) as error:
+        plan(made.checkpoint, **made.bases)
+    told = "\n".join(str(fault) for fault in error.value.faults)
+    for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        assert f"projector.model.{name}: has shape [48" in told
+    assert "expected [64, 48] = [LLM hidden_size, vision or LLM hidden_size]" in told
 
 
 # Rotary embeddings

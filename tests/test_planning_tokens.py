@@ -104,6 +104,13 @@ def test_the_advice_in_the_config_alone_is_recognised(checkpoints: Path, tmp_pat
     assert made.config["bos_token_id"] == END
 
 
+def test_a_bos_token_that_harms_nobody_is_not_blamed(checkpoints: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path, ADVICE.replace("<|im_start|>", "<|endoftext|>"))
+    (note,) = notes_on_bos(make(checkpoints, base(checkpoints, tmp_path), xtuner_config=config))
+    assert "bos token '<|endoftext|>'; it is written without one: LLaVA needs none there." in note
+    assert "drops" not in note
+
+
 def test_who_asks_for_the_bos_token_gets_it(checkpoints: Path, tmp_path: Path) -> None:
     made = make(checkpoints, base(checkpoints, tmp_path), bos_token=BEGIN)
     (note,) = notes_on_bos(made)

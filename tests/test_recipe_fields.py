@@ -99,6 +99,9 @@ custom_hooks = [
             '<|im_end|>',
         ],
         system='Be brief.',
+        tokenizer=dict(
+            bos_token='<|im_start|>',
+            type='transformers.AutoTokenizer.from_pretrained'),
         type='xtuner.engine.hooks.EvaluateChatHook'),
 ]
 launcher = 'none'

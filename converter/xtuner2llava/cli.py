@@ -145,9 +145,13 @@ _bases = _options(
     click.option("--xtuner-config", metavar="FILE.py", type=click.Path(path_type=Path),
                  help="Read as data; no code in it is run.  [default: the one in the checkpoint]"),
 )  # fmt: skip
+_mapping = click.option(
+    "--mapping",
+    metavar="NAME_OR_FILE",
+    help="LLM family.  [default: found by config and tensor names]",
+)
 _choices = _options(
-    click.option("--mapping", metavar="NAME_OR_FILE",
-                 help="LLM family.  [default: found by config and tensor names]"),
+    _mapping,
     click.option("--format", default="llava", show_default=True, metavar="NAME",
                  help="`llava`: official LLaVA; `hf`: LlavaForConditionalGeneration."),
     click.option("--model-type", type=click.Choice(["official", "llava"]), default="official",
@@ -415,9 +419,14 @@ def _show_plan(checkpoint: str, as_json: bool, choices: Mapping[str, Any]) -> No
 @main.command()
 @click.argument("checkpoint")
 @_bases
+@_mapping
 @_talk
 def inspect(checkpoint: str, as_json: bool, quiet: bool, **choices: Any) -> None:
     """Show what CHECKPOINT is, and what it can become.
+
+    For each format there is a verdict: exact, exact up to so many tokens (images counted as their
+    patches), possible but not exact, or not possible and why. With --json these are `verdict`,
+    `exact_up_to` and `transformers`, the versions with which it holds.
 
     Also takes an XTuner config .py, before training: what will come of it.
     """
@@ -438,7 +447,9 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **choices: Any) -> None
 def _show_outlook(config: str, as_json: bool, choices: Mapping[str, Any]) -> None:
     from xtuner2llava.conversion import foresee_training
 
-    outlook = foresee_training(config, llm=choices["llm"], vision=choices["vision"])
+    outlook = foresee_training(
+        config, llm=choices["llm"], vision=choices["vision"], mapping=choices["mapping"]
+    )
     if as_json:
         _print_json(outlook.to_dict())
     else:

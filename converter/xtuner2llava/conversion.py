@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError, UsageError
+from xtuner2llava.language import model_name
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
 from xtuner2llava.options import Options, PathOrText
@@ -272,6 +273,7 @@ def inspect(
     llm: PathOrText | None = None,
     vision: PathOrText | None = None,
     xtuner_config: PathOrText | None = None,
+    mapping: PathOrText | None = None,
 ) -> Inspection:
     """What `checkpoint` is, and what it can become; reads headers only, downloads no weights.
 
@@ -280,7 +282,7 @@ def inspect(
     """
     from xtuner2llava.inspection import inspect_checkpoint
 
-    options = Options(llm=llm, vision=vision, xtuner_config=xtuner_config)
+    options = Options(llm=llm, vision=vision, xtuner_config=xtuner_config, mapping=mapping)
     return inspect_checkpoint(_open(checkpoint, options, download=False), options)
 
 
@@ -289,6 +291,7 @@ def foresee_training(
     *,
     llm: PathOrText | None = None,
     vision: PathOrText | None = None,
+    mapping: PathOrText | None = None,
 ) -> Outlook:
     """What will come of a training with the XTuner config file `config`, which is never run.
 
@@ -297,7 +300,7 @@ def foresee_training(
     """
     from xtuner2llava.outlook import foresee
 
-    return foresee(Path(config), Options(llm=llm, vision=vision).base_choice)
+    return foresee(Path(config), Options(llm=llm, vision=vision, mapping=mapping))
 
 
 def _open(
@@ -371,7 +374,7 @@ def _xtuner_config(opened: Checkpoint, given: PathOrText | None) -> bytes:
 
 def _last_name(out: str | PathLike[str], pushed: Pushed | None) -> str:
     """The name by which LLaVA will choose the class: the folder's, or the repository's."""
-    return Path(out).name if pushed is None else pushed.repo_id.rpartition("/")[2]
+    return model_name(Path(out)) if pushed is None else pushed.repo_id.rpartition("/")[2]
 
 
 def _next_steps(planned: Plan, out: str) -> tuple[str, ...]:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import ConversionError, Fault
-from xtuner2llava.language import Catalogue
+from xtuner2llava.language import Catalogue, Family
+from xtuner2llava.llava.projector import depth_of
+from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
+from xtuner2llava.llm_config import trained_llm_config
 from xtuner2llava.options import Options
 from xtuner2llava.planning import make_plan
+from xtuner2llava.planning.language_model import choose_family
 from xtuner2llava.sources import Checkpoint, Part
 from xtuner2llava.sources.json_file import Json
+from xtuner2llava.target import Target, prospect
+from xtuner2llava.verdict import Verdict
+
+_ANY_NAME = "openai/any"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +34,6 @@ class PartSummary:
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What the input can become: a format and class, or the reasons why it cannot."""
-
-    format: str
-    architecture: str | None
-    caveats: tuple[str, ...]
-    faults: tuple[Fault, ...]
-
-    @property
-    def is_possible(self) -> bool:
-        return not self.faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +67,7 @@ class Inspection:
             },
             "llm_architectures": list(self.llm_architectures),
             "xtuner_config": dict(self.recipe),
-            "targets": [
-                {
-                    "format": target.format,
-                    "architecture": target.architecture,
-                    "possible": target.is_possible,
-                    "caveats": list(target.caveats),
-                    "faults": [str(fault) for fault in target.faults],
-                }
-                for target in self.targets
-            ],
+            "targets": [target.to_dict() for target in self.targets],
             "notes": list(self.notes),
         }
 
@@ -104,17 +89,61 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: Options) -> Inspection:
         llm_architectures=config.architectures if config else (),
         recipe={used.name: used.value for used in recipe.used} if recipe else {},
         targets=tuple(targets),
-        notes=checkpoint.notes,
+        notes=tuple(note for note in checkpoint.notes if note not in checkpoint.inexact),
     )
 
 
 def _target(checkpoint: Checkpoint, options: Options, format_name: str) -> Target:
+    """What becomes of `checkpoint` in a format.
+
+    That the tower has no name yet makes nothing impossible: the user gives one to convert.
+    """
+    unnamed: tuple[str, ...] = ()
     try:
-        plan = make_plan(checkpoint, options.with_format(format_name))
+        try:
+            plan = make_plan(checkpoint, options.with_format(format_name))
+        except ConversionError as error:
+            lacking = [fault for fault in error.faults if fault.where == VISION_TOWER_KEY]
+            if not lacking or options.vision_tower_name is not None:
+                raise
+            unnamed = tuple(f"{fault.what}: {fault.advice}" for fault in lacking)
+            named = replace(options, vision_tower_name=_ANY_NAME)
+            plan = make_plan(checkpoint, named.with_format(format_name))
     except ConversionError as error:
-        return Target(format_name, None, (), error.faults)
-    caveats = tuple(note for note in plan.notes if note not in checkpoint.notes)
-    return Target(format_name, plan.architecture, caveats, ())
+        pending = tuple(fault for fault in error.faults if fault in checkpoint.pending)
+        if len(pending) == len(error.faults):
+            return _without_weights(checkpoint, options, format_name)
+        faults = tuple(fault for fault in error.faults if fault not in pending) or error.faults
+        return Target(format_name, None, Verdict.of(faults=faults), (), faults)
+    notes = (note for note in plan.notes if note not in checkpoint.notes)
+    caveats = (*checkpoint.inexact, *notes, *unnamed)
+    return Target(format_name, plan.architecture, plan.verdict, caveats, ())
+
+
+def _without_weights(checkpoint: Checkpoint, options: Options, format_name: str) -> Target:
+    """What the configs alone say, while weights of a base model are still on the Hub."""
+    catalogue, llm = Catalogue.shipped(), checkpoint.llm.config
+    family: Family | None = None
+    config: dict[str, Json] | None = None
+    faults: tuple[Fault, ...] = ()
+    try:
+        config = trained_llm_config(llm, checkpoint.recipe) if llm is not None else None
+        names = checkpoint.llm.tensors.keys() or None
+        family = choose_family(catalogue, options.mapping, config or {}, names)
+    except ConversionError as error:
+        faults = error.faults
+    found = prospect(
+        catalogue.formats[format_name],
+        family,
+        config,
+        depth=depth_of(checkpoint.projector.tensors),
+        inexact=checkpoint.inexact,
+        faults=faults,
+    )
+    if not found.is_possible:
+        return found
+    unseen = (f"By the configs alone: {f.where}: {f.what}" for f in checkpoint.pending)
+    return replace(found, caveats=(*found.caveats, *unseen))
 
 
 def _summary(part: Part) -> PartSummary:

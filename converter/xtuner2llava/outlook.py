@@ -6,40 +6,36 @@ their small files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from xtuner2llava.errors import ConversionError, Fault
+from xtuner2llava.errors import ConversionError, Fault, MappingError, raise_faults
 from xtuner2llava.language import Catalogue, Family
-from xtuner2llava.llava.generation import TokenTexts, token_ids
 from xtuner2llava.llm_config import trained_llm_config
-from xtuner2llava.recipe import Recipe, Table
-from xtuner2llava.sources import BaseChoice
+from xtuner2llava.options import Options
+from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.language_model import choose_family
+from xtuner2llava.planning.tokens import tokenizer_to_write
+from xtuner2llava.planning.vision_tower import TOWER_CLASS
+from xtuner2llava.recipe import Recipe
 from xtuner2llava.sources.base_model import find_base, read_config
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.sources.weights import find_weights, open_weights
+from xtuner2llava.target import Target, prospect
+from xtuner2llava.token_advice import Advice, token_advice
 from xtuner2llava.tokenizers import Tokenizer, read_tokenizer
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Prospect:
-    """One output format: the class that the LLM will become there, or why it cannot."""
-
-    format: str
-    architecture: str | None
-    caveats: tuple[str, ...]
-    faults: tuple[Fault, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Outlook:
     """What will come of a training.
 
+    `prospects` has every format, whatever is wrong; `faults` are those that no format can mend.
     `advice` are sentences for the user, `lines` what should be added to the config.
     """
 
@@ -47,7 +43,7 @@ class Outlook:
     llm: str | None
     vision: str | None
     family: str | None
-    prospects: tuple[Prospect, ...]
+    prospects: tuple[Target, ...]
     advice: tuple[str, ...]
     lines: tuple[str, ...]
     faults: tuple[Fault, ...]
@@ -55,7 +51,7 @@ class Outlook:
     @property
     def is_good(self) -> bool:
         """Whether at least one format will be possible."""
-        return not self.faults and any(not p.faults for p in self.prospects)
+        return any(prospect.is_possible for prospect in self.prospects)
 
     def to_dict(self) -> dict[str, Json]:
         """The same as JSON."""
@@ -64,30 +60,21 @@ class Outlook:
             "llm": self.llm,
             "vision": self.vision,
             "family": self.family,
-            "targets": [
-                {
-                    "format": p.format,
-                    "architecture": p.architecture,
-                    "possible": not p.faults,
-                    "caveats": list(p.caveats),
-                    "faults": [str(fault) for fault in p.faults],
-                }
-                for p in self.prospects
-            ],
+            "targets": [prospect.to_dict() for prospect in self.prospects],
             "advice": list(self.advice),
             "lines": list(self.lines),
             "faults": [str(fault) for fault in self.faults],
         }
 
 
-def foresee(path: Path, choice: BaseChoice) -> Outlook:
+def foresee(path: Path, options: Options) -> Outlook:
     """What will come of a training with the config at `path`. Raises `CheckpointError`."""
-    return _Foreseeing(path, choice).outlook()
+    return _Foreseeing(path, options).outlook()
 
 
 class _Foreseeing:
-    def __init__(self, path: Path, choice: BaseChoice) -> None:
-        self._path, self._choice = path, choice
+    def __init__(self, path: Path, options: Options) -> None:
+        self._path, self._options = path, options
         self._recipe = Recipe.from_file(path)
         self._catalogue = Catalogue.shipped()
         self._faults: list[Fault] = []
@@ -107,25 +94,27 @@ class _Foreseeing:
             lambda: trained_llm_config(read_config(LLM, llm), recipe) if llm else None
         )
         family = self._try(lambda: self._family(llm, config)) if config else None
-        prospects = [self._prospect(n, family, config) for n in self._catalogue.formats]
-        tower = self._try(lambda: self._base(VISUAL_ENCODER, recipe.vision_path))
-        if tower is not None:
-            self._try(lambda: read_config(VISUAL_ENCODER, tower))
-        tokenizer = self._try(lambda: read_tokenizer(llm)) if llm else None
-        advice = list(recipe.notes)
-        lines: list[str] = []
-        if family is not None and tokenizer is not None and config is not None:
-            for sentence, line in self._tokens(family, tokenizer, config):
-                advice.append(sentence)
-                lines += [line] if line else []
+        self._try(self._check_tower)
+        base = self._try(lambda: read_tokenizer(llm)) if llm else None
+        tokenizer = self._try(lambda: self._written(base, family) if base and family else None)
+        depth = self._try(lambda: recipe.projector_depth)
+        inexact = self._try(lambda: recipe.inexact) or ()
+        advice = [Advice(note) for note in recipe.notes]
+        if llm and family and config and base and tokenizer:
+            generation = self._try(lambda: _generation(llm)) or {}
+            stop_words = self._catalogue.stop_words
+            advice += token_advice(recipe, family, base, tokenizer, config, generation, stop_words)
         return Outlook(
             self._path,
             recipe.llm_path,
             recipe.vision_path,
             family.name if family else None,
-            tuple(prospects) if family else (),
-            tuple(advice),
-            tuple(lines),
+            tuple(
+                prospect(format_, family, config, depth=depth, inexact=inexact, faults=self._faults)
+                for format_ in self._catalogue.formats.values()
+            ),
+            tuple(one.sentence for one in advice),
+            tuple(one.line for one in advice if one.line is not None),
             tuple(self._faults),
         )
 
@@ -137,80 +126,25 @@ class _Foreseeing:
             return None
 
     def _base(self, part: str, recorded: str | None) -> Path:
-        given = self._choice.model(part)
+        given = self._options.base_choice.model(part)
         return find_base(part, given, recorded, self._path, weights=False)
 
     def _family(self, llm: Path | None, config: dict[str, Json]) -> Family:
         weights = find_weights(llm) if llm is not None else None
         names = open_weights(weights).tensors.keys() if weights is not None else None
-        return self._catalogue.detect(config, names)
+        return choose_family(self._catalogue, self._options.mapping, config, names)
 
-    def _prospect(
-        self, name: str, family: Family | None, config: dict[str, Json] | None
-    ) -> Prospect:
-        format_ = self._catalogue.formats[name]
-        if family is None or config is None:
-            return Prospect(name, None, (), ())
-        try:
-            family.translate_config(config, format_)
-        except ConversionError as error:
-            return Prospect(name, None, (), error.faults)
-        described = format_.classes[family.becomes.name]
-        return Prospect(name, described.architecture, tuple(family.notes(config)), ())
+    def _written(self, base: Tokenizer, family: Family) -> Tokenizer:
+        """The base's tokenizer as a conversion would write it, which is not always possible."""
+        return tokenizer_to_write(base, family, self._recipe, None, Findings((), ()))
 
-    def _tokens(
-        self, family: Family, tokenizer: Tokenizer, config: dict[str, Json]
-    ) -> Iterator[tuple[str, str | None]]:
-        """What bos, eos and stop words mean for this LLM, each with the line to add, if any."""
-        recipe, generation = self._recipe, family.generation
-        named = TokenTexts(generation.bos, generation.eos, generation.pad)
-        template = recipe.prompt_template
-        stops = self._stop_words(template)
-        ids = token_ids(tokenizer, named, stops, {}, config)
-        bos = recipe.bos_token or tokenizer.special("bos_token")
-        evaluation = recipe.evaluation
-        if tokenizer.special("bos_token") is None:
-            yield (
-                "The tokenizer has no bos token. transformers before 4.40 generates from images "
-                "only with a bos id; the converted config.json and generation_config.json will "
-                f"have {ids.bos}, so LLaVA needs nothing more.",
-                None,
-            )
-            if evaluation is not None and evaluation.bos_token_id is None and ids.bos is not None:
-                yield (
-                    "EvaluateChatHook generates during training and needs that id of its own with "
-                    "transformers before 4.40.",
-                    f"generation_kwargs=dict(bos_token_id={ids.bos}),  # in EvaluateChatHook",
-                )
-        if recipe.bos_token is not None:
-            yield (
-                f"The config gives the tokenizer the bos token {bos!r}. Training does not use it; "
-                "in LLaVA it would make prompts lose tokens after an image, so the converted "
-                "tokenizer will be without it.",
-                None,
-            )
-        wanted = family.chat.template
-        if template is None and wanted is not None:
-            yield (
-                f"No prompt template is set; this family's is {wanted}.",
-                f"prompt_template = PROMPT_TEMPLATE.{wanted}",
-            )
-        needed = stops or tuple(family.chat.stop_words)
-        if evaluation is not None and needed:
-            has = {*recipe.stop_words, *self._stop_words(evaluation.prompt_template)}
-            missing = [word for word in needed if word not in has]
-            if missing and evaluation.prompt_template != "":
-                yield (
-                    f"EvaluateChatHook does not know the stop words {', '.join(missing)}: its "
-                    "answers would run on.",
-                    f"stop_words={missing!r},  # in EvaluateChatHook",
-                )
-        if needed:
-            yield f"Turns end with {', '.join(needed)}: eos ids {list(ids.eos)}.", None
+    def _check_tower(self) -> None:
+        tower = self._base(VISUAL_ENCODER, self._recipe.vision_path)
+        values = read_config(VISUAL_ENCODER, tower).values
+        _, faults = self._catalogue.classes[TOWER_CLASS].complete(dict(values))
+        raise_faults(MappingError, faults)
 
-    def _stop_words(self, template: str | Table | None) -> tuple[str, ...]:
-        if isinstance(template, str):
-            return tuple(self._catalogue.stop_words.get(template, ()))
-        words = template.get("STOP_WORDS") if template is not None else None
-        found = words if isinstance(words, (list, tuple)) else ()
-        return tuple(word for word in found if isinstance(word, str))
+
+def _generation(llm: Path) -> dict[str, Json]:
+    path = llm / "generation_config.json"
+    return read_json(path) if path.is_file() else {}

@@ -12,6 +12,7 @@ from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tokenizers import MadeFile
+from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import ShardPlan
 
 
@@ -85,6 +86,7 @@ class Plan:
     processor: str | None
     shards: ShardPlan
     folder_name: FolderName
+    verdict: Verdict
     notes: tuple[str, ...]
 
     @property
@@ -126,6 +128,7 @@ class Plan:
             "becomes": self.mapping.becomes,
             "format": self.mapping.format,
             "architecture": self.architecture,
+            **self.verdict.to_dict(),
             "dtype": self.dtype,
             "bytes": self.nbytes,
             "shards": [{"file": s.filename, "bytes": s.size} for s in self.shards.shards],

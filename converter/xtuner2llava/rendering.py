@@ -11,6 +11,7 @@ from xtuner2llava.language import fold
 from xtuner2llava.outlook import Outlook
 from xtuner2llava.plan import Plan
 from xtuner2llava.report import Report
+from xtuner2llava.target import Target
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
@@ -61,7 +62,8 @@ def render_plan(plan: Plan) -> str:
         f"{checkpoint.contents.layout}: {checkpoint.contents.path}",
         f"LLM {checkpoint.llm.origin}, vision tower {checkpoint.visual_encoder.origin}, "
         f"projector {checkpoint.projector.origin}",
-        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, dtype {plan.dtype}",
+        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.verdict}, "
+        f"dtype {plan.dtype}",
         "",
         table(rows, ("tensor", "count", "shape", "dtype", "how", "from", "rule")),
         "",
@@ -95,13 +97,7 @@ def render_inspection(inspection: Inspection, name: str) -> str:
         table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype", "base model")),
         "",
     ]
-    for target in inspection.targets:
-        if target.is_possible:
-            text.append(f"{target.format}: yes, as {target.architecture}")
-            text += [f"  - {caveat}" for caveat in target.caveats]
-        else:
-            text.append(f"{target.format}: not with what is here")
-            text += [f"  - {_indented(str(fault))}" for fault in target.faults]
+    text += _targets(inspection.targets)
     text += _notes(inspection.notes)
     return "\n".join(text)
 
@@ -111,15 +107,8 @@ def render_outlook(outlook: Outlook) -> str:
     text = [f"{outlook.path}: LLM {outlook.llm}, vision tower {outlook.vision}"]
     if outlook.family is not None:
         text.append(f"family {outlook.family}")
-    text += [f"Error: {_indented(str(fault))}" for fault in outlook.faults]
     text.append("")
-    for prospect in outlook.prospects:
-        if prospect.faults:
-            text.append(f"{prospect.format}: will not be possible")
-            text += [f"  - {_indented(str(fault))}" for fault in prospect.faults]
-        else:
-            text.append(f"{prospect.format}: will be possible, as {prospect.architecture}")
-            text += [f"  - {caveat}" for caveat in prospect.caveats]
+    text += _targets(outlook.prospects)
     text += _notes(outlook.advice)
     if outlook.lines:
         text += ["", "Add to the config:", *(f"  {line}" for line in outlook.lines)]
@@ -163,6 +152,14 @@ def tree(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
     return f"{folder}/\n" + table(rows, ("file", "bytes"))
+
+
+def _targets(targets: Iterable[Target]) -> Iterable[str]:
+    for target in targets:
+        become = f", as {target.architecture}" if target.is_possible else ""
+        yield f"{target.format}: {target.verdict}{become}"
+        remarks = (*target.caveats, *(_indented(str(fault)) for fault in target.faults))
+        yield from (f"  - {remark}" for remark in remarks)
 
 
 def _dropped(plan: Plan) -> Iterable[str]:

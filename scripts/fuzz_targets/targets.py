@@ -21,6 +21,7 @@ from fuzz_targets.inputs import dump, load, write_folder, zip_bytes
 from xtuner2llava import convert, inspect, plan
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.language import Catalogue, check_file
+from xtuner2llava.options import Options
 from xtuner2llava.outlook import foresee
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.rendering import render_inspection, render_outlook, render_plan
@@ -155,7 +156,7 @@ def _mapping(data: bytes, folder: Path) -> None:
         try:
             family.expand(config, names.keys())
             family.translate_config(config, Catalogue.shipped().formats["llava"])
-            family.notes(config)
+            family.limits(config)
         except ConversionError:
             continue
 
@@ -211,7 +212,20 @@ _MAPPING_WORDS = (
         "that",
         "say",
     ),
-    *("when", "caveats", "tokenizer", "generation", "chat", "default", "architectures", "[]", "{}"),
+    *(
+        "exact_up_to",
+        "transformers",
+        ">=4.38, <5.4",
+        "when",
+        "caveats",
+        "tokenizer",
+        "generation",
+        "chat",
+        "default",
+        "architectures",
+        "[]",
+        "{}",
+    ),
     *("null", "true", "*a", "&a", "!!python/object:os.system", "<<", "---", "...", "? x", "|", ">"),
     *(
         "{i}",
@@ -252,7 +266,7 @@ def _recipe(data: bytes, folder: Path) -> None:
     try:
         recipe = Recipe.from_file(path)
     except ConversionError:
-        render_outlook(foresee(path, BaseChoice()))
+        render_outlook(foresee(path, Options()))
         raise
     for name in dir(type(recipe)):
         if not name.startswith("_") and isinstance(getattr(type(recipe), name), property):
@@ -260,7 +274,7 @@ def _recipe(data: bytes, folder: Path) -> None:
                 getattr(recipe, name)
             except ConversionError:
                 continue
-    outlook = foresee(path, BaseChoice())
+    outlook = foresee(path, Options())
     _printed(render_outlook(outlook))
     _printed(json.dumps(outlook.to_dict(), ensure_ascii=False))
 
@@ -486,7 +500,7 @@ def _config(data: bytes, folder: Path) -> None:
             family = catalogue.detect(config, names)
             for format_ in catalogue.formats.values():
                 family.translate_config(config, format_)
-            family.notes(config)
+            family.limits(config)
             family.expand(config, names or ())
         except ConversionError:
             continue

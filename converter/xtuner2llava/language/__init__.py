@@ -13,10 +13,11 @@ It knows tensors, and no checkpoint layout.
 from xtuner2llava.language.agreement import check_against_class
 from xtuner2llava.language.application import Applied, Dropped, Origin, apply
 from xtuner2llava.language.catalogue import Catalogue, check_file
+from xtuner2llava.language.caveat import Limit, in_range
 from xtuner2llava.language.drafting import draft
 from xtuner2llava.language.expansion import Step, expand
 from xtuner2llava.language.family import Chat, Family, Generation, TranslatedConfig
-from xtuner2llava.language.folder_name import FolderName
+from xtuner2llava.language.folder_name import FolderName, model_name
 from xtuner2llava.language.format import COMPONENTS, Format, FormatClass
 from xtuner2llava.language.names import Folded, fold
 from xtuner2llava.language.plain_class import Expected, MappingFile, PlainClass
@@ -35,6 +36,7 @@ __all__ = [
     "Format",
     "FormatClass",
     "Generation",
+    "Limit",
     "MappingFile",
     "Origin",
     "PlainClass",
@@ -47,4 +49,6 @@ __all__ = [
     "draft",
     "expand",
     "fold",
+    "in_range",
+    "model_name",
 ]

@@ -61,6 +61,8 @@ def draft(config: Mapping[str, object], shapes: Mapping[str, Shape], catalogue: 
         "# Which tokens begin and end a text; XTuner's template, and the words that end a turn.",
         '# generation: {bos: "<s>", eos: ["</s>"]}',
         "# chat: {template: NAME, stop_words: []}",
+        "# What differs beyond some length, from which `inspect` makes its verdict.",
+        "# caveats: [{when: CONDITION, exact_up_to: LENGTH, say: TEXT}]",
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,16 +6,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import MappingError, raise_faults
+from xtuner2llava.language.caveat import Caveat, Limit, limits
 from xtuner2llava.language.config_rules import ConfigRules
 from xtuner2llava.language.detection import Match
 from xtuner2llava.language.expansion import Step, expand
 from xtuner2llava.language.expression import Expression
 from xtuner2llava.language.format import Format
-from xtuner2llava.language.names import Template
 from xtuner2llava.language.plain_class import MappingFile, PlainClass, with_dims
 from xtuner2llava.language.requirement import Requirement, failures
 from xtuner2llava.language.rule import RuleSet
-from xtuner2llava.language.values import Environment, say
+from xtuner2llava.language.values import Environment
 
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).
 HOUSEKEEPING = frozenset(
@@ -61,15 +61,6 @@ class Chat:
 
     template: str | None = None
     stop_words: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Caveat:
-    """What may differ after the conversion, under a condition on the source config."""
-
-    where: str
-    when: Expression | None
-    say: Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +123,9 @@ class Family:
         raise_faults(MappingError, list(dict.fromkeys(faults)))
         return TranslatedConfig(values, self._not_carried(config))
 
-    def notes(self, config: Mapping[str, object]) -> list[str]:
-        """The caveats that apply to a source config, as sentences."""
-        environment = self.environment(config)
-        return [
-            say(caveat.say, environment)
-            for caveat in self.caveats
-            if caveat.when is None or caveat.when.condition(environment)
-        ]
+    def limits(self, config: Mapping[str, object]) -> list[Limit]:
+        """The caveats that hold for a source config. Raises `MappingError`."""
+        return limits(self.caveats, self.environment(config))
 
     def _not_carried(self, config: Mapping[str, object]) -> tuple[str, ...]:
         read = self.names_read | HOUSEKEEPING

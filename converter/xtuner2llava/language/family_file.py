@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from xtuner2llava.errors import Fault
+from xtuner2llava.language.caveat import read_caveats
 from xtuner2llava.language.config_rules import ConfigRules, read_config_rules
 from xtuner2llava.language.detection import Match, read_match
 from xtuner2llava.language.document import Document, Node
-from xtuner2llava.language.family import Caveat, Chat, Family, Generation
+from xtuner2llava.language.family import Chat, Family, Generation
 from xtuner2llava.language.names import nearest
 from xtuner2llava.language.plain_class import MappingFile, PlainClass
 from xtuner2llava.language.reader import Reader
@@ -74,7 +75,7 @@ def read_family(
         tokenizer={key: reader.constant(node) for key, node in tokenizer.entries.items()},
         generation=_generation(reader, entries.get("generation")),
         chat=_chat(reader, entries.get("chat")),
-        caveats=_caveats(reader, entries.get("caveats")),
+        caveats=read_caveats(reader, entries.get("caveats")),
         files=(MappingFile(document.name, document.sha256),),
         names_read=frozenset(),
     )
@@ -137,18 +138,6 @@ def _chat(reader: Reader, node: Node | None) -> Chat:
         reader.text(entries.get("template"), "`template`") or None,
         reader.texts(entries.get("stop_words"), "`stop_words`"),
     )
-
-
-def _caveats(reader: Reader, node: Node | None) -> tuple[Caveat, ...]:
-    caveats = []
-    for item in reader.items(node, "`caveats`"):
-        table = reader.table(item, "a caveat")
-        reader.keys(table, ("when", "say"), "a caveat")
-        say = reader.sentence(reader.required(table, "say", "a caveat"), "`say`")
-        when = table.entries.get("when")
-        condition = None if when is None else reader.expression(when, "`when`")
-        caveats.append(Caveat(reader.where(table.line), condition, say))
-    return tuple(caveats)
 
 
 def _check_keys(reader: Reader, line: int, rules: ConfigRules, plain: PlainClass) -> None:

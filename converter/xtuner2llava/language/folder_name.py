@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+
+def model_name(path: Path) -> str:
+    """What LLaVA calls a model in `path`: for `checkpoint-…`, the folder above counts too.
+
+    `get_model_name_from_path` in `llava/mm_utils.py` of both.
+    """
+    if path.name.startswith("checkpoint-"):
+        return f"{path.absolute().parent.name}_{path.name}"
+    return path.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.language.caveat import Caveat, Limit, limits, read_caveats
 from xtuner2llava.language.config_rules import ConfigRules, read_config_rules
 from xtuner2llava.language.document import Document, Node
 from xtuner2llava.language.expansion import Step, expand
@@ -18,6 +19,7 @@ from xtuner2llava.language.values import Environment
 
 COMPONENTS = ("llm", "projector", "visual_encoder")
 _KEYS = ("extends", "classes", "require", "tokens", "processor", "tensors", "config")
+_CLASS_KEYS = ("architecture", "model_type", "require", "folder_name", "caveats")
 _CONFIG_KEYS = ("keep", "derive", "set", "nest")
 _NESTED = ("llm", "vision")
 
@@ -30,6 +32,7 @@ class FormatClass:
     model_type: str
     requirements: tuple[Requirement, ...]
     folder_name: FolderName
+    caveats: tuple[Caveat, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,14 @@ class Format:
             return [Fault(self.file.name, what)]
         return failures(self.classes[name].requirements, values)
 
+    def faults(self, environment: Environment) -> list[Fault]:
+        """Its requirements that do not hold; `environment` is that of `config`."""
+        return failures(self.requirements, environment)
+
+    def class_limits(self, name: str, values: Mapping[str, object]) -> list[Limit]:
+        """The caveats of the plain class `name` here that hold for its config `values`."""
+        return limits(self.classes[name].caveats, values)
+
     def expand(
         self, component: str, environment: Environment, names: Collection[str]
     ) -> list[Step]:
@@ -82,7 +93,7 @@ class Format:
         `tokens` (the ids of the format's tokens). Raises `MappingError` with all that has no
         value, and with every requirement of the format that does not hold.
         """
-        faults = failures(self.requirements, environment)
+        faults = self.faults(environment)
         values = self.config_rules.make(environment, faults)
         raise_faults(MappingError, faults)
         return values
@@ -113,12 +124,13 @@ def read_format(document: Document, find_format: Callable[[str], Format]) -> For
     classes: dict[str, FormatClass] = dict(parent.classes) if parent else {}
     for key, node in reader.table(entries.get("classes"), "`classes`").entries.items():
         table = reader.table(node, "a class")
-        reader.keys(table, ("architecture", "model_type", "require", "folder_name"), "a class")
+        reader.keys(table, _CLASS_KEYS, "a class")
         classes[key] = FormatClass(
             reader.text(reader.required(table, "architecture", "a class"), "`architecture`"),
             reader.text(reader.required(table, "model_type", "a class"), "`model_type`"),
             read_requirements(reader, table.entries.get("require")),
             _folder_name(reader, table.entries.get("folder_name")),
+            read_caveats(reader, table.entries.get("caveats")),
         )
     tensors = reader.table(entries.get("tensors"), "`tensors`")
     reader.keys(tensors, COMPONENTS, "`tensors`")

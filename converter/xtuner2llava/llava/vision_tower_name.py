@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from xtuner2llava.errors import UsageError
 from xtuner2llava.sources.json_file import Json
 
+KEY = "mm_vision_tower"
 # The CLIP towers that openai published: (hidden size, layers, patch, image size in pixels).
 _WELL_KNOWN = {
     (1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
@@ -61,7 +62,7 @@ def vision_tower_name(
         "the vision tower is known only by a path of this machine, which must not be published"
         if recorded is not None
         else "nothing says what the vision tower is called",
-        where="mm_vision_tower",
+        where=KEY,
         advice="Give --vision-tower-name ID, a Hub id that starts with openai or laion, or a path "
         "that exists where the model will be used.",
     )

@@ -11,7 +11,9 @@ from xtuner2llava.language import (
     Dropped,
     Family,
     Format,
+    Limit,
     Origin,
+    TranslatedConfig,
     apply,
     check_against_class,
 )
@@ -46,7 +48,7 @@ def choose_family(
     catalogue: Catalogue,
     mapping: PathOrText | None,
     config: Mapping[str, Json],
-    names: Collection[str],
+    names: Collection[str] | None,
 ) -> Family:
     """The family that the user names, or gives as a file; else the one that the LLM is of."""
     if mapping is None:
@@ -59,14 +61,26 @@ def choose_family(
 
 def plain_config(
     family: Family, config: Mapping[str, Json], format_: Format, findings: Findings
-) -> dict[str, object]:
-    """The plain class's config, every key explicit. Raises `MappingError`."""
-    translated = family.translate_config(config, format_)
-    findings.note(*family.notes(config))
+) -> tuple[dict[str, object], list[Limit]]:
+    """The plain class's config, every key explicit, and the caveats. Raises `MappingError`."""
+    translated, limits = translate(family, config, format_)
+    findings.note(*(limit.text for limit in limits))
     if translated.not_carried:
         keys = ", ".join(translated.not_carried)
         findings.note(f"Config keys that {family.becomes.name} does not have: {keys}.")
-    return dict(translated.values)
+    return dict(translated.values), limits
+
+
+def translate(
+    family: Family, config: Mapping[str, Json], format_: Format
+) -> tuple[TranslatedConfig, list[Limit]]:
+    """The plain class's config in a format, and what the family and the format say of it.
+
+    Raises `MappingError` where it cannot be said.
+    """
+    translated = family.translate_config(config, format_)
+    of_class = format_.class_limits(family.becomes.name, translated.values)
+    return translated, [*family.limits(config), *of_class]
 
 
 def plain_language_model(

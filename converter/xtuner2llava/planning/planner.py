@@ -8,9 +8,10 @@ from pathlib import Path
 
 from xtuner2llava.hf.processor import PREPROCESSOR, padding_note, processor_files
 from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
-from xtuner2llava.language import Catalogue, PlainClass
+from xtuner2llava.language import Catalogue, Limit, PlainClass
 from xtuner2llava.llava.generation import TokenIds, generation_config
 from xtuner2llava.llava.projector import depth_of
+from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llava.vision_tower_name import vision_tower_name
 from xtuner2llava.llm_config import trained_llm_config
 from xtuner2llava.options import Options
@@ -32,6 +33,7 @@ from xtuner2llava.planning.tokens import (
     with_format_tokens,
 )
 from xtuner2llava.planning.vision_tower import (
+    TOWER_CLASS,
     check_projector_of,
     check_tower,
     preprocessor_of,
@@ -43,10 +45,8 @@ from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, read_tokenizer, with_config
+from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import plan_shards
-
-_CLIP_CLASS = "clip_vision_model"
-_TOWER_NAME = "mm_vision_tower"
 
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -61,6 +61,7 @@ class _Parts:
 
     llm: LanguageModel
     llm_config: Mapping[str, Json]
+    limits: tuple[Limit, ...]
     tokenizer: Tokenizer
     tower: Mapping[str, object]
     tower_name: str | None
@@ -102,9 +103,10 @@ class _Planner:
         )
         preprocessor = attempt(lambda: preprocessor_of(checkpoint))
         tower_name = attempt(self._tower_name)
-        values = attempt(
+        translated = attempt(
             lambda: plain_config(family, config, self._format, found) if family and config else None
         )
+        values, limits = translated or (None, ())
         model = attempt(
             lambda: (
                 plain_language_model(family, config, values, llm.tensors, found)
@@ -113,7 +115,7 @@ class _Planner:
             )
         )
         tower = attempt(lambda: check_tower(checkpoint, self._tower_class))
-        attempt(lambda: check_projector_of(checkpoint))
+        attempt(lambda: check_projector_of(checkpoint, values))
         writes = attempt(lambda: writes_tower(checkpoint, options))
         if model is not None and tokenizer is not None:
             found.faults.extend(vocabulary_faults(tokenizer, model.rows))
@@ -121,7 +123,9 @@ class _Planner:
         # Without faults, all of these are there; mypy is told so.
         assert config and tokenizer and model and tower  # noqa: S101
         assert preprocessor is not None and writes is not None  # noqa: S101
-        return _Parts(model, config, tokenizer, tower, tower_name, preprocessor, writes)
+        return _Parts(
+            model, config, tuple(limits), tokenizer, tower, tower_name, preprocessor, writes
+        )
 
     def plan(self, parts: _Parts) -> Plan:
         """The whole plan."""
@@ -203,16 +207,17 @@ class _Planner:
             processor=format_.processor,
             shards=plan_shards({p.name: p.tensor for p in tensors}, self._options.max_shard_size),
             folder_name=format_.classes[becomes.name].folder_name,
+            verdict=Verdict.of(parts.limits, inexact=checkpoint.inexact),
             notes=found.notes,
         )
 
     @property
     def _tower_class(self) -> PlainClass:
-        return self._catalogue.classes[_CLIP_CLASS]
+        return self._catalogue.classes[TOWER_CLASS]
 
     def _tower_name(self) -> str | None:
         """What to write as `mm_vision_tower`; None where the format has no such key."""
-        if _TOWER_NAME not in self._format.config_rules.keys:
+        if VISION_TOWER_KEY not in self._format.config_rules.keys:
             return None
         tower = self._checkpoint.visual_encoder
         values = tower.config.values if tower.config else {}

@@ -69,9 +69,10 @@ def tokenizer_to_write(
         )
         return with_special_token(result, "bos_token", None)
     if own is not None and present is None and asked is not None:
+        why = "LLaVA needs none there" if asked == own else _DROPS
         findings.note(
             f"The XTuner config gives the tokenizer the bos token '{asked}'; it is written without "
-            f"one: {_DROPS}. bos_token_id {result.ids[own]} in config.json and "
+            f"one: {why}. bos_token_id {result.ids[own]} in config.json and "
             "generation_config.json does what that was for. --bos-token puts it there."
         )
     return result

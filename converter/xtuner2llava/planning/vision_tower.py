@@ -13,6 +13,8 @@ from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import PROJECTOR
 from xtuner2llava.sources.json_file import integer, read_json
 
+# The plain class that every tower is.
+TOWER_CLASS = "clip_vision_model"
 _PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -39,12 +41,16 @@ def check_tower(checkpoint: Checkpoint, plain: PlainClass) -> dict[str, object] 
     return values
 
 
-def check_projector_of(checkpoint: Checkpoint) -> None:
-    """Raises `PlanError` with all that keeps the projector from being LLaVA's."""
-    llm, tower = checkpoint.llm.config, checkpoint.visual_encoder.config
-    hidden = integer(llm.values, "hidden_size") if llm else None
+def check_projector_of(checkpoint: Checkpoint, llm: Mapping[str, object] | None) -> None:
+    """Raises `PlanError` with all that keeps the projector from being LLaVA's.
+
+    `llm` is the config of the plain class, since families spell `hidden_size` in their own ways;
+    without it, there are faults already, and sizes are not compared.
+    """
+    tower = checkpoint.visual_encoder.config
+    hidden = llm.get("hidden_size") if llm is not None else None
     vision_hidden = integer(tower.values, "hidden_size") if tower else None
-    if hidden is None or vision_hidden is None:
+    if not isinstance(hidden, int) or vision_hidden is None:
         return
     shapes = {name: tensor.shape for name, tensor in checkpoint.projector.tensors.items()}
     faults = check_projector(shapes, vision_hidden, hidden, str(checkpoint.contents.path))

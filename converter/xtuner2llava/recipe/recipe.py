@@ -103,6 +103,22 @@ class Recipe:
         return quantization.table if quantization else None
 
     @property
+    def inexact(self) -> tuple[str, ...]:
+        """Why what becomes of this training is near to what was trained, and not the same."""
+        if self.quantization is None:
+            return ()
+        if self.llm_lora is not None:
+            return (
+                "The LLM was trained as QLoRA, on quantised weights; the adapter is merged onto "
+                "the unquantised base, as XTuner and PEFT do. Outputs are near those seen in "
+                "training, not the same.",
+            )
+        return (
+            "The LLM was quantised in training; the unquantised base is written, as XTuner does. "
+            "Outputs are near those seen in training, not the same.",
+        )
+
+    @property
     def vision_path(self) -> str | None:
         return self._text("visual_encoder", _PATH)
 

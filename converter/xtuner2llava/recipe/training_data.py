@@ -31,14 +31,15 @@ class UsedValue:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The EvaluateChatHook: its own prompt template, and the bos id it generates with.
+    """The EvaluateChatHook: its own prompt template, and the bos token of its tokenizer.
 
-    A template that is written out has no name: "". Its stop words are those of
-    `TrainingData.stop_words` and of its template (xtuner/engine/hooks/evaluate_chat_hook.py).
+    It generates with the id of that, over what `generation_kwargs` say. A template that is written
+    out has no name: "". Its stop words are those of `TrainingData.stop_words` and of its template
+    (xtuner/engine/hooks/evaluate_chat_hook.py).
     """
 
     prompt_template: str | None
-    bos_token_id: int | None
+    bos_token: str | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,11 +210,11 @@ class _Reader:
         if hook is None:
             return None
         template = _template(self._try(hook.value, "prompt_template"))
-        generation = self._try(hook.section, "generation_kwargs")
-        bos = self._try(generation.value, "bos_token_id") if generation else None
+        tokenizer = self._try(hook.section, "tokenizer")
+        bos = self._try(tokenizer.text, "bos_token") if tokenizer else None
         return Evaluation(
             template if isinstance(template, str) else None if template is None else "",
-            bos if isinstance(bos, int) and not isinstance(bos, bool) else None,
+            bos,
         )
 
     def _system(self, hook: Section | None) -> str | None:

@@ -71,7 +71,9 @@ class Checkpoint:
     """The trained model as lazy tensors.
 
     `faults` are what must be mended before it can be converted, such as a base model that is not
-    there. `base_files` fingerprints what came from base models.
+    there; those that are `pending` too a conversion mends by a download. `base_files` fingerprints
+    what came from base models. `inexact`, which `notes` have too, are reasons why these weights are
+    not quite those that were trained.
     """
 
     contents: Contents
@@ -82,6 +84,8 @@ class Checkpoint:
     base_files: tuple[Fingerprint, ...]
     notes: tuple[str, ...]
     faults: tuple[Fault, ...]
+    inexact: tuple[str, ...] = ()
+    pending: tuple[Fault, ...] = ()
 
 
 # Opens the artefact that a run started from, if it is here; None if it is not.
@@ -105,6 +109,7 @@ def gather(
     work = _Gathering(contents, recipe, choice, open_pretrained, base_weights)
     llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
     projector = Part(contents.weights[PROJECTOR], "trained", trained=True)
+    inexact = work.inexact()
     return Checkpoint(
         contents,
         recipe,
@@ -112,9 +117,15 @@ def gather(
         tower,
         projector,
         tuple(work.base_files),
-        (*contents.notes, *work.notes),
+        (*contents.notes, *work.notes, *inexact),
         tuple(work.faults),
+        inexact,
+        tuple(work.pending),
     )
+
+
+class _NotDownloadedError(UnsupportedError):
+    pass
 
 
 class _Gathering:
@@ -134,6 +145,7 @@ class _Gathering:
         self.base_files: list[Fingerprint] = []
         self.notes: list[str] = []
         self.faults: list[Fault] = []
+        self.pending: list[Fault] = []
 
     def part(self, part: str) -> Part:
         """The part, whole, from the artefact where it was trained, else from its base model.
@@ -168,12 +180,28 @@ class _Gathering:
             return replace(result, tensors=full)
         adapted = is_adapted(contents.adapters.get(part, {}))
         name = recorded or given or folder.name
-        base, origin = self._base_tensors(part, folder, name, adapted=adapted)
+        try:
+            base, origin = self._base_tensors(part, folder, name, adapted=adapted)
+        except _NotDownloadedError as error:
+            self.faults.extend(error.faults)
+            self.pending.extend(error.faults)
+            trained = part in contents.adapters
+            return replace(result, origin="not downloaded", trained=trained)
         if part not in contents.adapters:
             return replace(result, tensors=base, origin=origin, trained=False)
         adapter, what = self._adapter(part)
         merged = merge(base, adapter, f"{contents.path}, {TITLES[part]}")
         return replace(result, tensors=merged, origin=f"{what} on {origin}")
+
+    def inexact(self) -> tuple[str, ...]:
+        """Why the LLM is near to the trained one, and not the same."""
+        if self._recipe is None or LLM in self._contents.weights:
+            return ()
+        try:
+            return self._recipe.inexact
+        except ConversionError as error:
+            self.faults.extend(error.faults)
+            return ()
 
     def _recorded(self, part: str) -> str | None:
         if self._recipe is None:
@@ -214,7 +242,7 @@ class _Gathering:
         elif self._base_weights or not is_remote(given, recorded) or find_weights(folder):
             opened = open_base(part, folder)
         else:
-            raise UnsupportedError(
+            raise _NotDownloadedError(
                 f"the weights of the base {TITLES[part]} are not in the local cache yet",
                 where=name,
                 advice="A conversion downloads them.",
@@ -236,12 +264,6 @@ class _Gathering:
         adapter = read_adapter(tensors, settings, f"{self._contents.path}, {TITLES[part]}")
         if not adapter.factors:
             return adapter, "saved biases"
-        if part == LLM and self._recipe is not None and self._recipe.quantization is not None:
-            self.notes.append(
-                "The LLM was trained as QLoRA, on 4-bit weights; the adapter is merged onto the "
-                "unquantised base, as XTuner and PEFT do. Outputs are near those seen in training, "
-                "not the same."
-            )
         ranks = ", ".join(str(rank) for rank in adapter.ranks)
         known = settings.alpha if settings is not None else None
         return adapter, f"LoRA (rank {ranks}, alpha {'unknown' if known is None else f'{known:g}'})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,8 @@ def shapes_of_class(config: Mapping[str, Any]) -> Shapes:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = {key: value for key, value in config.items() if key != "architectures"}
+    # A copy: transformers 5 writes into the tables that it is given.
+    given = {key: deepcopy(value) for key, value in config.items() if key != "architectures"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(given.pop("model_type"), **given)

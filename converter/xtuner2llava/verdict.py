@@ -1,0 +1,67 @@
+"""Whether a target computes what was trained: exactly, up to a length, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from xtuner2llava.errors import Fault
+from xtuner2llava.language import Limit
+from xtuner2llava.sources.json_file import Json
+
+Kind = Literal["exact", "exact_up_to", "not_exact", "not_possible"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a target is worth, whatever the sentences beside it say.
+
+    `exact` is the trained function, but for rounding to the dtype that is written. `tokens` is the
+    length of a sequence, images counted as their patches, within which it is exact; None without
+    such a limit. `transformers` are ranges of versions, all of which the one that loads it must be
+    in.
+    """
+
+    kind: Kind
+    tokens: int | None = None
+    transformers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        limits: Iterable[Limit] = (),
+        *,
+        inexact: Iterable[str] = (),
+        faults: Iterable[Fault] = (),
+    ) -> Verdict:
+        """The verdict on a target with these caveats; `inexact` are reasons why it is only near."""
+        limits = tuple(limits)
+        if tuple(faults):
+            return cls("not_possible")
+        if tuple(inexact) or any(x.tokens is None and x.transformers is None for x in limits):
+            return cls("not_exact")
+        tokens = min((x.tokens for x in limits if x.tokens is not None), default=None)
+        ranges = dict.fromkeys(x.transformers for x in limits if x.transformers is not None)
+        return cls("exact" if tokens is None else "exact_up_to", tokens, tuple(ranges))
+
+    @property
+    def is_possible(self) -> bool:
+        return self.kind != "not_possible"
+
+    def __str__(self) -> str:
+        if self.kind == "not_possible":
+            return "not possible, because"
+        if self.kind == "not_exact":
+            return "possible, not exact"
+        up_to = "" if self.tokens is None else f" up to {self.tokens} tokens"
+        versions = f" with transformers {', '.join(self.transformers)}" if self.transformers else ""
+        return f"exact{up_to}{versions}"
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON, for a report on the target."""
+        return {
+            "verdict": self.kind,
+            "exact_up_to": self.tokens,
+            "transformers": list(self.transformers),
+        }

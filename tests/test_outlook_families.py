@@ -1,0 +1,275 @@
+"""`inspect my_config.py` for the LLMs that XTuner has LLaVA configs for, and for Qwen 1."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders.llm_base import write_llm_base
+from builders.training_config import write_training_config
+from xtuner2llava import Outlook, foresee_training
+from xtuner2llava.verdict import Verdict
+
+Foresee = Callable[..., Outlook]
+LLAMA = "LlavaLlamaForCausalLM"
+QWEN = "LlavaQwenForCausalLM"
+EXACT, NOT_POSSIBLE, NOT_EXACT = (
+    Verdict("exact"),
+    Verdict("not_possible"),
+    Verdict("not_exact"),
+)
+# What XTuner advised for LLMs without bos and eos tokens (InternLM/xtuner, issue 292).
+WORKAROUND = ", bos_token='<|im_start|>', eos_token='<|im_end|>'"
+TEMPLATES = {
+    "internlm2": "internlm2_chat",
+    "phi3": "phi3_chat",
+    "llama3": "llama3_chat",
+    "llama3_1": "llama3_chat",
+    "qwen": "qwen_chat",
+}
+
+
+@pytest.fixture
+def written(checkpoints: Path, tmp_path: Path) -> Callable[..., Path]:
+    def write(kind: str, config: dict[str, Any] | None = None, **parts: Any) -> Path:
+        folder = tmp_path / f"base-{len(list(tmp_path.iterdir()))}"
+        llm = write_llm_base(folder, kind, checkpoints, **(config or {}))
+        parts = {
+            "vision": checkpoints / "bases/vision_clip",
+            "prompt_template": TEMPLATES[kind],
+            **parts,
+        }
+        return write_training_config(tmp_path / "my_config.py", llm, **parts)
+
+    return write
+
+
+@pytest.fixture
+def foresee(written: Callable[..., Path]) -> Foresee:
+    return lambda *arguments, **parts: foresee_training(written(*arguments, **parts))
+
+
+def verdicts(outlook: Outlook) -> dict[str, Verdict]:
+    return {target.format: target.verdict for target in outlook.prospects}
+
+
+def of_llava(outlook: Outlook) -> Any:
+    (found,) = [target for target in outlook.prospects if target.format == "llava"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "architecture", "llava", "hf"),
+    [
+        ("internlm2", "internlm2", LLAMA, EXACT, EXACT),
+        ("phi3", "phi3", LLAMA, Verdict("exact_up_to", 2047), Verdict("exact_up_to", 2047)),
+        ("llama3", "llama", LLAMA, EXACT, EXACT),
+        ("llama3_1", "llama", None, NOT_POSSIBLE, EXACT),
+        ("qwen", "qwen", QWEN, Verdict("exact_up_to", 256), Verdict("exact_up_to", 256)),
+    ],
+)
+def test_the_family_and_the_verdict(
+    foresee: Foresee, kind: str, family: str, architecture: str | None, llava: Verdict, hf: Verdict
+) -> None:
+    outlook = foresee(kind)
+    assert outlook.family == family
+    assert of_llava(outlook).architecture == architecture
+    assert verdicts(outlook) == {"llava": llava, "hf": hf}
+    assert outlook.is_good
+    if kind == "phi3":
+        assert any("attends to the last 2047 tokens" in c for c in of_llava(outlook).caveats)
+    if kind == "llama3_1":
+        assert "Llama 3.1 and later" in str(of_llava(outlook).faults[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "turns", "eos"),
+    [
+        ("internlm2", "<|im_end|>", [5, 2]),
+        ("phi3", "<|end|>", [386, 384, 385]),
+        ("llama3", "<|eot_id|>", [386, 385]),
+    ],
+)
+def test_configs_as_xtuner_ships_them_lack_nothing(
+    foresee: Foresee, kind: str, turns: str, eos: list[int]
+) -> None:
+    outlook = foresee(kind)
+    assert outlook.lines == ()
+    assert outlook.advice[-1] == f"Turns end with {turns}: eos ids {eos}."
+    assert not any("bos" in sentence for sentence in outlook.advice)
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("internlm2", "<|im_end|>"), ("phi3", "<|end|>"),
+                                               ("llama3", "<|eot_id|>")])  # fmt: skip
+def test_a_hook_without_template_or_stop_words_is_told_which(
+    foresee: Foresee, kind: str, missing: str
+) -> None:
+    line = f"stop_words=['{missing}'],  # in EvaluateChatHook"
+    assert foresee(kind, hook="").lines == (line,)
+    assert foresee(kind, hook=f", stop_words=['{missing}']").lines == ()
+    assert foresee(kind, hook=f", stop_word='{missing}'").lines == ()
+    assert foresee(kind, hook=", stop_words=['</s>']").lines == (line,)
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "phi3", "llama3", "qwen"])
+def test_a_config_without_prompt_template_is_told_which(foresee: Foresee, kind: str) -> None:
+    outlook = foresee(kind, prompt_template=None)
+    assert f"prompt_template = PROMPT_TEMPLATE.{TEMPLATES[kind]}" in outlook.lines
+
+
+def test_a_template_whose_words_the_tokenizer_lacks_is_not_advised(
+    written: Callable[..., Path],
+) -> None:
+    """Phi-4 is of Phi-3's family, and ends its turns otherwise."""
+    path = written("phi3", prompt_template=None)
+    (llm,) = [p for p in path.parent.iterdir() if p.name.startswith("base-")]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (llm / name).read_text()
+        assert "<|end|>" in text
+        (llm / name).write_text(text.replace("<|end|>", "<|im_end|>"))
+    outlook = foresee_training(path)
+    assert outlook.family == "phi3"
+    assert outlook.lines == ()
+    assert any("No prompt template is set" in sentence for sentence in outlook.advice)
+    assert not any("<|end|>" in sentence for sentence in outlook.advice)
+
+
+def test_the_workaround_on_an_llm_with_a_bos_token(foresee: Foresee) -> None:
+    """InternLM2 has a bos token; the advice for Qwen would replace it, and the output will not."""
+    outlook = foresee("internlm2", tokenizer=WORKAROUND)
+    assert any("'<|im_start|>'" in s and "without it" in s for s in outlook.advice)
+    assert verdicts(outlook) == {"llava": EXACT, "hf": EXACT}
+    assert not any("'<s>'" in s for s in foresee("internlm2", tokenizer=", bos_token='<s>'").advice)
+
+
+def test_qwen_1_is_told_of_its_missing_tokens(foresee: Foresee) -> None:
+    outlook = foresee("qwen")
+    assert outlook.lines == (
+        "tokenizer=dict(**tokenizer, bos_token='<|endoftext|>'),  # in EvaluateChatHook",
+        "eos_token='<|im_end|>',  # in tokenizer",
+    )
+    assert any("will have 151643" in sentence for sentence in outlook.advice)
+    assert outlook.advice[-1].endswith("eos ids [151645, 151643].")
+
+
+def test_qwen_1_with_the_workaround(foresee: Foresee) -> None:
+    outlook = foresee("qwen", tokenizer=WORKAROUND)
+    assert outlook.lines == ()  # it does what the lines would do
+    assert any("'<|im_start|>'" in s and "without it" in s for s in outlook.advice)
+
+
+def test_the_lines_to_add_are_enough(foresee: Foresee) -> None:
+    """Whoever adds what is asked for is asked for nothing more."""
+    outlook = foresee(
+        "qwen",
+        tokenizer=", eos_token='<|im_end|>'",
+        hook_tokenizer="tokenizer=dict(**tokenizer, bos_token='<|endoftext|>')",
+    )
+    assert outlook.lines == ()
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "phi3", "llama3"])
+def test_a_siglip_tower_is_refused_for_every_format(
+    foresee: Foresee, tmp_path: Path, kind: str
+) -> None:
+    siglip = tmp_path / "siglip"
+    siglip.mkdir()
+    (siglip / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
+    outlook = foresee(kind, vision=siglip, tower_class="SiglipVisionModel")
+    assert not outlook.is_good
+    for target in outlook.prospects:
+        assert target.verdict == NOT_POSSIBLE
+        assert "XTuner drops the first patch of a tower without class token" in str(
+            target.faults[0]
+        )
+
+
+def test_a_quantised_llm_is_near(foresee: Foresee) -> None:
+    quantised = ", quantization_config=dict(type=BitsAndBytesConfig, load_in_4bit=True)"
+    lora = ", llm_lora=dict(type=LoraConfig, r=512, lora_alpha=256)"
+    frozen = foresee("internlm2", llm_arguments=quantised)
+    assert verdicts(frozen) == {"llava": NOT_EXACT, "hf": NOT_EXACT}
+    assert of_llava(frozen).caveats[0].startswith("The LLM was quantised in training")
+    tuned = foresee("internlm2", llm_arguments=quantised, model=lora)
+    assert verdicts(tuned) == {"llava": NOT_EXACT, "hf": NOT_EXACT}
+    assert of_llava(tuned).caveats[0].startswith("The LLM was trained as QLoRA")
+    assert verdicts(foresee("internlm2", model=lora)) == {"llava": EXACT, "hf": EXACT}
+
+
+def test_a_projector_of_three_layers_is_for_llava_only(foresee: Foresee) -> None:
+    outlook = foresee("llama3", model=", projector_depth=3")
+    assert verdicts(outlook) == {"llava": EXACT, "hf": NOT_POSSIBLE}
+    (hf,) = [target for target in outlook.prospects if target.format == "hf"]
+    assert "a projector of two layers" in str(hf.faults[0])
+
+
+def test_a_longer_context_of_phi3_has_no_target(foresee: Foresee) -> None:
+    outlook = foresee("phi3", model=", max_position_embeddings=8192")
+    assert verdicts(outlook) == {"llava": NOT_POSSIBLE, "hf": NOT_POSSIBLE}
+    assert "Train again on" in str(of_llava(outlook).faults[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "because"),
+    [
+        ({"architectures": ["ChatGLMModel"], "model_type": "chatglm"}, "rotate half of each head"),
+        ({"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm"}, "scale_emb"),
+        ({"architectures": ["NobodysForCausalLM"], "model_type": "nobody"}, "mappings draft"),
+    ],
+)
+def test_an_llm_without_target_has_a_verdict_for_each(
+    foresee: Foresee, names: dict[str, Any], because: str
+) -> None:
+    outlook = foresee("llama3", names)
+    assert verdicts(outlook) == {"llava": NOT_POSSIBLE, "hf": NOT_POSSIBLE}
+    assert all(because in str(target.faults[0]) for target in outlook.prospects)
+
+
+def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
+    written: Callable[..., Path], tmp_path: Path
+) -> None:
+    mapping = tmp_path / "mine.yaml"
+    mapping.write_text(
+        "schema: 1\nfamily: mine\nextends: llama\n"
+        "caveats: [{say: It differs., exact_up_to: max_position_embeddings}]\n"
+    )
+    config = written("llama3", {"architectures": ["NobodysForCausalLM"], "model_type": "nobody"})
+    outlook = foresee_training(config, mapping=mapping)
+    assert outlook.family == "mine"
+    limit = Verdict("exact_up_to", 8192)
+    assert verdicts(outlook) == {"llava": limit, "hf": limit}
+    command = [sys.executable, "-m", "xtuner2llava", "inspect", str(config), "--mapping"]
+    done = subprocess.run(
+        [*command, str(mapping), "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["targets"][0]["exact_up_to"] == 8192
+
+
+def test_a_tokenizer_that_is_code_is_told_before_the_training(
+    foresee: Foresee, written: Callable[..., Path]
+) -> None:
+    path = written("llama3")
+    (llm,) = [p for p in path.parent.iterdir() if p.name.startswith("base-")]
+    config = json.loads((llm / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["my.My", None]}}
+    (llm / "tokenizer_config.json").write_text(json.dumps(config))
+    outlook = foresee_training(path)
+    assert not outlook.is_good
+    assert "code of the model's repository" in str(outlook.faults[0])
+
+
+def test_the_command_line_says_it_in_words_and_as_data(written: Callable[..., Path]) -> None:
+    path = written("phi3", hook="")
+    command = [sys.executable, "-m", "xtuner2llava", "inspect", str(path)]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"\nllava: exact up to 2047 tokens, as {LLAMA}\n" in words
+    assert "\nAdd to the config:\n  stop_words=['<|end|>'],  # in EvaluateChatHook\n" in words
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    for target in json.loads(done.stdout)["targets"]:
+        assert (target["verdict"], target["exact_up_to"]) == ("exact_up_to", 2047)

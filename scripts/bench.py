@@ -313,7 +313,7 @@ def timed(command: list[str]) -> Run:
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
     )
-    with process.stderr or open(os.devnull, "rb") as stream:
+    with process.stderr or Path(os.devnull).open("rb") as stream:
         told = stream.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start

@@ -126,8 +126,8 @@ def family_table(results: Results, catalogue: Catalogue) -> str:
         remarks += [f"{name}: {published(c.say.text)}" for c in family.caveats if not is_limit(c)]
         link = f"[{name}](mappings/families/{name}.yaml)"
         architectures = ", ".join(f"`{a}`" for a in family.match.architectures)
-        rows.append([link, architectures, *cells, " and ".join(limits) or "any length"])
-    head = ["family", "architecture", *(f"`--format {format_}`" for format_ in FORMATS), "up to"]
+        rows.append([link, architectures, *cells, "; ".join(limits) or "any length"])
+    head = ["family", "architecture", *(f"`--format {format_}`" for format_ in FORMATS), "within"]
     return table(head, rows) + "".join(f"\n{remark}\n" for remark in remarks)
 
 

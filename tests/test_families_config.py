@@ -178,7 +178,7 @@ def test_values_that_a_target_cannot_express(
         ("mistral", {}, (8, "attends to the last 8 tokens")),
         ("mistral", {"sliding_window": None}, None),
         ("mixtral", {}, None),
-        ("mixtral", {"sliding_window": 8}, "attends to the last 8 tokens"),
+        ("mixtral", {"sliding_window": 8}, (8, "attends to the last 8 tokens")),
         ("qwen2", {}, None),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 99}, (99, "the last 99 tokens")),
         ("baichuan2", {}, None),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 def checkpoints() -> Path:
     """Checkpoints that XTuner wrote, see its README.md. Not to be written to."""
     return Path(__file__).parent / "checkpoints"
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT is Ctrl-C here and in programs that are started, also where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,8 @@ class Wrong(Exception):
 
 def main() -> None:
     options = parse()
+    # Shells have what they start in the background ignore Ctrl-C, and conversions would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = Path(tempfile.mkdtemp(prefix="xtuner2llava-kill-", dir=options.work))
     try:
         talk(f"Making iter_1.pth of about {options.size:,} bytes in {work}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,14 @@ def measured(pytestconfig: pytest.Config) -> Measured:
 def checkpoints() -> Path:
     """Checkpoints that XTuner wrote, see its README.md. Not to be written to."""
     return Path(__file__).parent / "checkpoints"
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT is Ctrl-C here and in programs that are started, also where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

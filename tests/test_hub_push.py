@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -356,6 +355,21 @@ def test_the_token_is_in_no_error(client: Client, hub: HubServer, out: Path) -> 
     assert hub.token not in fault(client, out)
 
 
+# Callbacks
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 65536])
+def test_what_the_callback_raises_comes_out_as_it_is(
+    hub: HubServer, client: Client, out: Path, chunk_bytes: int | None
+) -> None:
+    """It is raised inside a request, through the HTTP library; so is what stops other threads."""
+    hub.chunk_bytes = chunk_bytes
+    answer = client.ask("push", out, "ann/llava-qwen", raise_at="upload")
+    assert answer.error == "LookupError"
+    assert answer.text.splitlines()[-1] == "LookupError: raised by the callback"
+    assert hub.repos["ann/llava-qwen"].content() == {}
+
+
 # Networks
 
 
@@ -382,17 +396,11 @@ def test_a_commit_whose_answer_is_lost_is_made_once(
 
 
 def test_a_commit_by_others_in_between_stays(hub: HubServer, client: Client, out: Path) -> None:
-    fault = hub.fail("POST .*/commit/main", hold=True)
-
     def other() -> None:
-        assert fault.held.wait(20)
         hub.repos["ann/llava-qwen"].upload({"figure.png": b"png", "model.safetensors": b"old"})
-        fault.release.set()
 
-    thread = threading.Thread(target=other)
-    thread.start()
+    hub.fail("POST .*/commit/main", meanwhile=other)
     pushed = client.call("push", out, "ann/llava-qwen")
-    thread.join()
     assert [r.status for r in hub.log("POST", "/commit/")] == [412, 200]
     assert hub.repos["ann/llava-qwen"].content() == {**content(out), "figure.png": b"png"}
     # Also the weights that came in between are not left beside ours.

@@ -202,12 +202,14 @@ def test_an_error_of_the_callback_stops_the_work(sources: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-class Slow(LazyTensor):
-    """500 blocks that take 5 seconds to read."""
+class Interrupting(LazyTensor):
+    """500 blocks that take 5 seconds to read; with the second comes Ctrl-C."""
 
     dtype, shape, row_cost = FLOAT32, (500, 2), 16 << 20
 
     def read(self, start: int, stop: int) -> torch.Tensor:
+        if start == 1:
+            os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         return torch.zeros(stop - start, 2)
 
@@ -215,11 +217,9 @@ class Slow(LazyTensor):
         return iter(())
 
 
-def test_an_interrupt_ends_all_jobs(tmp_path: Path) -> None:
-    plan = plan_shards({name: Slow() for name in "abcd"}, 4000)
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+def test_an_interrupt_ends_all_jobs(tmp_path: Path, interrupts: None) -> None:
+    plan = plan_shards({name: Interrupting() for name in "abcd"}, 4000)
     with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path / "out", "") as folder:
-        timer.start()
         write_shards(folder, plan.shards, jobs=4)
     assert list(tmp_path.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard")]

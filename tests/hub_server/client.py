@@ -20,7 +20,10 @@ from hub_server.server import HubServer
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call gave: its result as JSON, or the class and text of its error; and progress."""
+    """What a call gave: its result as JSON, or the class and text of its error; and progress.
+
+    The text of an error that is none of ours is its traceback.
+    """
 
     result: dict[str, Any] | None
     error: str | None
@@ -33,10 +36,15 @@ class Client:
 
     def __init__(self, hub: HubServer, home: Path, cwd: Path, **environment: str) -> None:
         self.hub, self.token = hub, hub.token
-        self._process = subprocess.Popen(
+        self._environment = {**os.environ, **hub.environment(home), **environment}
+        self._cwd = cwd
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, Path(__file__).with_name("worker.py")],
-            env={**os.environ, **hub.environment(home), **environment},
-            cwd=cwd,
+            env=self._environment,
+            cwd=self._cwd,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -53,20 +61,29 @@ class Client:
     ) -> None:
         self._process.communicate()
 
-    def ask(self, function: str, *arguments: object, **keywords: object) -> Answer:
-        """The answer to `function(*arguments, **keywords)`."""
+    def ask(
+        self, function: str, *arguments: object, raise_at: str | None = None, **keywords: object
+    ) -> Answer:
+        """The answer to `function(*arguments, **keywords)`.
+
+        The progress callback raises a `LookupError` when it is told of the stage `raise_at`.
+        """
         token = keywords.pop("token", self.token)
         request = {
             "function": function,
             "arguments": [str(argument) for argument in arguments],
             "keywords": {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()},
             "token": token,
+            "raise_at": raise_at,
         }
         pipes = self._process
         assert pipes.stdin is not None and pipes.stdout is not None
         print(json.dumps(request), file=pipes.stdin, flush=True)
         line = pipes.stdout.readline()
-        assert line, "the worker has ended"
+        if not line:
+            pipes.communicate()
+            self._process = self._start()  # Other tests share this client.
+            raise AssertionError(f"the worker ended with {pipes.returncode} in {function}")
         answer = json.loads(line)
         return Answer(
             answer["result"],
@@ -78,5 +95,5 @@ class Client:
     def call(self, function: str, *arguments: object, **keywords: object) -> dict[str, Any]:
         """The result of a call that must go well."""
         answer = self.ask(function, *arguments, **keywords)
-        assert answer.error is None, answer.text
+        assert answer.error is None, f"{answer.error}: {answer.text}"
         return cast("dict[str, Any]", answer.result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -14,6 +15,7 @@ class Fault:
     With `status`, that is the answer. With `drop`, the connection ends: "before" anything is done,
     "inside" the body that is being sent or received, or "after" all is done and before the answer
     is sent. With `hold`, the server waits inside the body until `release` is set, and sets `held`.
+    With `meanwhile`, the server calls that before it does what is asked.
     `skip` lets as many matching requests pass before.
     """
 
@@ -21,6 +23,7 @@ class Fault:
     status: int | None = None
     drop: str | None = None
     hold: bool = False
+    meanwhile: Callable[[], None] | None = None
     times: int = 1
     skip: int = 0
     body: str = '{"error": "made to fail"}'

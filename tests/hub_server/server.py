@@ -150,6 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "PUT":
                 hub.before_put()
             body = self._body()
+            if self._fault is not None and self._fault.meanwhile is not None:
+                self._fault.meanwhile()
             if self._fault is not None and self._fault.status is not None:
                 self._send(self._fault.status, self._fault.body.encode())
                 return

@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 
 import xtuner2llava
 
 
 def answer(request):
     progress = []
+
+    def on_progress(*values):
+        progress.append(values)
+        if values[0] == request["raise_at"]:
+            raise LookupError("raised by the callback")
+
     os.environ["HF_TOKEN"] = request["token"] or ""
     try:
         result = getattr(xtuner2llava, request["function"])(
             *request["arguments"],
             **request["keywords"],
-            on_progress=lambda *values: progress.append(values),
+            on_progress=on_progress,
         )
     except xtuner2llava.ConversionError as error:
         return {"result": None, "error": type(error).__name__, "text": str(error)}, progress
+    except (Exception, SystemExit) as error:
+        # No other error is for users. The test is told all of it, and this process lives on.
+        text = traceback.format_exc()
+        return {"result": None, "error": type(error).__name__, "text": text}, progress
     return {"result": result.to_dict(), "error": None, "text": ""}, progress
 
 

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 
 class CallbackError(Exception):
-    """Its cause was raised by whoever is told of the progress, and is not the Hub's."""
+    """`error` was raised by whoever is told of the progress, and is not the Hub's.
+
+    It is not the `__cause__`: httpcore raises again `from None` what comes out of a request's body.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Progress:
@@ -30,7 +37,7 @@ class Progress:
             try:
                 self._advance(count)
             except Exception as error:
-                raise CallbackError from error
+                raise CallbackError(error) from error
 
     def finish(self) -> None:
         """The Hub has the whole file: it had it before, or Xet sent it, which reads it itself."""

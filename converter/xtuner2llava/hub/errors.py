@@ -32,8 +32,8 @@ def hub_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = innermost(error)
-        if isinstance(cause, CallbackError) and cause.__cause__ is not None:
-            raise cause.__cause__ from None
+        if isinstance(cause, CallbackError):
+            raise cause.error from None
         translated = _translated(cause, where)
         if translated is None:
             raise

@@ -15,6 +15,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _PROGRESS_BYTES = 16 << 20
+_POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
@@ -39,6 +40,8 @@ class Work:
         self._lock = threading.Lock()
         self._done = self._told = 0
         self._stop = threading.Event()
+        self._idle = threading.Condition()
+        self._running = 0
         self._failures: list[tuple[int, BaseException]] = []
 
     def check(self) -> None:
@@ -47,8 +50,9 @@ class Work:
             raise Stopped
 
     def stop(self) -> None:
-        """Makes `check` raise in all threads."""
-        self._stop.set()
+        """Makes `check` raise in all threads, and no other job begin."""
+        with self._idle:
+            self._stop.set()
 
     def advance(self, count: int) -> None:
         """Counts `count` bytes of one pass. Raises `Stopped`, or what the callback raises."""
@@ -65,16 +69,22 @@ class Work:
         """The results of `job` for all items, computed by `jobs` threads.
 
         After the first error the other jobs stop; of all errors, the one of the first item that
-        has one is raised.
+        has one is raised. Whatever is raised, Ctrl-C too, no job runs any more then.
         """
         with ThreadPoolExecutor(self.jobs, "shard") as threads:
-            futures = [
-                threads.submit(self.guarded, place, job, item) for place, item in enumerate(items)
-            ]
             try:
-                wait(futures)
+                futures = [
+                    threads.submit(self.guarded, place, job, item)
+                    for place, item in enumerate(items)
+                ]
+                # A signal just before a wait without end would be heeded when that ends.
+                while wait(futures, _POLL_SECONDS).not_done:
+                    pass
             except BaseException:
-                self._stop.set()
+                self.stop()
+                # Ctrl-C may come while a thread is started, and the pool then knows nothing of it.
+                with self._idle:
+                    self._idle.wait_for(lambda: self._running == 0)
                 raise
         if self._failures:
             raise min(self._failures, key=lambda failure: failure[0])[1]
@@ -82,12 +92,18 @@ class Work:
 
     def guarded(self, place: int, job: Callable[[Item], Result], item: Item) -> Result:
         """`job(item)`; its error stops all the work and is remembered as that of item `place`."""
-        try:
+        with self._idle:
             self.check()
+            self._running += 1
+        try:
             return job(item)
         except Stopped:
             raise
         except BaseException as error:
             self._failures.append((place, error))
-            self._stop.set()
+            self.stop()
             raise
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()

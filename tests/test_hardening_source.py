@@ -28,11 +28,13 @@ FORBIDDEN = frozenset(
 FORBIDDEN_STARTS = ("os.exec", "os.spawn", "subprocess.")
 # What is allowed all the same: where, what, and why.
 ALLOWED = {
+    # Its own modules, by names of a table of its own.
+    ("__init__.py", "importlib.import_module"),
     # torch.load(weights_only=True) in a process of its own, which is given names of files.
-    ("verify/recomputed/files.py", "subprocess"),
+    ("verification/recomputed/files.py", "subprocess"),
     # Only `verify --logits --trust-remote-code` asks for it, on the user's word.
-    ("verify/logits/compare.py", "trust_remote_code=True"),
-    ("verify/logits/model.py", "trust_remote_code: True"),
+    ("verification/logits/compare.py", "trust_remote_code=True"),
+    ("verification/logits/model.py", "trust_remote_code: True"),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS
 from xtuner2llava import PlanError, UsageError, plan
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 
 if TYPE_CHECKING:
     import torch

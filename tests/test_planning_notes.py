@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from xtuner2llava import plan
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 
 
 def make(checkpoints: Path, case: str, llm: str, **options: Any) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from xtuner2llava import ConversionError, convert, plan
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 
 STOP, END, START = 360, 361, 362  # <|im_end|>, <|endoftext|>, <|im_start|> of the tiny Qwen
 BEGIN = "<|im_start|>"

@@ -19,8 +19,8 @@ from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import CheckpointError, UsageError, Verification, convert, verify
 from xtuner2llava.options import Options
-from xtuner2llava.verify.recomputed.comparison import unit_in_the_last_place
-from xtuner2llava.verify.recomputed.opening import open_trained
+from xtuner2llava.verification.recomputed.comparison import unit_in_the_last_place
+from xtuner2llava.verification.recomputed.opening import open_trained
 
 BITS = "copied and rounded, bit for bit"
 MERGED = "merged and computed, against float64"
@@ -395,7 +395,7 @@ def test_nothing_that_converts_takes_part() -> None:
         "xtuner2llava.recipe",
         "xtuner2llava.sources.hub",
         "xtuner2llava.sources.json_file",
-        "xtuner2llava.verify",
+        "xtuner2llava.verification",
     )
     modules = list((package / "verify").rglob("*.py"))
     assert len(modules) > 20

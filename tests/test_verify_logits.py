@@ -18,10 +18,10 @@ from builders.families.models import KINDS, SIZES, Source, random_tensors, shape
 from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import Verification, convert, verify
-from xtuner2llava.verify.logits.compare import tolerance
-from xtuner2llava.verify.logits.distance import Distance, Distances
-from xtuner2llava.verify.logits.streams import Figures, wrong_layers
-from xtuner2llava.verify.recomputed import Comparison
+from xtuner2llava.verification.logits.compare import tolerance
+from xtuner2llava.verification.logits.distance import Distance, Distances
+from xtuner2llava.verification.logits.streams import Figures, wrong_layers
+from xtuner2llava.verification.recomputed import Comparison
 
 LOGITS = "logits against the trained model"
 WRONG = "logits of a wrong model differ"
@@ -241,7 +241,7 @@ def test_wrong_layers_exchange_what_can_be_exchanged() -> None:
 MEASURE = """
 import resource, sys
 from xtuner2llava import verify
-from xtuner2llava.verify.recomputed import files
+from xtuner2llava.verification.recomputed import files
 files._TOUCHED_BYTES = 8 << 20
 out, small, vision = sys.argv[1:]
 

@@ -7,30 +7,35 @@
 The library never prints, never exits, and changes no global state of torch or logging.
 """
 
-from xtuner2llava.conversion import convert, foresee_training, inspect, plan, push
-from xtuner2llava.errors import (
-    CheckpointError,
-    ConversionError,
-    CorruptFileError,
-    Fault,
-    HubError,
-    MappingError,
-    OutputError,
-    PlanError,
-    UnsafeFileError,
-    UnsupportedError,
-    UsageError,
-    VerificationError,
-)
-from xtuner2llava.hub import Pushed
-from xtuner2llava.inspection import Inspection
-from xtuner2llava.outlook import Outlook
-from xtuner2llava.plan import Plan
-from xtuner2llava.report import Report
-from xtuner2llava.verify import Check, Verification, verify
-from xtuner2llava.version import version
+from __future__ import annotations
 
-__version__ = version()
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xtuner2llava.conversion import convert, foresee_training, inspect, plan, push
+    from xtuner2llava.errors import (
+        CheckpointError,
+        ConversionError,
+        CorruptFileError,
+        Fault,
+        HubError,
+        MappingError,
+        OutputError,
+        PlanError,
+        UnsafeFileError,
+        UnsupportedError,
+        UsageError,
+        VerificationError,
+    )
+    from xtuner2llava.hub import Pushed
+    from xtuner2llava.inspection import Inspection
+    from xtuner2llava.outlook import Outlook
+    from xtuner2llava.planning.plan import Plan
+    from xtuner2llava.report import Report
+    from xtuner2llava.verification import Check, Verification, verify
+
+    __version__: str
 
 __all__ = [
     "Check",
@@ -59,3 +64,32 @@ __all__ = [
     "push",
     "verify",
 ]
+
+# Where each name is; a module is imported when one of its names is first asked for, so that the
+# command line answers at once.
+_MODULES = {
+    "conversion": ("convert", "foresee_training", "inspect", "plan", "push"),
+    "hub": ("Pushed",),
+    "inspection": ("Inspection",),
+    "outlook": ("Outlook",),
+    "planning.plan": ("Plan",),
+    "report": ("Report",),
+    "verification": ("Check", "Verification", "verify"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """PEP 562."""
+    if name == "__version__":
+        from xtuner2llava.version import version
+
+        return version()
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = next((m for m, names in _MODULES.items() if name in names), "errors")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -367,8 +367,8 @@ def verify(
     """Check the folder OUT: by itself, against its checkpoint, and at work."""
     # Configs of LLaVA are not transformers' own, of which it would warn.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from xtuner2llava.verify import verify as run
-    from xtuner2llava.verify.rendering import render_verification
+    from xtuner2llava.verification import verify as run
+    from xtuner2llava.verification.rendering import render_verification
 
     for name in ("format", "model_type"):
         # The folder says these itself, and is held to them only where they are asked for.

@@ -23,8 +23,8 @@ from xtuner2llava.language import model_name
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
 from xtuner2llava.options import Options, PathOrText
-from xtuner2llava.plan import Plan
 from xtuner2llava.planning import make_plan
+from xtuner2llava.planning.plan import Plan
 from xtuner2llava.provenance import plan_identity, provenance
 from xtuner2llava.published import published_json
 from xtuner2llava.published_config import published_config

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 from xtuner2llava.errors import UsageError
@@ -21,7 +20,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
     `UsageError` if Dask is not installed, or nobody answers there.
     """
     try:
-        distributed: Any = import_module("distributed")  # It has no types.
+        from distributed import Client  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise UsageError(
             f"Dask is not installed ({error})",
@@ -29,7 +28,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
             advice="Install it: pip install 'xtuner2llava[dask]'",
         ) from None
     try:
-        client = distributed.Client(address, timeout=_SECONDS, set_as_default=False)
+        client: Any = Client(address, timeout=_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call,unused-ignore]
     except (OSError, ValueError) as error:
         raise UsageError(
             f"no scheduler answers at {address} ({str(error).strip() or type(error).__name__})",

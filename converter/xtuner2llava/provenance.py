@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 from xtuner2llava.published import published_name, published_text
 from xtuner2llava.sources import Fingerprint, Part
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER

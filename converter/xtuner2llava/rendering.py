@@ -9,7 +9,7 @@ from xtuner2llava.hub.destination import Pushed
 from xtuner2llava.inspection import Inspection
 from xtuner2llava.language import fold
 from xtuner2llava.outlook import Outlook
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 from xtuner2llava.report import Report
 from xtuner2llava.target import Target
 

@@ -74,8 +74,8 @@ def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
 
 def _verification_faults(folder: Path, advance: Callable[[int, int], None]) -> list[Fault]:
     """What `verify` finds wrong; it also compares the shards with their checksums."""
-    from xtuner2llava.verify import verify
-    from xtuner2llava.verify.outcome import FAILED
+    from xtuner2llava.verification import verify
+    from xtuner2llava.verification.outcome import FAILED
 
     found = verify(folder, on_progress=lambda stage, done, total: advance(done, total))
     return [

@@ -11,7 +11,7 @@ from xtuner2llava.model_card.prompt import Prompt, prompt_of
 from xtuner2llava.model_card.template import Template
 from xtuner2llava.model_card.usage import usage
 from xtuner2llava.options import Options
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 from xtuner2llava.published import hub_id, published_name, published_text
 from xtuner2llava.sources import Part
 from xtuner2llava.sources.json_file import integer

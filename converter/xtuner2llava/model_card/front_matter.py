@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 from xtuner2llava.published import hub_id
 from xtuner2llava.sources.json_file import Json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 from xtuner2llava.recipe import Table
 
 QUESTION = "What is in this picture?"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xtuner2llava.model_card.prompt import QUESTION, Prompt
-from xtuner2llava.plan import Plan
+from xtuner2llava.planning.plan import Plan
 
 _LLAVA = "[LLaVA](https://github.com/haotian-liu/LLaVA)"
 _NEXT = "[LLaVA-NeXT](https://github.com/LLaVA-VL/LLaVA-NeXT)"

@@ -18,8 +18,8 @@ from xtuner2llava.language import (
     check_against_class,
 )
 from xtuner2llava.options import PathOrText
-from xtuner2llava.plan import Tie
 from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.plan import Tie
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.ties import are_surely_different, are_surely_equal

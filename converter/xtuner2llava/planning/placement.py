@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from xtuner2llava.errors import Fault
 from xtuner2llava.language import Dropped, Format, Origin, apply
-from xtuner2llava.plan import PlannedTensor
 from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.plan import PlannedTensor
 from xtuner2llava.planning.precision import KEEP
 from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
 

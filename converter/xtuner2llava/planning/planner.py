@@ -15,7 +15,6 @@ from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llava.vision_tower_name import vision_tower_name
 from xtuner2llava.llm_config import trained_llm_config
 from xtuner2llava.options import Options
-from xtuner2llava.plan import MappingInUse, Plan
 from xtuner2llava.planning.configuration import config_json
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.language_model import (
@@ -25,6 +24,7 @@ from xtuner2llava.planning.language_model import (
     plain_language_model,
 )
 from xtuner2llava.planning.placement import in_dtype, place
+from xtuner2llava.planning.plan import MappingInUse, Plan
 from xtuner2llava.planning.precision import config_dtype, dtype_to_write
 from xtuner2llava.planning.tokens import (
     generation_tokens,

@@ -8,8 +8,8 @@ from dataclasses import replace
 from xtuner2llava.errors import Fault, UsageError
 from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
-from xtuner2llava.plan import Chat
 from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.plan import Chat
 from xtuner2llava.recipe import Recipe, Table
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers import (

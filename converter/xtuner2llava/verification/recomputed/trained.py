@@ -10,8 +10,8 @@ from pathlib import Path
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.recipe import Recipe, Table
 from xtuner2llava.sources.json_file import Json, read_json
-from xtuner2llava.verify.layout import LLM, VISUAL_ENCODER
-from xtuner2llava.verify.recomputed.weight import Weight
+from xtuner2llava.verification.layout import LLM, VISUAL_ENCODER
+from xtuner2llava.verification.recomputed.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.layout import LLM, VISUAL_ENCODER
-from xtuner2llava.verify.out_folder import OutFolder
-from xtuner2llava.verify.outcome import OK, SKIPPED, WARNING, Check
-from xtuner2llava.verify.plain_model import plain_config
+from xtuner2llava.verification.layout import LLM, VISUAL_ENCODER
+from xtuner2llava.verification.out_folder import OutFolder
+from xtuner2llava.verification.outcome import OK, SKIPPED, WARNING, Check
+from xtuner2llava.verification.plain_model import plain_config
 
 _IMAGE_PROCESSOR = "preprocessor_config.json"
 

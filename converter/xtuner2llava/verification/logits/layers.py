@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.verify.plain_model import installed_names
+from xtuner2llava.verification.plain_model import installed_names
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from xtuner2llava.sources.json_file import Json, read_json
-from xtuner2llava.verify.layout import LLM, VISUAL_ENCODER
-from xtuner2llava.verify.out_folder import OutFolder
-from xtuner2llava.verify.outcome import SKIPPED, Check
-from xtuner2llava.verify.tokenizer import TOKENIZER_FILES, load_tokenizer
+from xtuner2llava.verification.layout import LLM, VISUAL_ENCODER
+from xtuner2llava.verification.out_folder import OutFolder
+from xtuner2llava.verification.outcome import SKIPPED, Check
+from xtuner2llava.verification.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 _IMAGE_PROCESSOR = "preprocessor_config.json"
 # Texts that tokenizers split in their own ways: spaces, digits, lines, accents, other scripts.

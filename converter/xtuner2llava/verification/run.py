@@ -15,14 +15,14 @@ from pathlib import Path
 from xtuner2llava.errors import ConversionError, UsageError
 from xtuner2llava.options import Options, PathOrText
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.invariants import invariant_checks
-from xtuner2llava.verify.leaks import leak_check
-from xtuner2llava.verify.naming import naming_checks
-from xtuner2llava.verify.out_folder import OutFolder, open_out
-from xtuner2llava.verify.outcome import FAILED, SKIPPED, Check, Verification
-from xtuner2llava.verify.record import record_checks
-from xtuner2llava.verify.structure import structure_checks
-from xtuner2llava.verify.tokenizer import tokenizer_checks
+from xtuner2llava.verification.invariants import invariant_checks
+from xtuner2llava.verification.leaks import leak_check
+from xtuner2llava.verification.naming import naming_checks
+from xtuner2llava.verification.out_folder import OutFolder, open_out
+from xtuner2llava.verification.outcome import FAILED, SKIPPED, Check, Verification
+from xtuner2llava.verification.record import record_checks
+from xtuner2llava.verification.structure import structure_checks
+from xtuner2llava.verification.tokenizer import tokenizer_checks
 
 # Called with (stage, bytes done, bytes in all), from one thread at a time.
 OnProgress = Callable[[str, int, int], None]
@@ -143,7 +143,7 @@ class _Against:
         self._figures, self._on_progress = figures, on_progress
 
     def checks(self, logits: bool, trust_remote_code: bool) -> Iterator[Check]:
-        from xtuner2llava.verify.recomputed import Comparison, against_checks, expect
+        from xtuner2llava.verification.recomputed import Comparison, against_checks, expect
 
         expected = expect(self._checkpoint, self._options, self._folder)
         result = Comparison()
@@ -153,7 +153,7 @@ class _Against:
         self._figures["tensors"] = result.to_dict()
         if not logits:
             return
-        from xtuner2llava.verify.logits import logits_checks
+        from xtuner2llava.verification.logits import logits_checks
 
         yield from _guarded(
             "logits against the trained model",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.layout import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.verify.logits.model import LanguageModel, Tower
-from xtuner2llava.verify.logits.streams import (
+from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.verification.logits.model import LanguageModel, Tower
+from xtuner2llava.verification.logits.streams import (
     FOLDER,
     NUDGED,
     ROUNDED,
@@ -18,11 +18,11 @@ from xtuner2llava.verify.logits.streams import (
     Side,
     run_both,
 )
-from xtuner2llava.verify.out_folder import OutFolder
-from xtuner2llava.verify.outcome import FAILED, OK, SKIPPED, Check
-from xtuner2llava.verify.plain_model import plain_config
-from xtuner2llava.verify.recomputed import Comparison, Expected, out_tensors
-from xtuner2llava.verify.recomputed.weight import Weight, of_file
+from xtuner2llava.verification.out_folder import OutFolder
+from xtuner2llava.verification.outcome import FAILED, OK, SKIPPED, Check
+from xtuner2llava.verification.plain_model import plain_config
+from xtuner2llava.verification.recomputed import Comparison, Expected, out_tensors
+from xtuner2llava.verification.recomputed.weight import Weight, of_file
 
 if TYPE_CHECKING:
     pass

@@ -7,7 +7,12 @@ for where a Hub repo id lies on disk. A wrong rule in a family's YAML passes her
 logits.
 """
 
-from xtuner2llava.verify.recomputed.against import Expected, against_checks, expect, out_tensors
-from xtuner2llava.verify.recomputed.comparison import Comparison
+from xtuner2llava.verification.recomputed.against import (
+    Expected,
+    against_checks,
+    expect,
+    out_tensors,
+)
+from xtuner2llava.verification.recomputed.comparison import Comparison
 
 __all__ = ["Comparison", "Expected", "against_checks", "expect", "out_tensors"]

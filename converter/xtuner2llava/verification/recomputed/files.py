@@ -32,7 +32,7 @@ _CODES = {
 }  # fmt: skip
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    "from xtuner2llava.verify.recomputed.torch_index import main; main()"
+    "from xtuner2llava.verification.recomputed.torch_index import main; main()"
 )
 
 

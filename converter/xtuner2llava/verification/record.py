@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.out_folder import RECORD, OutFolder
-from xtuner2llava.verify.outcome import SKIPPED, Check
+from xtuner2llava.verification.out_folder import RECORD, OutFolder
+from xtuner2llava.verification.outcome import SKIPPED, Check
 
 _BLOCK_BYTES = 4 << 20
 # What a clone or a download from the Hub adds.

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from xtuner2llava.verify.out_folder import INDEX, RECORD, OutFolder
-from xtuner2llava.verify.outcome import FAILED, OK, WARNING, Check, joined
+from xtuner2llava.verification.out_folder import INDEX, RECORD, OutFolder
+from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Check, joined
 
 # Written by the converter; all others are copies of what the base models came with.
 _OURS = ("config.json", "generation_config.json", "README.md", RECORD, INDEX)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xtuner2llava.verify.recomputed.files import FileTensor
+from xtuner2llava.verification.recomputed.files import FileTensor
 
 if TYPE_CHECKING:
     import torch

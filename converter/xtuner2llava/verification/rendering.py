@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from xtuner2llava.verify.outcome import Verification
+from xtuner2llava.verification.outcome import Verification
 
 _WIDTH = 110
 

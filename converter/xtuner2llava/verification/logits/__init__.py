@@ -6,6 +6,6 @@ merged in float64; the folder as its config says. What no comparison of tensors 
 a wrong rule whose shapes fit, another rope_theta, another epsilon.
 """
 
-from xtuner2llava.verify.logits.compare import logits_checks
+from xtuner2llava.verification.logits.compare import logits_checks
 
 __all__ = ["logits_checks"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.logits.layers import Layers, layer_tensors, one_layer_config
-from xtuner2llava.verify.plain_model import new_tower
-from xtuner2llava.verify.recomputed.weight import Weight
+from xtuner2llava.verification.logits.layers import Layers, layer_tensors, one_layer_config
+from xtuner2llava.verification.plain_model import new_tower
+from xtuner2llava.verification.recomputed.weight import Weight
 
 if TYPE_CHECKING:
     import torch

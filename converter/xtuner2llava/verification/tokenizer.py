@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.out_folder import OutFolder
-from xtuner2llava.verify.outcome import SKIPPED, WARNING, Check
+from xtuner2llava.verification.out_folder import OutFolder
+from xtuner2llava.verification.outcome import SKIPPED, WARNING, Check
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import CheckpointError, UnsupportedError
-from xtuner2llava.verify.recomputed.files import FileTensor
-from xtuner2llava.verify.recomputed.weight import Block, Weight, of_file
+from xtuner2llava.verification.recomputed.files import FileTensor
+from xtuner2llava.verification.recomputed.weight import Block, Weight, of_file
 
 if TYPE_CHECKING:
     import torch

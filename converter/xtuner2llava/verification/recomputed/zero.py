@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.verify.recomputed.files import FileTensor, TorchFiles, Value, state_dict
+from xtuner2llava.verification.recomputed.files import FileTensor, TorchFiles, Value, state_dict
 
 if TYPE_CHECKING:
     import torch

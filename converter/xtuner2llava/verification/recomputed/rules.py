@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, MappingError
-from xtuner2llava.verify.recomputed.arithmetic import evaluate, whole_number
-from xtuner2llava.verify.recomputed.verbs import VERBS, Rule
-from xtuner2llava.verify.recomputed.weight import Weight
+from xtuner2llava.verification.recomputed.arithmetic import evaluate, whole_number
+from xtuner2llava.verification.recomputed.verbs import VERBS, Rule
+from xtuner2llava.verification.recomputed.weight import Weight
 
 if TYPE_CHECKING:
     pass

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.logits.distance import Distance, Distances
-from xtuner2llava.verify.logits.model import LanguageModel, Rounding, Tower
-from xtuner2llava.verify.recomputed.weight import Weight
+from xtuner2llava.verification.logits.distance import Distance, Distances
+from xtuner2llava.verification.logits.model import LanguageModel, Rounding, Tower
+from xtuner2llava.verification.recomputed.weight import Weight
 
 if TYPE_CHECKING:
     import torch

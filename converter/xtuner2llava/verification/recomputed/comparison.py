@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verify.recomputed.files import FileTensor
-from xtuner2llava.verify.recomputed.weight import Block, Weight
+from xtuner2llava.verification.recomputed.files import FileTensor
+from xtuner2llava.verification.recomputed.weight import Block, Weight
 
 if TYPE_CHECKING:
     import torch

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 from xtuner2llava.errors import MappingError
 from xtuner2llava.options import Options
 from xtuner2llava.sources.json_file import text
-from xtuner2llava.verify.layout import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.verify.out_folder import OutFolder
-from xtuner2llava.verify.outcome import SKIPPED, Check
-from xtuner2llava.verify.plain_model import in_older_words
-from xtuner2llava.verify.recomputed.comparison import (
+from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.verification.out_folder import OutFolder
+from xtuner2llava.verification.outcome import SKIPPED, Check
+from xtuner2llava.verification.plain_model import in_older_words
+from xtuner2llava.verification.recomputed.comparison import (
     Comparison,
     names_fault,
     unit_in_the_last_place,
 )
-from xtuner2llava.verify.recomputed.copies import copies_checks
-from xtuner2llava.verify.recomputed.files import FileTensor, open_safetensors
-from xtuner2llava.verify.recomputed.opening import open_trained
-from xtuner2llava.verify.recomputed.rules import detect_family, read_family
-from xtuner2llava.verify.recomputed.trained import Trained
-from xtuner2llava.verify.recomputed.weight import Block, Weight
+from xtuner2llava.verification.recomputed.copies import copies_checks
+from xtuner2llava.verification.recomputed.files import FileTensor, open_safetensors
+from xtuner2llava.verification.recomputed.opening import open_trained
+from xtuner2llava.verification.recomputed.rules import detect_family, read_family
+from xtuner2llava.verification.recomputed.trained import Trained
+from xtuner2llava.verification.recomputed.weight import Block, Weight
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xtuner2llava.verify.recomputed.arithmetic import whole_number
-from xtuner2llava.verify.recomputed.weight import Block, Weight, rearranged
+from xtuner2llava.verification.recomputed.arithmetic import whole_number
+from xtuner2llava.verification.recomputed.weight import Block, Weight, rearranged
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ It shares little with the conversion that it judges: see `recomputed/__init__.py
 what the output looks like (`layout.py`), and nothing of how it is written.
 """
 
-from xtuner2llava.verify.outcome import Check, Verification
-from xtuner2llava.verify.verification import verify
+from xtuner2llava.verification.outcome import Check, Verification
+from xtuner2llava.verification.run import verify
 
 __all__ = ["Check", "Verification", "verify"]

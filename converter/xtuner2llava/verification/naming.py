@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from xtuner2llava.verify.out_folder import OutFolder
-from xtuner2llava.verify.outcome import FAILED, OK, WARNING, Check
+from xtuner2llava.verification.out_folder import OutFolder
+from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Check
 
 _LLAMA = "LlavaLlamaForCausalLM"
 _MISTRAL = "LlavaMistralForCausalLM"

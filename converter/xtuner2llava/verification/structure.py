@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.verify.layout import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.verify.out_folder import INDEX, OutFolder
-from xtuner2llava.verify.outcome import SKIPPED, Check
-from xtuner2llava.verify.plain_model import (
+from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.verification.out_folder import INDEX, OutFolder
+from xtuner2llava.verification.outcome import SKIPPED, Check
+from xtuner2llava.verification.plain_model import (
     language_model_shapes,
     tower_config_of_shapes,
     tower_shapes,
 )
-from xtuner2llava.verify.shard_header import HeaderEntry
+from xtuner2llava.verification.shard_header import HeaderEntry
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 

@@ -17,17 +17,17 @@ from xtuner2llava.options import Options
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.sources.hub import fetch_checkpoint, fetch_model, is_reference
 from xtuner2llava.sources.json_file import Json, read_json
-from xtuner2llava.verify.layout import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.verify.recomputed.adapter import LoraScale, is_adapter, with_adapter
-from xtuner2llava.verify.recomputed.files import (
+from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.verification.recomputed.adapter import LoraScale, is_adapter, with_adapter
+from xtuner2llava.verification.recomputed.files import (
     FileTensor,
     TorchFiles,
     open_safetensors,
     state_dict,
 )
-from xtuner2llava.verify.recomputed.trained import Trained
-from xtuner2llava.verify.recomputed.weight import Weight, of_file
-from xtuner2llava.verify.recomputed.zero import is_zero_directory, open_zero
+from xtuner2llava.verification.recomputed.trained import Trained
+from xtuner2llava.verification.recomputed.weight import Weight, of_file
+from xtuner2llava.verification.recomputed.zero import is_zero_directory, open_zero
 
 _PARTS = (LLM, VISUAL_ENCODER, PROJECTOR)
 _FLAGS = {LLM: "--llm", VISUAL_ENCODER: "--vision"}

@@ -14,7 +14,8 @@ import pytest
 
 from reference.cases import CASES
 from xtuner2llava import ConversionError, convert, inspect, plan
-from xtuner2llava.errors import CorruptFileError
+from xtuner2llava.errors import CorruptFileError, UsageError
+from xtuner2llava.model_card.template import Template
 from xtuner2llava.sources.small_file import read_small
 from xtuner2llava.terminal import printable
 
@@ -141,6 +142,30 @@ def test_small_files_are_small_and_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "said"),
+    [("pipe", "no plain file"), ("/dev/zero", "no plain file"), ("large", "more than 1,048,576")],
+)
+def test_a_card_template_is_small_and_plain(kind: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "card.md"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "large":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        path.symlink_to(kind)
+    with pytest.raises(UsageError, match=said):
+        Template.read(path)
+
+
+def test_a_card_template_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.md").write_text("# Mine\n")
+    (tmp_path / "card.md").symlink_to("there/mine.md")
+    assert Template.read(tmp_path / "card.md").text == "# Mine\n"
+
+
+@pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("plain → text, ─ and 中文\n\tand tabs", "plain → text, ─ and 中文\n\tand tabs"),
@@ -170,6 +195,26 @@ def test_names_in_a_file_reach_the_terminal_as_text(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert b"\\x1b]0;owned\\x07\\ud800" in done.stderr
         assert b"\x1b]0" not in done.stderr and b"fault of xtuner2llava" not in done.stderr
+
+
+def test_long_texts_in_a_file_do_not_flood_the_terminal(tmp_path: Path) -> None:
+    described = {f"{number}": {"dtype": "F99"} for number in range(1000)}
+    described["x" * 1_000_000] = {"dtype": "y" * 1_000_000}
+    header = json.dumps(dict(reversed(described.items()))).encode()
+    folder = tmp_path / "iter_2_xtuner" / "projector"
+    folder.mkdir(parents=True)
+    data = len(header).to_bytes(8, "little") + header
+    (folder / "model.safetensors").write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-m", "xtuner2llava", "inspect", folder.parent],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "1001 faults" in done.stderr and "and 801 more" in done.stderr
+    assert "characters ...]" in done.stderr
+    assert len(done.stderr) < 200 * (len(str(tmp_path)) + 200)
 
 
 AUDIT = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,6 +257,17 @@ def test_a_folder_that_changed_is_refused(hub: HubServer, client: Client, out: P
     assert "generation_config.json: is not what was written" in text
     assert "config.json: is not there" in text
     assert "model-00001-of-00003.safetensors: is not there" in text
+    assert hub.requests == []
+
+
+def test_a_small_file_that_is_large_is_not_read(hub: HubServer, client: Client, out: Path) -> None:
+    """A folder that somebody gave away may say so in its record, with the right checksum."""
+    os.truncate(out / "README.md", (64 << 20) + 1)
+    os.truncate(out / "tokenizer.json", 1 << 40)  # A hole, which takes no space.
+    text = fault(client, out)
+    assert text.startswith("VerificationError: 2 faults")
+    assert "README.md: has 67,108,865 bytes, expected at most 67,108,864" in text
+    assert "tokenizer.json: has 1,099,511,627,776 bytes" in text
     assert hub.requests == []
 
 

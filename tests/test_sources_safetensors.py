@@ -154,6 +154,17 @@ def test_a_header_of_absurd_size_is_not_read(tmp_path: Path) -> None:
         SafetensorsFile(path)
 
 
+def test_more_tensors_than_memory_is_worth_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for length in (31_999_999, 32_000_001):
+        path.write_bytes(struct.pack("<Q", length) + b"{}" + b" " * (length - 2))
+        if length < 32_000_000:
+            assert SafetensorsFile(path).tensors == {}
+            continue
+        with pytest.raises(CorruptFileError, match="32,000,001 bytes, expected at most 32,000,000"):
+            SafetensorsFile(path)
+
+
 def test_a_file_cut_anywhere_is_damaged(tmp_path: Path) -> None:
     data = save({"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.bool)})
     for length in range(len(data)):

@@ -224,3 +224,13 @@ def test_json_of_any_size_is_not_read(tmp_path: Path) -> None:
     path.write_text('{"a": 1,\n"b": }')
     with pytest.raises(CorruptFileError, match=r"config\.json:2: is not JSON: Expecting value"):
         read_json(path)
+
+
+def test_an_index_of_absurdly_many_shards_is_refused(tmp_path: Path) -> None:
+    """Before any is looked for."""
+    index = tmp_path / "model.safetensors.index.json"
+    names = {f"{number}": f"{number}.safetensors" for number in range(10_001)}
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CorruptFileError, match="names 10,001 shards, expected at most 10,000") as e:
+        open_weights(index)
+    assert len(e.value.faults) == 1

@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from xtuner2llava.errors import ConversionError, Fault
+from xtuner2llava.errors import ConversionError
 from xtuner2llava.progress import ProgressBar
-from xtuner2llava.terminal import accept_any_text, printable
+from xtuner2llava.terminal import accept_any_text, printable, shortened
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 OnProgress: TypeAlias = Callable[[str, int, int], None]
+
+# More are no help to anybody; the API has all.
+_MAX_FAULTS = 200
 
 
 class _Group(click.Group):
@@ -99,12 +102,14 @@ def _tell_faults(error: ConversionError) -> None:
     count = len(error.faults)
     head = f"Error, {count} faults:" if count > 1 else "Error:"
     click.echo(click.style(head, fg="red", bold=True), err=True)
-    for fault in error.faults:
-        _say(f"  {_indent(fault)}", err=True)
+    for fault in error.faults[:_MAX_FAULTS]:
+        _say(f"  {_indent(shortened(str(fault)))}", err=True)
+    if count > _MAX_FAULTS:
+        _say(f"  and {count - _MAX_FAULTS:,} more", err=True)
 
 
-def _indent(fault: Fault) -> str:
-    return str(fault).replace("\n", "\n  ")
+def _indent(text: str) -> str:
+    return text.replace("\n", "\n  ")
 
 
 def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:

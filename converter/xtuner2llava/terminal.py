@@ -18,6 +18,15 @@ def printable(text: str) -> str:
     )
 
 
+def shortened(text: str, longest: int = 4000) -> str:
+    """`text`, of which the middle is left out if it has more than `longest` characters."""
+    surplus = len(text) - longest
+    if surplus <= 0:
+        return text
+    half = longest // 2
+    return f"{text[:half]} [... {surplus:,} characters ...] {text[-half:]}"
+
+
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 

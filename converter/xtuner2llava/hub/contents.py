@@ -102,8 +102,15 @@ def _differences(folder: Path, shards: dict[str, str], small: dict[str, str]) ->
         for name in (*shards, *small)
         if name != CARD_NAME and not _is_ours(folder, name)
     ]
-    for name, digest in small.items():
-        if name == CARD_NAME or not _is_ours(folder, name):
+    for name, digest in {CARD_NAME: "", **small}.items():
+        if not _is_ours(folder, name):
+            continue
+        size = (folder / name).stat().st_size
+        if size > _MAX_TEXT_BYTES:
+            what = f"has {size:,} bytes, expected at most {_MAX_TEXT_BYTES:,}"
+            faults.append(Fault(str(folder / name), what, _ADVICE))
+            continue
+        if name == CARD_NAME:
             continue
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != digest:
@@ -122,6 +129,7 @@ def _tokens(folder: Path, names: tuple[str, ...]) -> list[Fault]:
     faults = []
     for name in dict.fromkeys((*names, CARD_NAME)):
         path = folder / name
+        # Larger ones are faults already.
         if not _is_ours(folder, name) or path.stat().st_size > _MAX_TEXT_BYTES:
             continue
         if _TOKEN.search(path.read_bytes()):

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from xtuner2llava.errors import Fault, UsageError, raise_faults
+from xtuner2llava.errors import CorruptFileError, Fault, UsageError, raise_faults
 from xtuner2llava.model_card.front_matter import dump, parse, split
 from xtuner2llava.sources.json_file import Json
+from xtuner2llava.sources.small_file import read_plain
 
 # What may stand between {{ and }}: the sections of the generated card.
 PLACES = ("name", "summary", "parts", "usage", "prompt", "conversion", "caveats")
@@ -32,13 +33,11 @@ class Template:
         """Reads a file of at most 1 MiB. Raises `UsageError` with all that is wrong with it."""
         where = f"--card-template {path}"
         try:
-            data = Path(path).read_bytes()
-            text = data.decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UsageError(f"cannot be read ({reason})", where=where) from error
-        if len(data) > _MAX_BYTES:
-            raise UsageError(f"has more than {_MAX_BYTES:,} bytes", where=where)
+            text = read_plain(Path(path), _MAX_BYTES).decode("utf-8-sig")
+        except CorruptFileError as error:
+            raise UsageError(error.faults[0].what, where=where) from error
+        except UnicodeDecodeError as error:
+            raise UsageError("cannot be read (it is not UTF-8)", where=where) from error
         faults = [
             Fault(where, f"has no place '{name}'", f"Known are {', '.join(PLACES)}.")
             for name in sorted(set(_PLACE.findall(text)) - set(PLACES))

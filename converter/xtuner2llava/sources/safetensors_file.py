@@ -18,7 +18,9 @@ from xtuner2llava.sources.json_file import Json, parse_json
 from xtuner2llava.tensors import BY_CODE, DType, FileRange, LazyTensor, Shape, SourceFile, Stored
 from xtuner2llava.tensors.files import read_ranges
 
-_MAX_HEADER_BYTES = 100_000_000
+# The format's own limit is 100 MB, which may describe more tensors than memory is worth. This is
+# for some 300,000, and the largest models have a few thousand in a file.
+_MAX_HEADER_BYTES = 32_000_000
 # A file begins with so many bytes that say how long its header is.
 START_BYTES = 8
 
@@ -79,7 +81,13 @@ def header_length(start: bytes, size: int, where: str) -> int:
             where=where,
             advice="Run `git lfs pull` in its repository.",
         )
-    if length > min(_MAX_HEADER_BYTES, size - START_BYTES):
+    if _MAX_HEADER_BYTES < length <= size - START_BYTES:
+        raise CorruptFileError(
+            f"its header claims {length:,} bytes, expected at most {_MAX_HEADER_BYTES:,}",
+            where=where,
+            advice="If it is a model all the same, save it in more and smaller shards.",
+        )
+    if length > size - START_BYTES:
         raise CorruptFileError(
             f"its header claims {length:,} bytes, the file has {size:,}",
             where=where,

@@ -14,6 +14,9 @@ from xtuner2llava.sources.small_file import inside
 from xtuner2llava.sources.torch_file import TorchFile
 from xtuner2llava.tensors import LazyTensor
 
+# The largest models that are published have a few hundred.
+_MAX_SHARDS = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
@@ -106,6 +109,10 @@ def open_shards(index: Path, open_shard: Callable[[str], Weights]) -> Weights:
     by_shard: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         by_shard.setdefault(str(shard), []).append(tensor)
+    if len(by_shard) > _MAX_SHARDS:
+        raise CorruptFileError(
+            f"names {len(by_shard):,} shards, expected at most {_MAX_SHARDS:,}", where=str(index)
+        )
     tensors: dict[str, LazyTensor] = {}
     files: list[Fingerprint] = []
     faults: list[Fault] = []

@@ -1,8 +1,9 @@
 """What `--format hf` writes has the names and config keys that vLLM's LLaVA loads.
 
 vLLM itself is not run. What it takes was read in vllm-project/vllm, vllm/model_executor/models/:
-llava.py (modules, `hf_to_vllm_mapper`, `load_weights`) at 35d3c24b, and at 0004c540, which renamed
-nothing; clip.py (modules, `post_layernorm`) at 030ea52e. Its loader refuses any name that is none.
+llava.py (modules, `hf_to_vllm_mapper`, `load_weights`) at 35d3c24b, and its beginning at 0004c540,
+which has the same modules and no renames; clip.py (modules, `post_layernorm`) at 030ea52e. Its
+loader refuses any name that is none.
 """
 
 from __future__ import annotations

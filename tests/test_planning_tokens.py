@@ -165,3 +165,23 @@ def test_the_end_of_turn_of_another_template(checkpoints: Path, tmp_path: Path) 
     made = make(checkpoints, base(checkpoints, tmp_path), xtuner_config=config)
     assert made.chat.template == "internlm2_chat"
     assert made.token_ids.eos[0] == STOP
+
+
+def test_a_base_whose_configs_name_no_ids_has_those_of_its_tokenizer(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """Without them, LLaVA could not generate."""
+    llm = tmp_path / "base"
+    shutil.copytree(checkpoints / "bases/llm_llama", llm)
+    case = checkpoints / "llama_e_full_fullvis/iter_2.pth"
+    bases = {"llm": llm, "vision": checkpoints / "bases/vision_clip"}
+    before = plan(case, **bases, vision_tower_name="openai/clip")
+    assert before.config["bos_token_id"] is not None
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((llm / name).read_text()) if (llm / name).exists() else {}
+        kept = {key: value for key, value in values.items() if not key.endswith("_token_id")}
+        (llm / name).write_text(json.dumps(kept))
+    after = plan(case, **bases, vision_tower_name="openai/clip")
+    for key in ("bos_token_id", "eos_token_id"):
+        assert after.config[key] == before.config[key]
+        assert after.generation_config[key] == before.generation_config[key]

@@ -53,7 +53,8 @@ def token_ids(
     """The ids to generate with.
 
     A token that the family names counts if the tokenizer has it; else what the base's
-    `generation_config.json`, then its `config.json` say. Of `stop_words`, with which the prompt
+    `generation_config.json`, then its `config.json` say; else, for bos and eos, without which
+    nothing can be generated, the tokenizer's own. Of `stop_words`, with which the prompt
     template ends a turn, those that are single tokens are put before the base's eos ids.
     """
 
@@ -71,8 +72,10 @@ def token_ids(
 
     named_eos = [i for word in named.eos for i in of_text(word)]
     stops = [i for word in stop_words for i in of_text(word)]
-    eos = list(dict.fromkeys([*stops, *(named_eos or of_base("eos_token_id"))]))
-    bos = of_text(named.bos) or of_base("bos_token_id")
+    base_eos = of_base("eos_token_id") or of_text(tokenizer.special("eos_token"))
+    eos = list(dict.fromkeys([*stops, *(named_eos or base_eos)]))
+    own_bos = of_text(tokenizer.special("bos_token"))
+    bos = of_text(named.bos) or of_base("bos_token_id") or own_bos
     pad = of_text(named.pad) or of_base("pad_token_id")
     return TokenIds(bos[0] if bos else None, tuple(eos), pad[0] if pad else None)
 

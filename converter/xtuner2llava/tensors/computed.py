@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.dtype import FLOAT64, DType
-from xtuner2llava.tensors.lazy import LazyTensor, Shape, row_blocks
+from xtuner2llava.tensors.lazy import Derived, LazyTensor, Shape, row_blocks
 from xtuner2llava.tensors.rounding import round_to
 
 if TYPE_CHECKING:
@@ -16,33 +16,17 @@ if TYPE_CHECKING:
 _TILE_BYTES = 1 << 20
 
 
-class Cast(LazyTensor):
+class Cast(Derived):
     """`source` in another dtype, rounded to nearest, ties to even.
 
     Casts are the last step of a plan, so that a value is rounded once.
     """
 
     def __init__(self, source: LazyTensor, dtype: DType) -> None:
-        self._source = source
-        self.dtype, self.shape = dtype, source.shape
-
-    @property
-    def row_cost(self) -> int:
-        return self.row_bytes + self._source.row_cost
-
-    @property
-    def fixed_cost(self) -> int:
-        return self._source.fixed_cost
-
-    @property
-    def stored_dtype(self) -> DType:
-        return self._source.stored_dtype
+        super().__init__(source, dtype, source.shape)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return round_to(self._source.read(start, stop), self.dtype.torch)
-
-    def leaves(self) -> Iterator[LazyTensor]:
-        return self._source.leaves()
 
     def flat(self) -> LazyTensor:
         return Cast(self._source.flat(), self.dtype)
@@ -79,36 +63,20 @@ class Fill(LazyTensor):
         return Fill(self.dtype, (math.prod(self.shape),), self._value)
 
 
-class Columns(LazyTensor):
+class Columns(Derived):
     """Columns `[first, last)` of the second dimension of `source`."""
 
     def __init__(self, source: LazyTensor, first: int, last: int) -> None:
         if len(source.shape) < 2 or not 0 <= first <= last <= source.shape[1]:
             raise ValueError(f"columns {first} to {last} of shape {source.shape}")
-        self._source, self._first, self._last = source, first, last
-        self.dtype = source.dtype
-        self.shape = (source.shape[0], last - first, *source.shape[2:])
-
-    @property
-    def row_cost(self) -> int:
-        return self.row_bytes + self._source.row_cost
-
-    @property
-    def fixed_cost(self) -> int:
-        return self._source.fixed_cost
-
-    @property
-    def stored_dtype(self) -> DType:
-        return self._source.stored_dtype
+        super().__init__(source, source.dtype, (source.shape[0], last - first, *source.shape[2:]))
+        self._first, self._last = first, last
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return self._source.read(start, stop)[:, self._first : self._last].contiguous()
 
-    def leaves(self) -> Iterator[LazyTensor]:
-        return self._source.leaves()
 
-
-class Transpose(LazyTensor):
+class Transpose(Derived):
     """A matrix with its dimensions exchanged.
 
     A block of its rows is a block of columns of `source`, so each block passes over all of it.
@@ -117,17 +85,16 @@ class Transpose(LazyTensor):
     def __init__(self, source: LazyTensor) -> None:
         if len(source.shape) != 2:
             raise ValueError(f"a matrix is needed, shape {source.shape} is none")
-        self._source = source
-        self.dtype, self.shape = source.dtype, (source.shape[1], source.shape[0])
+        super().__init__(source, source.dtype, (source.shape[1], source.shape[0]))
+
+    @property
+    def row_cost(self) -> int:
+        return self.row_bytes
 
     @property
     def fixed_cost(self) -> int:
         # Tiles and results of uneven sizes leave holes in the heap, up to one of glibc's (64 MB).
         return max(_TILE_BYTES, self._source.row_cost) + self._source.fixed_cost + (64 << 20)
-
-    @property
-    def stored_dtype(self) -> DType:
-        return self._source.stored_dtype
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -137,11 +104,8 @@ class Transpose(LazyTensor):
             result[:, low:high] = self._source.read(low, high)[:, start:stop].T
         return result
 
-    def leaves(self) -> Iterator[LazyTensor]:
-        return self._source.leaves()
 
-
-class Normalize(LazyTensor):
+class Normalize(Derived):
     """The rows of a matrix, each divided by its L2 norm, in float64 until it is rounded.
 
     What Baichuan2's head does at run time (baichuan-inc/Baichuan2 `modeling_baichuan.py`,
@@ -151,25 +115,13 @@ class Normalize(LazyTensor):
     def __init__(self, source: LazyTensor) -> None:
         if len(source.shape) != 2:
             raise ValueError(f"a matrix is needed, shape {source.shape} is none")
-        self._source = source
-        self.dtype, self.shape = FLOAT64, source.shape
+        super().__init__(source, FLOAT64, source.shape)
 
     @property
     def row_cost(self) -> int:
         return 2 * self.row_bytes + self._source.row_cost
 
-    @property
-    def fixed_cost(self) -> int:
-        return self._source.fixed_cost
-
-    @property
-    def stored_dtype(self) -> DType:
-        return self._source.stored_dtype
-
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
         return torch.nn.functional.normalize(self._source.read(start, stop).double())
-
-    def leaves(self) -> Iterator[LazyTensor]:
-        return self._source.leaves()

@@ -89,6 +89,29 @@ class LazyTensor(ABC):
         return None
 
 
+class Derived(LazyTensor):
+    """A tensor computed from the same rows of one other, `source`."""
+
+    def __init__(self, source: LazyTensor, dtype: DType, shape: Shape) -> None:
+        self._source = source
+        self.dtype, self.shape = dtype, shape
+
+    @property
+    def row_cost(self) -> int:
+        return self.row_bytes + self._source.row_cost
+
+    @property
+    def fixed_cost(self) -> int:
+        return self._source.fixed_cost
+
+    @property
+    def stored_dtype(self) -> DType:
+        return self._source.stored_dtype
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        return self._source.leaves()
+
+
 def row_blocks(tensor: LazyTensor, memory: int) -> Iterator[tuple[int, int]]:
     """Cuts the rows of `tensor` into blocks that each cost at most `memory` bytes to read.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.dtype import FLOAT64, DType
 from xtuner2llava.tensors.kept import keep
-from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.lazy import Derived, LazyTensor
 
 if TYPE_CHECKING:
     import torch
@@ -91,29 +91,17 @@ class Merge(LazyTensor):
         return keep(right, lambda: right.read(0, right.rows).to(torch.float64))
 
 
-class Reshaped(LazyTensor):
+class Reshaped(Derived):
     """The same elements in rows of another shape; the number of rows stays."""
 
     def __init__(self, source: LazyTensor, row_shape: tuple[int, ...]) -> None:
         if math.prod(row_shape) != math.prod(source.row_shape):
             raise ValueError(f"rows of shape {source.row_shape} are none of shape {row_shape}")
-        self._source = source
-        self.dtype, self.shape = source.dtype, (source.rows, *row_shape)
+        super().__init__(source, source.dtype, (source.rows, *row_shape))
 
     @property
     def row_cost(self) -> int:
         return self._source.row_cost
 
-    @property
-    def fixed_cost(self) -> int:
-        return self._source.fixed_cost
-
-    @property
-    def stored_dtype(self) -> DType:
-        return self._source.stored_dtype
-
     def read(self, start: int, stop: int) -> torch.Tensor:
         return self._source.read(start, stop).reshape(stop - start, *self.row_shape)
-
-    def leaves(self) -> Iterator[LazyTensor]:
-        return self._source.leaves()

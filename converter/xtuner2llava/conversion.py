@@ -18,32 +18,27 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import PlanError, UsageError
+from xtuner2llava.errors import PlanError
 from xtuner2llava.language import model_name
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
+from xtuner2llava.next_steps import next_steps
 from xtuner2llava.options import Options, PathOrText
 from xtuner2llava.planning import make_plan
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.provenance import plan_identity, provenance
-from xtuner2llava.published import published_json
-from xtuner2llava.published_config import published_config
 from xtuner2llava.report import Report
+from xtuner2llava.small_files import small_files, xtuner_config_file
 from xtuner2llava.sources import Checkpoint, open_checkpoint
-from xtuner2llava.sources.small_file import read_small
 from xtuner2llava.ties import first_difference
 from xtuner2llava.version import version
-from xtuner2llava.writing import INDEX_NAME, OutputFolder, parse_size, write_shards
-from xtuner2llava.writing.disk import disk_errors
+from xtuner2llava.writing import OutputFolder, parse_size, write_shards
 
 if TYPE_CHECKING:
     # Imported where they are used: most conversions start sooner without them.
     from xtuner2llava.hub import Destination, Pushed, Upload
     from xtuner2llava.inspection import Inspection
     from xtuner2llava.outlook import Outlook
-
-# Of a tokenizer's or processor's file; the largest vocabularies have a tenth of it.
-_MAX_COPIED_BYTES = 256 << 20
 
 # Called with (stage, bytes done, bytes in all), from one thread at a time.
 OnProgress = Callable[[str, int, int], None]
@@ -138,9 +133,9 @@ def convert(
         planned = make_plan(opened, options)
         _check_ties(planned)
         # Before anything is written: what is wrong with a tokenizer may show only now.
-        small = _small_files(planned) | _tokenizer_files(planned)
+        small = small_files(planned)
         if include_xtuner_config:
-            small["xtuner_config.py"] = _xtuner_config(opened, xtuner_config)
+            small["xtuner_config.py"] = xtuner_config_file(opened, xtuner_config)
         card = model_card(planned, version(), options, verified=verify, template=template)
         small[CARD_NAME] = card.encode("utf-8")
         if destination is not None:
@@ -197,7 +192,7 @@ def convert(
         verified=verify,
         resumed=tuple(shard.filename for shard in written.shards if shard.kept),
         nonfinite=nonfinite,
-        next_steps=_next_steps(planned, _last_name(out, pushed)),
+        next_steps=next_steps(planned, _last_name(out, pushed)),
         pushed=pushed,
     )
 
@@ -337,68 +332,9 @@ def _inputs(opened: Checkpoint) -> list[Path]:
     return [opened.contents.path, *(part.folder for part in parts if part.folder is not None)]
 
 
-def _small_files(planned: Plan) -> dict[str, bytes]:
-    files = {
-        "config.json": json_bytes(planned.config),
-        "generation_config.json": json_bytes(planned.generation_config),
-    }
-    if planned.shards.index is not None:
-        files[INDEX_NAME] = planned.shards.index
-    return files
-
-
-def _tokenizer_files(planned: Plan) -> dict[str, bytes]:
-    """Files of the base models, as they are or edited, without places on somebody's machine."""
-    files = {path.name: read_small(path, _MAX_COPIED_BYTES) for path in planned.files}
-    files |= {name: make() for name, make in planned.made_files.items()}
-    return {
-        name: published_json(data) if name.endswith("_config.json") else data
-        for name, data in files.items()
-    }
-
-
-def _xtuner_config(opened: Checkpoint, given: PathOrText | None) -> bytes:
-    """The XTuner config as it may be published."""
-    found = opened.contents.config
-    if given is not None:
-        with disk_errors(Path(given), "cannot be read"):
-            found = Path(given).read_text(encoding="utf-8-sig"), str(given)
-    if found is None:
-        raise UsageError(
-            "there is no XTuner config to include",
-            where="--include-xtuner-config",
-            advice="Give it with --xtuner-config.",
-        )
-    return published_config(*found).encode("utf-8")
-
-
 def _last_name(out: str | PathLike[str], pushed: Pushed | None) -> str:
     """The name by which LLaVA will choose the class: the folder's, or the repository's."""
     return model_name(Path(out)) if pushed is None else pushed.repo_id.rpartition("/")[2]
-
-
-def _next_steps(planned: Plan, out: str) -> tuple[str, ...]:
-    if planned.processor is not None:
-        return (
-            "Load it with transformers: LlavaForConditionalGeneration.from_pretrained and "
-            "AutoProcessor.from_pretrained; README.md has the lines.",
-        )
-    name = planned.folder_name
-    steps = []
-    if not name.fits(out):
-        reasons = [f"lacks '{word}'" for word in name.missing(out)]
-        reasons += [f"contains '{word}'" for word in name.wrong(out)]
-        steps.append(
-            f"Rename the folder, for instance to {planned.suggested_name}: LLaVA chooses the class "
-            f"by the folder's name, and '{out}' {' and '.join(reasons)}."
-        )
-    becomes = planned.mapping.becomes
-    who = "LLaVA" if becomes in ("llama", "mistral") else "LLaVA-NeXT"
-    steps.append(
-        f"Load it with {who}: load_pretrained_model(path, None, folder_name); README.md has the "
-        "lines."
-    )
-    return tuple(steps)
 
 
 def _named(on_progress: OnProgress | None, stage: str) -> Callable[[int, int], None] | None:

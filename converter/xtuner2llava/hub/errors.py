@@ -100,7 +100,7 @@ def _translated(error: Exception, where: str) -> ConversionError | None:
             where="README.md",
             advice="Mend the lines between the --- of README.md, or of the --card-template.",
         )
-    if isinstance(error, network_errors()):
+    if isinstance(error, network_errors()) or _is_of_a_closed_client(error):
         return HubError(
             f"the Hub cannot be reached ({type(error).__name__}: {_first_line(error)})",
             where=where,
@@ -110,6 +110,11 @@ def _translated(error: Exception, where: str) -> ConversionError | None:
     if isinstance(error, ValueError):
         return HubError(f"failed ({_first_line(error)})", where=where, advice=_AGAIN)
     return None
+
+
+def _is_of_a_closed_client(error: Exception) -> bool:
+    """huggingface_hub closes the client of all threads where one of them cannot connect."""
+    return isinstance(error, RuntimeError) and "client has been closed" in str(error)
 
 
 def _advice(status: int) -> str:

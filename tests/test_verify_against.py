@@ -397,7 +397,7 @@ def test_nothing_that_converts_takes_part() -> None:
         "xtuner2llava.sources.json_file",
         "xtuner2llava.verification",
     )
-    modules = list((package / "verify").rglob("*.py"))
+    modules = list((package / "verification").rglob("*.py"))
     assert len(modules) > 20
     for path in modules:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

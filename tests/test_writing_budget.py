@@ -105,9 +105,18 @@ def test_all_tensors_that_need_more_are_told_before_anything_is_written(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["sources"]
 
 
-LARGE = """
-import os, resource, sys
+# Of `ru_maxrss`, a process inherits what the one had that started it.
+PEAK = """
+import re
 from pathlib import Path
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
+"""
+LARGE = (
+    PEAK
+    + """
+import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
@@ -118,12 +127,13 @@ folder, kind, rows = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 tensor = largest(folder, kind, rows)
 plan = plan_shards({"w": tensor})
 torch.zeros(4, 4).half().float() @ torch.zeros(4, 4)  # What torch itself needs.
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
 with OutputFolder(folder / "out", "") as out:
     write_shards(out, plan.shards, verify=False)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    after = peak()
 print(after - before, working_bytes(tensor))
 """
+)
 
 
 def largest(folder: Path, kind: str, rows: int) -> LazyTensor:
@@ -162,8 +172,7 @@ def test_a_tensor_is_written_within_what_is_said_of_it(kind: str, tmp_path: Path
 
 def test_the_measure_sees_a_tensor_that_is_held_whole() -> None:
     grow = (
-        "import resource, torch; peak = lambda: resource.getrusage(0).ru_maxrss * 1024\n"
-        "before = peak(); whole = torch.ones(50_000_000); print(peak() - before)"
+        f"{PEAK}\nimport torch\nbefore = peak()\nx = torch.ones(50_000_000)\nprint(peak() - before)"
     )
     ran = subprocess.run([sys.executable, "-c", grow], capture_output=True, text=True, check=True)
     assert int(ran.stdout) > 190_000_000

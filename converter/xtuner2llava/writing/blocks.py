@@ -64,7 +64,8 @@ def _cuts(source: LazyTensor) -> Iterator[tuple[int, int]]:
 
 
 def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Iterator[memoryview]:
-    buffer = next(buffers)
+    # Taken only when something is read into it: whoever reuses buffers counts one for each block.
+    buffer: memoryview | None = None
     filled = 0
     # A tensor may lie in as many files as there were GPUs: only one is open at a time.
     for file, pieces in groupby(ranges, key=lambda piece: piece.file):
@@ -72,15 +73,17 @@ def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Itera
             for piece in pieces:
                 done = 0
                 while done < piece.length:
+                    if buffer is None:
+                        buffer, filled = next(buffers), 0
                     count = min(piece.length - done, len(buffer) - filled)
                     part = FileRange(file, piece.offset + done, count)
                     read_into(descriptor, part, buffer[filled : filled + count])
                     done, filled = done + count, filled + count
                     if filled == len(buffer):
                         yield buffer
-                        buffer, filled = next(buffers), 0
+                        buffer = None
             file.check(descriptor)
-    if filled:
+    if buffer is not None:
         yield buffer[:filled]
 
 

@@ -1,0 +1,84 @@
+"""The checksum of a shard is that of its file, however far behind its thread is."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from storing import stored
+from xtuner2llava.tensors import FLOAT16, LazyTensor, cast
+from xtuner2llava.writing import OutputFolder, plan_shards, shard_file, write_shards
+from xtuner2llava.writing.blocks import blocks
+from xtuner2llava.writing.disk import BLOCK_BYTES
+from xtuner2llava.writing.shards import Entry
+
+BLOCK = BLOCK_BYTES // 4
+
+
+class Slow:
+    """SHA-256 on a machine that takes long for it."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._digest = hashlib.sha256(data)
+
+    def update(self, data: memoryview) -> None:
+        time.sleep(0.002)
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+class Hashes:
+    sha256 = Slow
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [BLOCK] * 12,  # whole blocks, as most weights of real models are
+        [2 * BLOCK] * 8,
+        [BLOCK + 1] * 8,
+        [5, BLOCK, 0, BLOCK - 1, 3 * BLOCK] * 4,
+    ],
+)
+def test_it_is_that_of_the_file(
+    sizes: list[int], verify: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sources").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, LazyTensor] = {}
+    for number, size in enumerate(sizes):
+        values = torch.randn(size, generator=generator)
+        tensor = stored(tmp_path / "sources", f"t{number}", values)
+        tensors[f"t{number:02}"] = tensor if number % 4 else cast(tensor, FLOAT16)
+    plan = plan_shards(tensors, 3 * BLOCK_BYTES * len(sizes) // 4)
+    monkeypatch.setattr(shard_file, "hashlib", Hashes)
+    with OutputFolder(tmp_path / "out", "") as folder:
+        written = write_shards(folder, plan.shards, verify=verify)
+        out = folder.publish()
+    assert len(written.shards) == len(plan.shards)
+    for shard in written.shards:
+        assert shard.sha256 == hashlib.sha256((out / shard.filename).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK])
+def test_a_buffer_is_taken_for_each_block_and_no_more(size: int, tmp_path: Path) -> None:
+    """Or the ring of buffers comes round before the checksum has been taken."""
+    tensor = stored(tmp_path, "t", torch.ones(size))
+    taken = count()
+
+    def buffers():  # type: ignore[no-untyped-def]
+        while True:
+            next(taken)
+            yield memoryview(bytearray(BLOCK_BYTES))
+
+    found = list(blocks(Entry("t", tensor, 0), buffers()))
+    assert sum(map(len, found)) == 4 * size
+    assert next(taken) == len(found) == -(-size // BLOCK)

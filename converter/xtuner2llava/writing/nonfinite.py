@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 # Per safetensors code: size in bytes, and the bits of +infinity, above which are the NaNs.
@@ -40,3 +41,16 @@ def count_nonfinite(data: memoryview, code: str) -> tuple[int, int]:
         return 0, 0
     magnitude = bits & bits.dtype.type(sign - 1)
     return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))
+
+
+def noting_nonfinite(
+    name: str, code: str, blocks: Iterable[memoryview], found: list[NonFinite]
+) -> Iterator[memoryview]:
+    """The `blocks` of the tensor `name`; after the last, `found` gets what is not finite."""
+    nan = inf = 0
+    for block in blocks:
+        counts = count_nonfinite(block, code)
+        nan, inf = nan + counts[0], inf + counts[1]
+        yield block
+    if nan or inf:
+        found.append(NonFinite(name, nan, inf))

@@ -23,9 +23,9 @@ from xtuner2llava.writing.blocks import COPY_BUFFERS, blocks, working_bytes
 from xtuner2llava.writing.budget import Budget
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors, read_all, write_all
 from xtuner2llava.writing.follower import Follower
-from xtuner2llava.writing.nonfinite import NonFinite, count_nonfinite
+from xtuner2llava.writing.nonfinite import NonFinite, noting_nonfinite
 from xtuner2llava.writing.shards import Entry, Shard
-from xtuner2llava.writing.verify import require_header, require_same
+from xtuner2llava.writing.verify import WrittenFile
 
 # How many blocks may wait to get into the checksum, and as many to be verified. One more is being
 # worked on and one being read, so that a buffer is free again when it is its turn.
@@ -79,7 +79,8 @@ def write_shard(
         flusher = stack.enter_context(Follower("flush", flush, 64))
         checker: Follower[_Block] | None = None
         if verify:
-            check = _Check(path, descriptor, advance)
+            file = WrittenFile(path, descriptor)
+            check = _Check(file, advance)
             stack.callback(check.close)
             checker = stack.enter_context(Follower("verify", check, _AHEAD))
 
@@ -96,11 +97,8 @@ def write_shard(
         flushed = 0
         buffers = cycle([memoryview(bytearray(BLOCK_BYTES)) for _ in range(COPY_BUFFERS)])
         for entry in shard.entries:
-            nan = inf = 0
             with budget.take(working_bytes(entry.tensor), lambda: advance(0)):
-                for block in _entry_blocks(entry, buffers):
-                    counts = count_nonfinite(block.data, entry.tensor.dtype.code)
-                    nan, inf = nan + counts[0], inf + counts[1]
+                for block in _entry_blocks(entry, buffers, found):
                     with disk_errors(path):
                         write_all(descriptor, block.data, block.offset)
                     hasher.put(block)
@@ -109,13 +107,11 @@ def write_shard(
                     if end - flushed >= _FLUSH_BYTES:
                         flushed = end
                         flusher.put(end)
-            if nan or inf:
-                found.append(NonFinite(entry.name, nan, inf))
         flusher.put(shard.size)
         hasher.finish()
         if checker is not None:
             checker.finish()
-            require_header(path, descriptor, shard)
+            file.require_header(shard)
             advance(len(shard.header))
         flusher.finish()
     return Checksum(digest.hexdigest(), tuple(found))
@@ -127,7 +123,7 @@ def checksum(path: Path, shard: Shard, check: Callable[[], None]) -> Checksum:
     Raises `OutputError` where it cannot be read.
     """
     digest = hashlib.sha256()
-    found = []
+    found: list[NonFinite] = []
     buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def read(start: int, length: int) -> Iterator[memoryview]:
@@ -144,20 +140,20 @@ def checksum(path: Path, shard: Shard, check: Callable[[], None]) -> Checksum:
             for _ in read(0, len(shard.header)):
                 pass
             for entry in shard.entries:
-                nan = inf = 0
-                for view in read(entry.offset, entry.tensor.nbytes):
-                    counts = count_nonfinite(view, entry.tensor.dtype.code)
-                    nan, inf = nan + counts[0], inf + counts[1]
-                if nan or inf:
-                    found.append(NonFinite(entry.name, nan, inf))
+                views = read(entry.offset, entry.tensor.nbytes)
+                for _ in noting_nonfinite(entry.name, entry.tensor.dtype.code, views, found):
+                    pass
         finally:
             os.close(descriptor)
     return Checksum(digest.hexdigest(), tuple(found))
 
 
-def _entry_blocks(entry: Entry, buffers: Iterator[memoryview]) -> Iterator[_Block]:
+def _entry_blocks(
+    entry: Entry, buffers: Iterator[memoryview], found: list[NonFinite]
+) -> Iterator[_Block]:
     offset = entry.offset
-    for data in blocks(entry, buffers):
+    read = blocks(entry, buffers)
+    for data in noting_nonfinite(entry.name, entry.tensor.dtype.code, read, found):
         yield _Block(entry, offset, data)
         offset += len(data)
 
@@ -165,9 +161,8 @@ def _entry_blocks(entry: Entry, buffers: Iterator[memoryview]) -> Iterator[_Bloc
 class _Check:
     """Compares blocks with the file, in order; `advance` is told the bytes that are right."""
 
-    def __init__(self, path: Path, descriptor: int, advance: Callable[[int], None]) -> None:
-        self._path, self._descriptor, self._advance = path, descriptor, advance
-        self._found = bytearray()
+    def __init__(self, file: WrittenFile, advance: Callable[[int], None]) -> None:
+        self._file, self._advance = file, advance
         self._entry: Entry | None = None
         # The blocks of a copied entry, read once more; None for a computed one.
         self._source: Iterator[memoryview] | None = None
@@ -179,9 +174,7 @@ class _Check:
             self._entry = block.entry
             self._source = blocks(block.entry) if copied else None
         expected = block.data if self._source is None else next(self._source)
-        if len(self._found) != len(expected):
-            self._found = bytearray(len(expected))
-        require_same(self._path, self._descriptor, block.entry, block.offset, expected, self._found)
+        self._file.require_same(block.entry, block.offset, expected)
         self._advance(len(expected))
 
     def close(self) -> None:

@@ -48,49 +48,53 @@ def verify_shard(
     with disk_errors(path, "cannot be read back"):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        require_header(path, descriptor, shard)
+        file = WrittenFile(path, descriptor)
+        file.require_header(shard)
         advance(len(shard.header))
-        found = bytearray()
         for entry in shard.entries:
             offset = entry.offset
             with budget.take(working_bytes(entry.tensor), lambda: advance(0)):
                 for expected in blocks(entry):
-                    if len(found) != len(expected):
-                        found = bytearray(len(expected))
-                    require_same(path, descriptor, entry, offset, expected, found)
+                    file.require_same(entry, offset, expected)
                     offset += len(expected)
                     advance(len(expected))
     finally:
         os.close(descriptor)
 
 
-def require_header(path: Path, descriptor: int, shard: Shard) -> None:
-    """Raises `VerificationError` unless the file has the size and the header of `shard`."""
-    with disk_errors(path, "cannot be read back"):
-        size = os.fstat(descriptor).st_size
-        if size != shard.size:
+class WrittenFile:
+    """The file at `path`, open as `descriptor`, as something to compare with what it should be."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path, self._descriptor = path, descriptor
+        self._found = bytearray()
+
+    def require_header(self, shard: Shard) -> None:
+        """Raises `VerificationError` unless it has the size and the header of `shard`."""
+        with disk_errors(self._path, "cannot be read back"):
+            size = os.fstat(self._descriptor).st_size
+            if size != shard.size:
+                raise VerificationError(
+                    f"has {size:,} bytes, expected {shard.size:,}",
+                    where=str(self._path),
+                    advice=_ADVICE,
+                )
+            header = bytearray(len(shard.header))
+            read_all(self._descriptor, memoryview(header), 0)
+        if header != shard.header:
             raise VerificationError(
-                f"has {size:,} bytes, expected {shard.size:,}", where=str(path), advice=_ADVICE
+                "its header is not the one planned", where=str(self._path), advice=_ADVICE
             )
-        header = bytearray(len(shard.header))
-        read_all(descriptor, memoryview(header), 0)
-    if header != shard.header:
-        raise VerificationError(
-            "its header is not the one planned", where=str(path), advice=_ADVICE
-        )
 
-
-def require_same(
-    path: Path, descriptor: int, entry: Entry, offset: int, expected: memoryview, found: bytearray
-) -> None:
-    """Raises `VerificationError` unless the file has the bytes `expected` of `entry` at `offset`.
-
-    `found` is a buffer of that length: a bytearray of equal length is compared by memcmp.
-    """
-    with disk_errors(path, "cannot be read back"):
-        read_all(descriptor, memoryview(found), offset)
-    if found != expected:
-        raise _difference(path, entry, offset, found, expected)
+    def require_same(self, entry: Entry, offset: int, expected: memoryview) -> None:
+        """Raises `VerificationError` unless it has the bytes `expected` of `entry` at `offset`."""
+        # Equal lengths of bytearray and buffer are compared by memcmp; slices would be copied.
+        if len(self._found) != len(expected):
+            self._found = bytearray(len(expected))
+        with disk_errors(self._path, "cannot be read back"):
+            read_all(self._descriptor, memoryview(self._found), offset)
+        if self._found != expected:
+            raise _difference(self._path, entry, offset, self._found, expected)
 
 
 def _difference(

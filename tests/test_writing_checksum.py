@@ -1,4 +1,4 @@
-"""The checksum of a shard is that of its file, however far behind its thread is."""
+"""Checksum and verification are of what was written, however far behind their threads are."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from storing import stored
-from xtuner2llava.tensors import FLOAT16, LazyTensor, cast
+from xtuner2llava.tensors import BFLOAT16, FLOAT16, FLOAT32, DType, LazyTensor, cast
 from xtuner2llava.writing import OutputFolder, plan_shards, shard_file, write_shards
 from xtuner2llava.writing.blocks import blocks
 from xtuner2llava.writing.disk import BLOCK_BYTES
 from xtuner2llava.writing.shards import Entry
+from xtuner2llava.writing.verify import WrittenFile
 
 BLOCK = BLOCK_BYTES // 4
+CASTS = [
+    (FLOAT32, FLOAT32),
+    (FLOAT32, FLOAT16),
+    (FLOAT32, BFLOAT16),
+    (BFLOAT16, FLOAT32),
+    (BFLOAT16, FLOAT16),
+]
 
 
 class Slow:
@@ -68,10 +77,34 @@ def test_it_is_that_of_the_file(
         assert shard.sha256 == hashlib.sha256((out / shard.filename).read_bytes()).hexdigest()
 
 
+def test_what_is_rounded_stays_until_it_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the memory that it was rounded into."""
+    (tmp_path / "sources").mkdir()
+    values = torch.randn(24 * BLOCK, generator=torch.Generator().manual_seed(0))
+    tensor = cast(stored(tmp_path / "sources", "t", values), FLOAT16)
+    compare = WrittenFile.require_same
+
+    def slowly(file: WrittenFile, entry: Entry, offset: int, expected: memoryview) -> None:
+        time.sleep(0.01)
+        compare(file, entry, offset, expected)
+
+    monkeypatch.setattr(WrittenFile, "require_same", slowly)
+    with OutputFolder(tmp_path / "out", "") as folder:
+        write_shards(folder, plan_shards({"t": tensor}).shards)
+        out = folder.publish()
+    assert torch.equal(load_file(out / "model.safetensors")["t"], values.half())
+
+
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK])
-def test_a_buffer_is_taken_for_each_block_and_no_more(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "target"), CASTS)
+def test_a_buffer_is_taken_for_each_block_and_no_more(
+    size: int, source: DType, target: DType, tmp_path: Path
+) -> None:
     """Or the ring of buffers comes round before the checksum has been taken."""
-    tensor = stored(tmp_path, "t", torch.ones(size))
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(source.torch)
+    tensor = cast(stored(tmp_path, "t", values), target)
     taken = count()
 
     def buffers():  # type: ignore[no-untyped-def]
@@ -80,5 +113,6 @@ def test_a_buffer_is_taken_for_each_block_and_no_more(size: int, tmp_path: Path)
             yield memoryview(bytearray(BLOCK_BYTES))
 
     found = list(blocks(Entry("t", tensor, 0), buffers()))
-    assert sum(map(len, found)) == 4 * size
-    assert next(taken) == len(found) == -(-size // BLOCK)
+    expected = values.to(target.torch).view(torch.uint8).numpy().tobytes()
+    assert b"".join(found) == expected
+    assert next(taken) == len(found) == -(-len(expected) // BLOCK_BYTES)

@@ -25,6 +25,9 @@ class Cast(Derived):
     def __init__(self, source: LazyTensor, dtype: DType) -> None:
         super().__init__(source, dtype, source.shape)
 
+    def unrounded(self) -> LazyTensor:
+        return self._source
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         return round_to(self._source.read(start, stop), self.dtype.torch)
 

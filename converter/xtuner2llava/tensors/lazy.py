@@ -1,9 +1,9 @@
 """`LazyTensor`: a tensor that is file ranges until somebody must compute.
 
 A lazy tensor has two ways out. `ranges()` gives the byte ranges whose concatenation is the tensor,
-so that a writer can copy inside the kernel; `read(start, stop)` gives a block of rows, so that
-whatever must be computed is computed within a bounded buffer. Rows are the first dimension; a
-scalar has one row.
+so that a writer can copy them; `read(start, stop)` gives a block of rows, so that whatever must be
+computed is computed within a bounded buffer. Rows are the first dimension; a scalar has one row.
+Where nothing is done but rounding, `unrounded()` gives the tensor before it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class LazyTensor(ABC):
 
     def ranges(self) -> tuple[FileRange, ...] | None:
         """The tensor's bytes, row-major and little-endian, as file ranges; None if computed."""
+        return None
+
+    def unrounded(self) -> LazyTensor | None:
+        """The tensor whose elements, rounded to `dtype`, are those of this one; None if none is."""
         return None
 
     @abstractmethod

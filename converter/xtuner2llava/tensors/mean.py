@@ -13,7 +13,7 @@ from xtuner2llava.tensors.lazy import LazyTensor, row_blocks
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 class Mean(LazyTensor):

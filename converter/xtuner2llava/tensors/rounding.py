@@ -18,7 +18,18 @@ _SMALLEST_NORMAL = {"torch.bfloat16": 0.0, "torch.float16": 2.0**-14}
 
 
 def round_to(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`block` in `dtype`, each element rounded to nearest, ties to even.
+    """`block` in `dtype`, rounded as by `round_into`; `block` itself if that is its dtype."""
+    import torch
+
+    if block.dtype == dtype:
+        return block
+    result = torch.empty(block.shape, dtype=dtype)
+    round_into(block.reshape(-1), result.view(-1))
+    return result
+
+
+def round_into(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Fills `target` with `source`, both of one dimension, rounded to nearest, ties to even.
 
     torch takes float64 to the 16-bit floats by way of float32 (c10/util/Half.h, BFloat16.h): where
     the first rounding ends half-way between two 16-bit neighbours, the second goes by parity, not
@@ -26,28 +37,33 @@ def round_to(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     import torch
 
-    if block.dtype != torch.float64 or dtype.itemsize > 2 or not dtype.is_floating_point:
-        return block.to(dtype)
-    if str(dtype) not in _LOST_BITS:
-        return _by_odd(block, dtype)
-    import numpy as np
-
-    lost, tie = _LOST_BITS[str(dtype)]
-    smallest = _SMALLEST_NORMAL[str(dtype)]
-    result = torch.empty(block.shape, dtype=dtype)
-    source, target = block.reshape(-1), result.view(-1)
+    twice = source.dtype == torch.float64 and target.itemsize <= 2 and target.is_floating_point()
     for start in range(0, source.numel(), _CHUNK):
         exact, rounded = source[start : start + _CHUNK], target[start : start + _CHUNK]
-        single = exact.float()
-        rounded.copy_(single)
-        bits = single.numpy().view(np.int32)
-        doubtful = (bits & lost) == tie
-        if smallest:
-            doubtful |= np.abs(single.numpy()) < smallest
-        where = torch.from_numpy(np.flatnonzero(doubtful))
-        if len(where):
-            rounded[where] = _by_odd(exact[where], dtype)
-    return result
+        if not twice:
+            rounded.copy_(exact)
+        elif str(target.dtype) not in _LOST_BITS:
+            rounded.copy_(_by_odd(exact, target.dtype))
+        else:
+            _round_twice(exact, rounded)
+
+
+def _round_twice(exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    """By way of float32, as torch does, and by odd where that may be wrong."""
+    import numpy as np
+    import torch
+
+    lost, tie = _LOST_BITS[str(rounded.dtype)]
+    smallest = _SMALLEST_NORMAL[str(rounded.dtype)]
+    single = exact.float()
+    rounded.copy_(single)
+    bits = single.numpy().view(np.int32)
+    doubtful = (bits & lost) == tie
+    if smallest:
+        doubtful |= np.abs(single.numpy()) < smallest
+    where = torch.from_numpy(np.flatnonzero(doubtful))
+    if len(where):
+        rounded[where] = _by_odd(exact[where], rounded.dtype)
 
 
 def _by_odd(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,11 +8,11 @@ from itertools import groupby, repeat
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.tensors import FileRange, LazyTensor, Shape, row_blocks
+from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape, round_into, row_blocks
 from xtuner2llava.tensors.files import read_into
 from xtuner2llava.tensors.kept import forget
 from xtuner2llava.writing.disk import BLOCK_BYTES
-from xtuner2llava.writing.nonfinite import count_nonfinite
+from xtuner2llava.writing.nonfinite import Tally
 from xtuner2llava.writing.shards import Entry
 
 if TYPE_CHECKING:
@@ -24,34 +24,43 @@ if TYPE_CHECKING:
 _ELEMENTS_BYTES = 4 << 20
 _ROWS_BYTES = 16 << 20
 
-# Blocks of what is copied: one being read, and so many written ones that followers still hold.
-COPY_BUFFERS = 6
+# Blocks of what is copied or rounded: one being filled, and the written ones that followers hold.
+BUFFERS = 9
 # Blocks of what is computed that followers may still hold when the next is being computed.
 _HELD_BLOCKS = 2
 
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
 
 
-def blocks(entry: Entry, buffers: Iterator[memoryview] | None = None) -> Iterator[memoryview]:
+def blocks(
+    entry: Entry, buffers: Iterator[memoryview] | None = None, tally: Tally | None = None
+) -> Iterator[memoryview]:
     """The bytes of `entry`, row-major and little-endian, in blocks of at most `BLOCK_BYTES`.
 
-    What is copied is read into `buffers`, of `BLOCK_BYTES` each, one after another; by default a
-    block is valid until the next one is asked for. What is computed has memory of its own. Raises
-    `CorruptFileError` if a source file is short or changes meanwhile, and `PlanError` for a finite
-    value that its cast made infinite.
+    What is copied or only rounded goes into `buffers`, of `BLOCK_BYTES` each, one after another;
+    by default a block is valid until the next one is asked for. What is computed has memory of its
+    own. With `tally`, what is not finite is counted. Raises `CorruptFileError` if a source file is
+    short or changes meanwhile, and `PlanError` for a finite value that its cast made infinite.
     """
-    ranges = entry.tensor.ranges()
-    if ranges is None:
-        return _computed(entry)
-    if sum(piece.length for piece in ranges) != entry.tensor.nbytes:
-        raise RuntimeError(f"{entry.name}: its ranges are not its {entry.tensor.nbytes:,} bytes")
-    return _copied(ranges, buffers or repeat(memoryview(bytearray(BLOCK_BYTES))))
+    buffers = buffers or repeat(memoryview(bytearray(BLOCK_BYTES)))
+    ranges = _ranges(entry.tensor)
+    if ranges is not None:
+        return _copied(ranges, buffers) if tally is None else _tallied(ranges, buffers, tally)
+    tally = tally or Tally(entry.name, entry.tensor.dtype.code)
+    source = entry.tensor.unrounded()
+    ranges = None if source is None else _ranges(source)
+    if source is not None and ranges is not None:
+        return _rounded(entry, source.dtype, ranges, buffers, tally)
+    return _computed(entry, tally)
 
 
 def working_bytes(tensor: LazyTensor) -> int:
     """The most memory that writing `tensor` takes at a time, in bytes."""
     if tensor.ranges() is not None:
-        return (COPY_BUFFERS + 2) * BLOCK_BYTES
+        return (BUFFERS + 2) * BLOCK_BYTES
+    unrounded = tensor.unrounded()
+    if unrounded is not None and unrounded.ranges() is not None:
+        return (BUFFERS + 2) * BLOCK_BYTES + _source_bytes(unrounded.dtype, tensor.dtype)
     source = tensor.flat()
     rows = next((stop - start for start, stop in _cuts(source)), 0)
     held = _HELD_BLOCKS * source.row_bytes
@@ -61,6 +70,51 @@ def working_bytes(tensor: LazyTensor) -> int:
 def _cuts(source: LazyTensor) -> Iterator[tuple[int, int]]:
     """First row and last row + 1 of each block."""
     return row_blocks(source, _ROWS_BYTES if len(source.shape) > 1 else _ELEMENTS_BYTES)
+
+
+def _ranges(tensor: LazyTensor) -> Sequence[FileRange] | None:
+    ranges = tensor.ranges()
+    if ranges is not None and sum(piece.length for piece in ranges) != tensor.nbytes:
+        raise RuntimeError(f"the ranges of a tensor are not its {tensor.nbytes:,} bytes")
+    return ranges
+
+
+def _source_bytes(source: DType, target: DType) -> int:
+    """What a block of `target` takes in `source`."""
+    return BLOCK_BYTES // target.itemsize * source.itemsize
+
+
+def _tallied(
+    ranges: Sequence[FileRange], buffers: Iterator[memoryview], tally: Tally
+) -> Iterator[memoryview]:
+    for data in _copied(ranges, buffers):
+        tally.add(data)
+        yield data
+
+
+def _rounded(
+    entry: Entry,
+    dtype: DType,
+    ranges: Sequence[FileRange],
+    buffers: Iterator[memoryview],
+    tally: Tally,
+) -> Iterator[memoryview]:
+    """Elements of `dtype` from files, rounded to that of `entry` while they are in the cache."""
+    import torch
+
+    target = entry.tensor.dtype
+    source = memoryview(bytearray(_source_bytes(dtype, target)))
+    done = 0
+    for data in _copied(ranges, repeat(source)):
+        count = len(data) // dtype.itemsize
+        block = next(buffers)[: count * target.itemsize]
+        round_into(
+            torch.frombuffer(data, dtype=dtype.torch), torch.frombuffer(block, dtype=target.torch)
+        )
+        if tally.add(block):
+            _refuse_overflow(entry, entry.tensor.flat(), done, done + count)
+        yield block
+        done += count
 
 
 def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -87,7 +141,7 @@ def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Itera
         yield buffer[:filled]
 
 
-def _computed(entry: Entry) -> Iterator[memoryview]:
+def _computed(entry: Entry, tally: Tally) -> Iterator[memoryview]:
     source = entry.tensor.flat()
     try:
         for start, stop in _cuts(source):
@@ -96,11 +150,8 @@ def _computed(entry: Entry) -> Iterator[memoryview]:
                 raise RuntimeError(
                     f"{entry.name}: rows {start} to {stop} came as {len(data)} bytes"
                 )
-            _, infinities = count_nonfinite(data, source.dtype.code)
-            lost = source.overflow(start, stop) if infinities else None
-            if lost:
-                first = start * math.prod(source.row_shape)
-                raise _overflow(entry, first + lost[0], lost[1])
+            if tally.add(data):
+                _refuse_overflow(entry, source, start, stop)
             for place in range(0, len(data), BLOCK_BYTES):
                 yield data[place : place + BLOCK_BYTES]
     finally:
@@ -114,12 +165,17 @@ def _as_bytes(block: torch.Tensor) -> memoryview:
     return block.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _overflow(entry: Entry, element: int, value: float) -> PlanError:
+def _refuse_overflow(entry: Entry, source: LazyTensor, start: int, stop: int) -> None:
+    """Raises `PlanError` if a finite element of these rows of `source` became infinite."""
+    lost = source.overflow(start, stop)
+    if lost is None:
+        return
+    element, value = start * math.prod(source.row_shape) + lost[0], lost[1]
     dtype = entry.tensor.dtype
     largest = _LARGEST.get(dtype.code)
     limit = f", whose largest value is {largest:g}" if largest else ""
     other = "bfloat16 or --dtype float32" if dtype.code == "F16" else "float32"
-    return PlanError(
+    raise PlanError(
         f"element {list(position(element, entry.tensor.shape))} is {value:g}, "
         f"which overflows {dtype}{limit}",
         where=entry.name,

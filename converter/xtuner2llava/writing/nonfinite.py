@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Per safetensors code: size in bytes, and the bits of +infinity, above which are the NaNs.
@@ -43,14 +43,20 @@ def count_nonfinite(data: memoryview, code: str) -> tuple[int, int]:
     return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))
 
 
-def noting_nonfinite(
-    name: str, code: str, blocks: Iterable[memoryview], found: list[NonFinite]
-) -> Iterator[memoryview]:
-    """The `blocks` of the tensor `name`; after the last, `found` gets what is not finite."""
-    nan = inf = 0
-    for block in blocks:
-        counts = count_nonfinite(block, code)
-        nan, inf = nan + counts[0], inf + counts[1]
-        yield block
-    if nan or inf:
-        found.append(NonFinite(name, nan, inf))
+class Tally:
+    """Counts what is not finite in one tensor, of the dtype with that safetensors code."""
+
+    def __init__(self, name: str, code: str) -> None:
+        self._name, self._code = name, code
+        self._nan = self._infinite = 0
+
+    def add(self, data: memoryview) -> int:
+        """Counts in some of its elements; returns how many of these are infinite."""
+        nan, infinite = count_nonfinite(data, self._code)
+        self._nan, self._infinite = self._nan + nan, self._infinite + infinite
+        return infinite
+
+    def result(self) -> Iterator[NonFinite]:
+        """What was found, if anything was."""
+        if self._nan or self._infinite:
+            yield NonFinite(self._name, self._nan, self._infinite)

@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from xtuner2llava.writing.blocks import COPY_BUFFERS, blocks, working_bytes
+from xtuner2llava.writing.blocks import BUFFERS, blocks, working_bytes
 from xtuner2llava.writing.budget import Budget
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors, read_all, write_all
 from xtuner2llava.writing.follower import Follower
-from xtuner2llava.writing.nonfinite import NonFinite, noting_nonfinite
+from xtuner2llava.writing.nonfinite import NonFinite, Tally
 from xtuner2llava.writing.shards import Entry, Shard
 from xtuner2llava.writing.verify import WrittenFile
 
-# How many blocks may wait to get into the checksum, and as many to be verified. One more is being
-# worked on and one being read, so that a buffer is free again when it is its turn.
-_AHEAD = COPY_BUFFERS - 2
+# How many blocks may wait to get into the checksum, and as many to be verified. Each follower works
+# on one more, and one is being read, so that a buffer is free again when it is its turn.
+_AHEAD = (BUFFERS - 3) // 2
 # How often what is written is sent to disk, so that little is left to wait for at the end.
 _FLUSH_BYTES = 256 << 20
 
@@ -95,10 +95,11 @@ def write_shard(
         digest.update(shard.header)
         advance(len(shard.header))
         flushed = 0
-        buffers = cycle([memoryview(bytearray(BLOCK_BYTES)) for _ in range(COPY_BUFFERS)])
+        buffers = cycle([memoryview(bytearray(BLOCK_BYTES)) for _ in range(BUFFERS)])
         for entry in shard.entries:
             with budget.take(working_bytes(entry.tensor), lambda: advance(0)):
-                for block in _entry_blocks(entry, buffers, found):
+                tally = Tally(entry.name, entry.tensor.dtype.code)
+                for block in _entry_blocks(entry, buffers, tally):
                     with disk_errors(path):
                         write_all(descriptor, block.data, block.offset)
                     hasher.put(block)
@@ -107,6 +108,7 @@ def write_shard(
                     if end - flushed >= _FLUSH_BYTES:
                         flushed = end
                         flusher.put(end)
+                found.extend(tally.result())
         flusher.put(shard.size)
         hasher.finish()
         if checker is not None:
@@ -140,20 +142,18 @@ def checksum(path: Path, shard: Shard, check: Callable[[], None]) -> Checksum:
             for _ in read(0, len(shard.header)):
                 pass
             for entry in shard.entries:
-                views = read(entry.offset, entry.tensor.nbytes)
-                for _ in noting_nonfinite(entry.name, entry.tensor.dtype.code, views, found):
-                    pass
+                tally = Tally(entry.name, entry.tensor.dtype.code)
+                for view in read(entry.offset, entry.tensor.nbytes):
+                    tally.add(view)
+                found.extend(tally.result())
         finally:
             os.close(descriptor)
     return Checksum(digest.hexdigest(), tuple(found))
 
 
-def _entry_blocks(
-    entry: Entry, buffers: Iterator[memoryview], found: list[NonFinite]
-) -> Iterator[_Block]:
+def _entry_blocks(entry: Entry, buffers: Iterator[memoryview], tally: Tally) -> Iterator[_Block]:
     offset = entry.offset
-    read = blocks(entry, buffers)
-    for data in noting_nonfinite(entry.name, entry.tensor.dtype.code, read, found):
+    for data in blocks(entry, buffers, tally):
         yield _Block(entry, offset, data)
         offset += len(data)
 

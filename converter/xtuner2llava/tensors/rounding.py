@@ -13,8 +13,8 @@ _CHUNK = 1 << 15
 # Of a float32, the bits that the narrower dtype cannot hold, and their value half-way between two
 # of its neighbours.
 _LOST_BITS = {"torch.bfloat16": (0xFFFF, 0x8000), "torch.float16": (0x1FFF, 0x1000)}
-# Below it, float16 holds fewer bits than that.
-_SMALLEST_NORMAL = {"torch.bfloat16": 0.0, "torch.float16": 2.0**-14}
+# The bits of a float32 below which float16 (2**-14) holds fewer bits than that.
+_SMALLEST_NORMAL = {"torch.bfloat16": 0, "torch.float16": (127 - 14) << 23}
 
 
 def round_to(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -37,33 +37,42 @@ def round_into(source: torch.Tensor, target: torch.Tensor) -> None:
     """
     import torch
 
+    name = str(target.dtype)
     twice = source.dtype == torch.float64 and target.itemsize <= 2 and target.is_floating_point()
+    if twice and name in _LOST_BITS:
+        _round_twice(source, target, *_LOST_BITS[name], _SMALLEST_NORMAL[name])
+        return
     for start in range(0, source.numel(), _CHUNK):
         exact, rounded = source[start : start + _CHUNK], target[start : start + _CHUNK]
-        if not twice:
-            rounded.copy_(exact)
-        elif str(target.dtype) not in _LOST_BITS:
-            rounded.copy_(_by_odd(exact, target.dtype))
-        else:
-            _round_twice(exact, rounded)
+        rounded.copy_(_by_odd(exact, target.dtype) if twice else exact)
 
 
-def _round_twice(exact: torch.Tensor, rounded: torch.Tensor) -> None:
+def _round_twice(
+    source: torch.Tensor, target: torch.Tensor, lost: int, tie: int, smallest: int
+) -> None:
     """By way of float32, as torch does, and by odd where that may be wrong."""
     import numpy as np
     import torch
 
-    lost, tie = _LOST_BITS[str(rounded.dtype)]
-    smallest = _SMALLEST_NORMAL[str(rounded.dtype)]
-    single = exact.float()
-    rounded.copy_(single)
-    bits = single.numpy().view(np.int32)
-    doubtful = (bits & lost) == tie
-    if smallest:
-        doubtful |= np.abs(single.numpy()) < smallest
-    where = torch.from_numpy(np.flatnonzero(doubtful))
+    # In memory that is used again: new memory for each chunk costs more than the rounding.
+    size = min(_CHUNK, source.numel())
+    buffer = torch.empty(size, dtype=torch.float32)
+    spare, one, other = np.empty(size, np.int32), np.empty(size, np.bool_), np.empty(size, np.bool_)
+    found = []
+    for start in range(0, source.numel(), _CHUNK):
+        exact, rounded = source[start : start + _CHUNK], target[start : start + _CHUNK]
+        count = exact.numel()
+        single, masked, doubtful = buffer[:count], spare[:count], one[:count]
+        rounded.copy_(single.copy_(exact))
+        bits = single.numpy().view(np.int32)
+        np.equal(np.bitwise_and(bits, lost, out=masked), tie, out=doubtful)
+        if smallest:
+            np.bitwise_and(bits, 0x7FFFFFFF, out=masked)
+            doubtful |= np.less(masked, smallest, out=other[:count])
+        found.append(np.flatnonzero(doubtful) + start)
+    where = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
     if len(where):
-        rounded[where] = _by_odd(exact[where], rounded.dtype)
+        target[where] = _by_odd(source[where], target.dtype)
 
 
 def _by_odd(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

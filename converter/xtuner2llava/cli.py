@@ -26,6 +26,8 @@ from xtuner2llava.terminal import accept_any_text, printable, shortened
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from xtuner2llava.planning.plan import Plan
+
 _Command = TypeVar("_Command", bound=Callable[..., object])
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 
@@ -86,6 +88,26 @@ def _heeding_interrupts(on_progress: OnProgress) -> OnProgress:
         on_progress(stage, done, total)
 
     return update
+
+
+def _fitting_threads(jobs: int | None) -> Callable[[Plan], None]:
+    """What has torch use as many threads for each job that computes as there are cores for it.
+
+    With more, each product of matrices waits for threads that wait for a core. The library leaves
+    that number alone, which belongs to the whole process; here, the process is ours.
+    """
+
+    def fit(plan: Plan) -> None:
+        from xtuner2llava.writing import computing_jobs
+
+        computing = computing_jobs(plan.shards.shards, jobs)
+        if computing:
+            import torch
+
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // computing)))
+
+    return fit
 
 
 def _exit(ctx: click.Context, error: BaseException, status: int) -> None:
@@ -290,6 +312,7 @@ def convert(
             revision=revision,
             commit_message=commit_message,
             low_disk=low_disk,
+            on_plan=None if executor else _fitting_threads(jobs),
             on_progress=_heeding_interrupts(bar.update),
             **choices,
         )

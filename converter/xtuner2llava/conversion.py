@@ -76,13 +76,15 @@ def convert(
     revision: str | None = None,
     commit_message: str | None = None,
     low_disk: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
     """Converts the XTuner checkpoint at `checkpoint` into the folder `out`.
 
     The options are those of `xtuner2llava convert`. `out` appears as a whole when everything is
     written, flushed and, with `verify`, compared with its sources; or it does not appear. Memory
-    does not depend on the model's size. `on_progress(stage, done, total)` counts bytes.
+    does not depend on the model's size. `on_plan(plan)` is called before anything is written, and
+    may raise to end it; `on_progress(stage, done, total)` counts bytes.
 
     All shards that are written at once share `max_memory` for their buffers; torch and Python take
     some 250 MB besides. With `executor`, its workers write the shards, each with that much: any
@@ -140,6 +142,8 @@ def convert(
         small[CARD_NAME] = card.encode("utf-8")
         if destination is not None:
             hub.check_access(destination)
+    if on_plan is not None:
+        on_plan(planned)
     fingerprint = planned.shards.fingerprint(plan_identity(planned, version()))
     inputs = _inputs(opened)
     pushed: Pushed | None = None

@@ -16,7 +16,7 @@ from xtuner2llava.writing.shards import (
 )
 from xtuner2llava.writing.verify import verify_shards
 from xtuner2llava.writing.work import OnProgress
-from xtuner2llava.writing.writer import Deliver, Written, WrittenShard, write_shards
+from xtuner2llava.writing.writer import Deliver, Written, WrittenShard, computing_jobs, write_shards
 
 __all__ = [
     "INDEX_NAME",
@@ -29,6 +29,7 @@ __all__ = [
     "ShardPlan",
     "Written",
     "WrittenShard",
+    "computing_jobs",
     "parse_size",
     "plan_shards",
     "verify_shards",

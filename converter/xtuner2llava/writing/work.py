@@ -18,6 +18,11 @@ _PROGRESS_BYTES = 16 << 20
 _POLL_SECONDS = 0.2
 
 
+def default_jobs() -> int:
+    """How many shards are written at once: one a core, and no more than four."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 class Stopped(Exception):
     """Another thread failed, or the user interrupted; that error is the one to tell."""
 
@@ -35,7 +40,7 @@ class Work:
         on_progress: OnProgress | None = None,
         passes: int = 1,
     ) -> None:
-        self.jobs = jobs or min(4, len(os.sched_getaffinity(0)))
+        self.jobs = jobs or default_jobs()
         self._total, self._on_progress, self._passes = total, on_progress, passes
         self._lock = threading.Lock()
         self._done = self._told = 0

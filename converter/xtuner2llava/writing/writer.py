@@ -15,7 +15,7 @@ from xtuner2llava.writing.nonfinite import NonFinite
 from xtuner2llava.writing.shard_file import Checksum, checksum, write_shard
 from xtuner2llava.writing.shards import Shard
 from xtuner2llava.writing.verify import verify_shard
-from xtuner2llava.writing.work import OnProgress, Work
+from xtuner2llava.writing.work import OnProgress, Work, default_jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ def write_shards(
     `max_memory` of its own. They must see the paths of the sources and of `folder`.
 
     torch computes with as many threads for each job as it does elsewhere; `torch.set_num_threads`
-    is the caller's to set, because it changes the whole process.
+    is the caller's to set, because it changes the whole process. `computing_jobs` says how many
+    jobs there will be.
     """
     total = sum(shard.size for shard in shards)
     if executor is not None:
@@ -83,7 +84,7 @@ def write_shards(
         elsewhere: Elsewhere | None = None
         if executor is not None:
             elsewhere = stack.enter_context(Elsewhere(executor, folder, verify, max_memory))
-        elif any(entry.tensor.ranges() is None for shard in shards for entry in shard.entries):
+        elif computing_jobs(shards, jobs):
             import torch  # noqa: F401 - a second, which Ctrl-C can end here and not in a thread
         job = _Job(folder, work, budget, verify, elsewhere, deliver)
         results = work.run(job.run, shards)
@@ -91,6 +92,12 @@ def write_shards(
         tuple(written for written, _ in results),
         tuple(found for _, checked in results for found in checked.nonfinite),
     )
+
+
+def computing_jobs(shards: Sequence[Shard], jobs: int | None = None) -> int:
+    """How many of the jobs of `write_shards` need torch at once; 0 if all tensors are copied."""
+    computed = sum(any(e.tensor.ranges() is None for e in shard.entries) for shard in shards)
+    return min(jobs or default_jobs(), computed)
 
 
 @dataclass(frozen=True, slots=True)

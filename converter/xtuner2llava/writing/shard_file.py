@@ -81,7 +81,6 @@ def write_shard(
         if verify:
             file = WrittenFile(path, descriptor)
             check = _Check(file, advance)
-            stack.callback(check.close)
             checker = stack.enter_context(Follower("verify", check, _AHEAD))
 
         def add(block: _Block) -> None:
@@ -113,6 +112,7 @@ def write_shard(
         hasher.finish()
         if checker is not None:
             checker.finish()
+            check.finish()
             file.require_header(shard)
             advance(len(shard.header))
         flusher.finish()
@@ -169,7 +169,7 @@ class _Check:
 
     def __call__(self, block: _Block) -> None:
         if block.entry is not self._entry:
-            self.close()
+            self.finish()
             copied = block.entry.tensor.ranges() is not None
             self._entry = block.entry
             self._source = blocks(block.entry) if copied else None
@@ -177,8 +177,8 @@ class _Check:
         self._file.require_same(block.entry, block.offset, expected)
         self._advance(len(expected))
 
-    def close(self) -> None:
-        """Closes the source file, which must not have changed."""
+    def finish(self) -> None:
+        """Ends with the entry; raises `CorruptFileError` if its source has changed meanwhile."""
         if self._source is not None:
             next(self._source, None)
             self._source = None

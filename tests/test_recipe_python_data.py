@@ -309,8 +309,6 @@ def test_a_rebound_builtin_is_not_the_builtin() -> None:
         ("x = '\ud800'", "config.py"),
         ("x = " + "(" * 500, "config.py:1"),
         ("x = " + "9" * 5000, "config.py"),
-        ("x = 1" + "+0" * 50_000, "config.py"),
-        ("x = a" + ".b" * 50_000, "config.py"),
         ("x = " + "-" * 50_000 + "1", "config.py"),
         ("x = " + "0," * 300_000, "config.py"),
         ("x = '" + "a" * (4 << 20) + "'", "config.py"),
@@ -326,6 +324,16 @@ def test_hostile_texts_are_refused(text: str, place: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read(text)
     assert caught.value.faults[0].where.startswith(place)
+
+
+@pytest.mark.parametrize("text", ["x = 1" + "+0" * 50_000, "x = a" + ".b" * 50_000])
+def test_chains_are_refused_or_end_somewhere(text: str) -> None:
+    """Python 3.10 makes a tree of them, later versions do not."""
+    try:
+        found = read(text)["x"]
+    except CheckpointError:
+        return
+    assert isinstance(found, Unknown) and found.reason == "it is nested too deeply"
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,9 @@ def zip_bytes(pickle: bytes, storages: dict[str, int]) -> bytes:
         archive.writestr("iter_1/data.pkl", pickle)
         archive.writestr("iter_1/byteorder", b"little")
         for key, size in storages.items():
-            archive.writestr(f"iter_1/data/{key}", bytes(min(size, _MAX_DATA_BYTES)))
+            # JSON can say half a character, a name in a zip cannot.
+            name = key.encode("utf-8", "replace").decode("utf-8")
+            archive.writestr(f"iter_1/data/{name}", bytes(min(size, _MAX_DATA_BYTES)))
     return target.getvalue()
 
 

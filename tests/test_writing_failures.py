@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import resource
@@ -375,63 +374,3 @@ def test_memory_does_not_grow_with_the_tensor(how: str, limit: int, tmp_path: Pa
     assert int(done.stdout) < limit  # kB; the tensor has 300,000
     assert (tmp_path / "out/model.safetensors").stat().st_size > 150_000_000
     (tmp_path / "out/model.safetensors").unlink()
-
-
-def test_space_is_set_aside_before_anything_is_written(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_shards(three_tensors(sources))
-    blocks = []
-    pwrite = os.pwrite
-
-    def look(descriptor: int, data: memoryview, offset: int) -> int:
-        blocks.append(os.fstat(descriptor).st_blocks * 512)
-        return pwrite(descriptor, data, offset)
-
-    monkeypatch.setattr(disk.os, "pwrite", look)
-    write(tmp_path / "out", plan)
-    assert blocks[0] >= plan.shards[0].size > 1_200_000
-
-
-class Libc:
-    """A C library whose `fallocate` fails, or is not there."""
-
-    def __init__(self, number: int | None) -> None:
-        if number is not None:
-            self.fallocate = self.Function(number)
-
-    class Function:
-        argtypes: object
-
-        def __init__(self, number: int) -> None:
-            self._number = number
-
-        def __call__(self, *arguments: int) -> int:
-            ctypes.set_errno(self._number)
-            return -1
-
-
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR, None])
-def test_a_file_system_that_sets_nothing_aside(
-    number: int | None, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_shards(three_tensors(sources))
-    write(tmp_path / "expected", plan)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: Libc(number))
-    write(tmp_path / "out", plan)
-    name = "model.safetensors"
-    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_without_room_is_told_before_anything_is_written(
-    number: int, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_shards(three_tensors(sources))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: Libc(number))
-    monkeypatch.setattr(disk.os, "pwrite", lambda *_: pytest.fail("it was written to"))
-    with pytest.raises(OutputError) as caught:
-        write(tmp_path / "out", plan)
-    (fault,) = caught.value.faults
-    assert fault.what == f"cannot be written ({os.strerror(number)})" and fault.advice
-    assert [path.name for path in tmp_path.iterdir()] == ["sources"]

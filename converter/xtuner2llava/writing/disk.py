@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -25,8 +24,6 @@ _ADVICE = {
     errno.EPERM: "You may not write there; choose another OUT or mend its permissions.",
 }
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 @contextmanager
 def disk_errors(path: Path, doing: str = "cannot be written") -> Iterator[None]:
@@ -39,23 +36,6 @@ def disk_errors(path: Path, doing: str = "cannot be written") -> Iterator[None]:
             where=str(path),
             advice=_ADVICE.get(error.errno or 0, ""),
         ) from error
-
-
-def reserve(descriptor: int, size: int) -> None:
-    """Has the first `size` bytes of a file set aside on disk, where the file system can do that.
-
-    What is written later goes faster, and a disk that is too small is found before. Raises
-    `OSError` where there is no room. Not by `os.posix_fallocate`: where a file system cannot,
-    glibc would write into each of its blocks.
-    """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is None or not size or ctypes.sizeof(ctypes.c_long) < 8:
-        return
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if fallocate(descriptor, 0, 0, size):
-        number = ctypes.get_errno()
-        if number in _NO_ROOM:
-            raise OSError(number, os.strerror(number))
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:

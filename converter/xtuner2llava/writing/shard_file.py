@@ -21,7 +21,7 @@ from pathlib import Path
 
 from xtuner2llava.writing.blocks import BUFFERS, blocks, working_bytes
 from xtuner2llava.writing.budget import Budget
-from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors, read_all, reserve, write_all
+from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors, read_all, write_all
 from xtuner2llava.writing.follower import Follower
 from xtuner2llava.writing.nonfinite import NonFinite, Tally
 from xtuner2llava.writing.shards import Entry, Shard
@@ -90,7 +90,6 @@ def write_shard(
 
         hasher = stack.enter_context(Follower("checksum", add, _AHEAD))
         with disk_errors(path):
-            reserve(descriptor, shard.size)
             write_all(descriptor, memoryview(shard.header), 0)
         digest.update(shard.header)
         advance(len(shard.header))

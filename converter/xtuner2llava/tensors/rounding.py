@@ -58,7 +58,8 @@ def _round_twice(
     size = min(_CHUNK, source.numel())
     buffer = torch.empty(size, dtype=torch.float32)
     spare, one, other = np.empty(size, np.int32), np.empty(size, np.bool_), np.empty(size, np.bool_)
-    found = []
+    pending: list[np.ndarray] = []
+    waiting = 0
     for start in range(0, source.numel(), _CHUNK):
         exact, rounded = source[start : start + _CHUNK], target[start : start + _CHUNK]
         count = exact.numel()
@@ -69,10 +70,13 @@ def _round_twice(
         if smallest:
             np.bitwise_and(bits, 0x7FFFFFFF, out=masked)
             doubtful |= np.less(masked, smallest, out=other[:count])
-        found.append(np.flatnonzero(doubtful) + start)
-    where = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
-    if len(where):
-        target[where] = _by_odd(source[where], target.dtype)
+        pending.append(np.flatnonzero(doubtful) + start)
+        waiting += len(pending[-1])
+        # Usually few in all, but where a weight is zero, every element.
+        if waiting >= _CHUNK or start + count == source.numel():
+            where = torch.from_numpy(np.concatenate(pending))
+            target[where] = _by_odd(source[where], target.dtype)
+            pending, waiting = [], 0
 
 
 def _by_odd(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

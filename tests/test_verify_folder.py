@@ -6,6 +6,7 @@ Damage that a checksum would tell is sealed first, so that the other checks show
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,11 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
         "tokenizer",
         "does not load",
+    ),
+    "tokenizer of a gigabyte": (
+        lambda folder: os.truncate(folder / "tokenizer.json", 1 << 30),
+        "tokenizer",
+        "tokenizer.json has 1,073,741,824 bytes, expected at most 67,108,864",
     ),
     "preprocessor of another size": (
         lambda folder: set_keys(

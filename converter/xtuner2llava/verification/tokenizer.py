@@ -18,6 +18,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
 )  # fmt: skip
+# Twice the largest of real ones; transformers takes several times that in memory.
+_MAX_BYTES = 64 << 20
 _SAMPLE = "A picture of 2 cats.\nWhat is it?"
 
 
@@ -74,6 +76,9 @@ def load_tokenizer(source: Path, model_type: Json) -> Any:
         folder = Path(temporary)
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
+                size = (source / file).stat().st_size
+                if size > _MAX_BYTES:
+                    raise ValueError(f"{file} has {size:,} bytes, expected at most {_MAX_BYTES:,}")
                 shutil.copyfile(source / file, folder / file)
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         try:

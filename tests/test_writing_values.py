@@ -22,6 +22,8 @@ from xtuner2llava.tensors import (
     SourceFile,
     Stored,
     cast,
+    concat,
+    split,
 )
 from xtuner2llava.writing import NonFinite, OutputFolder, Written, plan_shards, write_shards
 from xtuner2llava.writing.nonfinite import count_nonfinite
@@ -66,6 +68,20 @@ def test_a_finite_value_that_becomes_infinite_is_refused(
     expected = "bfloat16 or --dtype float32" if dtype == FLOAT16 else "float32"
     assert fault.advice == f"Convert with --dtype {expected}."
     assert [path.name for path in tmp_path.iterdir()] == ["sources"]
+
+
+def test_what_overflows_is_named_in_a_tensor_made_of_rows_of_others(tmp_path: Path) -> None:
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    values = torch.zeros(40, 10_000)
+    values[11, 9_990] = INF
+    values[12, 7] = 70_000.0
+    parts = split(stored(sources, "qkv", values), [20, 20])
+    swapped = concat([parts[1], parts[0]])
+    with pytest.raises(PlanError) as caught:
+        write(tmp_path, {"model.w": cast(swapped, FLOAT16)})
+    (fault,) = caught.value.faults
+    assert fault.what.startswith("element [32, 7] is 70000, which overflows float16")
 
 
 def test_the_largest_value_that_rounds_down_is_no_overflow(tmp_path: Path) -> None:

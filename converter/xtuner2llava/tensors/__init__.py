@@ -6,7 +6,7 @@ from xtuner2llava.tensors.files import FileRange, SourceFile
 from xtuner2llava.tensors.lazy import LazyTensor, Shape, row_blocks
 from xtuner2llava.tensors.lora import Merge, Reshaped
 from xtuner2llava.tensors.mean import Mean
-from xtuner2llava.tensors.rounding import round_into
+from xtuner2llava.tensors.rounding import first_overflow, round_into
 from xtuner2llava.tensors.rows import Piece, Rows, concat, deinterleave, split
 from xtuner2llava.tensors.stored import Stored, view_of_storage
 
@@ -35,6 +35,7 @@ __all__ = [
     "cast",
     "concat",
     "deinterleave",
+    "first_overflow",
     "round_into",
     "row_blocks",
     "split",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.dtype import FLOAT64, DType
 from xtuner2llava.tensors.lazy import Derived, LazyTensor, Shape, row_blocks
-from xtuner2llava.tensors.rounding import round_to
+from xtuner2llava.tensors.rounding import first_overflow, round_to
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +35,8 @@ class Cast(Derived):
         return Cast(self._source.flat(), self.dtype)
 
     def overflow(self, start: int, stop: int) -> tuple[int, float] | None:
-        before = self._source.read(start, stop).flatten()
-        lost = before.isfinite() & round_to(before, self.dtype.torch).isinf()
-        if not bool(lost.any()):
-            return None
-        index = int(lost.nonzero()[0, 0])
-        return index, float(before[index])
+        before = self._source.read(start, stop)
+        return first_overflow(before, round_to(before, self.dtype.torch))
 
 
 def cast(source: LazyTensor, dtype: DType) -> LazyTensor:

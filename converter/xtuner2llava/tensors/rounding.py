@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,11 +11,22 @@ if TYPE_CHECKING:
 # Elements in work at a time. They stay in a processor's cache, and torch does so many without
 # waking other threads (at::internal::GRAIN_SIZE), whose waiting costs more where all are busy.
 _CHUNK = 1 << 15
-# Of a float32, the bits that the narrower dtype cannot hold, and their value half-way between two
-# of its neighbours.
-_LOST_BITS = {"torch.bfloat16": (0xFFFF, 0x8000), "torch.float16": (0x1FFF, 0x1000)}
-# The bits of a float32 below which float16 (2**-14) holds fewer bits than that.
-_SMALLEST_NORMAL = {"torch.bfloat16": 0, "torch.float16": (127 - 14) << 23}
+
+
+@dataclass(frozen=True, slots=True)
+class _Narrowing:
+    """Of a float32, the bits that a narrower dtype cannot hold, and what they are half-way between
+    two of its neighbours; the bits of a float32 below which that dtype holds fewer."""
+
+    lost: int
+    tie: int
+    smallest: int = 0
+
+
+_NARROWINGS = {
+    "torch.bfloat16": _Narrowing(0xFFFF, 0x8000),
+    "torch.float16": _Narrowing(0x1FFF, 0x1000, (127 - 14) << 23),
+}
 
 
 def round_to(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -37,19 +49,27 @@ def round_into(source: torch.Tensor, target: torch.Tensor) -> None:
     """
     import torch
 
-    name = str(target.dtype)
+    narrowing = _NARROWINGS.get(str(target.dtype))
     twice = source.dtype == torch.float64 and target.itemsize <= 2 and target.is_floating_point()
-    if twice and name in _LOST_BITS:
-        _round_twice(source, target, *_LOST_BITS[name], _SMALLEST_NORMAL[name])
+    if twice and narrowing is not None:
+        _round_twice(source, target, narrowing)
         return
     for start in range(0, source.numel(), _CHUNK):
         exact, rounded = source[start : start + _CHUNK], target[start : start + _CHUNK]
         rounded.copy_(_by_odd(exact, target.dtype) if twice else exact)
 
 
-def _round_twice(
-    source: torch.Tensor, target: torch.Tensor, lost: int, tie: int, smallest: int
-) -> None:
+def first_overflow(exact: torch.Tensor, rounded: torch.Tensor) -> tuple[int, float] | None:
+    """The first element, counted through all dimensions, that is finite in `exact` and infinite in
+    `rounded`, as (its number, the finite value); None if there is none."""
+    lost = (exact.isfinite() & rounded.isinf()).flatten()
+    if not bool(lost.any()):
+        return None
+    index = int(lost.nonzero()[0, 0])
+    return index, float(exact.flatten()[index])
+
+
+def _round_twice(source: torch.Tensor, target: torch.Tensor, narrowing: _Narrowing) -> None:
     """By way of float32, as torch does, and by odd where that may be wrong."""
     import numpy as np
     import torch
@@ -66,10 +86,10 @@ def _round_twice(
         single, masked, doubtful = buffer[:count], spare[:count], one[:count]
         rounded.copy_(single.copy_(exact))
         bits = single.numpy().view(np.int32)
-        np.equal(np.bitwise_and(bits, lost, out=masked), tie, out=doubtful)
-        if smallest:
+        np.equal(np.bitwise_and(bits, narrowing.lost, out=masked), narrowing.tie, out=doubtful)
+        if narrowing.smallest:
             np.bitwise_and(bits, 0x7FFFFFFF, out=masked)
-            doubtful |= np.less(masked, smallest, out=other[:count])
+            doubtful |= np.less(masked, narrowing.smallest, out=other[:count])
         pending.append(np.flatnonzero(doubtful) + start)
         waiting += len(pending[-1])
         # Usually few in all, but where a weight is zero, every element.

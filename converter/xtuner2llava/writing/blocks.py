@@ -8,7 +8,15 @@ from itertools import groupby, repeat
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape, round_into, row_blocks
+from xtuner2llava.tensors import (
+    DType,
+    FileRange,
+    LazyTensor,
+    Shape,
+    first_overflow,
+    round_into,
+    row_blocks,
+)
 from xtuner2llava.tensors.files import read_into
 from xtuner2llava.tensors.kept import forget
 from xtuner2llava.writing.disk import BLOCK_BYTES
@@ -43,24 +51,21 @@ def blocks(
     short or changes meanwhile, and `PlanError` for a finite value that its cast made infinite.
     """
     buffers = buffers or repeat(memoryview(bytearray(BLOCK_BYTES)))
-    ranges = _ranges(entry.tensor)
-    if ranges is not None:
-        return _copied(ranges, buffers) if tally is None else _tallied(ranges, buffers, tally)
-    tally = tally or Tally(entry.name, entry.tensor.dtype.code)
-    source = entry.tensor.unrounded()
-    ranges = None if source is None else _ranges(source)
-    if source is not None and ranges is not None:
-        return _rounded(entry, source.dtype, ranges, buffers, tally)
-    return _computed(entry, tally)
+    dtype, ranges = _stored(entry.tensor)
+    if ranges is None:
+        return _computed(entry, tally or Tally(entry.name, entry.tensor.dtype.code))
+    if dtype != entry.tensor.dtype:
+        tally = tally or Tally(entry.name, entry.tensor.dtype.code)
+        return _rounded(entry, dtype, ranges, buffers, tally)
+    return _copied(ranges, buffers) if tally is None else _tallied(ranges, buffers, tally)
 
 
 def working_bytes(tensor: LazyTensor) -> int:
     """The most memory that writing `tensor` takes at a time, in bytes."""
-    if tensor.ranges() is not None:
-        return (BUFFERS + 2) * BLOCK_BYTES
-    unrounded = tensor.unrounded()
-    if unrounded is not None and unrounded.ranges() is not None:
-        return (BUFFERS + 2) * BLOCK_BYTES + _source_bytes(unrounded.dtype, tensor.dtype)
+    dtype, ranges = _stored(tensor)
+    if ranges is not None:
+        rounded = 0 if dtype == tensor.dtype else _source_bytes(dtype, tensor.dtype)
+        return (BUFFERS + 2) * BLOCK_BYTES + rounded
     source = tensor.flat()
     rows = next((stop - start for start, stop in _cuts(source)), 0)
     held = _HELD_BLOCKS * source.row_bytes
@@ -72,11 +77,20 @@ def _cuts(source: LazyTensor) -> Iterator[tuple[int, int]]:
     return row_blocks(source, _ROWS_BYTES if len(source.shape) > 1 else _ELEMENTS_BYTES)
 
 
-def _ranges(tensor: LazyTensor) -> Sequence[FileRange] | None:
-    ranges = tensor.ranges()
-    if ranges is not None and sum(piece.length for piece in ranges) != tensor.nbytes:
-        raise RuntimeError(f"the ranges of a tensor are not its {tensor.nbytes:,} bytes")
-    return ranges
+def _stored(tensor: LazyTensor) -> tuple[DType, Sequence[FileRange] | None]:
+    """The ranges that hold the elements of `tensor`, and the dtype they have there.
+
+    That is another one than its own where they are only rounded; the ranges are None where they
+    are computed.
+    """
+    # Only the last rounding is looked through: one before it is a value of its own.
+    for stored in (tensor, tensor.unrounded()):
+        ranges = None if stored is None else stored.ranges()
+        if stored is not None and ranges is not None:
+            if sum(piece.length for piece in ranges) != stored.nbytes:
+                raise RuntimeError(f"the ranges of a tensor are not its {stored.nbytes:,} bytes")
+            return stored.dtype, ranges
+    return tensor.dtype, None
 
 
 def _source_bytes(source: DType, target: DType) -> int:
@@ -108,11 +122,11 @@ def _rounded(
     for data in _copied(ranges, repeat(source)):
         count = len(data) // dtype.itemsize
         block = next(buffers)[: count * target.itemsize]
-        round_into(
-            torch.frombuffer(data, dtype=dtype.torch), torch.frombuffer(block, dtype=target.torch)
-        )
+        exact = torch.frombuffer(data, dtype=dtype.torch)
+        rounded = torch.frombuffer(block, dtype=target.torch)
+        round_into(exact, rounded)
         if tally.add(block):
-            _refuse_overflow(entry, entry.tensor.flat(), done, done + count)
+            _refuse_overflow(entry, done, first_overflow(exact, rounded))
         yield block
         done += count
 
@@ -151,7 +165,8 @@ def _computed(entry: Entry, tally: Tally) -> Iterator[memoryview]:
                     f"{entry.name}: rows {start} to {stop} came as {len(data)} bytes"
                 )
             if tally.add(data):
-                _refuse_overflow(entry, source, start, stop)
+                before = start * math.prod(source.row_shape)
+                _refuse_overflow(entry, before, source.overflow(start, stop))
             for place in range(0, len(data), BLOCK_BYTES):
                 yield data[place : place + BLOCK_BYTES]
     finally:
@@ -165,12 +180,11 @@ def _as_bytes(block: torch.Tensor) -> memoryview:
     return block.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _refuse_overflow(entry: Entry, source: LazyTensor, start: int, stop: int) -> None:
-    """Raises `PlanError` if a finite element of these rows of `source` became infinite."""
-    lost = source.overflow(start, stop)
+def _refuse_overflow(entry: Entry, before: int, lost: tuple[int, float] | None) -> None:
+    """Raises `PlanError` if an element is `lost`; `before` are those of earlier blocks."""
     if lost is None:
         return
-    element, value = start * math.prod(source.row_shape) + lost[0], lost[1]
+    element, value = before + lost[0], lost[1]
     dtype = entry.tensor.dtype
     largest = _LARGEST.get(dtype.code)
     limit = f", whose largest value is {largest:g}" if largest else ""

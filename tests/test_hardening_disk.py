@@ -28,12 +28,7 @@ Convert = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def options(checkpoints: Path) -> dict[str, object]:
-    case = CASES[CASE]
-    return {
-        "llm": checkpoints / case.llm,
-        "vision": checkpoints / case.vision,
-        "vision_tower_name": "openai/x",
-    }
+    return CASES[CASE].options(checkpoints)
 
 
 @pytest.fixture

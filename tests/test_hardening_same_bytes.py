@@ -25,14 +25,8 @@ from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
 LORA = "llama_d_lora_vislora"
 
 
-def options(checkpoints: Path, case: str) -> dict[str, Any]:
-    found = CASES[case]
-    return {
-        "llm": checkpoints / found.llm,
-        "vision": checkpoints / found.vision,
-        "vision_tower_name": "openai/x",
-        "max_shard_size": "60KB",
-    }
+def options(checkpoints: Path) -> dict[str, Any]:
+    return {**CASES[LORA].options(checkpoints), "max_shard_size": "60KB"}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -43,7 +37,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def expected(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """LoRA merged and rounded in one job: all that could depend on anything."""
     out = tmp_path_factory.mktemp("expected") / "llava-out"
-    convert(checkpoints / LORA / "iter_2.pth", out, jobs=1, **options(checkpoints, LORA))
+    convert(checkpoints / LORA / "iter_2.pth", out, jobs=1, **options(checkpoints))
     found = files(out)
     assert len([name for name in found if name.endswith(".safetensors")]) > 8
     return found
@@ -54,7 +48,7 @@ def test_the_number_of_jobs_changes_nothing(
     jobs: int, expected: Mapping[str, bytes], checkpoints: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "llava-out"
-    convert(checkpoints / LORA / "iter_2.pth", out, jobs=jobs, **options(checkpoints, LORA))
+    convert(checkpoints / LORA / "iter_2.pth", out, jobs=jobs, **options(checkpoints))
     assert files(out) == expected
 
 
@@ -69,7 +63,7 @@ def test_resuming_changes_nothing(
         if len(finished) >= 1 or done == total:
             raise KeyboardInterrupt
 
-    given = {**options(checkpoints, LORA), "jobs": jobs}
+    given = {**options(checkpoints), "jobs": jobs}
     with pytest.raises(KeyboardInterrupt):
         convert(checkpoints / LORA / "iter_2.pth", out, on_progress=stop, **given)
     report = convert(checkpoints / LORA / "iter_2.pth", out, resume=True, **given)
@@ -102,7 +96,7 @@ def test_the_environment_changes_nothing(
     home = tmp_path / "here"
     home.mkdir()
     out = tmp_path / "llava-out"
-    given = options(checkpoints, LORA)
+    given = options(checkpoints)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
     subprocess.run(
         [sys.executable, "-m", "xtuner2llava", "convert", checkpoints / LORA / "iter_2.pth", out,
@@ -124,7 +118,7 @@ def test_the_time_and_place_of_the_input_change_nothing(
     path.parent.mkdir()
     shutil.copy(checkpoints / LORA / "iter_2.pth", path)
     os.utime(path, ns=(1, 1))
-    convert(path, tmp_path / "llava-out", **options(checkpoints, LORA))
+    convert(path, tmp_path / "llava-out", **options(checkpoints))
     assert files(tmp_path / "llava-out") == expected
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,18 +29,9 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def options(checkpoints: Path, case: str) -> dict[str, Any]:
-    found = CASES[case]
-    return {
-        "llm": checkpoints / found.llm,
-        "vision": checkpoints / found.vision,
-        "vision_tower_name": "openai/x",
-    }
-
-
 def by_command(checkpoints: Path, case: str, out: Path, *more: str) -> None:
     words = [str(checkpoints / case / "iter_2.pth"), str(out), "-q", *more]
-    for name, value in options(checkpoints, case).items():
+    for name, value in CASES[case].options(checkpoints).items():
         words += ["--" + name.replace("_", "-"), str(value)]
     done = CliRunner().invoke(main, ["convert", *words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -82,7 +72,9 @@ def test_the_library_leaves_them_alone(
     asked_for: list[int], checkpoints: Path, tmp_path: Path
 ) -> None:
     convert(
-        checkpoints / LORA / "iter_2.pth", tmp_path / "llava-lora", **options(checkpoints, LORA)
+        checkpoints / LORA / "iter_2.pth",
+        tmp_path / "llava-lora",
+        **CASES[LORA].options(checkpoints),
     )
     assert asked_for == []
 
@@ -105,12 +97,14 @@ def test_on_plan_comes_before_anything_is_written(checkpoints: Path, tmp_path: P
         seen.append((plan.shards.shards[0].filename, list(tmp_path.iterdir())))
 
     checkpoint = checkpoints / FULL / "iter_2.pth"
-    convert(checkpoint, tmp_path / "llava-a", on_plan=look, **options(checkpoints, FULL))
+    convert(checkpoint, tmp_path / "llava-a", on_plan=look, **CASES[FULL].options(checkpoints))
     assert seen == [("model.safetensors", [])]
 
     def refuse(plan: Plan) -> None:
         raise RuntimeError("too large for us")
 
     with pytest.raises(RuntimeError, match="too large for us"):
-        convert(checkpoint, tmp_path / "llava-b", on_plan=refuse, **options(checkpoints, FULL))
+        convert(
+            checkpoint, tmp_path / "llava-b", on_plan=refuse, **CASES[FULL].options(checkpoints)
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["llava-a"]

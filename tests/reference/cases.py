@@ -22,6 +22,14 @@ class Case:
         """The logits of the weights as exactly as the checkpoint has them."""
         return "logits_master32" if self.is_zero else "logits_f32"
 
+    def options(self, checkpoints: Path) -> dict[str, Any]:
+        """What `convert` must be told: where the base models lie, and a name for the tower."""
+        return {
+            "llm": checkpoints / self.llm,
+            "vision": checkpoints / self.vision,
+            "vision_tower_name": "openai/x",
+        }
+
 
 CASES: Mapping[str, Case] = {
     "qwen2_a_pretrain": Case("bases/llm_qwen2"),

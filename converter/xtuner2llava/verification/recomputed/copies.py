@@ -85,7 +85,7 @@ def _image_processor(out: OutFolder, base: Path) -> Check:
     theirs, ours = base / _IMAGE_PROCESSOR, out.path / _IMAGE_PROCESSOR
     if not theirs.is_file() or not ours.is_file():
         return Check.of(name, [f"{_IMAGE_PROCESSOR} is not in both"], "")
-    if theirs.read_bytes() == ours.read_bytes():
+    if _same_bytes(theirs, ours):
         return Check.of(name, [], f"{_IMAGE_PROCESSOR}, byte for byte")
     found, wanted = read_json(ours), read_json(theirs)
     faults = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,13 @@ from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import CheckpointError, UsageError, Verification, convert, verify
 from xtuner2llava.options import Options
-from xtuner2llava.verification.recomputed.comparison import unit_in_the_last_place
+from xtuner2llava.verification.recomputed.comparison import (
+    Comparison,
+    unit_in_the_last_place,
+)
+from xtuner2llava.verification.recomputed.files import FileTensor
 from xtuner2llava.verification.recomputed.opening import open_trained
+from xtuner2llava.verification.recomputed.weight import Block, Weight
 
 BITS = "copied and rounded, bit for bit"
 MERGED = "merged and computed, against float64"
@@ -382,6 +388,18 @@ def test_units_in_the_last_place() -> None:
         2.0**-7, 2.0**-7, 2.0**-6, 2.0**-8,
     ]  # fmt: skip
     assert unit_in_the_last_place(values, torch.float32)[5] == 2.0**-123
+
+
+@pytest.mark.parametrize(("stored", "differs"), [(torch.float16, False), (torch.float32, True)])
+def test_which_nan_counts_only_in_copies(stored: torch.dtype, differs: bool) -> None:
+    """Rounded, it depends on the processor, and on where a block ends."""
+    values = torch.tensor([1.0, math.nan, 2.0])
+    other = values.view(torch.int32).bitwise_or(1).where(values.isnan(), values.view(torch.int32))
+    written = FileTensor((3,), torch.float32, lambda a, b: other.view(torch.float32)[a:b])
+    weight = Weight((3,), stored, False, lambda a, b: Block(values.to(stored)[a:b]))
+    found = Comparison()
+    found.add("w", written, weight, torch.float32, lambda count: None)
+    assert found.faults == (["w[1] is nan, expected nan; 1 elements differ"] if differs else [])
 
 
 def test_nothing_that_converts_takes_part() -> None:

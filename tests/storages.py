@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
+from storing import bytes_of
 from xtuner2llava.tensors import (
     BY_NAME,
     Columns,
@@ -31,13 +32,6 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8"
 ELEMENTS = 120
 # A lazy tensor, and what it must be.
 Pair = tuple[LazyTensor, torch.Tensor]
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    if not tensor.numel():
-        return b""
-    flat = tensor.clone(memory_format=torch.contiguous_format).flatten()
-    return flat.view(torch.uint8).numpy().tobytes()
 
 
 class Storages:

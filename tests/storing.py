@@ -12,11 +12,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def stored(folder: Path, name: str, tensor: torch.Tensor) -> Stored:
-    """`tensor` in a file of its own in `folder`, behind three bytes that are not its."""
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Its elements, row-major."""
     import torch
 
-    data = bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
+    if not tensor.numel():
+        return b""
+    flat = tensor.clone(memory_format=torch.contiguous_format).flatten()
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def stored(folder: Path, name: str, tensor: torch.Tensor) -> Stored:
+    """`tensor` in a file of its own in `folder`, behind three bytes that are not its."""
+    data = bytes_of(tensor)
     path = folder / f"{len(list(folder.iterdir()))}.bin"
     path.write_bytes(b"???" + data)
     piece = FileRange(SourceFile.of(path), 3, len(data))

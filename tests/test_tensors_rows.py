@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storages import Storages, bytes_of, pieces, trees
-from storing import stored
+from storages import Storages, pieces, trees
+from storing import bytes_of, stored
 from xtuner2llava.tensors import (
     BY_NAME,
     FLOAT32,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storages import Storages, bytes_of, trees
+from storages import Storages, trees
+from storing import bytes_of
 from xtuner2llava.errors import PlanError
 from xtuner2llava.tensors import BY_NAME, cast
 from xtuner2llava.writing import blocks as module

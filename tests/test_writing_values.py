@@ -73,8 +73,8 @@ def test_a_finite_value_that_becomes_infinite_is_refused(
 def test_what_overflows_is_named_in_a_tensor_made_of_rows_of_others(tmp_path: Path) -> None:
     sources = tmp_path / "sources"
     sources.mkdir()
-    values = torch.zeros(40, 10_000)
-    values[11, 9_990] = INF
+    values = torch.zeros(40, 40_000)
+    values[11, 39_990] = INF
     values[12, 7] = 70_000.0
     parts = split(stored(sources, "qkv", values), [20, 20])
     swapped = concat([parts[1], parts[0]])
@@ -114,8 +114,8 @@ def test_nan_and_infinity_in_cast_tensors_are_reported(tmp_path: Path) -> None:
 
 
 def test_findings_are_counted_over_all_blocks_of_a_tensor(tmp_path: Path) -> None:
-    values = torch.zeros(200_000)
-    values[[0, 65_535, 65_536, 199_999]] = torch.tensor([NAN, INF, NAN, -INF])
+    values = torch.zeros(600_000)
+    values[[0, 262_143, 262_144, 599_999]] = torch.tensor([NAN, INF, NAN, -INF])
     written = write(tmp_path, {"w": stored(tmp_path, "w", values)})
     assert written.nonfinite == (NonFinite("w", 2, 2),)
 

@@ -23,19 +23,21 @@ from xtuner2llava.writing import (
     write_shards,
 )
 
+END_OF_C = 1_200_000 - disk.BLOCK_BYTES
+
 
 @pytest.fixture
 def plan(tmp_path: Path) -> ShardPlan:
     """Copied `a` and `b`, of equal shape, and cast `c`, in two shards; each of several blocks."""
     sources = tmp_path / "sources"
     sources.mkdir()
-    numbers = torch.arange(210_000.0).reshape(3, 70_000)
+    numbers = torch.arange(600_000.0).reshape(3, 200_000)
     tensors: dict[str, LazyTensor] = {
         "a": stored(sources, "a", numbers),
         "b": stored(sources, "b", -numbers),
         "c": cast(stored(sources, "c", numbers / 4096), FLOAT16),
     }
-    return plan_shards(tensors, 1_680_000)
+    return plan_shards(tensors, 4_800_000)
 
 
 @pytest.fixture
@@ -67,24 +69,24 @@ def test_what_was_written_is_found_right(plan: ShardPlan, written: Path) -> None
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_flipped_bit_of_a_copied_tensor(plan: ShardPlan, written: Path, jobs: int) -> None:
     shard = plan.shards[0]
-    offset = entry_offset(shard, "b") + (70_000 + 65_537) * 4 + 2
+    offset = entry_offset(shard, "b") + (200_000 + 65_537) * 4 + 2
     flip(written / shard.filename, offset)
     with pytest.raises(VerificationError) as caught:
         verify_shards(written, plan.shards, jobs=jobs)
     (fault,) = caught.value.faults
     assert fault.where == f"{written / shard.filename}: b"
-    # -135537 is c8045c40 as float32, little-endian: 405c04c8.
+    # -265537 is c881a820 as float32, little-endian: 20a881c8.
     assert fault.what == (
-        f"element [1, 65537] (byte {offset:,} of the file) is 405c05c8, expected 405c04c8"
+        f"element [1, 65537] (byte {offset:,} of the file) is 20a880c8, expected 20a881c8"
     )
 
 
 def test_a_flipped_bit_of_a_computed_tensor(plan: ShardPlan, written: Path) -> None:
     shard = plan.shards[1]
-    offset = entry_offset(shard, "c") + 2 * 209_999
+    offset = entry_offset(shard, "c") + 2 * 599_999
     flip(written / shard.filename, offset)
     with pytest.raises(
-        VerificationError, match=r"model-00002-of-00002.safetensors: c: element \[2, 69999\]"
+        VerificationError, match=r"model-00002-of-00002.safetensors: c: element \[2, 199999\]"
     ):
         verify_shards(written, plan.shards)
 
@@ -142,8 +144,8 @@ def damaged_writes(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
 @pytest.mark.parametrize(
     ("length", "expected"),
     [
-        (256 * 1024, r": a: element \[0, 65535\]"),  # the blocks of a copied tensor
-        (157_856, r": c: element \[2, 69999\]"),  # the end of the computed one
+        (disk.BLOCK_BYTES, r": a: element \[1, 62143\]"),  # the blocks of a copied tensor
+        (END_OF_C, r": c: element \[2, 199999\]"),  # the last block of the rounded one
     ],
 )
 def test_a_disk_that_writes_wrong_bytes_is_found_before_out_appears(
@@ -166,7 +168,7 @@ def test_a_disk_that_writes_wrong_bytes_is_found_before_out_appears(
 def test_without_verification_the_same_disk_is_believed(
     plan: ShardPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damaged_writes(monkeypatch, 157_856)
+    damaged_writes(monkeypatch, END_OF_C)
     with OutputFolder(tmp_path / "out", "") as folder:
         write_shards(folder, plan.shards, verify=False)
         folder.publish()

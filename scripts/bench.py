@@ -149,8 +149,8 @@ class Run:
 class Measured:
     """One contender: medians over the runs, in seconds and bytes.
 
-    `times_cp` is the median of the ratios to `cp` of the same run; `read` and `written` are bytes
-    for each byte of the output.
+    `ratio` is the median of the ratios to the baseline of the same run; `read` and `written` are
+    bytes for each byte of the output.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Measured:
     cpu_seconds: float
     peak_bytes: int
     bytes_per_second: float
-    times_cp: float
+    ratio: float
     read: float
     written: float
 
@@ -180,6 +180,7 @@ def main() -> None:
             "dtype": options.dtype,
             "runs": options.runs,
             "cores": len(os.sched_getaffinity(0)),
+            "baseline": baseline(runs),
             "contenders": [asdict(measured) for measured in summarise(runs, written)],
         }
     finally:
@@ -188,20 +189,21 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     measured = summarise(runs, written)
+    times = "x " + baseline(runs).split()[0].rstrip(":")
     if options.markdown:
-        print(f"| {written / 1e9:.1f} GB, {options.runs} runs | seconds | x `cp` | read | written "
+        print(f"| {written / 1e9:.1f} GB, {options.runs} runs | seconds | {times} | read | written "
               "| peak memory |\n|---|---|---|---|---|---|")  # fmt: skip
     else:
         print(f"{written / 1e9:.2f} GB written, {options.runs} runs, medians (best)")
-        print(f"{'':28}{'seconds':>16}{'MB/s':>8}{'x cp':>7}{'CPU s':>8}{'peak MB':>9}"
+        print(f"{'':28}{'seconds':>16}{'MB/s':>8}{times:>7}{'CPU s':>8}{'peak MB':>9}"
               f"{'read':>7}{'written':>9}")  # fmt: skip
     for m in measured:
         if options.markdown:
-            print(f"| {m.name} | {m.seconds:.1f} | {m.times_cp:.2f} | {m.read:.2f} | "
+            print(f"| {m.name} | {m.seconds:.1f} | {m.ratio:.2f} | {m.read:.2f} | "
                   f"{m.written:.2f} | {m.peak_bytes / 1e6:.0f} MB |")  # fmt: skip
         else:
             print(f"{m.name:28}{m.seconds:8.2f} ({m.best_seconds:5.2f})"
-                  f"{m.bytes_per_second / 1e6:8.0f}{m.times_cp:7.2f}{m.cpu_seconds:8.2f}"
+                  f"{m.bytes_per_second / 1e6:8.0f}{m.ratio:7.2f}{m.cpu_seconds:8.2f}"
                   f"{m.peak_bytes / 1e6:9.0f}{m.read:7.2f}{m.written:9.2f}")  # fmt: skip
 
 
@@ -333,12 +335,17 @@ def counts() -> tuple[int, int]:
     return int(values["rchar"]), int(values["wchar"])
 
 
+def baseline(runs: dict[str, list[Run]]) -> str:
+    """What the others are compared with: `cp` where it was measured, else the first."""
+    return CP if CP in runs else next(iter(runs))
+
+
 def summarise(runs: dict[str, list[Run]], written: int) -> list[Measured]:
-    base = [run.seconds for run in runs.get(CP, [])]
+    base = [run.seconds for run in runs[baseline(runs)]]
     result = []
     for name, values in runs.items():
         seconds = statistics.median(run.seconds for run in values)
-        ratios = [run.seconds / cp for run, cp in zip(values, base, strict=False)]
+        ratios = [run.seconds / other for run, other in zip(values, base, strict=True)]
         result.append(
             Measured(
                 name,
@@ -347,7 +354,7 @@ def summarise(runs: dict[str, list[Run]], written: int) -> list[Measured]:
                 statistics.median(run.cpu_seconds for run in values),
                 max(run.peak_bytes for run in values),
                 written / seconds,
-                statistics.median(ratios) if ratios else float("nan"),
+                statistics.median(ratios),
                 statistics.median(run.read_bytes for run in values) / written,
                 statistics.median(run.written_bytes for run in values) / written,
             )

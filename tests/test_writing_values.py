@@ -26,6 +26,7 @@ from xtuner2llava.tensors import (
     split,
 )
 from xtuner2llava.writing import NonFinite, OutputFolder, Written, plan_shards, write_shards
+from xtuner2llava.writing.disk import BLOCK_BYTES
 from xtuner2llava.writing.nonfinite import count_nonfinite
 
 NAN, INF = float("nan"), float("inf")
@@ -115,7 +116,8 @@ def test_nan_and_infinity_in_cast_tensors_are_reported(tmp_path: Path) -> None:
 
 def test_findings_are_counted_over_all_blocks_of_a_tensor(tmp_path: Path) -> None:
     values = torch.zeros(600_000)
-    values[[0, 262_143, 262_144, 599_999]] = torch.tensor([NAN, INF, NAN, -INF])
+    end = BLOCK_BYTES // 4  # of the first block
+    values[[0, end - 1, end, 599_999]] = torch.tensor([NAN, INF, NAN, -INF])
     written = write(tmp_path, {"w": stored(tmp_path, "w", values)})
     assert written.nonfinite == (NonFinite("w", 2, 2),)
 

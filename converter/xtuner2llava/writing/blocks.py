@@ -33,7 +33,7 @@ _ELEMENTS_BYTES = 4 << 20
 _ROWS_BYTES = 16 << 20
 
 # Blocks of what is copied or rounded: one being filled, and the written ones that followers hold.
-BUFFERS = 9
+BUFFERS = 5
 # Blocks of what is computed that followers may still hold when the next is being computed.
 _HELD_BLOCKS = 2
 

@@ -52,12 +52,12 @@ def blocks(
     """
     buffers = buffers or repeat(memoryview(bytearray(BLOCK_BYTES)))
     dtype, ranges = _stored(entry.tensor)
-    if ranges is None:
-        return _computed(entry, tally or Tally(entry.name, entry.tensor.dtype.code))
-    if dtype != entry.tensor.dtype:
-        tally = tally or Tally(entry.name, entry.tensor.dtype.code)
+    if ranges is not None and dtype == entry.tensor.dtype:
+        return _copied(ranges, buffers) if tally is None else _tallied(ranges, buffers, tally)
+    tally = tally or Tally(entry.name, entry.tensor.dtype.code)
+    if ranges is not None:
         return _rounded(entry, dtype, ranges, buffers, tally)
-    return _copied(ranges, buffers) if tally is None else _tallied(ranges, buffers, tally)
+    return _computed(entry, tally)
 
 
 def working_bytes(tensor: LazyTensor) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xtuner2llava.errors import CheckpointError
+from xtuner2llava.errors import CheckpointError, UnsupportedError
 from xtuner2llava.recipe import Recipe, Reference, Table, UsedValue
 
 CONFIG = """\
@@ -170,7 +170,8 @@ def test_resolved_is_what_reading_the_config_gives() -> None:
     plain = [
         name
         for name, kind in vars(Recipe).items()
-        if isinstance(kind, property) and name not in ("used", "llm_lora", "visual_encoder_lora")
+        if isinstance(kind, property)
+        and name not in ("model", "used", "llm_lora", "visual_encoder_lora")
     ]
     assert len(plain) > 20
     different = [name for name in plain if getattr(file, name) != getattr(stored, name)]
@@ -182,7 +183,7 @@ def test_resolved_is_what_reading_the_config_gives() -> None:
 def test_every_field(text: str) -> None:
     run = recipe(text)
     assert run.model_type == "xtuner.model.LLaVAModel"
-    assert run.is_llava
+    run.check_model()
     assert (run.llm_path, run.llm_type) == ("Qwen/Qwen1.5-7B-Chat", "AutoModelForCausalLM")
     assert run.vision_path == "openai/clip-vit-large-patch14-336"
     assert run.vision_type == "CLIPVisionModel"
@@ -250,7 +251,7 @@ def test_values_that_are_not_the_default() -> None:
     assert (run.visual_select_layer, run.projector_depth) == (-1, 3)
     assert run.max_position_embeddings == 32768
     assert (run.llm_type, run.llm_torch_dtype) == ("B", "bfloat16")
-    assert run.llm_overrides == {"rope_theta": 1e6, "revision": "v1"}
+    assert run.llm_overrides == {"rope_theta": 1e6}
     assert run.vision_type == "SiglipVisionModel"
     lora = run.llm_lora
     assert lora is not None
@@ -272,7 +273,8 @@ def test_other_models_are_read_and_left_to_be_refused() -> None:
         " llm=dict(pretrained_model_name_or_path='a/b'))"
     )
     assert run.model_type == "xtuner.model.SupervisedFinetune"
-    assert not run.is_llava
+    with pytest.raises(UnsupportedError, match="SupervisedFinetune, which is another class"):
+        run.check_model()
     assert (run.llm_path, run.vision_path, run.llm_lora) == ("a/b", None, None)
 
 
@@ -289,7 +291,7 @@ def test_other_models_are_read_and_left_to_be_refused() -> None:
 )
 def test_without_a_model_the_error_says_what_was_found(text: str, found: str) -> None:
     with pytest.raises(CheckpointError, match="model") as caught:
-        recipe(text)
+        recipe(text).check_model()
     (fault,) = caught.value.faults
     assert found in fault.what
     assert "--xtuner-config" in fault.advice
@@ -309,7 +311,7 @@ def test_without_a_model_the_error_says_what_was_found(text: str, found: str) ->
 )
 def test_only_who_asks_for_an_unknown_value_fails(arguments: str, name: str, flag: str) -> None:
     run = recipe(f"model = dict(\n  type='LLaVAModel',\n  {arguments})")
-    assert run.is_llava
+    run.check_model()
     assert run.used
     with pytest.raises(CheckpointError, match="without running code") as caught:
         getattr(run, name)
@@ -470,3 +472,54 @@ def test_what_is_no_config_file(tmp_path: Path) -> None:
     ]:
         with pytest.raises(CheckpointError, match=what):
             Recipe.from_file(path)
+
+
+LORA = "from peft import LoraConfig, AdaLoraConfig\nfrom mine import Llm\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from xtuner.model import LLaVAModel\nmodel = dict(type=LLaVAModel)",
+        "from xtuner.model import LLaVAModel as Model\nmodel = dict(type=Model)",
+        "from xtuner.model.llava import LLaVAModel\nmodel = dict(type=LLaVAModel)",
+        "import xtuner.model\nmodel = dict(type=xtuner.model.LLaVAModel)",
+        "import xtuner.model as m\nmodel = dict(type=m.LLaVAModel, _scope_='xtuner')",
+        "model = dict(type='LLaVAModel')",
+        "model = dict(type='xtuner.model.LLaVAModel')",
+        "model = dict(type='<xtuner.model.LLaVAModel>')",
+        "model = dict(type='LLaVAModel', use_activation_checkpointing=build(), freeze_llm=f())",
+        LORA + "model = dict(type='LLaVAModel', llm_lora=dict(type=LoraConfig))",
+        "model = dict(type='LLaVAModel', llm=dict(type='transformers.LlamaForCausalLM.x'))",
+        "model = dict(type='LLaVAModel', llm=dict(type=build()))",
+    ],
+)
+def test_xtuners_own_model_by_all_its_names(text: str) -> None:
+    recipe(text).check_model()
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "line"),
+    [
+        ("from xtuner.model import AnyShapeLLaVAModel as LLaVAModel\nmodel = dict("
+         "type=LLaVAModel)", "xtuner.model.AnyShapeLLaVAModel, which is another class", 2),
+        ("model = dict(type='fork.model.LLaVAModel')", "fork.model.LLaVAModel, which is", 1),
+        ("model = dict(type='xtuner.model.anyres.LLaVAModel')", "which is another class", 1),
+        ("from .llava import LLaVAModel\nmodel = dict(type=LLaVAModel)", "a relative import", 1),
+        ("class LLaVAModel(Base): pass\nmodel = dict(type=LLaVAModel)", "of the config itself", 1),
+        ("model = dict(type=build())", "without running code", 1),
+        ("model = dict(llm=dict())", "model.type is missing", None),
+        ("model = dict(type='LLaVAModel',\n  freeze_llm=True,\n  template=None, x=1)",
+         "model has arguments that XTuner's LLaVAModel does not have: template, x", 3),
+        (LORA + "model = dict(type='LLaVAModel',\n llm=dict(type=Llm.from_pretrained))",
+         "model.llm.type is mine.Llm.from_pretrained, which is not a class of transformers", 4),
+        (LORA + "model = dict(type='LLaVAModel',\n visual_encoder_lora=dict(type=AdaLoraConfig))",
+         "is peft.AdaLoraConfig, peft.LoraConfig was expected", 4),
+    ],
+)  # fmt: skip
+def test_another_class_is_refused_with_the_reason(text: str, found: str, line: int | None) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        recipe(text).check_model()
+    (fault,) = caught.value.faults
+    assert found in fault.what
+    assert fault.where == ("config.py" if line is None else f"config.py:{line}")

@@ -10,15 +10,6 @@ from xtuner2llava.sources import ModelConfig
 from xtuner2llava.sources.json_file import Json, integer
 from xtuner2llava.sources.model_config import in_437_vocabulary
 
-# Arguments of `from_pretrained` that say how to load, not what the model is
-# (transformers `modeling_utils.py`, `PreTrainedModel.from_pretrained`).
-_LOADING = frozenset(
-    "revision code_revision cache_dir token use_auth_token local_files_only force_download "
-    "resume_download proxies subfolder variant use_safetensors max_memory offload_folder config "
-    "offload_state_dict ignore_mismatched_sizes output_loading_info use_flash_attention_2 "
-    "load_in_8bit load_in_4bit mirror from_tf from_flax use_cache".split()
-)
-
 
 def trained_llm_config(config: ModelConfig, recipe: Recipe | None) -> dict[str, Json]:
     """The LLM's config in 4.37 vocabulary, as training used it.
@@ -31,7 +22,7 @@ def trained_llm_config(config: ModelConfig, recipe: Recipe | None) -> dict[str, 
     if recipe is None:
         return values
     for key, value in recipe.llm_overrides.items():
-        if key in _LOADING or key.startswith("_"):
+        if key.startswith("_"):
             continue
         values[key] = _json(value, f"{recipe.where}, model.llm.{key}")
     values = in_437_vocabulary(values)

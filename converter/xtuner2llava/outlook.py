@@ -81,14 +81,7 @@ class _Foreseeing:
 
     def outlook(self) -> Outlook:
         recipe = self._recipe
-        if self._try(lambda: recipe.is_llava) is False:
-            self._faults.append(
-                Fault(
-                    str(self._path),
-                    f"trains {recipe.model_type}, which has no projector",
-                    "Only LLaVAModel can become LLaVA.",
-                )
-            )
+        self._try(recipe.check_model)
         llm = self._try(lambda: self._base(LLM, recipe.llm_path))
         config = self._try(
             lambda: trained_llm_config(read_config(LLM, llm), recipe) if llm else None

@@ -34,5 +34,5 @@ class Findings:
             return None
 
     def stop(self) -> None:
-        """Raises `PlanError` with all faults, if there are any."""
-        raise_faults(PlanError, self.faults)
+        """Raises `PlanError` with all faults, each once, if there are any."""
+        raise_faults(PlanError, list(dict.fromkeys(self.faults)))

@@ -47,10 +47,12 @@ class Section:
     def line(self, key: Key) -> int | None:
         return self.table.lines.get(key)
 
-    def error(self, key: Key, what: str, line: int | None = None) -> CheckpointError:
+    def error(
+        self, key: Key, what: str, line: int | None = None, *, advice: str | None = None
+    ) -> CheckpointError:
         line = line or self.line(key)
         where = f"{self.where}:{line}" if line else self.where
-        advice = _ADVICE.get(self.name(key), _RESOLVED)
+        advice = advice or _ADVICE.get(self.name(key), _RESOLVED)
         return CheckpointError(f"{self.name(key)} {what}", where=where, advice=advice)
 
     def value(self, key: Key) -> Value:

@@ -110,6 +110,7 @@ def gather(
     llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
     projector = Part(contents.weights[PROJECTOR], "trained", trained=True)
     inexact = work.inexact()
+    work.check_model()
     return Checkpoint(
         contents,
         recipe,
@@ -117,8 +118,8 @@ def gather(
         tower,
         projector,
         tuple(work.base_files),
-        (*contents.notes, *work.notes, *inexact),
-        tuple(work.faults),
+        tuple(dict.fromkeys((*contents.notes, *work.notes, *inexact))),
+        tuple(dict.fromkeys(work.faults)),
         inexact,
         tuple(work.pending),
     )
@@ -193,6 +194,23 @@ class _Gathering:
         merged = merge(base, adapter, f"{contents.path}, {TITLES[part]}")
         return replace(result, tensors=merged, origin=f"{what} on {origin}")
 
+    def check_model(self) -> None:
+        """Whether XTuner's own LLaVAModel was trained, by the config in use and by the artefact's
+        own: another config does not make another class of it."""
+        recipe, own = self._recipe, self._contents.config
+        try:
+            if recipe is not None:
+                recipe.check_model()
+        except ConversionError as error:
+            self.faults.extend(error.faults)
+        try:
+            if recipe is not None and own is not None and own[1] != recipe.where:
+                Recipe.from_text(*own).check_model()
+        except UnsupportedError as error:
+            self.faults.extend(error.faults)
+        except ConversionError:
+            pass  # It cannot be read; the config in use says which class it is.
+
     def inexact(self) -> tuple[str, ...]:
         """Why the LLM is near to the trained one, and not the same."""
         if self._recipe is None or LLM in self._contents.weights:
@@ -204,9 +222,29 @@ class _Gathering:
             return ()
 
     def _recorded(self, part: str) -> str | None:
+        """What the XTuner config names; it need not be known where the user gives a base model."""
         if self._recipe is None:
             return None
-        return self._recipe.llm_path if part == LLM else self._recipe.vision_path
+        try:
+            return self._recipe.llm_path if part == LLM else self._recipe.vision_path
+        except ConversionError:
+            if self._choice.model(part) is None:
+                raise
+            return None
+
+    def _started_from(self) -> str | None:
+        """`pretrained_pth`; where only running code would tell, a note says so."""
+        if self._recipe is None:
+            return None
+        try:
+            return self._recipe.pretrained_pth
+        except ConversionError as error:
+            fault = error.faults[0]
+            self.notes.append(
+                f"{fault.where}: {fault.what}. If the run started from a checkpoint with a trained "
+                "LLM or vision tower, give a folder with its weights as --llm or --vision."
+            )
+            return None
 
     def _base_tensors(
         self, part: str, folder: Path, name: str, *, adapted: bool
@@ -218,7 +256,7 @@ class _Gathering:
         layers in, and not strictly: the names of an adapted part then match none of its full
         weights, which are silently left out (xtuner/model/llava.py, `__init__`).
         """
-        started = self._recipe.pretrained_pth if self._recipe is not None else None
+        started = self._started_from()
         if started is not None:
             earlier = self._open_pretrained(started)
             if earlier is not None and part in earlier.weights and adapted:
@@ -282,6 +320,6 @@ class _Gathering:
             "use_dora": lora.use_dora,
             "fan_in_fan_out": lora.fan_in_fan_out,
             "bias": lora.bias,
-            "alpha_pattern": dict(lora.alpha_pattern),
+            "alpha_pattern": dict(lora.alpha_pattern) if alpha is None else {},
         }
         return LoraSettings.from_mapping(values, self._recipe.where)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +67,15 @@ def seal(folder: Path) -> None:
     """Writes the checksums of the files as they are into `conversion.json`: no traces left."""
 
     def digest(name: str) -> str:
-        return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        return blake3((folder / name).read_bytes()).hexdigest()
 
     def change(record: dict[str, Any]) -> None:
-        record["files"] = {n: digest(n) for n in record["files"] if (folder / n).is_file()}
+        record["files"] = {
+            n: {"blake3": digest(n)} for n in record["files"] if (folder / n).is_file()
+        }
         shards = [s["file"] for s in record["shards"] if (folder / s["file"]).is_file()]
         record["shards"] = [
-            {"file": n, "bytes": (folder / n).stat().st_size, "sha256": digest(n)} for n in shards
+            {"file": n, "bytes": (folder / n).stat().st_size, "blake3": digest(n)} for n in shards
         ]
 
     edit_json(folder / "conversion.json", change)

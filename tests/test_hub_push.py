@@ -77,7 +77,7 @@ def changes(hub: HubServer) -> list[str]:
     """What was sent and committed, and nothing that only looks."""
     return [
         f"{request.method} {request.path}"
-        for request in hub.log("PUT") + hub.log("POST", "/(commit|branch|preupload)/|/batch")
+        for request in hub.log("PUT") + hub.log("POST", "/(commit|branch)/")
     ]
 
 

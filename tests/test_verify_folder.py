@@ -5,6 +5,7 @@ Damage that a checksum would tell is sealed first, so that the other checks show
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -65,6 +66,31 @@ def test_the_report_as_data(whole: Path) -> None:
     } in data["checks"]
     with pytest.raises(KeyError, match="nonsense"):
         found.named("nonsense")
+
+
+def test_a_record_with_sha256(whole: Path, tmp_path: Path) -> None:
+    """What versions before BLAKE3 wrote."""
+
+    def old(record: dict[str, Any]) -> None:
+        def digest(name: str) -> str:
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+        record["schema"] = 1
+        record["files"] = {name: digest(name) for name in record["files"]}
+        for shard in record["shards"]:
+            del shard["blake3"]
+            shard["sha256"] = digest(shard["file"])
+
+    folder = copy_of(whole, tmp_path)
+    edit_json(folder / "conversion.json", old)
+    assert results(verify(folder)) == {}
+    flip_bit(folder / "model.safetensors", -1)
+    flip_bit(folder / "generation_config.json", 1)
+    found = results(verify(folder))
+    assert (
+        "model.safetensors is not what was written: its sha256 is" in found["checksums of shards"]
+    )
+    assert "generation_config.json is not" in found["checksums of small files"]
 
 
 # Each: what is damaged, which check fails, and what it says.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from storing import stored
@@ -30,10 +30,10 @@ CASTS = [
 
 
 class Slow:
-    """SHA-256 on a machine that takes long for it."""
+    """BLAKE3 on a machine that takes long for it."""
 
     def __init__(self, data: bytes = b"") -> None:
-        self._digest = hashlib.sha256(data)
+        self._digest = blake3(data)
 
     def update(self, data: memoryview) -> None:
         time.sleep(0.002)
@@ -41,10 +41,6 @@ class Slow:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
-
-
-class Hashes:
-    sha256 = Slow
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -68,13 +64,13 @@ def test_it_is_that_of_the_file(
         tensor = stored(tmp_path / "sources", f"t{number}", values)
         tensors[f"t{number:02}"] = tensor if number % 4 else cast(tensor, FLOAT16)
     plan = plan_shards(tensors, 3 * BLOCK_BYTES * len(sizes) // 4)
-    monkeypatch.setattr(shard_file, "hashlib", Hashes)
+    monkeypatch.setattr(shard_file, "blake3", Slow)
     with OutputFolder(tmp_path / "out", "") as folder:
         written = write_shards(folder, plan.shards, verify=verify)
         out = folder.publish()
     assert len(written.shards) == len(plan.shards)
     for shard in written.shards:
-        assert shard.sha256 == hashlib.sha256((out / shard.filename).read_bytes()).hexdigest()
+        assert shard.blake3 == blake3((out / shard.filename).read_bytes()).hexdigest()
 
 
 def test_what_is_rounded_stays_until_it_is_verified(

@@ -219,7 +219,7 @@ def test_resume_without_anything_to_resume_starts_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [b"", b"[]", b'{"size": 1}', b'{"size": 1, "sha256": 5}', b"\xff"]
+    "record", [b"", b"[]", b'{"size": 1}', b'{"size": 1, "blake3": 5}', b"\xff"]
 )
 def test_a_damaged_record_means_unfinished(record: bytes, tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "f") as folder:

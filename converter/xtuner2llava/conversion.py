@@ -168,7 +168,7 @@ def convert(
             )
         nonfinite = tuple((found.name, found.nan, found.infinite) for found in written.nonfinite)
         with timer.stage("describe"):
-            shards = [(shard.filename, shard.size, shard.sha256) for shard in written.shards]
+            shards = [(shard.filename, shard.size, shard.blake3) for shard in written.shards]
             for name, data in small.items():
                 folder.write_bytes(name, data)
             record = provenance(planned, version(), shards, small, nonfinite)
@@ -181,17 +181,20 @@ def convert(
                 folder.publish()
             else:
                 pushed = hub.publish_small_files(upload, folder.path)
-    digests = {shard.filename: shard.sha256 for shard in written.shards}
     if destination is not None and pushed is None:
         with timer.stage("upload"):
             pushed = hub.publish_converted(
-                Path(out), digests, destination, jobs=jobs, on_progress=on_progress
+                Path(out),
+                tuple(name for name, _, _ in shards),
+                destination,
+                jobs=jobs,
+                on_progress=on_progress,
             )
     return Report(
         out=None if low_disk else Path(out),
         plan=planned,
         files=dict(sorted(files.items())),
-        sha256=digests,
+        blake3={name: digest for name, _, digest in shards},
         seconds=timer.seconds,
         verified=verify,
         resumed=tuple(shard.filename for shard in written.shards if shard.kept),

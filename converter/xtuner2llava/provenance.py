@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
+
+from blake3 import blake3
 
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.published import published_name, published_text
@@ -11,7 +12,8 @@ from xtuner2llava.sources import Fingerprint, Part
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json
 
-SCHEMA = 1
+# 2: BLAKE3 where 1 had SHA-256, and small files as objects, not as bare digests.
+SCHEMA = 2
 
 
 def provenance(
@@ -23,7 +25,7 @@ def provenance(
 ) -> dict[str, Json]:
     """The content of `conversion.json`.
 
-    `shards` are (file name, bytes, sha256); `files` the small files as written; `nonfinite` the
+    `shards` are (file name, bytes, BLAKE3); `files` the small files as written; `nonfinite` the
     tensors with NaN or infinite values, which the checkpoint already had: (name, NaN, infinite).
     """
     checkpoint = plan.checkpoint
@@ -37,7 +39,7 @@ def provenance(
         for component, d in plan.dropped
     ]
     shard_list: list[Json] = [
-        {"file": name, "bytes": size, "sha256": digest} for name, size, digest in shards
+        {"file": name, "bytes": size, "blake3": digest} for name, size, digest in shards
     ]
     return {
         "schema": SCHEMA,
@@ -58,7 +60,7 @@ def provenance(
         "dtype": plan.dtype,
         "chat": {"template": plan.chat.template, "stop_words": list(plan.chat.stop_words)},
         "shards": shard_list,
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
+        "files": {n: {"blake3": blake3(data).hexdigest()} for n, data in sorted(files.items())},
         "dropped": dropped,
         "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in nonfinite],
         "notes": [published_text(note) for note in plan.notes],

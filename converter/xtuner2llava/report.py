@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Report:
     """A finished conversion.
 
-    `files` are all files of `out` with their sizes in bytes, `sha256` those of the shards,
+    `files` are all files of `out` with their sizes in bytes, `blake3` the digests of the shards,
     `seconds` the wall time of each stage, `nonfinite` the tensors whose NaN or infinite values the
     checkpoint already had (name, NaN, infinite), `next_steps` sentences for the user. `out` is None
     where the shards were published and not kept; `pushed` says where to.
@@ -27,7 +27,7 @@ class Report:
     out: Path | None
     plan: Plan
     files: Mapping[str, int]
-    sha256: Mapping[str, str]
+    blake3: Mapping[str, str]
     seconds: Mapping[str, float]
     verified: bool
     resumed: tuple[str, ...]
@@ -45,7 +45,7 @@ class Report:
             "out": None if self.out is None else str(self.out),
             "files": dict(self.files),
             "bytes": self.nbytes,
-            "sha256": dict(self.sha256),
+            "blake3": dict(self.blake3),
             "seconds": dict(self.seconds),
             "verified": self.verified,
             "resumed": list(self.resumed),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +23,13 @@ _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The files to publish, by name; `shards` have their sha256, `others` are small.
+    """The files to publish, by name; `others` are small.
 
     `strange` are files that no conversion wrote.
     """
 
     folder: Path
-    shards: dict[str, str]
+    shards: tuple[str, ...]
     others: tuple[str, ...]
     strange: tuple[str, ...]
 
@@ -54,7 +53,7 @@ def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
     record = read_json(folder / RECORD_NAME)
     shards = _named(record.get("shards"))
     files = record.get("files")
-    small = {n: str(d) for n, d in files.items()} if isinstance(files, dict) else {}
+    small = files if isinstance(files, dict) else {}
     if not shards or not small:
         raise UsageError(f"names no files in {RECORD_NAME}", where=str(folder))
     faults: list[Fault] = []
@@ -68,7 +67,7 @@ def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
         faults += _verification_faults(folder, advance)
     raise_faults(VerificationError, faults)
     known = {*shards, *small, RECORD_NAME, CARD_NAME}
-    others = tuple(sorted((known & present) - shards.keys()))
+    others = tuple(sorted((known & present) - {*shards}))
     return Contents(folder, shards, others, tuple(sorted(present - known)))
 
 
@@ -85,24 +84,22 @@ def _verification_faults(folder: Path, advance: Callable[[int, int], None]) -> l
     ]
 
 
-def _named(value: Json) -> dict[str, str]:
-    """The shards of the record with their sha256."""
+def _named(value: Json) -> tuple[str, ...]:
+    """The shards of the record."""
     listed = value if isinstance(value, list) else []
-    return {
-        str(entry["file"]): str(entry.get("sha256"))
-        for entry in listed
-        if isinstance(entry, dict) and "file" in entry
-    }
+    return tuple(str(e["file"]) for e in listed if isinstance(e, dict) and "file" in e)
 
 
-def _differences(folder: Path, shards: dict[str, str], small: dict[str, str]) -> list[Fault]:
+def _differences(folder: Path, shards: tuple[str, ...], small: dict[str, Json]) -> list[Fault]:
     """What is missing, and small files that are other than what was written."""
+    from xtuner2llava.verification.record import difference
+
     faults = [
         Fault(str(folder / name), "is not there", _ADVICE)
         for name in (*shards, *small)
         if name != CARD_NAME and not _is_ours(folder, name)
     ]
-    for name, digest in {CARD_NAME: "", **small}.items():
+    for name, recorded in {CARD_NAME: None, **small}.items():
         if not _is_ours(folder, name):
             continue
         size = (folder / name).stat().st_size
@@ -112,10 +109,8 @@ def _differences(folder: Path, shards: dict[str, str], small: dict[str, str]) ->
             continue
         if name == CARD_NAME:
             continue
-        found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        if found != digest:
-            what = f"is not what was written: its sha256 is {found}, {RECORD_NAME} says {digest}"
-            faults.append(Fault(str(folder / name), what, _ADVICE))
+        if change := difference(folder / name, recorded):
+            faults.append(Fault(str(folder / name), change, _ADVICE))
     return faults
 
 

@@ -57,7 +57,7 @@ def deliver_to(upload: Upload) -> Callable[[Path, WrittenShard, Callable[[int], 
     """What sends each shard of `write_shards` away as soon as it is finished."""
 
     def deliver(path: Path, shard: WrittenShard, advance: Callable[[int], None]) -> None:
-        upload.send(path, shard.filename, sha256=shard.sha256, advance=advance)
+        upload.send(path, shard.filename, advance=advance)
 
     return deliver
 
@@ -72,13 +72,13 @@ def publish_small_files(upload: Upload, folder: Path) -> Pushed:
 
 def publish_converted(
     folder: Path,
-    shards: dict[str, str],
+    shards: tuple[str, ...],
     destination: Destination,
     *,
     jobs: int | None,
     on_progress: OnProgress | None,
 ) -> Pushed:
-    """Publishes `folder`, which was just written; `shards` are their sha256 by name.
+    """Publishes `folder`, which was just written; `shards` are the names of its weight files.
 
     An error says that `folder` is complete and how to go on.
     """

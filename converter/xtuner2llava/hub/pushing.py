@@ -50,9 +50,7 @@ def push_contents(
         sizes = {name: contents.size(name) for name in contents.shards}
         work = Work(jobs, sum(sizes.values()), lambda done, total: tell("upload", done, total))
         work.run(
-            lambda name: upload.send(
-                folder / name, name, sha256=contents.shards[name], advance=work.advance
-            ),
+            lambda name: upload.send(folder / name, name, advance=work.advance),
             list(sizes),
         )
         pushed = upload.commit()

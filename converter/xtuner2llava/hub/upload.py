@@ -93,9 +93,7 @@ class Upload:
             )
             self.repo_id = made.repo_id
             # A new branch is made with the commit; until then the default one stands for it.
-            head = self._head()
-            self._has_branch = head is not None
-            self._at_start = self._files(head) if head is not None else {}
+            self._has_branch = self._head() is not None
         self._bars_were_shown = not are_progress_bars_disabled()
         disable_progress_bars()
         return self
@@ -143,7 +141,6 @@ class Upload:
         path: Path,
         name: str,
         *,
-        sha256: str | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Sends the file at `path`, which is not needed any more when this returns.
@@ -154,16 +151,12 @@ class Upload:
         size = path.stat().st_size
         progress = Progress(size, advance)
         with hub_errors(f"{self.repo_id}: {name}"):
-            if sha256 is not None and self._had(name, sha256):
-                self._remember(name, None, _Sent(size, sha256, None))
-            else:
-                operation = addition(path, name, progress)
-                persistently(lambda: self._preupload(operation))
-                sent = _Sent(size, operation.upload_info.sha256.hex(), None)
-                if operation.path_or_fileobj != b"":  # Plain: the commit itself has the content.
-                    sent = self._take_in(operation, path)
-                self._remember(name, operation, sent)
-                _check_digest(path, sent.sha256, sha256)
+            operation = addition(path, name, progress)
+            persistently(lambda: self._preupload(operation))
+            sent = _Sent(size, operation.upload_info.sha256.hex(), None)
+            if operation.path_or_fileobj != b"":  # Plain: the commit itself has the content.
+                sent = self._take_in(operation, path)
+            self._remember(name, operation, sent)
             progress.finish()
 
     def add(self, name: str, data: bytes) -> None:
@@ -286,11 +279,6 @@ class Upload:
 
         return persistently(files)
 
-    def _had(self, name: str, sha256: str) -> bool:
-        """Whether the file was visible when the upload began, as a large file with that content."""
-        found = self._at_start.get(name)
-        return found is not None and found.lfs is not None and found.lfs.sha256 == sha256
-
     def _has(self, there: Mapping[str, RepoFile], name: str) -> bool:
         return name in there and self._sent[name].is_same(there[name])
 
@@ -318,12 +306,3 @@ class Upload:
             return
         del self._operations[CARD_NAME], self._sent[CARD_NAME]
         self._notes.append("README.md on the Hub is somebody's own, and stays as it is.")
-
-
-def _check_digest(path: Path, found: str, expected: str | None) -> None:
-    if expected not in (None, found):
-        raise VerificationError(
-            f"has the sha256 {found} as it is sent, and had {expected} when it was written",
-            where=str(path),
-            advice="Did something change it? Convert again.",
-        )

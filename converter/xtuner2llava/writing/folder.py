@@ -4,7 +4,7 @@ OUT.partial/                  what is being written
     .xtuner2llava/            ours only; removed before the rename
         lock                  locked while a conversion runs
         plan.json             {"fingerprint": ...}: which conversion this is
-        finished/NAME.json    {"size": ..., "sha256": ...}: flushed and verified files
+        finished/NAME.json    {"size": ..., "blake3": ...}: flushed and verified files
 OUT.replaced/                 the old OUT, for the moment between two renames of --overwrite
 OUT.partial.state/            .xtuner2llava, for the moment before OUT.partial becomes OUT
 """
@@ -166,7 +166,7 @@ class OutputFolder:
             )
 
     def finished(self, name: str) -> str | None:
-        """The sha256 of `name` if an earlier run finished it and its size is still right."""
+        """The BLAKE3 of `name` if an earlier run finished it and its size is still right."""
         try:
             record = json.loads(self._record(name).read_bytes())
             size = self._locate(name).lstat().st_size
@@ -174,15 +174,15 @@ class OutputFolder:
             return None
         if not isinstance(record, dict) or record.get("size") != size:
             return None
-        digest = record.get("sha256")
+        digest = record.get("blake3")
         return digest if isinstance(digest, str) else None
 
-    def mark_finished(self, name: str, size: int, sha256: str) -> None:
+    def mark_finished(self, name: str, size: int, blake3: str) -> None:
         """Remembers that `name`, of `size` bytes, need not be written again; it is flushed."""
         record = self._record(name)
         with disk_errors(record):
             record.parent.mkdir(parents=True, exist_ok=True)
-            self._write(record, json.dumps({"size": size, "sha256": sha256}))
+            self._write(record, json.dumps({"size": size, "blake3": blake3}))
 
     def discard(self, name: str) -> None:
         """Removes the finished file `name`, whose content somebody else has now."""

@@ -11,13 +11,14 @@ reading them back for it costs more than the kernel's copy saves.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+
+from blake3 import blake3
 
 from xtuner2llava.writing.blocks import BUFFERS, blocks, working_bytes
 from xtuner2llava.writing.budget import Budget
@@ -36,9 +37,9 @@ _FLUSH_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """`sha256` in hexadecimal digits, and the tensors that hold NaN or infinity, in file order."""
+    """`blake3` in hexadecimal digits, and the tensors that hold NaN or infinity, in file order."""
 
-    sha256: str
+    blake3: str
     nonfinite: tuple[NonFinite, ...]
 
 
@@ -68,7 +69,7 @@ def write_shard(
     verified; what it raises ends the work. Raises `OutputError`, `CorruptFileError`, `PlanError`
     for a value that overflows its dtype, and `VerificationError`.
     """
-    digest = hashlib.sha256()
+    digest = blake3()
     found: list[NonFinite] = []
 
     def flush(position: int) -> None:
@@ -124,7 +125,7 @@ def checksum(path: Path, shard: Shard, check: Callable[[], None]) -> Checksum:
 
     Raises `OutputError` where it cannot be read.
     """
-    digest = hashlib.sha256()
+    digest = blake3()
     found: list[NonFinite] = []
     buffer = memoryview(bytearray(BLOCK_BYTES))
 

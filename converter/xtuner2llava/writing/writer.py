@@ -24,7 +24,7 @@ class WrittenShard:
 
     filename: str
     size: int
-    sha256: str
+    blake3: str
     kept: bool = False
 
 
@@ -114,12 +114,12 @@ class _Job:
         kept = checked is not None
         if checked is None:
             checked = self._write(shard)
-        written = WrittenShard(shard.filename, shard.size, checked.sha256, kept)
+        written = WrittenShard(shard.filename, shard.size, checked.blake3, kept)
         if self.deliver is not None:
             self.deliver(self.folder.path / shard.filename, written, self.work.advance)
             self.folder.discard(shard.filename)
         elif not kept:
-            self.folder.mark_finished(shard.filename, shard.size, checked.sha256)
+            self.folder.mark_finished(shard.filename, shard.size, checked.blake3)
         return written, checked
 
     def _keep(self, shard: Shard) -> Checksum | None:
@@ -129,7 +129,7 @@ class _Job:
             return None
         path = self.folder.path / shard.filename
         checked = checksum(path, shard, self.work.check)
-        if checked.sha256 != known:
+        if checked.blake3 != known:
             return None
         self.work.advance(shard.size)
         if self.verify:

@@ -107,7 +107,7 @@ def test_a_family_without_a_class_is_refused(sources: Any, measured: Measured, k
     if not hasattr(transformers, KINDS[kind].architecture):
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     _, trained = sources(kind, {})
-    with pytest.raises(PlanError, match="--format hf") as error:
+    with pytest.raises(PlanError, match='format="hf"') as error:
         plan(trained.checkpoint, **trained.bases)
     (where,) = {fault.where for fault in error.value.faults}
     assert where.startswith("refusals.yaml:")

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from builders.base import CLIP, llm_base, save_base, vision_base
 from builders.pth import config_text, save_pth
 from xtuner2llava.errors import CheckpointError, Fault
-from xtuner2llava.sources import BaseChoice, Checkpoint, Part, open_checkpoint
+from xtuner2llava.options import SourceOptions
+from xtuner2llava.sources import Checkpoint, Part, open_checkpoint
 
 HEAD = "lm_head.weight"
 BASE, TRAINED, EARLIER = (torch.full((2, 2), value) for value in (1.0, 2.0, 3.0))
@@ -41,7 +42,7 @@ class Workshop:
         return save_pth(path, tensors, self.config() if config is None else config)
 
     def open(self, path: Path, **choice: Any) -> Checkpoint:
-        return open_checkpoint(str(path), BaseChoice(**choice))
+        return open_checkpoint(str(path), SourceOptions(**choice))
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_bases_of_other_kinds(
     tmp_path: Path,
 ) -> None:
     base = save_base(tmp_path / "other", config, tensors)
-    opened = workshop.open(workshop.save(LORA), llm=str(base), llm_alpha=1)
+    opened = workshop.open(workshop.save(LORA), llm=str(base), lora_alpha=1)
     assert what in only_fault(opened).what
     assert str(base) in only_fault(opened).where
 
@@ -231,22 +232,22 @@ def test_alpha_is_never_guessed(workshop: Workshop) -> None:
         "rank 1 is in the shapes, but alpha is recorded nowhere; "
         "give --lora-alpha (LLM) or --vision-lora-alpha (tower)"
     )
-    opened = workshop.open(path, **bases, llm_alpha=2)
+    opened = workshop.open(path, **bases, lora_alpha=2)
     assert values(opened.llm) == {HEAD: [[3.0, 3.0], [3.0, 3.0]]}
     # The other part's is not taken for it.
-    assert workshop.open(path, **bases, vision_alpha=2).faults
+    assert workshop.open(path, **bases, vision_lora_alpha=2).faults
 
 
 def test_the_users_alpha_goes_before_a_record_even_one_that_cannot_be_read(
     workshop: Workshop,
 ) -> None:
     config = workshop.config(llm_lora={"r": 1, "lora_alpha": 4})
-    opened = workshop.open(workshop.save(LORA, config), llm_alpha=2)
+    opened = workshop.open(workshop.save(LORA, config), lora_alpha=2)
     assert values(opened.llm) == {HEAD: [[3.0, 3.0], [3.0, 3.0]]}
     unknown = config.replace("lora_alpha=4", "lora_alpha=compute()")
     path = workshop.save(LORA, unknown)
     assert "lora_alpha" in str(only_fault(workshop.open(path)))
-    opened = workshop.open(path, llm_alpha=2)
+    opened = workshop.open(path, lora_alpha=2)
     assert opened.faults == ()
     assert values(opened.llm) == {HEAD: [[3.0, 3.0], [3.0, 3.0]]}
 

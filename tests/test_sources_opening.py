@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from builders.base import llm_base, vision_base
 from builders.pth import config_text, projector, save_pth
 from xtuner2llava.errors import ConversionError, CorruptFileError, UnsupportedError, UsageError
+from xtuner2llava.options import SourceOptions
 from xtuner2llava.sources.opening import open_checkpoint, open_contents
 
 LLM = {"llm.lm_head.weight": torch.ones(3, 2)}
@@ -289,7 +290,7 @@ def test_a_given_config_replaces_the_one_inside(tmp_path: Path) -> None:
     path = save_pth(tmp_path / "iter_2.pth", LLM, config_text("a", "b"))
     other = tmp_path / "other.py"
     other.write_text(config_text(llm_base(tmp_path / "llm"), vision_base(tmp_path / "clip")))
-    opened = open_checkpoint(str(path), xtuner_config=other)
+    opened = open_checkpoint(str(path), SourceOptions(xtuner_config=other))
     assert opened.faults == ()
     assert opened.llm.name == str(tmp_path / "llm")
 

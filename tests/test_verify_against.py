@@ -259,7 +259,7 @@ def test_what_is_no_checkpoint(checkpoints: Path, llama: Path, tmp_path: Path) -
     (tmp_path / "x.pth").write_bytes(b"PK nothing")
     with pytest.raises(CheckpointError, match=r"x\.pth: torch.load refuses it"):
         verify(llama, against=tmp_path / "x.pth")
-    with pytest.raises(UsageError, match="--llm: 'nowhere/to/be' is no folder here"):
+    with pytest.raises(UsageError, match=r"^llm: 'nowhere/to/be' is no folder here"):
         against(checkpoints, llama, "llama_e_full_fullvis", llm="nowhere/to/be")
 
 

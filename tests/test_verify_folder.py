@@ -527,7 +527,8 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_logits_need_a_checkpoint(whole: Path) -> None:
-    with pytest.raises(UsageError, match="--logits: needs the checkpoint"):
+    told = r"^logits: needs the checkpoint[^\n]*\n *Give it with against=CHECKPOINT"
+    with pytest.raises(UsageError, match=told):
         verify(whole, logits=True)
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from storing import stored
-from xtuner2llava.errors import PlanError, UsageError
+from xtuner2llava.errors import PlanError
 from xtuner2llava.tensors import BFLOAT16, FLOAT16, FLOAT32, DType, Fill, LazyTensor, cast, split
 from xtuner2llava.tensors.dtype import BY_NAME
 from xtuner2llava.writing import (
@@ -20,7 +20,6 @@ from xtuner2llava.writing import (
     OutputFolder,
     ShardPlan,
     Written,
-    parse_size,
     plan_shards,
     write_shards,
 )
@@ -185,7 +184,7 @@ def test_the_bytes_of_an_index() -> None:
 
 def test_shards_follow_the_order_given_and_a_large_tensor_has_its_own() -> None:
     sizes = {"a": 2, "b": 9, "c": 2, "d": 1, "e": 1}
-    plan = plan_shards({name: Fill(FLOAT32, (n,), 0) for name, n in sizes.items()}, "0.02KB")
+    plan = plan_shards({name: Fill(FLOAT32, (n,), 0) for name, n in sizes.items()}, 20)
     names = [sorted(entry.name for entry in shard.entries) for shard in plan.shards]
     assert names == [["b"], ["a", "c", "d"], ["e"]]
     assert plan.total_size == 60
@@ -223,16 +222,6 @@ def test_names_that_safetensors_cannot_hold_are_all_listed() -> None:
 def test_no_tensor_at_all_is_refused() -> None:
     with pytest.raises(PlanError, match="not a single tensor"):
         plan_shards({})
-
-
-def test_sizes_are_read_as_the_hub_reads_them() -> None:
-    assert [parse_size(s) for s in ("5GB", "1.5 mb", 7)] == [5_000_000_000, 1_500_000, 7]
-
-
-@pytest.mark.parametrize("size", ["", "5", "5XB", "nanGB", "infGB", "-1GB", "0GB", 0, -5])
-def test_what_is_no_size_is_a_usage_error(size: int | str) -> None:
-    with pytest.raises(UsageError, match="--max-shard-size"):
-        parse_size(size)
 
 
 def test_the_fingerprint_tells_plans_apart() -> None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xtuner2llava.conversion import convert, foresee_training, inspect, plan, push
+    from xtuner2llava.api import convert, foresee_training, inspect, plan, push, verify
     from xtuner2llava.errors import (
         CheckpointError,
         ConversionError,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from xtuner2llava.outlook import Outlook
     from xtuner2llava.planning.plan import Plan
     from xtuner2llava.report import Report
-    from xtuner2llava.verification import Check, Verification, verify
+    from xtuner2llava.verification import Check, Verification
 
     __version__: str
 
@@ -68,13 +68,13 @@ __all__ = [
 # Where each name is; a module is imported when one of its names is first asked for, so that the
 # command line answers at once.
 _MODULES = {
-    "conversion": ("convert", "foresee_training", "inspect", "plan", "push"),
+    "api": ("convert", "foresee_training", "inspect", "plan", "push", "verify"),
     "hub": ("Pushed",),
     "inspection": ("Inspection",),
     "outlook": ("Outlook",),
     "planning.plan": ("Plan",),
     "report": ("Report",),
-    "verification": ("Check", "Verification", "verify"),
+    "verification": ("Check", "Verification"),
 }
 
 

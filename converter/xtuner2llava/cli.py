@@ -11,15 +11,29 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from xtuner2llava import flags
 from xtuner2llava.errors import ConversionError
+from xtuner2llava.options import (
+    OUTPUT,
+    SPEED,
+    TALK,
+    ConvertOptions,
+    OnProgress,
+    Options,
+    PushOptions,
+    SourceOptions,
+    VerifyOptions,
+    check_argument,
+)
 from xtuner2llava.progress import ProgressBar
 from xtuner2llava.terminal import accept_any_text, printable, shortened
 
@@ -27,9 +41,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from xtuner2llava.planning.plan import Plan
-
-_Command = TypeVar("_Command", bound=Callable[..., object])
-OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 # More are no help to anybody; the API has all.
 _MAX_FAULTS = 200
@@ -134,15 +145,6 @@ def _indent(text: str) -> str:
     return text.replace("\n", "\n  ")
 
 
-def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 def _remember_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
     ctx.obj["verbose"] = value
     return value
@@ -157,51 +159,28 @@ def _calm_the_hub(ctx: click.Context, parameter: click.Parameter, value: bool) -
     return value
 
 
-_talk = _options(
-    click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
-    click.option("-v", "--verbose", is_flag=True, callback=_remember_verbose, expose_value=False,
-                 help="More on stderr, and tracebacks."),
-    click.option("-q", "--quiet", is_flag=True, callback=_calm_the_hub,
-                 help="Only errors on stderr."),
-)  # fmt: skip
-_bases = _options(
-    click.option("--llm", metavar="PATH_OR_REPO",
-                 help="Base LLM: config and tokenizer, and weights where the checkpoint has none "
-                 "or LoRA.  [default: what the XTuner config names]"),
-    click.option("--vision", metavar="PATH_OR_REPO", help="Base vision tower, likewise."),
-    click.option("--xtuner-config", metavar="FILE.py", type=click.Path(path_type=Path),
-                 help="Read as data; no code in it is run.  [default: the one in the checkpoint]"),
-)  # fmt: skip
-_mapping = click.option(
-    "--mapping",
-    metavar="NAME_OR_FILE",
-    help="LLM family.  [default: found by config and tensor names]",
-)
-_choices = _options(
-    _mapping,
-    click.option("--format", default="llava", show_default=True, metavar="NAME",
-                 help="`llava`: official LLaVA; `hf`: LlavaForConditionalGeneration."),
-    click.option("--model-type", type=click.Choice(["official", "llava"]), default="official",
-                 show_default=True, help="`llava` for servers that know no other."),
-    click.option("--dtype", default="auto", show_default=True,
-                 type=click.Choice(["auto", "keep", "float16", "bfloat16", "float32"]),
-                 help="auto: the base LLM's torch_dtype; keep: as stored."),
-    click.option("--include-vision-tower/--no-include-vision-tower", default=True,
-                 show_default=True,
-                 help="Write the tower's tensors even if it was frozen: the only layout that "
-                 "LLaVA and LLaVA-NeXT both load right."),
-    click.option("--vision-tower-name", metavar="ID", help="What to write as mm_vision_tower."),
-    click.option("--bos-token", metavar="TOKEN",
-                 help="Put it on the tokenizer, as XTuner's advice for Qwen does; LLaVA then drops "
-                 "a token after each image.  [default: none for Qwen, else the base's]"),
-    click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE"),
-    click.option("--lora-alpha", type=float, metavar="N",
-                 help="The LLM's LoRA alpha, where it is recorded nowhere."),
-    click.option("--vision-lora-alpha", type=float, metavar="N", help="The tower's, likewise."),
-    click.option("--weights", type=click.Choice(["master", "module"]), default="master",
-                 show_default=True,
-                 help="Of a DeepSpeed directory: float32 master or 16-bit module weights."),
-)  # fmt: skip
+def _talk(command: flags.Function) -> flags.Function:
+    """The flags of what is said, which every command has."""
+    for option in (
+        flags.option(TALK, "-q", "--quiet", is_flag=True, callback=_calm_the_hub,
+                     help="Only errors on stderr."),
+        flags.option(TALK, "-v", "--verbose", is_flag=True, callback=_remember_verbose,
+                     expose_value=False, help="More on stderr, and tracebacks."),
+        flags.option(TALK, "--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _argument(name: str, *, required: bool = True) -> Callable[[flags.Function], flags.Function]:
+    """A path, or what may stand for one; an empty text is neither."""
+
+    def check(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+        if value is not None:
+            check_argument(parameter.human_readable_name, value)
+        return value
+
+    return click.argument(name, required=required, callback=check)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -221,71 +200,28 @@ def main(ctx: click.Context, /) -> None:
     accept_any_text()
 
 
-_stream = click.option(
-    "--stream-base", is_flag=True,
-    help="Read the base LLM's safetensors from the Hub as they are needed; nothing is stored.",
-)  # fmt: skip
-_repository = _options(
-    click.option("--private", is_flag=True, help="If the repository is made, only you see it."),
-    click.option("--revision", metavar="BRANCH", help="Made if need be.  [default: main]"),
-    click.option("--commit-message", metavar="TEXT"),
-)
-
-
-@main.command()
-@click.argument("checkpoint")
-@click.argument("out", type=click.Path(path_type=Path))
-@_bases
-@_choices
-@_stream
-@click.option("--jobs", type=click.IntRange(1), metavar="N",
-              help="Shards written at once.  [default: min(4, cores)]")  # fmt: skip
-@click.option("--max-memory", default="256MB", show_default=True, metavar="SIZE",
-              help="Working buffers of all shards together; Python and torch come on "
-              "top.")  # fmt: skip
-@click.option("--dask", metavar="ADDRESS",
+@main.command(cls=flags.GroupedCommand)
+@_argument("checkpoint")
+@_argument("out")
+@flags.takes(ConvertOptions)
+@flags.option(SPEED, "--dask", metavar="ADDRESS",
               help="Have the workers of this Dask scheduler write the shards; they must see the "
               "same paths.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="The same as `plan`.")
-@click.option("--verify/--no-verify", default=True, show_default=True,
-              help="Read OUT back and compare it with its sources, bit for bit.")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT.")
-@click.option("--card-template", metavar="FILE.md", type=click.Path(path_type=Path),
-              help="Your own model card; {{ usage }}, {{ parts }} and others are filled "
-              "in.")  # fmt: skip
-@click.option("--include-xtuner-config", is_flag=True,
-              help="Write xtuner_config.py too, without paths, data and secrets.")  # fmt: skip
-@click.option("--push-to-hub", metavar="REPO_ID", help="Publish OUT there when it is complete.")
-@_repository
-@click.option("--low-disk", is_flag=True,
-              help="With --push-to-hub: send and remove each shard before the next is written; OUT "
-              "does not appear.")  # fmt: skip
+@flags.option(OUTPUT, "--dry-run", is_flag=True, help="The same as `plan`.")
 @_talk
 def convert(
     checkpoint: str,
-    out: Path,
-    jobs: int | None,
-    max_memory: str,
+    out: str,
     dask: str | None,
     dry_run: bool,
-    verify: bool,
-    resume: bool,
-    overwrite: bool,
-    card_template: Path | None,
-    include_xtuner_config: bool,
-    push_to_hub: str | None,
-    private: bool,
-    revision: str | None,
-    commit_message: str | None,
-    low_disk: bool,
     as_json: bool,
     quiet: bool,
-    **choices: Any,
+    **given: Any,
 ) -> None:
     """Convert CHECKPOINT into the folder OUT, which must not exist or be empty."""
+    options = flags.collect(ConvertOptions, given)
     if dry_run:
-        _show_plan(checkpoint, as_json, choices)
+        _show_plan(checkpoint, as_json, flags.collect(Options, given))
         return
     from xtuner2llava.conversion import convert as run
 
@@ -296,26 +232,13 @@ def convert(
 
             executor = stack.enter_context(dask_executor(dask))
         bar = stack.enter_context(ProgressBar(show=not quiet and sys.stderr.isatty()))
-        report = run(
-            checkpoint,
-            out,
-            jobs=jobs,
-            max_memory=max_memory,
+        options = replace(
+            options,
             executor=executor,
-            verify=verify,
-            resume=resume,
-            overwrite=overwrite,
-            card_template=card_template,
-            include_xtuner_config=include_xtuner_config,
-            push_to_hub=push_to_hub,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            low_disk=low_disk,
-            on_plan=None if executor else _fitting_threads(jobs),
+            on_plan=None if executor else _fitting_threads(options.jobs),
             on_progress=_heeding_interrupts(bar.update),
-            **choices,
         )
+        report = run(checkpoint, out, options)
     if as_json:
         _print_json(report.to_dict())
     elif not quiet:
@@ -324,23 +247,12 @@ def convert(
         _say(render_report(report))
 
 
-@main.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.argument("repo_id")
-@_repository
-@click.option("--jobs", type=click.IntRange(1), metavar="N",
-              help="Files sent at once.  [default: min(4, cores)]")  # fmt: skip
+@main.command(cls=flags.GroupedCommand)
+@_argument("out")
+@_argument("repo_id")
+@flags.takes(PushOptions)
 @_talk
-def push(
-    out: Path,
-    repo_id: str,
-    private: bool,
-    revision: str | None,
-    commit_message: str | None,
-    jobs: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def push(out: str, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Publish OUT, which `convert` wrote, on the Hugging Face Hub as REPO_ID.
 
     It is checked first. One commit makes it visible; what the Hub has already is not sent again, so
@@ -348,16 +260,9 @@ def push(
     """
     from xtuner2llava.conversion import push as run
 
+    options = flags.collect(PushOptions, given)
     with ProgressBar(show=not quiet and sys.stderr.isatty()) as bar:
-        pushed = run(
-            out,
-            repo_id,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            jobs=jobs,
-            on_progress=_heeding_interrupts(bar.update),
-        )
+        pushed = run(out, repo_id, replace(options, on_progress=_heeding_interrupts(bar.update)))
     if as_json:
         _print_json(pushed.to_dict())
     elif not quiet:
@@ -366,51 +271,22 @@ def push(
         _say(render_pushed(pushed))
 
 
-@main.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--against", metavar="CHECKPOINT",
-              help="Recompute every tensor from it, and compare bit for bit. Give the options that "
-              "were given to convert.")  # fmt: skip
-@click.option("--logits", is_flag=True,
-              help="With --against: also run both models, layer by layer, and compare their "
-              "logits.")  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True,
-              help="With --logits: run the base LLM's own Python, where transformers does not have "
-              "its class.")  # fmt: skip
-@_bases
-@_choices
+@main.command(cls=flags.GroupedCommand)
+@_argument("out")
+@flags.takes(VerifyOptions)
 @_talk
 @click.pass_context
-def verify(
-    ctx: click.Context,
-    /,
-    out: Path,
-    against: str | None,
-    logits: bool,
-    trust_remote_code: bool,
-    as_json: bool,
-    quiet: bool,
-    **choices: Any,
-) -> None:
+def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Check the folder OUT: by itself, against its checkpoint, and at work."""
+    options = flags.collect(VerifyOptions, given)
     # Configs of LLaVA are not transformers' own, of which it would warn.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from xtuner2llava.verification import verify as run
+    from xtuner2llava.verification import verify_folder
     from xtuner2llava.verification.rendering import render_verification
 
-    for name in ("format", "model_type"):
-        # The folder says these itself, and is held to them only where they are asked for.
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
-            choices[name] = None
     with ProgressBar(show=not quiet and sys.stderr.isatty()) as bar:
-        verification = run(
-            out,
-            against=against,
-            logits=logits,
-            trust_remote_code=trust_remote_code,
-            on_progress=_heeding_interrupts(bar.update),
-            **choices,
-        )
+        options = replace(options, on_progress=_heeding_interrupts(bar.update))
+        verification = verify_folder(out, options)
     if as_json:
         _print_json(verification.to_dict())
     elif not quiet:
@@ -421,21 +297,19 @@ def verify(
         ctx.exit(1)
 
 
-@main.command()
-@click.argument("checkpoint")
-@_bases
-@_choices
-@_stream
+@main.command(cls=flags.GroupedCommand)
+@_argument("checkpoint")
+@flags.takes(Options)
 @_talk
-def plan(checkpoint: str, as_json: bool, quiet: bool, **choices: Any) -> None:
+def plan(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what convert would do; reads headers only, writes nothing."""
-    _show_plan(checkpoint, as_json, choices)
+    _show_plan(checkpoint, as_json, flags.collect(Options, given))
 
 
-def _show_plan(checkpoint: str, as_json: bool, choices: Mapping[str, Any]) -> None:
+def _show_plan(checkpoint: str, as_json: bool, options: Options) -> None:
     from xtuner2llava.conversion import plan as make
 
-    made = make(checkpoint, **choices)
+    made = make(checkpoint, options)
     if as_json:
         _print_json(made.to_dict())
     else:
@@ -444,12 +318,11 @@ def _show_plan(checkpoint: str, as_json: bool, choices: Mapping[str, Any]) -> No
         _say(render_plan(made))
 
 
-@main.command()
-@click.argument("checkpoint")
-@_bases
-@_mapping
+@main.command(cls=flags.GroupedCommand)
+@_argument("checkpoint")
+@flags.takes(SourceOptions)
 @_talk
-def inspect(checkpoint: str, as_json: bool, quiet: bool, **choices: Any) -> None:
+def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what CHECKPOINT is, and what it can become.
 
     For each format there is a verdict: exact, exact up to so many tokens (images counted as their
@@ -458,12 +331,13 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **choices: Any) -> None
 
     Also takes an XTuner config .py, before training: what will come of it.
     """
+    options = flags.collect(SourceOptions, given)
     if checkpoint.endswith(".py"):
-        _show_outlook(checkpoint, as_json, choices)
+        _show_outlook(checkpoint, as_json, options)
         return
     from xtuner2llava.conversion import inspect as look
 
-    found = look(checkpoint, **choices)
+    found = look(checkpoint, options)
     if as_json:
         _print_json(found.to_dict())
     else:
@@ -472,12 +346,10 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **choices: Any) -> None
         _say(render_inspection(found, checkpoint))
 
 
-def _show_outlook(config: str, as_json: bool, choices: Mapping[str, Any]) -> None:
+def _show_outlook(config: str, as_json: bool, options: SourceOptions) -> None:
     from xtuner2llava.conversion import foresee_training
 
-    outlook = foresee_training(
-        config, llm=choices["llm"], vision=choices["vision"], mapping=choices["mapping"]
-    )
+    outlook = foresee_training(config, options)
     if as_json:
         _print_json(outlook.to_dict())
     else:
@@ -521,39 +393,37 @@ def show_mapping(name: str) -> None:
     click.echo(Catalogue.shipped().text_of(name), nl=False)
 
 
-@mappings.command("check")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.argument("checkpoint", required=False)
-@_bases
+@mappings.command("check", cls=flags.GroupedCommand)
+@_argument("file")
+@_argument("checkpoint", required=False)
+@flags.takes(SourceOptions)
 @_talk
 def check_mapping(
-    file: Path, checkpoint: str | None, as_json: bool, quiet: bool, **choices: Any
+    file: str, checkpoint: str | None, as_json: bool, quiet: bool, **given: Any
 ) -> None:
     """Check a mapping FILE; with CHECKPOINT also whether it fits, as `plan` would."""
     from xtuner2llava.errors import MappingError, raise_faults
     from xtuner2llava.language import check_file
 
-    raise_faults(MappingError, check_file(file))
+    raise_faults(MappingError, check_file(Path(file)))
     if checkpoint is not None:
-        # Which name the tower is published under is no question of the mapping.
-        named = {**choices, "mapping": file, "vision_tower_name": "the vision tower"}
-        _show_plan(checkpoint, as_json, named)
+        # Which name the tower is published under does not matter to the mapping.
+        named = {**given, "mapping": file, "vision_tower_name": "the vision tower"}
+        _show_plan(checkpoint, as_json, flags.collect(Options, named))
     elif not quiet:
         _say(f"{file}: no faults")
 
 
-@mappings.command("draft")
-@click.argument("checkpoint")
-@_bases
-def draft_mapping(
-    checkpoint: str, llm: str | None, vision: str | None, xtuner_config: Path | None
-) -> None:
+@mappings.command("draft", cls=flags.GroupedCommand)
+@_argument("checkpoint")
+@flags.takes(SourceOptions)
+def draft_mapping(checkpoint: str, **given: Any) -> None:
     """Print a starter mapping for the LLM of CHECKPOINT."""
     from xtuner2llava.errors import CheckpointError, raise_faults
     from xtuner2llava.language import Catalogue, draft
-    from xtuner2llava.sources import BaseChoice, open_checkpoint
+    from xtuner2llava.sources import open_checkpoint
 
-    opened = open_checkpoint(checkpoint, BaseChoice(llm, vision), xtuner_config=xtuner_config)
+    opened = open_checkpoint(checkpoint, flags.collect(SourceOptions, given))
     config = opened.llm.config.values if opened.llm.config else {}
     shapes = {name: tensor.shape for name, tensor in opened.llm.tensors.items()}
     raise_faults(CheckpointError, [] if shapes and config else opened.faults)

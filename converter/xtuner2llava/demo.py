@@ -119,7 +119,7 @@ def make_demo_files(folder: Path) -> DemoFiles:
 
 def run_demo(folder: Path, say: Callable[[str], None]) -> None:
     """Makes the files, plans and converts them, and says what was done."""
-    from xtuner2llava.conversion import convert, plan
+    from xtuner2llava.api import convert, plan
     from xtuner2llava.rendering import render_plan, render_report, tree
 
     files = make_demo_files(folder)

@@ -12,7 +12,7 @@ from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.llava.projector import depth_of
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llm_config import trained_llm_config
-from xtuner2llava.options import Options
+from xtuner2llava.options import SourceOptions
 from xtuner2llava.planning import make_plan
 from xtuner2llava.planning.language_model import choose_family
 from xtuner2llava.sources import Checkpoint, Part
@@ -72,7 +72,7 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, options: Options) -> Inspection:
+def inspect_checkpoint(checkpoint: Checkpoint, options: SourceOptions) -> Inspection:
     """What `checkpoint` is, and what it can become with the base models that are at hand."""
     contents = checkpoint.contents
     config = checkpoint.llm.config
@@ -93,7 +93,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: Options) -> Inspection:
     )
 
 
-def _target(checkpoint: Checkpoint, options: Options, format_name: str) -> Target:
+def _target(checkpoint: Checkpoint, options: SourceOptions, format_name: str) -> Target:
     """What becomes of `checkpoint` in a format.
 
     That the tower has no name yet makes nothing impossible: the user gives one to convert.
@@ -120,7 +120,7 @@ def _target(checkpoint: Checkpoint, options: Options, format_name: str) -> Targe
     return Target(format_name, plan.architecture, plan.verdict, caveats, ())
 
 
-def _without_weights(checkpoint: Checkpoint, options: Options, format_name: str) -> Target:
+def _without_weights(checkpoint: Checkpoint, options: SourceOptions, format_name: str) -> Target:
     """What the configs alone say, while weights of a base model are still on the Hub."""
     catalogue, llm = Catalogue.shipped(), checkpoint.llm.config
     family: Family | None = None

@@ -1,63 +1,314 @@
-"""What a user may choose about a conversion, with the defaults of the command line."""
+"""Every option of the commands and of the Python API, stated once.
 
-from __future__ import annotations
+A field of these classes is a keyword argument of the API (`api.py`), a flag of the command line
+(`flags.py`) and a row of `docs/cli.md`. Annotations are objects here, not strings: the checks and
+the flags follow from them.
+"""
 
-from dataclasses import dataclass, replace
-from os import PathLike
+import math
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from xtuner2llava.errors import Fault, UsageError, raise_faults
-from xtuner2llava.sources import BaseChoice
 
-DTYPES = ("auto", "keep", "float16", "bfloat16", "float32")
-MODEL_TYPES = ("official", "llava")
-WEIGHTS = ("master", "module")
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
-PathOrText = str | PathLike[str]
+    from xtuner2llava.planning.plan import Plan
+
+PathOrText: TypeAlias = str | PathLike[str]
+# Called with (stage, bytes done, bytes in all), from one thread at a time.
+OnProgress: TypeAlias = Callable[[str, int, int], None]
+
+Format: TypeAlias = Literal["llava", "hf"]
+ModelType: TypeAlias = Literal["official", "llava"]
+Dtype: TypeAlias = Literal["auto", "keep", "float16", "bfloat16", "float32"]
+Weights: TypeAlias = Literal["master", "module"]
+
+INPUT, OUTPUT, EXACTNESS = "Input", "Output", "Exactness"
+SPEED, HUB, TALK = "Speed and memory", "Hub", "Talk"
+GROUPS = (INPUT, OUTPUT, EXACTNESS, SPEED, HUB, TALK)
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) *([KMGT])B", re.IGNORECASE | re.ASCII)
+_POWERS = {"K": 3, "M": 6, "G": 9, "T": 12}
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The choices that decide what the output is; how it is written is not among them.
+def option(
+    default: object,
+    group: str,
+    help: str,
+    *,
+    metavar: str = "",
+    unset: str = "",
+    size: bool = False,
+    decides: bool = True,
+) -> Any:
+    """A field of an options class.
 
-    Raises `UsageError` for a value that does not exist.
+    `unset` says what holds where it is not given, `size` that the text is a number of bytes, and
+    `decides` that the converted bytes follow from it.
     """
+    metadata = {
+        "group": group,
+        "help": help,
+        "metavar": metavar,
+        "unset": unset,
+        "size": size,
+        "decides": decides,
+    }
+    return field(default=default, metadata=metadata)
 
-    llm: PathOrText | None = None
-    vision: PathOrText | None = None
-    xtuner_config: PathOrText | None = None
-    mapping: PathOrText | None = None
-    format: str = "llava"
-    model_type: str = "official"
-    dtype: str = "auto"
-    include_vision_tower: bool = True
-    vision_tower_name: str | None = None
-    bos_token: str | None = None
-    max_shard_size: str = "5GB"
-    lora_alpha: float | None = None
-    vision_lora_alpha: float | None = None
-    weights: str = "master"
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedOptions:
+    """Checks every field against its annotation. Raises one `UsageError` for all faults."""
 
     def __post_init__(self) -> None:
-        faults = [
-            Fault(f"--{name}", f"is {value!r}, expected one of {', '.join(known)}")
-            for name, value, known in (
-                ("dtype", self.dtype, DTYPES),
-                ("model-type", self.model_type, MODEL_TYPES),
-                ("weights", self.weights, WEIGHTS),
-            )
-            if value not in known
-        ]
+        faults = []
+        for each in fields(self):
+            what = _mistake(getattr(self, each.name), each.type, each.metadata.get("size", False))
+            if what:
+                faults.append(Fault(flag(each.name), what))
         raise_faults(UsageError, faults)
 
-    def with_format(self, name: str) -> Options:
-        """The same choices for another format."""
-        return replace(self, format=name)
 
-    @property
-    def base_choice(self) -> BaseChoice:
-        return BaseChoice(
-            None if self.llm is None else str(self.llm),
-            None if self.vision is None else str(self.vision),
-            self.lora_alpha,
-            self.vision_lora_alpha,
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(CheckedOptions):
+    """What is read, and what its parts become in any format."""
+
+    llm: PathOrText | None = option(
+        None, INPUT, "Base LLM: config and tokenizer, and weights where the checkpoint has none or "
+        "LoRA.", metavar="PATH_OR_REPO", unset="what the XTuner config names",
+    )  # fmt: skip
+    vision: PathOrText | None = option(
+        None, INPUT, "Base vision tower, likewise.", metavar="PATH_OR_REPO",
+        unset="what the XTuner config names",
+    )  # fmt: skip
+    xtuner_config: PathOrText | None = option(
+        None, INPUT, "Read as data; no code in it is run.", metavar="FILE.py",
+        unset="the one in the checkpoint",
+    )  # fmt: skip
+    mapping: PathOrText | None = option(
+        None, INPUT, "LLM family.", metavar="NAME_OR_FILE",
+        unset="found by config and tensor names",
+    )  # fmt: skip
+    weights: Weights = option(
+        "master", INPUT, "Of a DeepSpeed directory: float32 master or 16-bit module weights."
+    )
+    lora_alpha: float | None = option(
+        None, INPUT, "The LLM's LoRA alpha, where it is recorded nowhere.", metavar="N"
+    )
+    vision_lora_alpha: float | None = option(None, INPUT, "The tower's, likewise.", metavar="N")
+    include_vision_tower: bool = option(
+        True, OUTPUT, "Write the tower's tensors even if it was frozen: the only layout that LLaVA "
+        "and LLaVA-NeXT both load right.",
+    )  # fmt: skip
+    vision_tower_name: str | None = option(
+        None, OUTPUT, "What to write as mm_vision_tower.", metavar="ID",
+        unset="what the XTuner config names",
+    )  # fmt: skip
+    bos_token: str | None = option(
+        None, OUTPUT, "Put it on the tokenizer, as XTuner's advice for Qwen does; LLaVA then drops "
+        "a token after each image.", metavar="TOKEN", unset="none for Qwen, else the base's",
+    )  # fmt: skip
+    dtype: Dtype = option("auto", EXACTNESS, "auto: the base LLM's torch_dtype; keep: as stored.")
+
+    def base(self, part: str) -> str | None:
+        """The base model that was given for the "llm" or the "visual_encoder"."""
+        given = self.llm if part == "llm" else self.vision
+        return None if given is None else fspath(given)
+
+    def alpha(self, part: str) -> float | None:
+        """The LoRA alpha that was given for the "llm" or the "visual_encoder"."""
+        return self.lora_alpha if part == "llm" else self.vision_lora_alpha
+
+    def with_format(self, name: str) -> "Options":
+        """The options of `plan` and `convert` for a format, with these choices."""
+        shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(SourceOptions)}
+        if isinstance(self, Options):
+            shared = {f.name: getattr(self, f.name) for f in fields(Options)}
+        return Options(**{**shared, "format": name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SourceOptions):
+    """What decides the output; how it is written is not among it."""
+
+    format: Format = option(
+        "llava", OUTPUT, "llava: official LLaVA; hf: LlavaForConditionalGeneration."
+    )
+    model_type: ModelType = option("official", OUTPUT, "llava: for servers that know no other.")
+    max_shard_size: str = option(
+        "5GB", OUTPUT, "Most bytes of tensors in a file, as the Hub counts them.", metavar="SIZE",
+        size=True,
+    )  # fmt: skip
+    stream_base: bool = option(
+        False, SPEED, "Read the base LLM's safetensors from the Hub as they are needed; nothing is "
+        "stored.", decides=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedOptions(CheckedOptions):
+    on_progress: OnProgress | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(WatchedOptions):
+    """How a model is published."""
+
+    jobs: int | None = option(
+        None, SPEED, "Files written or sent at once.", metavar="N", unset="min(4, cores)",
+        decides=False,
+    )  # fmt: skip
+    private: bool = option(False, HUB, "If the repository is made, only you see it.", decides=False)
+    revision: str | None = option(
+        None, HUB, "Made if need be.", metavar="BRANCH", unset="main", decides=False
+    )
+    commit_message: str | None = option(
+        None, HUB, "What the commit is called.", metavar="TEXT", decides=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options, PushOptions):
+    """`Options`, and how the output is written and published."""
+
+    verify: bool = option(
+        True, EXACTNESS, "Read OUT back and compare it with its sources, bit for bit.",
+        decides=False,
+    )  # fmt: skip
+    resume: bool = option(False, OUTPUT, "Continue an interrupted run.", decides=False)
+    overwrite: bool = option(False, OUTPUT, "Replace OUT.", decides=False)
+    card_template: PathOrText | None = option(
+        None, OUTPUT, "Your own model card; {{ usage }}, {{ parts }} and others are filled in.",
+        metavar="FILE.md",
+    )  # fmt: skip
+    include_xtuner_config: bool = option(
+        False, OUTPUT, "Write xtuner_config.py too, without paths, data and secrets."
+    )
+    max_memory: str = option(
+        "256MB", SPEED, "Working buffers of all files together; Python and torch come on top.",
+        metavar="SIZE", size=True, decides=False,
+    )  # fmt: skip
+    push_to_hub: str | None = option(
+        None, HUB, "Publish OUT there when it is complete.", metavar="REPO_ID", decides=False
+    )
+    low_disk: bool = option(
+        False, HUB, "With --push-to-hub: send and remove each shard before the next is written; "
+        "OUT does not appear.", decides=False,
+    )  # fmt: skip
+    executor: "Executor | None" = None
+    on_plan: Callable[["Plan"], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(SourceOptions, WatchedOptions):
+    """What a converted folder is held to."""
+
+    against: PathOrText | None = option(
+        None, INPUT, "Recompute every tensor from it, and compare bit for bit. Give the options "
+        "that were given to convert.", metavar="CHECKPOINT",
+    )  # fmt: skip
+    format: Format | None = option(
+        None, OUTPUT, "Check that OUT is of this format.", unset="what OUT says"
+    )
+    model_type: ModelType | None = option(
+        None, OUTPUT, "Check that OUT is of this kind.", unset="what OUT says"
+    )
+    max_shard_size: str | None = option(
+        None, OUTPUT, "Taken as convert takes it; shards of any size are right.", metavar="SIZE",
+        size=True,
+    )  # fmt: skip
+    logits: bool = option(
+        False, EXACTNESS, "With --against: also run both models, layer by layer, and compare their "
+        "logits.",
+    )  # fmt: skip
+    trust_remote_code: bool = option(
+        False, EXACTNESS, "With --logits: run the base LLM's own Python, where transformers does "
+        "not have its class.",
+    )  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """The flag of a field on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def choices(annotation: object) -> tuple[str, ...]:
+    """The values of the `Literal` in an annotation; none where there is no such thing."""
+    return tuple(v for each in members(annotation) if get_origin(each) is Literal
+                 for v in get_args(each))  # fmt: skip
+
+
+def members(annotation: object) -> tuple[object, ...]:
+    """The types that a union is made of."""
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if is_union else (annotation,)
+
+
+def parse_size(size: str) -> int:
+    """A size such as "5GB" in bytes, as the Hub reads it. Raises `ValueError`."""
+    found = _SIZE.fullmatch(size.strip())
+    count = 0 if found is None else int(float(found[1]) * 10 ** _POWERS[found[2].upper()])
+    if count < 1:
+        raise ValueError(f"{size!r} is not a size")
+    return count
+
+
+def check_argument(name: str, value: object) -> None:
+    """Raises `UsageError` unless `value` can be a path, a repo id or another text."""
+    what = _mistake(value, PathOrText, False)
+    if what:
+        raise UsageError(what, where=name)
+
+
+def _mistake(value: object, annotation: object, is_size: bool) -> str:
+    """What is wrong with a value; empty where nothing is."""
+    known = choices(annotation)
+    kinds = [get_origin(each) or each for each in members(annotation) if not isinstance(each, str)]
+    if not kinds or (value is None and types.NoneType in kinds):
+        return ""
+    found = f"is {_shown(value)}, expected "
+    if known:
+        return "" if isinstance(value, str) and value in known else found + one_of(known)
+    if bool in kinds:
+        return "" if isinstance(value, bool) else found + "True or False"
+    if int in kinds:
+        fits = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+        return "" if fits else found + "a whole number, 1 or more"
+    if float in kinds:
+        fits = (
+            isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
         )
+        return "" if fits else found + "a number above 0"
+    if Callable in kinds:
+        return "" if callable(value) else found + "something to call"
+    if is_size:
+        try:
+            return "" if isinstance(value, str) and parse_size(value) else found + _A_SIZE
+        except ValueError:
+            return found + _A_SIZE
+    if not isinstance(value, str | PathLike if PathLike in kinds else str):
+        return found + ("a text or a path" if PathLike in kinds else "a text")
+    text = fspath(value)
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        return found + "a text that is not empty and has no NUL"
+    return ""
+
+
+_A_SIZE = "a number with its unit, such as '5GB' or '500MB'"
+
+
+def one_of(known: tuple[str, ...]) -> str:
+    return f"one of {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

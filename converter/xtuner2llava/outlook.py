@@ -14,7 +14,7 @@ from typing import TypeVar
 from xtuner2llava.errors import ConversionError, Fault, MappingError, raise_faults
 from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.llm_config import trained_llm_config
-from xtuner2llava.options import Options
+from xtuner2llava.options import SourceOptions
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.language_model import choose_family
 from xtuner2llava.planning.tokens import tokenizer_to_write
@@ -67,13 +67,13 @@ class Outlook:
         }
 
 
-def foresee(path: Path, options: Options) -> Outlook:
+def foresee(path: Path, options: SourceOptions) -> Outlook:
     """What will come of a training with the config at `path`. Raises `CheckpointError`."""
     return _Foreseeing(path, options).outlook()
 
 
 class _Foreseeing:
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: SourceOptions) -> None:
         self._path, self._options = path, options
         self._recipe = Recipe.from_file(path)
         self._catalogue = Catalogue.shipped()
@@ -119,7 +119,7 @@ class _Foreseeing:
             return None
 
     def _base(self, part: str, recorded: str | None) -> Path:
-        given = self._options.base_choice.model(part)
+        given = self._options.base(part)
         return find_base(part, given, recorded, self._path, weights=False)
 
     def _family(self, llm: Path | None, config: dict[str, Json]) -> Family:

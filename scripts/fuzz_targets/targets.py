@@ -21,11 +21,11 @@ from fuzz_targets.inputs import dump, load, write_folder, zip_bytes
 from xtuner2llava import convert, inspect, plan
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.language import Catalogue, check_file
-from xtuner2llava.options import Options
+from xtuner2llava.options import SourceOptions
 from xtuner2llava.outlook import foresee
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.rendering import render_inspection, render_outlook, render_plan
-from xtuner2llava.sources import BaseChoice, open_checkpoint
+from xtuner2llava.sources import open_checkpoint
 from xtuner2llava.sources.adapter import LoraSettings
 from xtuner2llava.sources.json_file import parse_json
 from xtuner2llava.sources.model_config import in_437_vocabulary, read_model_config
@@ -266,7 +266,7 @@ def _recipe(data: bytes, folder: Path) -> None:
     try:
         recipe = Recipe.from_file(path)
     except ConversionError:
-        render_outlook(foresee(path, Options()))
+        render_outlook(foresee(path, SourceOptions()))
         raise
     for name in dir(type(recipe)):
         if not name.startswith("_") and isinstance(getattr(type(recipe), name), property):
@@ -274,7 +274,7 @@ def _recipe(data: bytes, folder: Path) -> None:
                 getattr(recipe, name)
             except ConversionError:
                 continue
-    outlook = foresee(path, Options())
+    outlook = foresee(path, SourceOptions())
     _printed(render_outlook(outlook))
     _printed(json.dumps(outlook.to_dict(), ensure_ascii=False))
 
@@ -528,7 +528,7 @@ def _checkpoint(data: bytes, folder: Path) -> None:
     _printed(render_inspection(found, str(checkpoint)))
     _printed(json.dumps(found.to_dict(), ensure_ascii=False))
     with suppress(ConversionError):
-        open_checkpoint(str(checkpoint), BaseChoice(), weights="module")
+        open_checkpoint(str(checkpoint), SourceOptions(weights="module"))
     planned = plan(checkpoint, **bases, dtype="keep", vision_tower_name="openai/x")
     _printed(render_plan(planned))
     _printed(json.dumps(planned.to_dict(), ensure_ascii=False))

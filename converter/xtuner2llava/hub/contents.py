@@ -73,10 +73,12 @@ def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
 
 def _verification_faults(folder: Path, advance: Callable[[int, int], None]) -> list[Fault]:
     """What `verify` finds wrong; it also compares the shards with their checksums."""
-    from xtuner2llava.verification import verify
+    from xtuner2llava.options import VerifyOptions
+    from xtuner2llava.verification import verify_folder
     from xtuner2llava.verification.outcome import FAILED
 
-    found = verify(folder, on_progress=lambda stage, done, total: advance(done, total))
+    watched = VerifyOptions(on_progress=lambda stage, done, total: advance(done, total))
+    found = verify_folder(folder, watched)
     return [
         Fault(f"{folder}, {check.name}", check.detail, _ADVICE)
         for check in found.with_result(FAILED)

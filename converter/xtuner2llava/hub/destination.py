@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xtuner2llava.options import PushOptions
 from xtuner2llava.sources.json_file import Json
 
 
@@ -19,6 +20,10 @@ class Destination:
     private: bool = False
     revision: str | None = None
     commit_message: str | None = None
+
+    @classmethod
+    def of(cls, repo_id: str, options: PushOptions) -> Destination:
+        return cls(repo_id, options.private, options.revision, options.commit_message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,27 +9,21 @@ from xtuner2llava.errors import ConversionError, Fault, HubError, UsageError
 from xtuner2llava.hub.contents import Contents
 from xtuner2llava.hub.destination import Destination, Pushed
 from xtuner2llava.hub.errors import LOG_IN, hub_errors
-from xtuner2llava.hub.pushing import OnProgress, push_contents
+from xtuner2llava.hub.pushing import push_contents
 from xtuner2llava.hub.upload import Upload
+from xtuner2llava.options import ConvertOptions, OnProgress
 from xtuner2llava.writing import WrittenShard
 
 
-def choose_destination(
-    repo_id: str | None,
-    *,
-    private: bool,
-    revision: str | None,
-    commit_message: str | None,
-    low_disk: bool,
-) -> Destination | None:
+def choose_destination(options: ConvertOptions) -> Destination | None:
     """Where a conversion is published; None if it is not. Raises `UsageError`."""
-    if repo_id is not None:
-        return Destination(repo_id, private, revision, commit_message)
+    if options.push_to_hub is not None:
+        return Destination.of(options.push_to_hub, options)
     given = {
-        "--private": private,
-        "--revision": revision is not None,
-        "--commit-message": commit_message is not None,
-        "--low-disk": low_disk,
+        "--private": options.private,
+        "--revision": options.revision is not None,
+        "--commit-message": options.commit_message is not None,
+        "--low-disk": options.low_disk,
     }
     names = [name for name, is_given in given.items() if is_given]
     if names:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +9,9 @@ from xtuner2llava.hub.contents import RECORD_NAME, Contents, check_folder
 from xtuner2llava.hub.destination import Destination, Pushed
 from xtuner2llava.hub.upload import Upload
 from xtuner2llava.language import Catalogue
+from xtuner2llava.options import OnProgress
 from xtuner2llava.sources.json_file import read_json, text
 from xtuner2llava.writing.work import Work
-
-# Called with (stage, bytes done, bytes in all), from one thread at a time.
-OnProgress = Callable[[str, int, int], None]
 
 
 def push_folder(

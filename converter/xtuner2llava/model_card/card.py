@@ -153,6 +153,8 @@ def command(plan: Plan, options: Options | None) -> str:
     words = ["xtuner2llava", "convert", source, plan.suggested_name]
     plain = Options()
     for field in fields(Options):
+        if not field.metadata["decides"]:
+            continue
         value = getattr(options, field.name) if options is not None else None
         if value is None or value == getattr(plain, field.name):
             continue

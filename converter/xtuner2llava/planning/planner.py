@@ -14,7 +14,7 @@ from xtuner2llava.llava.projector import depth_of
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llava.vision_tower_name import vision_tower_name
 from xtuner2llava.llm_config import trained_llm_config
-from xtuner2llava.options import Options
+from xtuner2llava.options import Options, parse_size
 from xtuner2llava.planning.configuration import config_json
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.language_model import (
@@ -205,7 +205,9 @@ class _Planner:
             files=tuple(copied),
             made_files=made,
             processor=format_.processor,
-            shards=plan_shards({p.name: p.tensor for p in tensors}, self._options.max_shard_size),
+            shards=plan_shards(
+                {p.name: p.tensor for p in tensors}, parse_size(self._options.max_shard_size)
+            ),
             folder_name=format_.classes[becomes.name].folder_name,
             verdict=Verdict.of(parts.limits, inexact=checkpoint.inexact),
             notes=found.notes,

@@ -1,12 +1,11 @@
 """Opens what XTuner leaves behind, and base models, as lazy tensors; nobody else knows layouts."""
 
-from xtuner2llava.sources.checkpoint import BaseChoice, Checkpoint, Part
+from xtuner2llava.sources.checkpoint import Checkpoint, Part
 from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.opening import open_checkpoint
 from xtuner2llava.sources.weights import Fingerprint
 
 __all__ = [
-    "BaseChoice",
     "Checkpoint",
     "Fingerprint",
     "ModelConfig",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError
+from xtuner2llava.options import SourceOptions
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.sources.adapter import (
     Adapter,
@@ -28,26 +29,6 @@ from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Conten
 from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.weights import Fingerprint, find_weights
 from xtuner2llava.tensors import LazyTensor
-
-
-@dataclass(frozen=True, slots=True)
-class BaseChoice:
-    """What the user says of the base models and adapters; None leaves it to the records.
-
-    With `stream`, the base LLM's weights are read from the Hub as they are needed, and not stored.
-    """
-
-    llm: str | None = None
-    vision: str | None = None
-    llm_alpha: float | None = None
-    vision_alpha: float | None = None
-    stream: bool = False
-
-    def model(self, part: str) -> str | None:
-        return self.llm if part == LLM else self.vision
-
-    def alpha(self, part: str) -> float | None:
-        return self.llm_alpha if part == LLM else self.vision_alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +76,19 @@ OpenPretrained = Callable[[str], Contents | None]
 def gather(
     contents: Contents,
     recipe: Recipe | None,
-    choice: BaseChoice,
+    options: SourceOptions,
     open_pretrained: OpenPretrained,
     *,
+    stream_base: bool = False,
     base_weights: bool = True,
 ) -> Checkpoint:
     """The model that `contents` and the base models make together; headers only are read.
 
     A part's config and tokenizer come from the folder that the user gave, else from the artefact's
-    own, else from the base model that the XTuner config names. Without `base_weights`, weights of
-    base models are not downloaded.
+    own, else from the base model that the XTuner config names. `stream_base` and `base_weights` are
+    those of `open_checkpoint`.
     """
-    work = _Gathering(contents, recipe, choice, open_pretrained, base_weights)
+    work = _Gathering(contents, recipe, options, open_pretrained, stream_base, base_weights)
     llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
     projector = Part(contents.weights[PROJECTOR], "trained", trained=True)
     inexact = work.inexact()
@@ -136,12 +118,13 @@ class _Gathering:
         self,
         contents: Contents,
         recipe: Recipe | None,
-        choice: BaseChoice,
+        options: SourceOptions,
         open_pretrained: OpenPretrained,
+        stream_base: bool,
         base_weights: bool,
     ) -> None:
-        self._contents, self._recipe, self._choice = contents, recipe, choice
-        self._base_weights = base_weights
+        self._contents, self._recipe, self._options = contents, recipe, options
+        self._stream, self._base_weights = stream_base, base_weights
         self._open_pretrained = open_pretrained
         self.base_files: list[Fingerprint] = []
         self.notes: list[str] = []
@@ -168,12 +151,12 @@ class _Gathering:
 
     def _part(self, part: str, recorded: str | None) -> Part:
         contents = self._contents
-        given = self._choice.model(part)
+        given = self._options.base(part)
         own = contents.folders.get(part)
         full = contents.weights.get(part)
         if full is not None and own is not None and given is None:
             return Part(full, "trained", True, read_config(part, own), own, recorded)
-        streamed = part == LLM and self._choice.stream and is_remote(given, recorded)
+        streamed = part == LLM and self._stream and is_remote(given, recorded)
         needs_weights = full is None and self._base_weights and not streamed
         folder = find_base(part, given, recorded, contents.path, weights=needs_weights)
         result = Part({}, "trained", True, read_config(part, folder), folder, recorded or given)
@@ -228,7 +211,7 @@ class _Gathering:
         try:
             return self._recipe.llm_path if part == LLM else self._recipe.vision_path
         except ConversionError:
-            if self._choice.model(part) is None:
+            if self._options.base(part) is None:
                 raise
             return None
 
@@ -274,8 +257,8 @@ class _Gathering:
                     f"the {TITLES[part]}, give {FLAGS[part]} a folder with its weights: the base "
                     f"model's are used."
                 )
-        given, recorded = self._choice.model(part), self._recorded(part)
-        if part == LLM and self._choice.stream and is_remote(given, recorded):
+        given, recorded = self._options.base(part), self._recorded(part)
+        if part == LLM and self._stream and is_remote(given, recorded):
             opened = open_streamed(part, given, recorded, folder)
         elif self._base_weights or not is_remote(given, recorded) or find_weights(folder):
             opened = open_base(part, folder)
@@ -291,7 +274,7 @@ class _Gathering:
     def _adapter(self, part: str) -> tuple[Adapter, str]:
         """The part's adapter with its settings, and what to call it."""
         tensors = self._contents.adapters[part]
-        alpha = self._choice.alpha(part)
+        alpha = self._options.alpha(part)
         settings = self._contents.settings.get(part) or self._settings_of_recipe(part, alpha)
         if alpha is not None:
             settings = (

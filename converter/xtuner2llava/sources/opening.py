@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from os import fspath
 from pathlib import Path
 
 from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError, UsageError
+from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.recipe import Recipe
-from xtuner2llava.sources.checkpoint import BaseChoice, Checkpoint, gather
+from xtuner2llava.sources.checkpoint import Checkpoint, gather
 from xtuner2llava.sources.contents import Contents
 from xtuner2llava.sources.hub import fetch_checkpoint, is_reference, local_path
 from xtuner2llava.sources.json_file import read_json, text
@@ -19,30 +21,38 @@ _V1_MODELS = ("internvl", "intern_s1", "interns1", "qwen3_vl", "qwen3_5", "qwen2
 
 
 def open_checkpoint(
-    reference: str,
-    choice: BaseChoice | None = None,
+    checkpoint: PathOrText,
+    options: SourceOptions | None = None,
     *,
-    xtuner_config: Path | None = None,
-    weights: str = MASTER,
+    stream_base: bool = False,
     base_weights: bool = True,
 ) -> Checkpoint:
-    """The trained model at the path or Hub repo id `reference`; reads headers only.
+    """The trained model at the path or Hub repo id `checkpoint`; reads headers only.
 
-    `weights` is "master" or "module", see `open_zero_directory`. Raises `CheckpointError` for what
-    cannot be opened, and says what it is. What is missing beside it stands in `faults`.
+    With `stream_base`, the base LLM's weights are read from the Hub as they are needed, and not
+    stored; without `base_weights`, those of base models are not downloaded. Raises
+    `CheckpointError` for what cannot be opened, and says what it is. What is missing beside it
+    stands in `faults`.
     """
+    options = options or SourceOptions()
+    reference = fspath(checkpoint)
     try:
-        contents = open_contents(reference, weights)
+        contents = open_contents(reference, options.weights)
     except OSError as error:
         what = f"cannot be looked at ({error.strerror or error})"
         raise CheckpointError(what, where=reference[:200]) from error
     recipe = None
-    if xtuner_config is not None:
-        recipe = Recipe.from_file(xtuner_config)
+    if options.xtuner_config is not None:
+        recipe = Recipe.from_file(Path(options.xtuner_config))
     elif contents.config is not None:
         recipe = Recipe.from_text(*contents.config)
     return gather(
-        contents, recipe, choice or BaseChoice(), _open_pretrained, base_weights=base_weights
+        contents,
+        recipe,
+        options,
+        _open_pretrained,
+        stream_base=stream_base,
+        base_weights=base_weights,
     )
 
 

@@ -5,6 +5,6 @@ what the output looks like (`layout.py`), and nothing of how it is written.
 """
 
 from xtuner2llava.verification.outcome import Check, Verification
-from xtuner2llava.verification.run import verify
+from xtuner2llava.verification.run import verify_folder
 
-__all__ = ["Check", "Verification", "verify"]
+__all__ = ["Check", "Verification", "verify_folder"]

@@ -9,11 +9,11 @@ logits   both models run on one picture and prompt            logits/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from os import PathLike
+from os import fspath
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, UsageError
-from xtuner2llava.options import Options, PathOrText
+from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.verification.invariants import invariant_checks
 from xtuner2llava.verification.leaks import leak_check
@@ -24,77 +24,29 @@ from xtuner2llava.verification.record import record_checks
 from xtuner2llava.verification.structure import structure_checks
 from xtuner2llava.verification.tokenizer import tokenizer_checks
 
-# Called with (stage, bytes done, bytes in all), from one thread at a time.
-OnProgress = Callable[[str, int, int], None]
 
-
-def verify(
-    out: str | PathLike[str],
-    *,
-    against: PathOrText | None = None,
-    logits: bool = False,
-    trust_remote_code: bool = False,
-    llm: PathOrText | None = None,
-    vision: PathOrText | None = None,
-    xtuner_config: PathOrText | None = None,
-    mapping: PathOrText | None = None,
-    format: str | None = None,
-    model_type: str | None = None,
-    dtype: str = "auto",
-    include_vision_tower: bool = True,
-    vision_tower_name: str | None = None,
-    bos_token: str | None = None,
-    max_shard_size: str = "5GB",
-    lora_alpha: float | None = None,
-    vision_lora_alpha: float | None = None,
-    weights: str = "master",
-    on_progress: OnProgress | None = None,
-) -> Verification:
-    """Looks at the folder `out` that `convert` wrote, and says of each thing if it is right.
-
-    By itself: weight files against their index, their headers and the transformers class; config,
-    tokenizer, names, checksums. With the checkpoint `against`: every tensor, recomputed by another
-    path, bit for bit; the further options are then those that were given to `convert`. With
-    `logits` also: both models at work, layer by layer, in the memory of one layer.
-    `trust_remote_code` lets the base model's own Python run for that, and nothing else does.
-
-    With dtype "auto", the dtype is what `conversion.json` says; give one to hold the folder to it.
-    The folder says its format itself. Damage to `out` makes checks that failed. Raises
-    `ConversionError` for a call that makes no sense, and for a checkpoint that cannot be read.
-    """
-    if logits and against is None:
+def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
+    """What is right and wrong with the folder `out`, see `api.verify`."""
+    if options.logits and options.against is None:
         raise UsageError(
             "needs the checkpoint whose logits the folder should have",
             where="--logits",
             advice="Give it with --against CHECKPOINT.",
         )
-    options = Options(
-        llm=llm,
-        vision=vision,
-        xtuner_config=xtuner_config,
-        mapping=mapping,
-        dtype=dtype,
-        include_vision_tower=include_vision_tower,
-        vision_tower_name=vision_tower_name,
-        bos_token=bos_token,
-        max_shard_size=max_shard_size,
-        lora_alpha=lora_alpha,
-        vision_lora_alpha=vision_lora_alpha,
-        weights=weights,
-    )
+    on_progress, against = options.on_progress, options.against
     folder, checks = open_out(Path(out))
     figures: dict[str, Json] = {}
     if folder is not None:
         checks += _by_itself(folder, on_progress)
-        checks += _as_asked(folder, format, model_type, vision_tower_name)
+        checks += _as_asked(folder, options)
     if against is not None:
         broken = any(check.result == FAILED for check in checks if check.name in _NEEDED)
         if folder is None or broken:
             why = "the folder is damaged, see above"
             checks.append(Check("tensors against the checkpoint", SKIPPED, why))
         else:
-            work = _Against(folder, str(against), options, figures, on_progress)
-            checks += work.checks(logits, trust_remote_code)
+            work = _Against(folder, fspath(against), options, figures)
+            checks += work.checks()
     return Verification(Path(out), tuple(checks), figures)
 
 
@@ -109,10 +61,10 @@ def _by_itself(folder: OutFolder, on_progress: OnProgress | None) -> list[Check]
     return [*checks, *record_checks(folder, _counter(on_progress, "checksums", total))]
 
 
-def _as_asked(
-    folder: OutFolder, format: str | None, model_type: str | None, tower: str | None
-) -> Iterator[Check]:
+def _as_asked(folder: OutFolder, options: VerifyOptions) -> Iterator[Check]:
     """Whether the folder is what the options say, as far as they say it."""
+    format, model_type = options.format, options.model_type
+    tower = options.vision_tower_name
     faults = []
     if format is not None and format != folder.layout.format:
         faults.append(f"it is of format {folder.layout.format}, --format is {format}")
@@ -135,14 +87,13 @@ class _Against:
         self,
         folder: OutFolder,
         checkpoint: str,
-        options: Options,
+        options: VerifyOptions,
         figures: dict[str, Json],
-        on_progress: OnProgress | None,
     ) -> None:
         self._folder, self._checkpoint, self._options = folder, checkpoint, options
-        self._figures, self._on_progress = figures, on_progress
+        self._figures, self._on_progress = figures, options.on_progress
 
-    def checks(self, logits: bool, trust_remote_code: bool) -> Iterator[Check]:
+    def checks(self) -> Iterator[Check]:
         from xtuner2llava.verification.recomputed import Comparison, against_checks, expect
 
         expected = expect(self._checkpoint, self._options, self._folder)
@@ -151,7 +102,7 @@ class _Against:
         advance = _counter(self._on_progress, "compare", total)
         yield from against_checks(self._folder, expected, result, advance)
         self._figures["tensors"] = result.to_dict()
-        if not logits:
+        if not self._options.logits:
             return
         from xtuner2llava.verification.logits import logits_checks
 
@@ -161,7 +112,7 @@ class _Against:
                 self._folder,
                 expected,
                 result,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=self._options.trust_remote_code,
                 figures=self._figures,
                 advance=_counter(self._on_progress, "logits", 0),
             ),

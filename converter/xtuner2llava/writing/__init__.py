@@ -11,7 +11,6 @@ from xtuner2llava.writing.shards import (
     Entry,
     Shard,
     ShardPlan,
-    parse_size,
     plan_shards,
 )
 from xtuner2llava.writing.verify import verify_shards
@@ -30,7 +29,6 @@ __all__ = [
     "Written",
     "WrittenShard",
     "computing_jobs",
-    "parse_size",
     "plan_shards",
     "verify_shards",
     "write_shards",

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.errors import Fault, PlanError, UsageError, raise_faults
+from xtuner2llava.errors import Fault, PlanError, raise_faults
 from xtuner2llava.tensors import LazyTensor
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -82,12 +82,12 @@ class ShardPlan:
         return digest.hexdigest()
 
 
-def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: int | str = "5GB") -> ShardPlan:
+def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: int = 5 * 10**9) -> ShardPlan:
     """Puts `tensors`, in the order given, into shards of at most `max_shard_size` bytes of data.
 
     A larger tensor has a shard of its own. Each shard is byte for byte what
     `safetensors.torch.save_file(..., metadata={"format": "pt"})` makes of its tensors. Reads
-    nothing. Raises `PlanError` for names that safetensors cannot hold, `UsageError` for the size.
+    nothing. Raises `PlanError` for names that safetensors cannot hold.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -98,33 +98,13 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: int | str = "
         dict(tensors),
         get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern=_PATTERN,
-        max_shard_size=parse_size(max_shard_size),
+        max_shard_size=max_shard_size,
     )
     shards = tuple(
         _shard(filename, {name: tensors[name] for name in names})
         for filename, names in split.filename_to_tensors.items()
     )
     return ShardPlan(shards, sum(tensor.nbytes for tensor in tensors.values()))
-
-
-def parse_size(size: int | str, option: str = "--max-shard-size") -> int:
-    """A size such as "5GB" or 5000000000 in bytes, as the Hub reads it.
-
-    Raises a `UsageError` about `option`.
-    """
-    from huggingface_hub.serialization._base import parse_size_to_int
-
-    try:
-        count = parse_size_to_int(size) if isinstance(size, str) else size
-    except (ValueError, OverflowError):
-        count = 0
-    if count < 1:
-        raise UsageError(
-            f"{size!r} is no size",
-            where=option,
-            advice="Give one such as 5GB or 500MB.",
-        )
-    return count
 
 
 def _name_faults(name: str) -> list[Fault]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.options import Options
+from xtuner2llava.options import SourceOptions
 from xtuner2llava.sources.json_file import text
 from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.verification.out_folder import OutFolder
@@ -54,7 +54,7 @@ class Expected:
         return dtype
 
 
-def expect(checkpoint: str, options: Options, out: OutFolder) -> Expected:
+def expect(checkpoint: str, options: SourceOptions, out: OutFolder) -> Expected:
     """What the checkpoint makes; reads headers only. Raises `ConversionError`."""
     trained = open_trained(checkpoint, options)
     folder = _mappings()
@@ -91,16 +91,15 @@ def _mappings() -> Path:
     return installed if installed.is_dir() else Path(__file__).resolve().parents[4] / "mappings"
 
 
-def _dtype(options: Options, out: OutFolder, config: Mapping[str, object]) -> str | None:
+def _dtype(options: SourceOptions, out: OutFolder, config: Mapping[str, object]) -> str | None:
     """The dtype to expect: as asked for, else as recorded, else the base's."""
     recorded = text(out.record, "dtype")
     named = str(config.get("torch_dtype", config.get("dtype"))).removeprefix("torch.")
     known = ("float16", "bfloat16", "float32")
-    if options.dtype != "auto":
-        wanted = options.dtype
-    elif recorded in (*known, "keep"):
+    wanted: str = options.dtype
+    if wanted == "auto" and recorded in (*known, "keep"):
         wanted = recorded
-    else:
+    elif wanted == "auto":
         wanted = named if named in known else "float16"
     return None if wanted == "keep" else wanted
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError, UsageError
-from xtuner2llava.options import Options
+from xtuner2llava.options import SourceOptions
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.sources.hub import fetch_checkpoint, fetch_model, is_reference
 from xtuner2llava.sources.json_file import Json, read_json
@@ -44,7 +44,7 @@ class Artefact:
     config: tuple[str, str] | None = None
 
 
-def open_trained(checkpoint: str, options: Options) -> Trained:
+def open_trained(checkpoint: str, options: SourceOptions) -> Trained:
     """The model that `checkpoint` and its base models make; reads headers only.
 
     Raises `ConversionError` where something is missing or cannot be read.
@@ -56,7 +56,7 @@ def open_trained(checkpoint: str, options: Options) -> Trained:
 class _Opening:
     """The work of `open_trained`."""
 
-    def __init__(self, options: Options, files: TorchFiles) -> None:
+    def __init__(self, options: SourceOptions, files: TorchFiles) -> None:
         self._options, self._files = options, files
         self._opened: dict[tuple[str, str], Artefact] = {}
 
@@ -64,7 +64,7 @@ class _Opening:
         artefact = self._open(checkpoint, self._options.weights)
         recipe: Recipe | None = None
         if self._options.xtuner_config is not None:
-            recipe = Recipe.from_file(self._options.xtuner_config)
+            recipe = Recipe.from_file(Path(self._options.xtuner_config))
         elif artefact.config is not None:
             recipe = Recipe.from_text(*artefact.config)
         weights: dict[str, Mapping[str, Weight]] = {}

@@ -1,0 +1,209 @@
+"""The Python API: what the commands do, with their options as keyword arguments.
+
+The signatures follow from the classes of `options.py`, for type checkers and editors too. What does
+the work is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from inspect import Signature, signature
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+from xtuner2llava.errors import ConversionError, Fault
+from xtuner2llava.options import (
+    CheckedOptions,
+    ConvertOptions,
+    Options,
+    PathOrText,
+    PushOptions,
+    SourceOptions,
+    VerifyOptions,
+    check_argument,
+    choices,
+)
+
+if TYPE_CHECKING:
+    from xtuner2llava.hub import Pushed
+    from xtuner2llava.inspection import Inspection
+    from xtuner2llava.outlook import Outlook
+    from xtuner2llava.planning.plan import Plan
+    from xtuner2llava.report import Report
+    from xtuner2llava.verification import Verification
+
+_P = ParamSpec("_P")
+_O = TypeVar("_O", bound=CheckedOptions)
+_R = TypeVar("_R")
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+
+
+class _Takes(Generic[_P, _O]):
+    """Makes the last parameter of a function, an options object, keyword arguments of it.
+
+    Its errors then name arguments as Python spells them: `max_shard_size`, not `--max-shard-size`.
+    """
+
+    def __init__(self, make: Callable[_P, _O]) -> None:
+        self._make: Callable[..., _O] = make
+
+    @overload
+    def __call__(self, function: Callable[[_A, _O], _R]) -> Callable[Concatenate[_A, _P], _R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[[_A, _B, _O], _R]
+    ) -> Callable[Concatenate[_A, _B, _P], _R]: ...
+    def __call__(self, function: Callable[..., _R]) -> Callable[..., _R]:
+        *leading, _ = signature(function).parameters.values()
+        own = signature(self._make).parameters.values()
+        taken = Signature([*leading, *own], return_annotation=signature(function).return_annotation)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> _R:
+            try:
+                given = taken.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
+            try:
+                first = [given.pop(parameter.name) for parameter in leading]
+                for parameter, value in zip(leading, first, strict=True):
+                    check_argument(parameter.name, value)
+                return function(*first, self._make(**given))
+            except ConversionError as error:
+                _name_arguments(error)
+                raise
+
+        call.__signature__ = taken  # type: ignore[attr-defined]
+        return call
+
+
+@_Takes(ConvertOptions)
+def convert(checkpoint: PathOrText, out: str | PathLike[str], options: ConvertOptions) -> Report:
+    """Converts the XTuner checkpoint at `checkpoint` into the folder `out`.
+
+    The options are those of `xtuner2llava convert`, see `docs/cli.md`. `out` appears as a whole
+    when everything is written, flushed and, with `verify`, compared with its sources; or it does
+    not appear. Memory does not depend on the model's size. `on_plan(plan)` is called before
+    anything is written, and may raise to end it; `on_progress(stage, done, total)` counts bytes.
+
+    All shards that are written at once share `max_memory` for their buffers; torch and Python take
+    some 250 MB besides. With `executor`, its workers write the shards, each with that much: any
+    `concurrent.futures.Executor` whose workers see the same paths, such as
+    `distributed.Client(...).get_executor()` of Dask.
+
+    With `push_to_hub`, it is then published there. With `low_disk` too, each shard is sent and
+    removed before the next is written, `out` never appears, and one commit makes all of it visible
+    at the end: an interrupted run leaves the repository as it was, and another sends what is
+    missing.
+
+    Raises `ConversionError`; its `faults` are all that was wrong at the stage that failed.
+    """
+    from xtuner2llava import conversion
+
+    return conversion.convert(checkpoint, out, options)
+
+
+@_Takes(Options)
+def plan(checkpoint: PathOrText, options: Options) -> Plan:
+    """What `convert` would do with the same options; reads headers only and writes nothing.
+
+    Raises `ConversionError`; its `faults` are all that keep the conversion from being exact.
+    """
+    from xtuner2llava import conversion
+
+    return conversion.plan(checkpoint, options)
+
+
+@_Takes(SourceOptions)
+def inspect(checkpoint: PathOrText, options: SourceOptions) -> Inspection:
+    """What `checkpoint` is, and what it can become; reads headers only, downloads no weights.
+
+    Raises `ConversionError` for what is not a checkpoint of XTuner's LLaVA; what else keeps it from
+    becoming a format stands in the inspection's targets.
+    """
+    from xtuner2llava import conversion
+
+    return conversion.inspect(checkpoint, options)
+
+
+@_Takes(SourceOptions)
+def foresee_training(config: PathOrText, options: SourceOptions) -> Outlook:
+    """What will come of a training with the XTuner config file `config`, which is never run.
+
+    Raises `ConversionError` if it is not a config of XTuner; all else that will be in the way
+    stands in the outlook.
+    """
+    from xtuner2llava import conversion
+
+    return conversion.foresee_training(config, options)
+
+
+@_Takes(VerifyOptions)
+def verify(out: str | PathLike[str], options: VerifyOptions) -> Verification:
+    """Looks at the folder `out` that `convert` wrote, and says of each thing if it is right.
+
+    By itself: weight files against their index, their headers and the transformers class; config,
+    tokenizer, names, checksums. With the checkpoint `against`: every tensor, recomputed by another
+    path, bit for bit; the further options are then those that were given to `convert`. With
+    `logits` also: both models at work, layer by layer, in the memory of one layer.
+    `trust_remote_code` lets the base model's own Python run for that, and nothing else does.
+
+    With dtype "auto", the dtype is what `conversion.json` says; give one to hold the folder to it.
+    The folder says its format itself. Damage to `out` makes checks that failed. Raises
+    `ConversionError` for a call that makes no sense, and for a checkpoint that cannot be read.
+    """
+    from xtuner2llava.verification.run import verify_folder
+
+    return verify_folder(out, options)
+
+
+@_Takes(PushOptions)
+def push(out: str | PathLike[str], repo_id: str, options: PushOptions) -> Pushed:
+    """Publishes `out`, a folder that `convert` wrote, as the model repository `repo_id`.
+
+    It is checked first. The repository and the branch `revision` are made if need be; one commit
+    makes everything visible. What the Hub has already is not sent again, so a call that failed can
+    be repeated. Raises `ConversionError`: `VerificationError` before anything is sent, or
+    `HubError`.
+    """
+    from xtuner2llava import conversion
+
+    return conversion.push(out, repo_id, options)
+
+
+_FIELDS = {each.name: each for kind in (ConvertOptions, VerifyOptions) for each in fields(kind)}
+# A flag, and what may be its value.
+_FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z]+(?:-[a-z]+)*)(?: (\w+))?")
+
+
+def _name_arguments(error: ConversionError) -> None:
+    """Has the faults of `error` name options as arguments rather than as flags."""
+    faults = [
+        Fault(_FLAG.sub(_name, f.where), *(_FLAG.sub(_assignment, t) for t in (f.what, f.advice)))
+        for f in error.faults
+    ]
+    amended = type(error).from_faults(faults)
+    error.faults, error.args = amended.faults, amended.args
+
+
+def _name(found: re.Match[str]) -> str:
+    name = found[2].replace("-", "_")
+    return name if name in _FIELDS and not found[3] else found[0]
+
+
+def _assignment(found: re.Match[str]) -> str:
+    """`overwrite=True` for `--overwrite`, `dtype="keep"` for `--dtype keep`, else the name."""
+    name, word = found[2].replace("-", "_"), found[3]
+    if name not in _FIELDS:
+        return found[0]
+    rest = "" if word is None else f" {word}"
+    if _FIELDS[name].type is bool:
+        return f"{name}={not found[1]}{rest}"
+    data = _FIELDS[name].metadata
+    if word in choices(_FIELDS[name].type) or (word and data["size"] and word[0].isdecimal()):
+        return f'{name}="{word}"'
+    return f"{name}={word}" if word and word == data["metavar"] else f"{name}{rest}"

@@ -25,6 +25,7 @@ from xtuner2llava.tensors import (
     concat,
     deinterleave,
     split,
+    unstack,
     view_of_storage,
 )
 
@@ -111,6 +112,12 @@ def _deinterleaved(draw: st.DrawFn, source: Pair) -> Pair:
     return deinterleave(lazy, groups, slots)[index], expected.flatten(0, 1)
 
 
+def _unstacked(draw: st.DrawFn, source: Pair) -> Pair:
+    lazy, dense = source
+    index = draw(st.integers(0, lazy.rows - 1))
+    return unstack(lazy, lazy.rows)[index], dense[index]
+
+
 def _columns(draw: st.DrawFn, source: Pair) -> Pair:
     lazy, dense = source
     first, last = sorted(draw(st.tuples(*[st.integers(0, lazy.shape[1])] * 2)))
@@ -148,6 +155,8 @@ def trees(
             known += [_split, _concat, _padded, _deinterleaved, _reshaped]
         if dimensions >= 2:
             known.append(_columns)
+            if source[0].rows:
+                known.append(_unstacked)
         if dimensions == 2:
             known.append(_transposed)
         if source[0].dtype.is_float:

@@ -108,6 +108,30 @@ def test_a_right_file_has_no_faults(tmp_path: Path) -> None:
             ":6: `dim` is 0 (rows) or 1 (columns)",
         ),
         (
+            "  - {unstack: a, into: b}",
+            ":6: `unstack` needs `for`",
+        ),
+        (
+            "  - {unstack: a, for: {e: 2, f: 2}, into: 'b{e}{f}'}",
+            ":6: `for` of `unstack` has 2 variables, expected one",
+        ),
+        (
+            "  - {unstack: a, for: {e: 2}, into: b}",
+            ":6: `b` does not say which one it is",
+        ),
+        (
+            "  - {unstack: a, for: {e: 2}, into: ['b{e}', 'c{e}']}",
+            ":6: 2 names in `into`, and no `sizes`",
+        ),
+        (
+            "  - {unstack: a, for: {e: 2}, into: ['b{e}', 'c{e}'], sizes: [1]}",
+            ":6: 2 names in `into`, 1 numbers in `sizes`",
+        ),
+        (
+            "  - for: {i: 2}\n    rules: [{unstack: '{i}', for: {i: 2}, into: 'b{i}'}]",
+            ":7: `i` is already the variable of an outer loop",
+        ),
+        (
             "  - {concat: [a, b]}",
             ":6: `concat` needs `into`",
         ),
@@ -293,8 +317,8 @@ def test_advice_says_what_would_be_right(tmp_path: Path) -> None:
     )
     assert [fault.advice for fault in check_file(path)] == [
         "Did you mean `split`?",
-        "The verbs are keep, rename, move, split, concat, deinterleave, transpose, normalize, "
-        "resize, fill, drop; a block has `rules`.",
+        "The verbs are keep, rename, move, split, concat, deinterleave, unstack, transpose, "
+        "normalize, resize, fill, drop; a block has `rules`.",
         "Did you mean `caveats`?",
     ]
 

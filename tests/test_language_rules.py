@@ -112,6 +112,37 @@ def test_deinterleave_takes_slots_of_each_group(given: Given) -> None:
     assert outputs["q"].ranges() is not None
 
 
+def test_unstack_takes_the_first_dimension_apart(given: Given) -> None:
+    text = "- {unstack: experts.w, for: {e: n}, into: 'e.{e}.w'}"
+    outputs = run(text, given({"experts.w": [3, 2, 2]}), {"n": 3}).outputs
+    assert list(outputs) == ["e.0.w", "e.1.w", "e.2.w"]
+    assert rows(outputs["e.1.w"]) == [[4, 5], [6, 7]]
+    assert [(r.offset, r.length) for r in outputs["e.1.w"].ranges() or ()] == [(16, 16)]
+
+
+def test_unstack_splits_what_it_takes_apart(given: Given) -> None:
+    text = """
+- for: {i: layers}
+  from: h.{i}
+  to: layers.{i}
+  rules:
+    - unstack: gate_up
+      for: {e: n}
+      into: ['{e}.gate', '{e}.up']
+      sizes: [inner, inner]
+    - {unstack: bias, for: {e: n}, into: '{e}.bias'}"""
+    tensors = given(
+        {f"h.{i}.{name}": shape for i in range(2) for name, shape in
+         (("gate_up", [2, 4, 1]), ("bias", [2, 3]))}
+    )  # fmt: skip
+    outputs = run(text, tensors, {"layers": 2, "n": 2, "inner": 2}).outputs
+    assert len(outputs) == 12
+    assert rows(outputs["layers.1.0.gate"]) == [[0], [1]]
+    assert rows(outputs["layers.1.1.up"]) == [[6], [7]]
+    assert rows(outputs["layers.0.1.bias"]) == [3, 4, 5]
+    assert outputs["layers.1.1.up"].ranges() is not None
+
+
 def test_transpose(given: Given) -> None:
     outputs = run("- {transpose: w, into: t}", given({"w": [2, 3]})).outputs
     assert rows(outputs["t"]) == [[0, 3], [1, 4], [2, 5]]
@@ -295,6 +326,14 @@ def test_faults_suggest_the_name_that_was_meant(given: Given) -> None:
             "(4, 3)",
         ),
         (
+            "- {unstack: w, for: {e: n}, into: '{e}'}",
+            "`w` cannot be used by `unstack`: shape [4, 3] is not 3 tensors, stacked",
+        ),
+        (
+            "- {unstack: w, for: {e: 4}, into: ['a{e}', 'b{e}'], sizes: [n, 1]}",
+            "`w` cannot be used by `unstack`: its shape is [3], and [n, 1] = [3, 1] makes 4 rows",
+        ),
+        (
             "- {move: w, to: ''}",
             "`w` would be left without a name",
         ),
@@ -337,6 +376,9 @@ def test_a_hostile_config_cannot_loop_forever(loops: str) -> None:
         text = text.replace("{j}", "x")
     assert faults(text, {}, {"layers": 10**9}) == [
         "t.yaml:2: its loops make more than 20,000 rules"
+    ]
+    assert faults("- {unstack: w, for: {e: layers}, into: '{e}'}", {}, {"layers": 10**9}) == [
+        "t.yaml:2: makes more than 200,000 tensors"
     ]
 
 

@@ -30,6 +30,7 @@ from xtuner2llava.tensors import (
     deinterleave,
     row_blocks,
     split,
+    unstack,
     view_of_storage,
 )
 from xtuner2llava.tensors.files import read_ranges
@@ -83,6 +84,17 @@ def test_rows_of_ranges_stay_ranges_and_neighbours_become_one(storages: Storages
     first, second = deinterleave(lazy, 2, [1, 2])
     assert [(r.offset - start, r.length) for r in first.ranges() or ()] == [(0, 16), (48, 16)]
     assert [(r.offset - start, r.length) for r in second.ranges() or ()] == [(16, 32), (64, 32)]
+
+
+def test_each_of_stacked_tensors_is_one_range(storages: Storages) -> None:
+    lazy, dense = storages.view("float32", [3, 2, 4], [8, 4, 1], 8)
+    start = storages.ranges["float32"].offset + 8 * 4
+    members = unstack(lazy, 3)
+    for index, member in enumerate(members):
+        assert [(r.offset - start, r.length) for r in member.ranges() or ()] == [(32 * index, 32)]
+        assert torch.equal(whole(member), dense[index])
+    first = split(members[2], [1, 1])[1].ranges() or ()
+    assert [(r.offset - start, r.length) for r in first] == [(80, 16)]
 
 
 def test_a_view_that_is_not_row_major_is_no_range(storages: Storages) -> None:
@@ -140,6 +152,8 @@ def test_elements_far_apart_are_read_in_pieces(tmp_path: Path) -> None:
         lambda w, v: deinterleave(w, 3, [1]),
         lambda w, v: deinterleave(w, 0, [1]),
         lambda w, v: deinterleave(w, 2, [3, -1]),
+        lambda w, v: unstack(w, 3),
+        lambda w, v: unstack(v, 2),
         lambda w, v: Columns(w, 1, 4),
         lambda w, v: Columns(w, 2, 1),
         lambda w, v: Columns(v, 0, 1),

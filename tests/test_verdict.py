@@ -44,6 +44,14 @@ def limit(tokens: int | None = None, transformers: str | None = None) -> Limit:
             Verdict("exact_up_to", 7, (">=4.45", "<5.4")),
             "exact up to 7 tokens with transformers >=4.45, <5.4",
         ),
+        (
+            [Limit.unproven("a.yaml"), limit(7, ">=4.45")],
+            {},
+            Verdict("exact_if_right", 7, (">=4.45",), "a.yaml"),
+            "exact up to 7 tokens with transformers >=4.45 if a.yaml is right; its logits were "
+            "not compared",
+        ),
+        ([Limit.unproven("a.yaml"), limit()], {}, Verdict("not_exact"), "possible, not exact"),
         ([limit(7), limit()], {}, Verdict("not_exact"), "possible, not exact"),
         ([limit(7)], {"inexact": ["why"]}, Verdict("not_exact"), "possible, not exact"),
         (
@@ -102,8 +110,9 @@ def own_family(tmp_path: Path, caveat: str) -> Any:
 
 def test_a_limit_is_computed_from_the_config(tmp_path: Path) -> None:
     family = own_family(tmp_path, "    exact_up_to: min(half, longest)\n")
-    assert family.limits({"hidden_size": 64, "longest": 40}) == [Limit("It differs.", 32, None)]
-    assert family.limits({"hidden_size": 64, "longest": 4}) == [Limit("It differs.", 4, None)]
+    own = Limit.unproven("mine.yaml")
+    assert family.limits({"hidden_size": 64, "longest": 40}) == [own, Limit("It differs.", 32)]
+    assert family.limits({"hidden_size": 64, "longest": 4}) == [own, Limit("It differs.", 4)]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +309,8 @@ def test_a_mapping_of_the_users_own_has_its_say(checkpoints: Path, tmp_path: Pat
     )
     found = inspect(made.checkpoint, llm=made.llm, vision=made.vision, mapping=path)
     for target in found.targets:
-        assert target.verdict == Verdict("exact_up_to", 128)
+        assert target.verdict == Verdict("exact_if_right", 128, if_right="mine.yaml")
+        assert str(target.verdict).startswith("exact up to 128 tokens if mine.yaml is right; its ")
         assert "It differs." in target.caveats
     assert {target.verdict for target in look(made).values()} == {Verdict("exact")}
 

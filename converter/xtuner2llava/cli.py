@@ -326,8 +326,9 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what CHECKPOINT is, and what it can become.
 
     For each format there is a verdict: exact, exact up to so many tokens (images counted as their
-    patches), possible but not exact, or not possible and why. With --json these are `verdict`,
-    `exact_up_to` and `transformers`, the versions with which it holds.
+    patches), exact if a mapping of your own is right, possible but not exact, or not possible and
+    why. With --json these are `verdict`, `exact_up_to`, `transformers`, the versions with which it
+    holds, and `if_right`.
 
     Also takes an XTuner config .py, before training: what will come of it.
     """

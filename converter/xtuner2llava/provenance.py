@@ -57,6 +57,7 @@ def provenance(
             "format": plan.mapping.format,
             "files": [{"name": f.name, "sha256": f.sha256} for f in plan.mapping.files],
         },
+        **plan.verdict.to_dict(),
         "dtype": plan.dtype,
         "chat": {"template": plan.chat.template, "stop_words": list(plan.chat.stop_words)},
         "shards": shard_list,

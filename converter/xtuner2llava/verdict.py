@@ -10,7 +10,7 @@ from xtuner2llava.errors import Fault
 from xtuner2llava.language import Limit
 from xtuner2llava.sources.json_file import Json
 
-Kind = Literal["exact", "exact_up_to", "not_exact", "not_possible"]
+Kind = Literal["exact", "exact_up_to", "exact_if_right", "not_exact", "not_possible"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,14 @@ class Verdict:
     `exact` is the trained function, but for rounding to the dtype that is written. `tokens` is the
     length of a sequence, images counted as their patches, within which it is exact; None without
     such a limit. `transformers` are ranges of versions, all of which the one that loads it must be
-    in.
+    in. `if_right` is what all of this depends on, where only the user says so: a mapping of their
+    own, or a family that they named and that does not match the LLM.
     """
 
     kind: Kind
     tokens: int | None = None
     transformers: tuple[str, ...] = ()
+    if_right: str | None = None
 
     @classmethod
     def of(
@@ -39,11 +41,13 @@ class Verdict:
         limits = tuple(limits)
         if tuple(faults):
             return cls("not_possible")
-        if tuple(inexact) or any(x.tokens is None and x.transformers is None for x in limits):
+        if tuple(inexact) or not all(limit.is_bounded for limit in limits):
             return cls("not_exact")
         tokens = min((x.tokens for x in limits if x.tokens is not None), default=None)
         ranges = dict.fromkeys(x.transformers for x in limits if x.transformers is not None)
-        return cls("exact" if tokens is None else "exact_up_to", tokens, tuple(ranges))
+        if_right = next((x.if_right for x in limits if x.if_right is not None), None)
+        kind: Kind = "exact" if tokens is None else "exact_up_to"
+        return cls("exact_if_right" if if_right else kind, tokens, tuple(ranges), if_right)
 
     @property
     def is_possible(self) -> bool:
@@ -56,7 +60,9 @@ class Verdict:
             return "possible, not exact"
         up_to = "" if self.tokens is None else f" up to {self.tokens} tokens"
         versions = f" with transformers {', '.join(self.transformers)}" if self.transformers else ""
-        return f"exact{up_to}{versions}"
+        if self.if_right is None:
+            return f"exact{up_to}{versions}"
+        return f"exact{up_to}{versions} if {self.if_right} is right; its logits were not compared"
 
     def to_dict(self) -> dict[str, Json]:
         """The same as JSON, for a report on the target."""
@@ -64,4 +70,5 @@ class Verdict:
             "verdict": self.kind,
             "exact_up_to": self.tokens,
             "transformers": list(self.transformers),
+            "if_right": self.if_right,
         }

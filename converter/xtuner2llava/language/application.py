@@ -21,6 +21,7 @@ from xtuner2llava.tensors import (
     concat,
     deinterleave,
     split,
+    unstack,
 )
 
 _MAX_SUGGESTIONS = 10
@@ -107,6 +108,11 @@ def _results(step: Step, sources: Sequence[LazyTensor]) -> Sequence[LazyTensor]:
             return (concat(sources),)
         case "deinterleave":
             return deinterleave(sources[0], step.groups, step.numbers)
+        case "unstack":
+            members = unstack(sources[0], step.groups)
+            if not step.numbers:
+                return members
+            return [part for member in members for part in _split(step, member)]
         case "transpose":
             return (Transpose(sources[0]),)
         case "normalize":

@@ -46,9 +46,9 @@ class Catalogue:
     def with_family_file(self, path: Path) -> Family:
         """The family of the user's own file, which may extend a shipped one.
 
-        Raises `MappingError` with all faults of the file.
+        What comes of it is exact if the file is right. Raises `MappingError` with all its faults.
         """
-        return self._family(_read(path, path.name))
+        return replace(self._family(_read(path, path.name)), if_right=path.name)
 
     def detect(self, config: Mapping[str, object], names: Collection[str] | None) -> Family:
         """The shipped family of an LLM with this config and these tensor names.

@@ -25,12 +25,28 @@ class Limit:
     """A caveat that holds: its sentence, and within what the target is exact all the same.
 
     `tokens` counts those of one sequence, an image as its patches; `transformers` is a range of
-    versions such as `>=4.38, <5.4`. Without either, the target is not exact.
+    versions such as `>=4.38, <5.4`; `if_right` is what must be right, such as the user's own file.
+    Without any of them, the target is not exact.
     """
 
     text: str
-    tokens: int | None
-    transformers: str | None
+    tokens: int | None = None
+    transformers: str | None = None
+    if_right: str | None = None
+
+    @classmethod
+    def unproven(cls, what: str) -> Limit:
+        """That the result depends on `what`, which is the user's word for it and has no proof."""
+        return cls(
+            f"Exact if {what} is right; its logits were not compared. "
+            "`verify --logits --reference FILE.npz` compares them with those of the trained model.",
+            if_right=what,
+        )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether anything is exact."""
+        return not (self.tokens is None and self.transformers is None and self.if_right is None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Step:
     """One rule for literal tensor names.
 
     `numbers` are what the rule's expressions came to, and `formulas` how the rule writes them.
+    `groups` are those of `deinterleave`, or the number of tensors that `unstack` takes apart.
     """
 
     verb: str
@@ -101,7 +102,7 @@ def literal_steps(
 class _Walk:
     def __init__(self, faults: list[Fault], most: int) -> None:
         self._faults, self._most = faults, most
-        self._count = 0
+        self._count = self._parts = 0
 
     def entries(
         self, entries: Sequence[Entry], environment: Environment, source: str, target: str
@@ -112,7 +113,7 @@ class _Walk:
                     continue
                 if isinstance(entry, Rule):
                     self._charge(entry.where)
-                    yield _step(entry, environment, source, target)
+                    yield self._step(entry, environment, source, target)
                     continue
                 rounds = list(self._rounds(entry, environment))
             except MappingError as error:
@@ -138,27 +139,35 @@ class _Walk:
             rounds = following
         yield from rounds
 
+    def _step(self, rule: Rule, environment: Environment, source: str, target: str) -> Step:
+        numbers = tuple(number.integer(environment) for number in rule.numbers)
+        groups = rule.groups.integer(environment) if rule.groups else 0
+        inners = [environment]
+        if rule.each is not None:
+            variable, count = rule.each
+            groups = count.integer(environment)
+            self._parts += groups * len(rule.targets)
+            if self._parts > _MAX_STEPS:
+                raise MappingError(f"makes more than {_MAX_STEPS:,} tensors", where=rule.where)
+            inners = [{**environment, variable: number} for number in range(groups)]
+        return Step(
+            rule.verb,
+            tuple(join(source, name.render(environment)) for name in rule.sources),
+            tuple(join(target, name.render(i)) for i in inners for name in rule.targets),
+            rule.where,
+            numbers,
+            tuple(number.text for number in rule.numbers),
+            groups,
+            rule.dim,
+            rule.value,
+            rule.lossy,
+            rule.because,
+        )
+
     def _charge(self, where: str) -> None:
         self._count += 1
         if self._count > self._most:
             raise MappingError(f"its loops make more than {self._most:,} rules", where=where)
-
-
-def _step(rule: Rule, environment: Environment, source: str, target: str) -> Step:
-    numbers = tuple(number.integer(environment) for number in rule.numbers)
-    return Step(
-        rule.verb,
-        tuple(join(source, name.render(environment)) for name in rule.sources),
-        tuple(join(target, name.render(environment)) for name in rule.targets),
-        rule.where,
-        numbers,
-        tuple(number.text for number in rule.numbers),
-        rule.groups.integer(environment) if rule.groups else 0,
-        rule.dim,
-        rule.value,
-        rule.lossy,
-        rule.because,
-    )
 
 
 def _is_pattern(step: Step) -> bool:

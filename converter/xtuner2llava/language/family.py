@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import MappingError, raise_faults
 from xtuner2llava.language.caveat import Caveat, Limit, limits
@@ -15,7 +15,8 @@ from xtuner2llava.language.format import Format
 from xtuner2llava.language.plain_class import MappingFile, PlainClass, with_dims
 from xtuner2llava.language.requirement import Requirement, failures
 from xtuner2llava.language.rule import RuleSet
-from xtuner2llava.language.values import Environment
+from xtuner2llava.language.similar import doubtful_defaults
+from xtuner2llava.language.values import Environment, show
 
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).
 HOUSEKEEPING = frozenset(
@@ -65,10 +66,14 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class TranslatedConfig:
-    """The plain class's config, all its keys explicit, and source keys that nothing looked at."""
+    """The plain class's config, all its keys explicit, and source keys that nothing looked at.
+
+    `doubts` name defaults of the class that stand beside a key of `not_carried` like them.
+    """
 
     values: dict[str, object]
     not_carried: tuple[str, ...]
+    doubts: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,8 @@ class Family:
     files: tuple[MappingFile, ...]
     """This file, those it extends, and the class: what a conversion should be put down to."""
     names_read: frozenset[str]
+    if_right: str | None = None
+    """What its results depend on where only the user says so; None for one that is shipped."""
 
     @property
     def file(self) -> MappingFile:
@@ -121,11 +128,39 @@ class Family:
         if format_ is not None:
             faults += format_.class_faults(self.becomes.name, values)
         raise_faults(MappingError, list(dict.fromkeys(faults)))
-        return TranslatedConfig(values, self._not_carried(config))
+        unread = self._not_carried(config)
+        doubts = self._doubts(
+            {key: values[key] for key in self.becomes.default if key not in made}, config, unread
+        )
+        return TranslatedConfig(values, unread, doubts)
 
     def limits(self, config: Mapping[str, object]) -> list[Limit]:
         """The caveats that hold for a source config. Raises `MappingError`."""
-        return limits(self.caveats, self.environment(config))
+        proof = [] if self.if_right is None else [Limit.unproven(self.if_right)]
+        return proof + limits(self.caveats, self.environment(config))
+
+    def chosen_for(self, config: Mapping[str, object], names: Collection[str] | None) -> Family:
+        """This family for an LLM that the user says is one, which its `match` may not confirm."""
+        if self.if_right is not None or self.match.fits(config, names):
+            return self
+        return replace(self, if_right=f"family {self.name} for this LLM")
+
+    def _doubts(
+        self,
+        standing: Mapping[str, object],
+        config: Mapping[str, object],
+        unread: tuple[str, ...],
+    ) -> tuple[Limit, ...]:
+        """A limit for each key of `standing`, the class's defaults, that a key unread is like."""
+        return tuple(
+            Limit(
+                f"{key} is {show(default)}, the default of {self.becomes.architecture}, and nothing"
+                f" reads {other}, which the LLM's config says is {show(value)}: in a mapping,"
+                f" `derive: {{{key}: {other}}}` reads it, `set: {{{key}: {show(default)}}}` says"
+                " that the default is right."
+            )
+            for key, default, other, value in doubtful_defaults(standing, config, unread)
+        )
 
     def _not_carried(self, config: Mapping[str, object]) -> tuple[str, ...]:
         read = self.names_read | HOUSEKEEPING

@@ -11,28 +11,10 @@ from dataclasses import dataclass, field
 from xtuner2llava.language import likely_roles as likely
 from xtuner2llava.language.likely_roles import Layout
 from xtuner2llava.language.plain_class import PlainClass
+from xtuner2llava.language.similar import SPELLINGS
 from xtuner2llava.language.values import show
 
 _MAX_COMMENTS = 60
-# Other words that configs have for keys of transformers' Llama.
-_SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "vocab_size": ("padded_vocab_size", "n_vocab", "vocabulary_size"),
-    "hidden_size": ("n_embd", "d_model", "dim", "hidden_dim", "embed_dim", "model_dim", "width"),
-    "intermediate_size": ("ffn_hidden_size", "ffn_dim", "d_ff", "n_inner", "inner_size", "ffn",
-                          "hidden_dim", "ff_dim", "mlp_dim"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "layers", "depth"),
-    "num_attention_heads": ("n_head", "n_heads", "num_heads", "heads"),
-    "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "num_query_groups",
-                            "multi_query_group_num", "kv_heads"),
-    "head_dim": ("kv_channels", "d_head", "head_size"),
-    "max_position_embeddings": ("n_positions", "seq_length", "max_seq_len", "max_sequence_length",
-                                "n_ctx", "context_length", "max_length"),
-    "rms_norm_eps": ("layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon", "norm_eps",
-                     "norm_epsilon", "rms_eps", "eps"),
-    "rope_theta": ("rotary_emb_base", "rotary_base", "rope_base", "theta"),
-    "hidden_act": ("activation", "activation_function", "hidden_activation", "act_fn"),
-    "tie_word_embeddings": ("tie_embeddings", "share_embeddings", "tied"),
-}  # fmt: skip
 _SAME_AS_SILU = ("swiglu", "swish", "silu")
 
 
@@ -79,7 +61,7 @@ class Sizes:
 
     def say(self, config: Mapping[str, object], key: str, value: int | None) -> None:
         """The key, another spelling, half of one, or `value` itself, which shapes have told."""
-        spellings = [name for name in (key, *_SPELLINGS.get(key, ())) if _is_size(config, name)]
+        spellings = [name for name in (key, *SPELLINGS.get(key, ())) if _is_size(config, name)]
         for name in spellings:
             if value is None or config[name] == value:
                 self.expressions[key] = name
@@ -113,7 +95,7 @@ def config_lines(
     used: set[str] = set()
     for key in plain.keys:
         said = sizes.expressions.get(key)
-        spelling = said or next((n for n in (key, *_SPELLINGS.get(key, ())) if n in config), None)
+        spelling = said or next((n for n in (key, *SPELLINGS.get(key, ())) if n in config), None)
         used |= set(re.findall(r"\w+", spelling or ""))
         if spelling == key:
             keep.append(key)

@@ -21,8 +21,9 @@ from xtuner2llava.language.reader import Reader
 class Rule:
     """What one verb says, names still with placeholders and numbers still as expressions.
 
-    `numbers` are the rows of each part (split), the rows of each slot (deinterleave), the rows
-    (resize), or the shape (fill, shapes).
+    `numbers` are the rows of each part (split, unstack), the rows of each slot (deinterleave), the
+    rows (resize), or the shape (fill, shapes). `each` is the variable in the targets of `unstack`,
+    and how many of them there are.
     """
 
     verb: str
@@ -31,6 +32,7 @@ class Rule:
     targets: tuple[Template, ...] = ()
     numbers: tuple[Expression, ...] = ()
     groups: Expression | None = None
+    each: tuple[str, Expression] | None = None
     dim: int = 0
     value: float = 0.0
     lossy: bool = False
@@ -68,6 +70,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "split": ("into", "sizes", "dim"),
     "concat": ("into",),
     "deinterleave": ("into", "groups", "slots"),
+    "unstack": ("into", "for", "sizes"),
     "transpose": ("into",),
     "normalize": ("into",),
     "resize": ("into", "rows", "lossy"),
@@ -111,13 +114,7 @@ class _Rules:
     def _block(self, table: Table, outer: frozenset[str]) -> Block:
         reader = self._reader
         reader.keys(table, self._block_keys, "a block")
-        loops = tuple(reader.formulas(table.entries.get("for"), "`for`"))
-        line_of = reader.table(table.entries.get("for"), "`for`").lines
-        for name, _ in loops:
-            if not name.isidentifier():
-                reader.fault(line_of[name], f"`{name}` cannot be a loop variable")
-            if name in outer:
-                reader.fault(line_of[name], f"`{name}` is already the variable of an outer loop")
+        loops = self._loops(table, outer)
         variables = outer | {name for name, _ in loops}
         source, target = (self._prefix(table, key, variables) for key in self._prefixes)
         rules = self.entries(table.entries["rules"], variables)
@@ -127,7 +124,9 @@ class _Rules:
         for name, _ in loops:
             if name not in used and name.isidentifier():
                 what = f"the loop variable `{name}` is not used in any name"
-                reader.fault(line_of[name], what, f"Write {{{name}}} where its number belongs.")
+                node = table.entries["for"]
+                line = node.lines[name] if isinstance(node, Table) else node.line
+                reader.fault(line, what, f"Write {{{name}}} where its number belongs.")
         where = reader.where(table.line)
         return Block(where, loops, source, target, rules, self._condition(table))
 
@@ -150,12 +149,13 @@ class _Rules:
         verb = verbs[0]
         self._reader.keys(table, (verb, *self._verbs[verb], "if"), f"`{verb}`")
         for key in self._verbs[verb]:
-            if key not in ("dim", "lossy", "value"):
+            if key not in ("dim", "lossy", "value") and (verb, key) != ("unstack", "sizes"):
                 self._reader.required(table, key, f"`{verb}`")
         readers: dict[str, Callable[[Table, frozenset[str]], Sequence[Rule]]] = {
             "keep": self._keep,
             "rename": self._rename,
             "shapes": self._shapes,
+            "unstack": self._unstack,
         }
         read = readers.get(verb)
         if read is not None:
@@ -196,6 +196,50 @@ class _Rules:
             where = self._reader.where(line)
             rules.append(Rule("shapes", where, (), (target,), numbers=numbers, condition=condition))
         return rules
+
+    def _unstack(self, table: Table, outer: frozenset[str]) -> Sequence[Rule]:
+        reader, entries = self._reader, table.entries
+        loops = self._loops(table, outer)
+        into, sizes = entries.get("into"), entries.get("sizes")
+        numbers = reader.expressions(sizes, "`sizes`")
+        variables = outer | {name for name, _ in loops}
+        targets = self._names("unstack", into, variables, many=isinstance(into, Items))
+        if "for" in entries and len(loops) != 1:
+            line = table.lines["for"]
+            reader.fault(line, f"`for` of `unstack` has {len(loops)} variables, expected one")
+        if sizes is not None and len(numbers) != len(targets):
+            what = f"{len(targets)} names in `into`, {len(numbers)} numbers in `sizes`"
+            reader.fault(sizes.line, what)
+        elif sizes is None and len(targets) > 1:
+            what = f"{len(targets)} names in `into`, and no `sizes`"
+            reader.fault(table.lines["into"], what, "Say how many rows each of them has.")
+        for target in targets:
+            if loops and loops[0][0] not in target.variables:
+                what = f"`{target.text}` does not say which one it is"
+                reader.fault(table.lines["into"], what, f"Write {{{loops[0][0]}}} in it.")
+        return [
+            Rule(
+                "unstack",
+                reader.where(table.lines["unstack"]),
+                self._names("unstack", entries["unstack"], outer, many=False),
+                targets,
+                numbers,
+                each=loops[0] if loops else None,
+                condition=self._condition(table),
+            )
+        ]
+
+    def _loops(self, table: Table, outer: frozenset[str]) -> tuple[tuple[str, Expression], ...]:
+        """The variables of `for`, each with how often it runs."""
+        reader, node = self._reader, table.entries.get("for")
+        loops = tuple(reader.formulas(node, "`for`"))
+        for name, _ in loops:
+            line = node.lines[name] if isinstance(node, Table) else table.line
+            if not name.isidentifier():
+                reader.fault(line, f"`{name}` cannot be a loop variable")
+            if name in outer:
+                reader.fault(line, f"`{name}` is already the variable of an outer loop")
+        return loops
 
     def _single(self, verb: str, table: Table, variables: frozenset[str]) -> Rule:
         reader, entries = self._reader, table.entries

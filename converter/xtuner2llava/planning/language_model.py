@@ -56,7 +56,7 @@ def choose_family(
     path = Path(mapping)
     if path.suffix in (".yaml", ".yml") or path.exists():
         return catalogue.with_family_file(path)
-    return catalogue.families[str(mapping)]
+    return catalogue.families[str(mapping)].chosen_for(config, names)
 
 
 def plain_config(
@@ -80,7 +80,7 @@ def translate(
     """
     translated = family.translate_config(config, format_)
     of_class = format_.class_limits(family.becomes.name, translated.values)
-    return translated, [*family.limits(config), *of_class]
+    return translated, [*family.limits(config), *translated.doubts, *of_class]
 
 
 def plain_language_model(

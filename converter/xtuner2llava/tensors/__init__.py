@@ -7,7 +7,7 @@ from xtuner2llava.tensors.lazy import LazyTensor, Shape, row_blocks
 from xtuner2llava.tensors.lora import Merge, Reshaped
 from xtuner2llava.tensors.mean import Mean
 from xtuner2llava.tensors.rounding import first_overflow, round_into
-from xtuner2llava.tensors.rows import Piece, Rows, concat, deinterleave, split
+from xtuner2llava.tensors.rows import Piece, Rows, concat, deinterleave, split, unstack
 from xtuner2llava.tensors.stored import Stored, view_of_storage
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "round_into",
     "row_blocks",
     "split",
+    "unstack",
     "view_of_storage",
 ]

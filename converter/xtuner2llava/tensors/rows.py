@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.computed import cast
 from xtuner2llava.tensors.dtype import FLOAT64, DType
-from xtuner2llava.tensors.files import FileRange, cut, join
+from xtuner2llava.tensors.files import FileRange, cut, join, read_ranges
 from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.stored import from_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -134,3 +135,50 @@ def deinterleave(source: LazyTensor, groups: int, slots: Sequence[int]) -> list[
         outputs.append(Rows([Piece(source, start, start + size) for start in starts]))
         before += size
     return outputs
+
+
+class Member(LazyTensor):
+    """`source[index]`: one of the tensors that are stacked along the first dimension.
+
+    Where `source` is ranges, so is each member, since the first dimension is the outermost.
+    """
+
+    def __init__(self, source: LazyTensor, index: int) -> None:
+        if not 0 <= index < source.rows or len(source.shape) < 2:
+            raise ValueError(f"number {index} of a tensor of shape {source.shape}")
+        self._source, self._index = source, index
+        self.dtype, self.shape = source.dtype, source.row_shape
+
+    @property
+    def fixed_cost(self) -> int:
+        """A member that is not ranges is read whole."""
+        return self._source.fixed_cost + self._source.row_cost
+
+    @property
+    def stored_dtype(self) -> DType:
+        return self._source.stored_dtype
+
+    def ranges(self) -> tuple[FileRange, ...] | None:
+        ranges = self._source.ranges()
+        return ranges and cut(ranges, self._index * self.nbytes, self.nbytes)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        ranges = self.ranges()
+        if ranges is None:
+            return self._source.read(self._index, self._index + 1)[0, start:stop].clone()
+        pieces = cut(ranges, start * self.row_bytes, (stop - start) * self.row_bytes)
+        return from_bytes(read_ranges(pieces), self.dtype, (stop - start, *self.row_shape))
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        return self._source.leaves()
+
+
+def unstack(source: LazyTensor, count: int) -> list[LazyTensor]:
+    """The `count` tensors that `source` stacks along its first dimension.
+
+    So some mixtures of experts store all experts of a layer, as [experts, out, in]. Raises
+    `ValueError` where `source` is not `count` tensors.
+    """
+    if len(source.shape) < 2 or source.rows != count:
+        raise ValueError(f"shape {list(source.shape)} is not {count} tensors, stacked")
+    return [Member(source, index) for index in range(count)]

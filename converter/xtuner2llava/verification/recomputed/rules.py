@@ -202,10 +202,11 @@ def _rules(
         befores = subject if isinstance(subject, list) else [subject]
         afters = [] if into is None else into if isinstance(into, list) else [into]
         pairs = []
+        rounds = list(_rounds(entry["for"], names)) if verb == "unstack" else [names]
         yield Rule(
             verb,
             tuple(_joined(source, _filled(name, names)) for name in befores),
-            tuple(_joined(target, _filled(name, names)) for name in afters),
+            tuple(_joined(target, _filled(name, inner)) for inner in rounds for name in afters),
             entry,
             names,
         )

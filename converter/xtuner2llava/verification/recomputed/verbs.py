@@ -82,6 +82,25 @@ def _slot(groups: int, first: int, size: int) -> Callable[[Sequence[torch.Tensor
     return change
 
 
+def _unstack(rule: Rule, sources: Sequence[Weight]) -> list[Weight]:
+    """Each entry of the first dimension, cut into runs of rows where there are `sizes`."""
+    (source,) = sources
+    _, rows, *rest = source.shape
+    sizes = [whole_number(size, rule.names) for size in rule.table.get("sizes", [rows])]
+    ((_, count),) = rule.table["for"].items()
+    if whole_number(count, rule.names) != source.shape[0] or sum(sizes) != rows:
+        raise ValueError(f"{count} times {sizes} rows are not the shape {source.shape}")
+    return [
+        rearranged(sources, (size, *rest), _member(index, sum(sizes[:part]), size))
+        for index in range(source.shape[0])
+        for part, size in enumerate(sizes)
+    ]
+
+
+def _member(index: int, first: int, size: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+    return lambda tensors: tensors[0][index, first : first + size]
+
+
 def _transpose(rule: Rule, sources: Sequence[Weight]) -> list[Weight]:
     rows, columns = sources[0].shape
     return [rearranged(sources, (columns, rows), lambda tensors: tensors[0].T)]
@@ -145,6 +164,7 @@ VERBS: Mapping[str, Callable[[Rule, Sequence[Weight]], list[Weight]]] = {
     "split": _split,
     "concat": _concat,
     "deinterleave": _deinterleave,
+    "unstack": _unstack,
     "transpose": _transpose,
     "normalize": _normalize,
     "resize": _resize,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import CheckpointError, UnsupportedError
-from xtuner2llava.recipe import Recipe, Reference, Table, UsedValue
+from xtuner2llava.recipe import Loaded, Recipe, Reference, Table, UsedValue
 
 CONFIG = """\
 from mmengine.hooks import CheckpointHook
@@ -198,7 +198,7 @@ def test_every_field(text: str) -> None:
     assert run.max_length == 1472
     assert run.image_aspect_ratio == "pad"
     assert run.prompt_template == "qwen_chat"
-    assert run.image_processor_path == "openai/clip-vit-large-patch14-336"
+    assert run.image_processor.path == "openai/clip-vit-large-patch14-336"
     assert run.tokenizer_path == "Qwen/Qwen1.5-7B-Chat"
     assert (run.bos_token, run.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert run.stop_words == ("<|im_end|>", "<|endoftext|>")
@@ -416,11 +416,13 @@ def test_an_inline_template() -> None:
     assert run.notes == ()
 
 
-def test_a_changed_image_processor_is_noted() -> None:
-    run = of_dataset("image_folder='a', image_processor=dict(size=dict(height=1))")
-    assert run.notes == (
-        "train_dataloader.dataset.image_processor.size is set: it overrides the preprocessor's",
+def test_the_arguments_of_an_image_processor() -> None:
+    run = of_dataset(
+        "image_folder='a', image_processor=dict(type='transformers.CLIPImageProcessor"
+        ".from_pretrained', trust_remote_code=True, size=dict(height=1))"
     )
+    assert run.image_processor == Loaded("CLIPImageProcessor", None, {"size": {"height": 1}})
+    assert run.notes == ()
 
 
 def test_what_only_describes_never_fails() -> None:

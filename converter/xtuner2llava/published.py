@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from xtuner2llava.llava.published_towers import PUBLISHED
 
 _ABSOLUTE = re.compile(r"(?<![\w/.:])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;()]+[/\\])*"
                        r"([^\s/\\'\"`,;()]+)")  # fmt: skip
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 _FILES = (".pth", ".pt", ".bin", ".safetensors", ".json", ".jsonl", ".py", ".yaml", ".yml")
 # What transformers notes in a tokenizer's files of where it read them (`save_pretrained`).
@@ -33,17 +35,19 @@ def published_text(text: str) -> str:
 def hub_id(name: str | None, folder: Path | None) -> str | None:
     """The Hub id, `owner/name`, of a base model that is called `name` and lies in `folder`.
 
-    A folder in the Hub's cache says for sure; else a name that can be one is taken for one, unless
-    it is a folder here. None where there is none.
+    The folder's place in the Hub's cache says it, or `name` is that of a published tower. Any other
+    name may be a relative path of the machine that trained; None then.
     """
-    for part in folder.parts if folder is not None else ():
+    return cached_id(folder) or (name if name in PUBLISHED else None)
+
+
+def cached_id(folder: Path | None) -> str | None:
+    """The Hub id of a folder in the Hub's cache; None for any other."""
+    for part, following in pairwise(folder.parts) if folder is not None else ():
         match = _CACHED.fullmatch(part)
-        if match is not None:
+        if match is not None and following == "snapshots":
             return f"{match[1]}/{match[2]}"
-    bare = (name or "").partition("@")[0]
-    if _HUB_ID.fullmatch(bare) is None or Path(bare).exists():
-        return None
-    return bare
+    return None
 
 
 def published_json(data: bytes) -> bytes:

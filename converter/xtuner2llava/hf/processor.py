@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from xtuner2llava.llava.config import json_bytes
-from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers import MadeFile
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -16,7 +15,7 @@ _BACKGROUND = "(122, 116, 104)"  # CLIP's mean in 8 bits, with which XTuner and 
 
 def processor_files(
     processor: str,
-    preprocessor: Path,
+    preprocessor: Mapping[str, Json],
     *,
     image_token: str,
     patch_size: int,
@@ -31,7 +30,7 @@ def processor_files(
     # Older bases, openai's too, name the class by a key that transformers 5 has no more.
     image_values: dict[str, Json] = {
         "image_processor_type": "CLIPImageProcessor",
-        **{k: v for k, v in read_json(preprocessor).items() if k != "feature_extractor_type"},
+        **{k: v for k, v in preprocessor.items() if k != "feature_extractor_type"},
         "processor_class": processor,
     }
     values: dict[str, Json] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from xtuner2llava.hf.processor import PREPROCESSOR, padding_note, processor_files
 from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
@@ -32,14 +31,15 @@ from xtuner2llava.planning.tokens import (
     vocabulary_faults,
     with_format_tokens,
 )
+from xtuner2llava.planning.training_files import ImageProcessor, image_processor_of
 from xtuner2llava.planning.vision_tower import (
     TOWER_CLASS,
     check_projector_of,
     check_tower,
-    preprocessor_of,
     tower_values,
     writes_tower,
 )
+from xtuner2llava.published import cached_id
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, read_json
@@ -65,7 +65,7 @@ class _Parts:
     tokenizer: Tokenizer
     tower: Mapping[str, object]
     tower_name: str | None
-    preprocessor: Path
+    images: ImageProcessor
     writes_tower: bool
 
 
@@ -101,8 +101,8 @@ class _Planner:
                 else None
             )
         )
-        preprocessor = attempt(lambda: preprocessor_of(checkpoint))
-        tower_name = attempt(self._tower_name)
+        images = attempt(lambda: image_processor_of(checkpoint, found))
+        tower_name = attempt(lambda: self._tower_name(images))
         translated = attempt(
             lambda: plain_config(family, config, self._format, found) if family and config else None
         )
@@ -122,10 +122,8 @@ class _Planner:
         found.stop()
         # Without faults, all of these are there; mypy is told so.
         assert config and tokenizer and model and tower  # noqa: S101
-        assert preprocessor is not None and writes is not None  # noqa: S101
-        return _Parts(
-            model, config, tuple(limits), tokenizer, tower, tower_name, preprocessor, writes
-        )
+        assert images is not None and writes is not None  # noqa: S101
+        return _Parts(model, config, tuple(limits), tokenizer, tower, tower_name, images, writes)
 
     def plan(self, parts: _Parts) -> Plan:
         """The whole plan."""
@@ -184,8 +182,8 @@ class _Planner:
         )
         tokenizer, made = self._files(parts, tokenizer, tokens, format_keys)
         copied = [tokenizer.folder / name for name in tokenizer.copied]
-        if PREPROCESSOR not in made:
-            copied.append(parts.preprocessor)
+        if PREPROCESSOR not in made and parts.images.path is not None:
+            copied.append(parts.images.path)
         return Plan(
             checkpoint=checkpoint,
             mapping=MappingInUse(
@@ -217,13 +215,23 @@ class _Planner:
     def _tower_class(self) -> PlainClass:
         return self._catalogue.classes[TOWER_CLASS]
 
-    def _tower_name(self) -> str | None:
-        """What to write as `mm_vision_tower`; None where the format has no such key."""
+    def _tower_name(self, images: ImageProcessor | None) -> str | None:
+        """What to write as `mm_vision_tower`; None where the format has no such key.
+
+        Without the tower or its image processor, there are faults already.
+        """
+        tower = self._checkpoint.visual_encoder
         if VISION_TOWER_KEY not in self._format.config_rules.keys:
             return None
-        tower = self._checkpoint.visual_encoder
-        values = tower.config.values if tower.config else {}
-        named = vision_tower_name(self._options.vision_tower_name, tower.name, values)
+        if images is None or tower.config is None:
+            return None
+        named = vision_tower_name(
+            self._options.vision_tower_name,
+            cached_id(tower.folder) or tower.name,
+            tower.config.values,
+            images.values,
+            writes_tower=self._options.include_vision_tower,
+        )
         self._found.note(named.note)
         return named.name
 
@@ -273,7 +281,7 @@ class _Planner:
         """The tokenizer as it is written, and all files that are made."""
         processor, image = self._format.processor, tokens.get("image")
         if processor is None or image is None:
-            return tokenizer, dict(tokenizer.made)
+            return tokenizer, {**tokenizer.made, **parts.images.made}
         tokenizer = with_config(tokenizer, {"processor_class": processor})
         if FAST not in tokenizer.files:
             self._found.note(
@@ -283,10 +291,10 @@ class _Planner:
             )
         recipe = self._recipe
         ratio = recipe.image_aspect_ratio if recipe is not None else "pad"
-        self._found.note(padding_note(read_json(parts.preprocessor), ratio))
+        self._found.note(padding_note(parts.images.values, ratio))
         made = processor_files(
             processor,
-            parts.preprocessor,
+            parts.images.values,
             image_token=self._format.tokens["image"],
             patch_size=_integer(parts.tower["patch_size"]),
             select_strategy=str(format_keys.get("vision_feature_select_strategy", "default")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from xtuner2llava.errors import Fault, MappingError, PlanError, raise_faults
 from xtuner2llava.language import PlainClass, check_against_class
@@ -15,7 +14,6 @@ from xtuner2llava.sources.json_file import integer, read_json
 
 # The plain class that every tower is.
 TOWER_CLASS = "clip_vision_model"
-_PREPROCESSOR = "preprocessor_config.json"
 
 
 def writes_tower(checkpoint: Checkpoint, options: Options) -> bool:
@@ -66,25 +64,6 @@ def check_projector_of(checkpoint: Checkpoint, llm: Mapping[str, object] | None)
                 )
             )
     raise_faults(PlanError, faults)
-
-
-def preprocessor_of(checkpoint: Checkpoint) -> Path | None:
-    """The image processor's config, beside the tower. Raises `PlanError` if it is another's."""
-    tower = checkpoint.visual_encoder
-    if tower.folder is None:
-        return None
-    path = tower.folder / _PREPROCESSOR
-    size = integer(tower.config.values, "image_size") if tower.config else None
-    crop = read_json(path).get("crop_size")
-    if isinstance(crop, dict):
-        crop = crop.get("height")
-    if isinstance(crop, int) and size is not None and crop != size:
-        raise PlanError(
-            f"prepares images of {crop} pixels, the vision tower takes {size}",
-            where=str(path),
-            advice="Do the image processor and the tower belong together?",
-        )
-    return path
 
 
 def tower_values(checkpoint: Checkpoint) -> Mapping[str, object]:

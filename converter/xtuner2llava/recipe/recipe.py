@@ -19,7 +19,7 @@ from xtuner2llava.recipe.lora import LoraRecipe
 from xtuner2llava.recipe.python_data import TEXT_LIMIT, read_python
 from xtuner2llava.recipe.scope import ANY_NAME
 from xtuner2llava.recipe.section import Section
-from xtuner2llava.recipe.training_data import Evaluation, TrainingData, UsedValue
+from xtuner2llava.recipe.training_data import Evaluation, Loaded, TrainingData, UsedValue
 from xtuner2llava.recipe.values import Table, Unknown, Value, dotted, shown
 
 _TEXT_SHOWN = 200  # characters
@@ -226,8 +226,8 @@ class Recipe:
         return self.data.prompt_template
 
     @property
-    def image_processor_path(self) -> str | None:
-        return self.data.image_processor_path
+    def image_processor(self) -> Loaded:
+        return self.data.image_processor
 
     @property
     def tokenizer_path(self) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -13,8 +13,8 @@ from xtuner2llava.recipe.section import Section
 from xtuner2llava.recipe.values import Table, Unknown, Value, dotted, is_scalar, shown
 
 _T = TypeVar("_T")
+_PATH = "pretrained_model_name_or_path"
 _IMAGE_KEYS = frozenset({"image_folder", "image_processor", "pad_image_to_square"})
-_PROCESSOR_KEYS = frozenset({"type", "pretrained_model_name_or_path", "trust_remote_code"})
 _MAX_LENGTH = 2048  # default of LLaVADataset, xtuner/dataset/llava.py
 _DATASETS_LIMIT = 1000
 _STOP_WORDS_LIMIT = 100
@@ -42,6 +42,19 @@ class Evaluation:
     bos_token: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the config loads with `from_pretrained` beside a model, such as an image processor.
+
+    `type` is the class without its module. `arguments` are all further ones; they override what
+    the folder at `path` says, and each may be `Unknown`. Of nothing, all are empty.
+    """
+
+    type: str | None = None
+    path: str | None = None
+    arguments: Mapping[str, Value] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingData:
     """What the datasets, the tokenizer and the EvaluateChatHook say; see `Recipe` for each field.
@@ -52,7 +65,7 @@ class TrainingData:
     image_aspect_ratio: str | None
     max_length: int | None
     prompt_template: str | Table | None
-    image_processor_path: str | None
+    image_processor: Loaded
     tokenizer_path: str | None
     bos_token: str | None
     eos_token: str | None
@@ -78,15 +91,12 @@ class _Reader:
         hook = self._hook()
         tokenizer = self._first("tokenizer", [*datasets, self._config])
         processor = self._first("image_processor", [*datasets, self._config])
-        if processor is not None:
-            for key in sorted(set(map(str, processor.table)) - _PROCESSOR_KEYS)[:8]:
-                self._notes.append(f"{processor.name(key)} is set: it overrides the preprocessor's")
         return TrainingData(
             image_aspect_ratio=self._aspect_ratio(datasets),
             max_length=self._max_length(datasets),
             prompt_template=self._prompt_template(datasets, hook),
-            image_processor_path=self._text(processor, "pretrained_model_name_or_path"),
-            tokenizer_path=self._text(tokenizer, "pretrained_model_name_or_path"),
+            image_processor=self._loaded(processor),
+            tokenizer_path=self._text(tokenizer, _PATH),
             bos_token=self._text(tokenizer, "bos_token"),
             eos_token=self._text(tokenizer, "eos_token"),
             system=self._system(hook),
@@ -114,6 +124,19 @@ class _Reader:
         if text is not None:
             self._use(section, key, text)
         return text
+
+    def _loaded(self, section: Section | None) -> Loaded:
+        if section is None:
+            return Loaded()
+        name = dotted(section.table.get("type"))
+        arguments = {str(key): value for key, value in section.table.items()}
+        for key in ("type", _PATH, "trust_remote_code"):
+            arguments.pop(key, None)
+        return Loaded(
+            name.removesuffix(".from_pretrained").rpartition(".")[2] if name else None,
+            self._text(section, _PATH),
+            arguments,
+        )
 
     def _datasets(self) -> Iterator[Section]:
         """The datasets with images below `train_dataloader.dataset`, each once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from xtuner2llava.llava.vision_tower_name import is_known_to_llava
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Check
 
@@ -80,10 +81,7 @@ def _folder_name(out: OutFolder) -> Check:
 
 
 def _vision_tower(out: OutFolder) -> Check:
-    """LLaVA fetches the tower's config and image processor by this name.
-
-    `llava/model/multimodal_encoder/builder.py` takes an existing path, or these beginnings.
-    """
+    """LLaVA fetches the tower's config and image processor by this name."""
     name = "mm_vision_tower"
     value = out.layout.config.get(name)
     if not isinstance(value, str) or not value:
@@ -91,7 +89,7 @@ def _vision_tower(out: OutFolder) -> Check:
     absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
     if absolute or value.startswith("~"):
         return Check(name, FAILED, f"'{value}' is a path of one machine")
-    if value.startswith(("openai", "laion")) or "ShareGPT4V" in value:
+    if is_known_to_llava(value):
         return Check(name, OK, f"'{value}'")
     return Check(
         name,

@@ -21,9 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.language import Catalogue, Family
-from xtuner2llava.language.caveat import Caveat
-from xtuner2llava.language.requirement import Condition, Requirement
+from xtuner2llava.mapping import Catalogue, Family
+from xtuner2llava.mapping.caveat import Caveat
+from xtuner2llava.mapping.requirement import Condition, Requirement
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

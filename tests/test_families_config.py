@@ -10,7 +10,7 @@ import pytest
 from builders.families.models import KINDS, SIZES
 from reference.measured import Measured
 from xtuner2llava.errors import MappingError, UnsupportedError
-from xtuner2llava.language import Catalogue, check_file
+from xtuner2llava.mapping import Catalogue, check_file
 
 FOLDER = Path(__file__).parent.parent / "mappings"
 CATALOGUE = Catalogue(FOLDER)

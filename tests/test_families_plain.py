@@ -11,7 +11,7 @@ import pytest
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS, Source, load_plain
 from xtuner2llava import PlanError, plan
-from xtuner2llava.language import Catalogue, Family, apply, check_against_class
+from xtuner2llava.mapping import Catalogue, Family, apply, check_against_class
 from xtuner2llava.sources.weights import open_weights
 
 CATALOGUE = Catalogue(Path(__file__).parent.parent / "mappings")

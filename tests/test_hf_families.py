@@ -15,7 +15,7 @@ from reference import huggingface
 from reference.compose import Llava, read_tensors
 from reference.measured import Measured
 from xtuner2llava import PlanError, convert, plan
-from xtuner2llava.language import Catalogue, in_range
+from xtuner2llava.mapping import Catalogue, in_range
 
 SAME = 1e-5
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

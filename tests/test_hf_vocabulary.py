@@ -9,7 +9,7 @@ import pytest
 
 from storing import stored
 from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
-from xtuner2llava.language import Catalogue
+from xtuner2llava.mapping import Catalogue
 from xtuner2llava.tensors import LazyTensor, Mean
 
 QWEN2: dict[str, Any] = {

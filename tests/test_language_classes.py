@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from xtuner2llava.language import Catalogue, Origin, check_against_class
+from xtuner2llava.mapping import Catalogue, Origin, check_against_class
 
 FOLDER = Path(__file__).parent.parent / "mappings"
 CATALOGUE = Catalogue(FOLDER)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.language import (
+from xtuner2llava.mapping import (
     Applied,
     Catalogue,
     Chat,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.language import Applied, RuleSet, apply, expand
-from xtuner2llava.language.document import read_document
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.rule import read_rules
+from xtuner2llava.mapping import Applied, RuleSet, apply, expand
+from xtuner2llava.mapping.rules import read_rules
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.yaml import read_document
 from xtuner2llava.tensors import BFLOAT16, FLOAT32, FileRange, Fill, LazyTensor, SourceFile, Stored
 
 Tensors = dict[str, LazyTensor]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.language.document import Items, Scalar, Table, read_document
+from xtuner2llava.mapping.yaml import Items, Scalar, Table, read_document
 
 
 def value(text: str) -> object:

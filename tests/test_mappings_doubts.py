@@ -15,7 +15,7 @@ from builders.families.models import SIZES, Source, random_tensors, shapes_of_cl
 from xtuner2llava import PlanError, convert, verify
 from xtuner2llava.cli import main
 from xtuner2llava.errors import MappingError
-from xtuner2llava.language import Catalogue, Family, check_file
+from xtuner2llava.mapping import Catalogue, Family, check_file
 from xtuner2llava.planning.language_model import choose_family, translate
 from xtuner2llava.verdict import Verdict
 

@@ -17,7 +17,7 @@ from builders.families.models import KINDS, SIZES, Source, random_tensors
 from reference.compose import compose
 from xtuner2llava import PlanError, convert, plan
 from xtuner2llava.cli import main
-from xtuner2llava.language import Catalogue, draft
+from xtuner2llava.mapping import Catalogue, draft
 
 CATALOGUE = Catalogue(Path(__file__).parent.parent / "mappings")
 SIZES_OF_LAB = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "ffn": 96}

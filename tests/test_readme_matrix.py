@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from reference.measured import Measured
-from xtuner2llava.language import Catalogue
+from xtuner2llava.mapping import Catalogue
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from builders.families.models import KINDS
 from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.language import Catalogue, Limit, in_range
+from xtuner2llava.mapping import Catalogue, Limit, in_range
 from xtuner2llava.target import Target
 from xtuner2llava.verdict import Verdict
 

@@ -370,7 +370,7 @@ def mappings() -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 def list_mappings(as_json: bool) -> None:
     """The shipped families and formats, and what each becomes."""
-    from xtuner2llava.language import Catalogue
+    from xtuner2llava.mapping import Catalogue
     from xtuner2llava.rendering import table
 
     catalogue = Catalogue.shipped()
@@ -389,7 +389,7 @@ def list_mappings(as_json: bool) -> None:
 @click.argument("name")
 def show_mapping(name: str) -> None:
     """The YAML of a shipped family, format or class."""
-    from xtuner2llava.language import Catalogue
+    from xtuner2llava.mapping import Catalogue
 
     click.echo(Catalogue.shipped().text_of(name), nl=False)
 
@@ -404,7 +404,7 @@ def check_mapping(
 ) -> None:
     """Check a mapping FILE; with CHECKPOINT also whether it fits, as `plan` would."""
     from xtuner2llava.errors import MappingError, raise_faults
-    from xtuner2llava.language import check_file
+    from xtuner2llava.mapping import check_file
 
     raise_faults(MappingError, check_file(Path(file)))
     if checkpoint is not None:
@@ -421,7 +421,7 @@ def check_mapping(
 def draft_mapping(checkpoint: str, **given: Any) -> None:
     """Print a starter mapping for the LLM of CHECKPOINT."""
     from xtuner2llava.errors import CheckpointError, raise_faults
-    from xtuner2llava.language import Catalogue, draft
+    from xtuner2llava.mapping import Catalogue, draft
     from xtuner2llava.sources import open_checkpoint
 
     opened = open_checkpoint(checkpoint, flags.collect(SourceOptions, given))

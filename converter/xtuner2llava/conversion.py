@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.language import model_name
 from xtuner2llava.llava.config import json_bytes
+from xtuner2llava.mapping import model_name
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
 from xtuner2llava.next_steps import next_steps
 from xtuner2llava.options import (

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import ConversionError, Fault
-from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.llava.projector import depth_of
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llm_config import trained_llm_config
+from xtuner2llava.mapping import Catalogue, Family
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.planning import make_plan
 from xtuner2llava.planning.language_model import choose_family

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError, raise_faults
-from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.llm_config import trained_llm_config
+from xtuner2llava.mapping import Catalogue, Family
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.language_model import choose_family

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xtuner2llava.hub.destination import Pushed
 from xtuner2llava.inspection import Inspection
-from xtuner2llava.language import fold
+from xtuner2llava.mapping import fold
 from xtuner2llava.outlook import Outlook
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.report import Report

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.errors import ConversionError, Fault
-from xtuner2llava.language import Family, Format, Limit
+from xtuner2llava.mapping import Family, Format, Limit
 from xtuner2llava.planning.language_model import translate
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.verdict import Verdict

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from xtuner2llava.language import Family
 from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
+from xtuner2llava.mapping import Family
 from xtuner2llava.recipe import Recipe, Table
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers import Tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.language import Limit
+from xtuner2llava.mapping import Limit
 from xtuner2llava.sources.json_file import Json
 
 Kind = Literal["exact", "exact_up_to", "exact_if_right", "not_exact", "not_possible"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xtuner2llava.language import Catalogue
+from xtuner2llava.mapping import Catalogue
 
 HIDDEN, INNER, VOCABULARY = 8, 16, 12
 _SIZES = {

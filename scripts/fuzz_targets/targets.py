@@ -20,7 +20,7 @@ from fuzz_targets import models, mutation
 from fuzz_targets.inputs import dump, load, write_folder, zip_bytes
 from xtuner2llava import convert, inspect, plan
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.language import Catalogue, check_file
+from xtuner2llava.mapping import Catalogue, check_file
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.outlook import foresee
 from xtuner2llava.recipe import Recipe

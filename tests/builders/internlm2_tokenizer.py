@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xtuner2llava.language import Catalogue
+from xtuner2llava.mapping import Catalogue
 from xtuner2llava.tokenizers import Prepared, TokenizerRules, prepare_tokenizer, read_tokenizer
 
 DATA = Path(__file__).parent.parent / "data/sentencepiece"

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from builders.prepared_tokenizer import write_prepared
-from xtuner2llava.language import Catalogue
+from xtuner2llava.mapping import Catalogue
 from xtuner2llava.tokenizers import TokenizerRules, prepare_tokenizer, read_tokenizer
 from xtuner2llava.tokenizers.tiktoken_file import read_ranks
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xtuner2llava.language import PlainClass
 from xtuner2llava.llava.config import VOCABULARY
 from xtuner2llava.llava.generation import TokenIds
+from xtuner2llava.mapping import PlainClass
 from xtuner2llava.sources.json_file import Json
 
 

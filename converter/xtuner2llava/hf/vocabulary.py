@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from xtuner2llava.language import PlainClass
+from xtuner2llava.mapping import PlainClass
 from xtuner2llava.tensors import LazyTensor, Mean, concat
 
 # What XTuner's export and the models of llava-hf pad to: matrix products like it.

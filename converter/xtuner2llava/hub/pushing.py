@@ -8,7 +8,7 @@ from pathlib import Path
 from xtuner2llava.hub.contents import RECORD_NAME, Contents, check_folder
 from xtuner2llava.hub.destination import Destination, Pushed
 from xtuner2llava.hub.upload import Upload
-from xtuner2llava.language import Catalogue
+from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import OnProgress
 from xtuner2llava.sources.json_file import read_json, text
 from xtuner2llava.writing.work import Work

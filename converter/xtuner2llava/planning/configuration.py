@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtuner2llava.hf.config import nested_config, text_config, vision_config
-from xtuner2llava.language import Format, PlainClass
 from xtuner2llava.llava.config import output_config
 from xtuner2llava.llava.generation import TokenIds
+from xtuner2llava.mapping import Format, PlainClass
 from xtuner2llava.sources.json_file import Json
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.language import (
+from xtuner2llava.mapping import (
     Catalogue,
     Dropped,
     Family,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.language import Dropped, Format, Origin, apply
+from xtuner2llava.mapping import Dropped, Format, Origin, apply
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.plan import PlannedTensor
 from xtuner2llava.planning.precision import KEEP

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.language import Dropped, FolderName, MappingFile
 from xtuner2llava.llava.generation import TokenIds
+from xtuner2llava.mapping import Dropped, FolderName, MappingFile
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tensors import LazyTensor

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from xtuner2llava.hf.processor import PREPROCESSOR, padding_note, processor_files
 from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
-from xtuner2llava.language import Catalogue, Limit, PlainClass
 from xtuner2llava.llava.generation import TokenIds, generation_config
 from xtuner2llava.llava.projector import depth_of
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llava.vision_tower_name import vision_tower_name
 from xtuner2llava.llm_config import trained_llm_config
+from xtuner2llava.mapping import Catalogue, Limit, PlainClass
 from xtuner2llava.options import Options, parse_size
 from xtuner2llava.planning.configuration import config_json
 from xtuner2llava.planning.findings import Findings

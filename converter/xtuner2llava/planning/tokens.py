@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from xtuner2llava.errors import Fault, UsageError
-from xtuner2llava.language import Catalogue, Family
 from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
+from xtuner2llava.mapping import Catalogue, Family
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.plan import Chat
 from xtuner2llava.recipe import Recipe, Table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtuner2llava.errors import Fault, MappingError, PlanError, raise_faults
-from xtuner2llava.language import PlainClass, check_against_class
 from xtuner2llava.llava.projector import check_projector
+from xtuner2llava.mapping import PlainClass, check_against_class
 from xtuner2llava.options import Options
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import PROJECTOR

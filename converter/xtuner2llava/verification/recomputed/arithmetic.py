@@ -1,4 +1,4 @@
-"""The expressions of mapping files, evaluated a second time, apart from `language/`."""
+"""The expressions of mapping files, evaluated a second time, apart from `mapping/`."""
 
 from __future__ import annotations
 

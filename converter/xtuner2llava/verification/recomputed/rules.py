@@ -1,4 +1,4 @@
-"""A family's rules, read from its YAML and applied to whole tensors, apart from `language/`.
+"""A family's rules, read from its YAML and applied to whole tensors, apart from `mapping/`.
 
 Shared with the conversion are the YAML files themselves, and nothing that reads or applies them:
 what each verb means is spelled out here again, with torch's own operations.

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.language.document import Items, Node, Scalar
-from xtuner2llava.language.expression import Expression
-from xtuner2llava.language.names import Template
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.values import Environment, lookup, same, say, show
+from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.names import Template
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.values import Environment, lookup, same, say, show
+from xtuner2llava.mapping.yaml import Items, Node, Scalar
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.language.document import Node, Scalar
-from xtuner2llava.language.expression import Expression
-from xtuner2llava.language.names import Template
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.values import Environment, say, show
+from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.names import Template
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.values import Environment, say, show
+from xtuner2llava.mapping.yaml import Node, Scalar
 
 _KEYS = ("when", "say", "exact_up_to", "transformers")
 _BOUND = re.compile(r"(<=|>=|<|>) ?([0-9]{1,4}(?:\.[0-9]{1,4}){0,3})", re.ASCII)

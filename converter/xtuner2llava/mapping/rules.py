@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.language.document import Items, Node, Scalar, Table
-from xtuner2llava.language.expression import Expression
-from xtuner2llava.language.names import Template, join, nearest
-from xtuner2llava.language.reader import Reader
+from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.names import Template, join, nearest
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.yaml import Items, Node, Scalar, Table
 
 
 @dataclass(frozen=True, slots=True)

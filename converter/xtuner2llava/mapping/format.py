@@ -6,16 +6,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.language.caveat import Caveat, Limit, limits, read_caveats
-from xtuner2llava.language.config_rules import ConfigRules, read_config_rules
-from xtuner2llava.language.document import Document, Node
-from xtuner2llava.language.expansion import Step, expand
-from xtuner2llava.language.folder_name import FolderName
-from xtuner2llava.language.plain_class import MappingFile
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.requirement import Requirement, failures, read_requirements
-from xtuner2llava.language.rule import RuleSet, read_rules
-from xtuner2llava.language.values import Environment
+from xtuner2llava.mapping.caveat import Caveat, Limit, limits, read_caveats
+from xtuner2llava.mapping.config_rules import ConfigRules, read_config_rules
+from xtuner2llava.mapping.expand import Step, expand
+from xtuner2llava.mapping.folder_name import FolderName
+from xtuner2llava.mapping.plain_class import MappingFile
+from xtuner2llava.mapping.requirement import Requirement, failures, read_requirements
+from xtuner2llava.mapping.rules import RuleSet, read_rules
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.values import Environment
+from xtuner2llava.mapping.yaml import Document, Node
 
 COMPONENTS = ("llm", "projector", "visual_encoder")
 _KEYS = ("extends", "classes", "require", "tokens", "processor", "tensors", "config")

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError
-from xtuner2llava.language.detection import Match, choose
-from xtuner2llava.language.document import Document, read_document
-from xtuner2llava.language.family import Family
-from xtuner2llava.language.family_file import read_family, read_match_only
-from xtuner2llava.language.format import Format, read_format
-from xtuner2llava.language.names import nearest
-from xtuner2llava.language.plain_class import PlainClass, read_class
-from xtuner2llava.language.prompt_templates import read_stop_words
-from xtuner2llava.language.refusals import Refusals, read_refusals
+from xtuner2llava.mapping.detection import Match, choose
+from xtuner2llava.mapping.family import Family
+from xtuner2llava.mapping.family_file import read_family, read_match_only
+from xtuner2llava.mapping.format import Format, read_format
+from xtuner2llava.mapping.names import nearest
+from xtuner2llava.mapping.plain_class import PlainClass, read_class
+from xtuner2llava.mapping.prompt_templates import read_stop_words
+from xtuner2llava.mapping.refusals import Refusals, read_refusals
+from xtuner2llava.mapping.yaml import Document, read_document
 
 _T = TypeVar("_T")
 _MAX_BYTES = 1 << 20

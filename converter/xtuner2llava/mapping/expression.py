@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.language.evaluation import (
+from xtuner2llava.mapping.evaluation import (
     ARITHMETIC,
     EQUALITY,
     FUNCTIONS,
@@ -27,7 +27,7 @@ from xtuner2llava.language.evaluation import (
     Evaluation,
     truth,
 )
-from xtuner2llava.language.values import Environment, NoValueError, show
+from xtuner2llava.mapping.values import Environment, NoValueError, show
 
 _MAX_LENGTH = 500
 _MAX_DEPTH = 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from xtuner2llava.language.names import Template
+from xtuner2llava.mapping.names import Template
 
 Environment: TypeAlias = Mapping[str, object]
 

@@ -6,8 +6,8 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 
-from xtuner2llava.language.names import nearest
-from xtuner2llava.language.values import MAX_MAGNITUDE, Environment, NoValueError, same, show
+from xtuner2llava.mapping.names import nearest
+from xtuner2llava.mapping.values import MAX_MAGNITUDE, Environment, NoValueError, same, show
 
 LITERALS = {"true": True, "false": False, "null": None}
 ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {

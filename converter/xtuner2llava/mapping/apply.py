@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.language.expansion import Step
-from xtuner2llava.language.folding import TensorFaults, shortened
-from xtuner2llava.language.names import Folded, fold, nearest, unnumbered
+from xtuner2llava.mapping.expand import Step
+from xtuner2llava.mapping.fold import TensorFaults, shortened
+from xtuner2llava.mapping.names import Folded, fold, nearest, unnumbered
 from xtuner2llava.tensors import (
     FLOAT32,
     Columns,

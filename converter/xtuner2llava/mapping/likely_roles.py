@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.language.names import parse_name
+from xtuner2llava.mapping.names import parse_name
 
 Shape = tuple[int, ...]
 

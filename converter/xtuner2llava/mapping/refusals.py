@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from xtuner2llava.errors import Fault, UnsupportedError
-from xtuner2llava.language.detection import Match, read_match
-from xtuner2llava.language.document import Document, Table
-from xtuner2llava.language.names import Template
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.values import say
+from xtuner2llava.mapping.detection import Match, read_match
+from xtuner2llava.mapping.names import Template
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.values import say
+from xtuner2llava.mapping.yaml import Document, Table
 
 
 @dataclass(frozen=True, slots=True)

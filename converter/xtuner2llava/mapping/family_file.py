@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.language.caveat import read_caveats
-from xtuner2llava.language.config_rules import ConfigRules, read_config_rules
-from xtuner2llava.language.detection import Match, read_match
-from xtuner2llava.language.document import Document, Node
-from xtuner2llava.language.family import Chat, Family, Generation
-from xtuner2llava.language.names import nearest
-from xtuner2llava.language.plain_class import MappingFile, PlainClass
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.requirement import read_requirements
-from xtuner2llava.language.rule import RuleSet, read_rules
+from xtuner2llava.mapping.caveat import read_caveats
+from xtuner2llava.mapping.config_rules import ConfigRules, read_config_rules
+from xtuner2llava.mapping.detection import Match, read_match
+from xtuner2llava.mapping.family import Chat, Family, Generation
+from xtuner2llava.mapping.names import nearest
+from xtuner2llava.mapping.plain_class import MappingFile, PlainClass
+from xtuner2llava.mapping.requirement import read_requirements
+from xtuner2llava.mapping.rules import RuleSet, read_rules
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.yaml import Document, Node
 
 _KEYS = (
     "extends",

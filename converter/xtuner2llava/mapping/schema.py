@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.language.document import Document, Items, Node, Scalar, Table
-from xtuner2llava.language.expression import Expression, parse_expression
-from xtuner2llava.language.names import Template, nearest, parse_name, parse_template
-from xtuner2llava.language.values import show
+from xtuner2llava.mapping.expression import Expression, parse_expression
+from xtuner2llava.mapping.names import Template, nearest, parse_name, parse_template
+from xtuner2llava.mapping.values import show
+from xtuner2llava.mapping.yaml import Document, Items, Node, Scalar, Table
 
 SCHEMA = 1
 _T = TypeVar("_T")

@@ -20,14 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.language.document import Document
-from xtuner2llava.language.expansion import literal_steps
-from xtuner2llava.language.expression import Expression
-from xtuner2llava.language.folding import shortened
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.requirement import Requirement, failures, read_requirements
-from xtuner2llava.language.rule import Entry, read_rules
-from xtuner2llava.language.values import Environment, show
+from xtuner2llava.mapping.expand import literal_steps
+from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.fold import shortened
+from xtuner2llava.mapping.requirement import Requirement, failures, read_requirements
+from xtuner2llava.mapping.rules import Entry, read_rules
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.values import Environment, show
+from xtuner2llava.mapping.yaml import Document
 
 _KEYS = ("architecture", "model_type", "dims", "config", "tied", "tensors")
 _CONFIG_KEYS = ("required", "default", "when_null", "checked", "require")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.language.document import Scalar, Table
-from xtuner2llava.language.expression import Expression
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.values import Environment
+from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.values import Environment
+from xtuner2llava.mapping.yaml import Scalar, Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.language.document import Table
-from xtuner2llava.language.expression import Expression
-from xtuner2llava.language.names import fold
-from xtuner2llava.language.reader import Reader
-from xtuner2llava.language.values import show
+from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.names import fold
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.values import show
+from xtuner2llava.mapping.yaml import Table
 
 _KEYS = ("architectures", "model_type", "tensors", "when")
 _MAX_NAMES = 8

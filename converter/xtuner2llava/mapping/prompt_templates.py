@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xtuner2llava.language.document import Document
-from xtuner2llava.language.reader import Reader
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.yaml import Document
 
 
 def read_stop_words(document: Document) -> Mapping[str, tuple[str, ...]]:

@@ -6,17 +6,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import MappingError, raise_faults
-from xtuner2llava.language.caveat import Caveat, Limit, limits
-from xtuner2llava.language.config_rules import ConfigRules
-from xtuner2llava.language.detection import Match
-from xtuner2llava.language.expansion import Step, expand
-from xtuner2llava.language.expression import Expression
-from xtuner2llava.language.format import Format
-from xtuner2llava.language.plain_class import MappingFile, PlainClass, with_dims
-from xtuner2llava.language.requirement import Requirement, failures
-from xtuner2llava.language.rule import RuleSet
-from xtuner2llava.language.similar import doubtful_defaults
-from xtuner2llava.language.values import Environment, show
+from xtuner2llava.mapping.caveat import Caveat, Limit, limits
+from xtuner2llava.mapping.config_rules import ConfigRules
+from xtuner2llava.mapping.detection import Match
+from xtuner2llava.mapping.expand import Step, expand
+from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.format import Format
+from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
+from xtuner2llava.mapping.requirement import Requirement, failures
+from xtuner2llava.mapping.rules import RuleSet
+from xtuner2llava.mapping.similar import doubtful_defaults
+from xtuner2llava.mapping.values import Environment, show
 
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).
 HOUSEKEEPING = frozenset(

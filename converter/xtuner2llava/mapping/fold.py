@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.language.names import fold
+from xtuner2llava.mapping.names import fold
 
 _MAX_FAULTS = 40
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.language.application import Origin
-from xtuner2llava.language.folding import TensorFaults, shortened
-from xtuner2llava.language.names import fold, nearest, unnumbered
-from xtuner2llava.language.plain_class import Expected, PlainClass
+from xtuner2llava.mapping.apply import Origin
+from xtuner2llava.mapping.fold import TensorFaults, shortened
+from xtuner2llava.mapping.names import fold, nearest, unnumbered
+from xtuner2llava.mapping.plain_class import Expected, PlainClass
 
 _MAX_SUGGESTIONS = 10
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from packaging.version import Version
 
 from reference import huggingface
 from reference.cases import CASES, Converted, read_reference
@@ -30,6 +32,9 @@ NAMES = {
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 # XTuner's own export to this format.
 EXPORTED = ("llama_e_full_fullvis", "llama_d_lora_vislora")
+needs_llava_image_processor = pytest.mark.skipif(
+    Version(version("transformers")) < Version("4.49"), reason="LlavaImageProcessor came with 4.49"
+)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -154,9 +159,8 @@ def test_config_says_what_xtuners_export_says(
     ours = config_of(converted(case, format="hf", dtype="float32"))
     # Their nested configs name a path of the machine, and dtypes that the tensors do not have.
     named = ("_name_or_path", "torch_dtype", "transformers_version", "architectures")
-    projection = "projection_dim"  # of CLIP's projection, which no LLaVA uses
     for key in ("text_config", "vision_config"):
-        nested = {k: v for k, v in theirs.pop(key).items() if k not in (*named, projection)}
+        nested = {k: v for k, v in theirs.pop(key).items() if k not in named}
         assert {k: ours[key].get(k) for k in nested} == nested
     theirs.pop("transformers_version")
     assert {key: ours[key] for key in theirs} == theirs
@@ -233,6 +237,7 @@ def test_the_config_of_a_qwen(converted: Converted) -> None:
         "num_channels": 3,
         "num_hidden_layers": 4,
         "patch_size": 14,
+        "projection_dim": 32,
     }
 
 
@@ -248,6 +253,7 @@ def test_transformers_reads_of_the_config_what_it_says(converted: Converted) -> 
     assert text.tie_word_embeddings is False
 
 
+@needs_llava_image_processor
 @pytest.mark.filterwarnings("ignore:`do_sample`")  # the base samples, this test does not
 @pytest.mark.parametrize("case", ["llama_e_full_fullvis", "qwen2_e_full_fullvis"])
 def test_the_processor_feeds_the_model(converted: Converted, case: str) -> None:
@@ -272,6 +278,7 @@ def test_the_processor_feeds_the_model(converted: Converted, case: str) -> None:
     assert answer.shape[1] > len(ids) or not huggingface.expands_image_tokens()
 
 
+@needs_llava_image_processor
 def test_the_image_processor_of_an_older_base(checkpoints: Path, tmp_path: Path) -> None:
     """Written as openai/clip-vit-large-patch14-336 has it: numbers, and the name of old."""
     from transformers import AutoProcessor
@@ -299,8 +306,47 @@ def test_the_image_processor_of_an_older_base(checkpoints: Path, tmp_path: Path)
         format="hf",
     )
     made = AutoProcessor.from_pretrained(out).image_processor
-    assert type(made).__name__.startswith("CLIPImageProcessor")
+    assert type(made).__name__.startswith("LlavaImageProcessor")
     assert (made.crop_size["height"], made.size["shortest_edge"]) == (56, 56)
+
+
+@needs_llava_image_processor
+@pytest.mark.parametrize("size", [(70, 90), (90, 70), (56, 56), (300, 20), (1, 7)])
+def test_pixels_are_those_of_the_training(
+    checkpoints: Path, converted: Converted, size: tuple[int, int]
+) -> None:
+    """XTuner pads to a square with the mean colour, then prepares as CLIP does."""
+    import numpy
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    folder = converted("llama_e_full_fullvis", format="hf", dtype="float32")
+    values = numpy.random.default_rng(size[0]).integers(0, 256, (*size[::-1], 3), numpy.uint8)
+    image = Image.fromarray(values)
+    clip = AutoImageProcessor.from_pretrained(checkpoints / "bases/vision_clip")
+    edge, (width, height) = max(size), size
+    square = Image.new("RGB", (edge, edge), tuple(int(c * 255) for c in clip.image_mean))
+    square.paste(image, ((edge - width) // 2, (edge - height) // 2))
+
+    def pixels(processor: Any, picture: Image.Image) -> Any:
+        return numpy.asarray(processor(picture, return_tensors="np")["pixel_values"])
+
+    ours = pixels(AutoImageProcessor.from_pretrained(folder), image)
+    expected = pixels(clip, square)
+    assert numpy.abs(ours - expected).max() < 1e-6
+    if width != height:
+        assert numpy.abs(pixels(clip, image) - expected).max() > 0.1
+
+
+def test_a_batch_is_padded_before_its_prompts(converted: Converted) -> None:
+    """An answer follows on the last token of a prompt: with padding there, it is another answer."""
+    from transformers import AutoTokenizer
+
+    folder = converted("qwen2_e_full_fullvis", format="hf", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    short, long = tokenizer(["a", "a picture of cats"], padding=True)["input_ids"]
+    assert len(short) == len(long)
+    assert short[0] == tokenizer.pad_token_id != short[-1]
 
 
 def test_the_files(converted: Converted) -> None:

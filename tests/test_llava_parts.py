@@ -9,7 +9,13 @@ import pytest
 
 from xtuner2llava import UsageError
 from xtuner2llava.llava.config import json_bytes, output_config
-from xtuner2llava.llava.generation import TokenIds, TokenTexts, generation_config, token_ids
+from xtuner2llava.llava.generation import (
+    TokenIds,
+    TokenTexts,
+    generation_config,
+    token_ids,
+    valid_settings,
+)
 from xtuner2llava.llava.projector import check_projector, depth_of
 from xtuner2llava.llava.vision_tower_name import vision_tower_name, well_known
 from xtuner2llava.tokenizers import Tokenizer
@@ -251,12 +257,77 @@ def test_generation_settings_are_the_base_s() -> None:
         "top_p": 0.8,
         "eos_token_id": 5,
     }
-    assert generation_config(base, TokenIds(1, (8, 2), None)) == {
+    kept, notes = generation_config(base, TokenIds(1, (8, 2), None))
+    assert kept == {
         "bos_token_id": 1,
+        "do_sample": True,
         "eos_token_id": [8, 2],
         "top_p": 0.8,
     }
-    assert generation_config({}, TokenIds(None, (2,), 0)) == {"eos_token_id": 2, "pad_token_id": 0}
+    (note,) = notes
+    assert "do_sample true: the base sets top_p without it" in note
+    empty = generation_config({}, TokenIds(None, (2,), 0))
+    assert empty == ({"eos_token_id": 2, "pad_token_id": 0}, ())
+
+
+# Each was tried with `from_pretrained` and `save_pretrained` of transformers 4.37.2, 4.40.2,
+# 4.57.1 and 5.24.0; some of these refuse what is on the left, none what is on the right.
+@pytest.mark.parametrize(
+    ("base", "valid"),
+    [
+        # lmsys/vicuna-7b-v1.5
+        (
+            {"max_length": 4096, "temperature": 0.9, "top_p": 0.6},
+            {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True},
+        ),
+        ({"top_k": 20}, {"top_k": 20, "do_sample": True}),
+        ({"do_sample": None, "min_p": 0.1}, {"do_sample": True, "min_p": 0.1}),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}),
+        ({"do_sample": False, "top_k": None}, {"do_sample": False}),
+        ({"do_sample": True, "temperature": 0, "top_p": 0.5}, {"do_sample": False}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"penalty_alpha": 0.6, "top_k": 4}, {}),
+        ({"num_beams": 1, "early_stopping": True}, {"num_beams": 1}),
+        ({"length_penalty": 2.0}, {}),
+        ({"num_beams": 4, "num_beam_groups": 2}, {"num_beams": 4}),
+        ({"num_beams": 3, "early_stopping": "often"}, {"num_beams": 3}),
+        ({"num_beams": 2, "num_return_sequences": 3}, {"num_beams": 2}),
+        ({"num_return_sequences": 2}, {}),
+        ({"max_new_tokens": 0}, {}),
+        ({"cache_implementation": "dynamic", "compile_config": {"fullgraph": True}}, {}),
+        ({"output_attentions": True, "return_dict_in_generate": True}, {}),
+    ],
+)
+def test_settings_that_transformers_would_not_save(
+    base: dict[str, Any], valid: dict[str, Any]
+) -> None:
+    kept, notes = valid_settings(base)
+    assert kept == valid
+    assert all(any(key in note for note in notes) for key in {*base} - {*valid} - {"do_sample"})
+    assert notes
+    assert valid_settings(valid) == (valid, ())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+        {"do_sample": True, "top_k": None},
+        {"temperature": 1.0, "top_p": 1.0, "top_k": 50},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "length_penalty": 0.8},
+        {"repetition_penalty": 1.05, "max_new_tokens": 512, "chat_format": "chatml"},
+    ],
+)
+def test_settings_that_stay_as_they_are(settings: dict[str, Any]) -> None:
+    assert valid_settings(settings) == (settings, ())
+
+
+def test_an_id_below_0_is_none(tmp_path: Path) -> None:
+    """LLaMA's first configs have `pad_token_id` -1."""
+    tokenizer = Tokenizer(tmp_path, (), {}, {"<s>": 1, "</s>": 2}, {})
+    found = token_ids(tokenizer, TokenTexts(), (), {}, {"pad_token_id": -1, "eos_token_id": 2})
+    assert found == TokenIds(None, (2,), None)
 
 
 # config.json

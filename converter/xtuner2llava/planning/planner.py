@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.hf.processor import PREPROCESSOR, padding_note, processor_files
 from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
 from xtuner2llava.llava.generation import TokenIds, generation_config
 from xtuner2llava.llava.projector import depth_of
@@ -25,6 +24,11 @@ from xtuner2llava.planning.language_model import (
 from xtuner2llava.planning.placement import in_dtype, place
 from xtuner2llava.planning.plan import MappingInUse, Plan
 from xtuner2llava.planning.precision import config_dtype, dtype_to_write
+from xtuner2llava.planning.processor import (
+    PREPROCESSOR,
+    padding_note,
+    processor_files,
+)
 from xtuner2llava.planning.tokens import (
     generation_tokens,
     tokenizer_to_write,
@@ -169,6 +173,8 @@ class _Planner:
         placed, dropped = place(components, {LLM: model.origins}, format_, environment, found)
         found.stop()
         tensors = in_dtype(placed, dtype)
+        generation, notes = generation_config(base_generation, ids)
+        found.note(*notes)
         config = config_json(
             format_,
             becomes,
@@ -197,7 +203,7 @@ class _Planner:
             ties=model.ties,
             dropped=(*((LLM, d) for d in model.dropped), *dropped),
             config=config,
-            generation_config=generation_config(base_generation, ids),
+            generation_config=generation,
             token_ids=ids,
             chat=chat,
             files=tuple(copied),
@@ -282,7 +288,8 @@ class _Planner:
         processor, image = self._format.processor, tokens.get("image")
         if processor is None or image is None:
             return tokenizer, {**tokenizer.made, **parts.images.made}
-        tokenizer = with_config(tokenizer, {"processor_class": processor})
+        # The processor pads prompts of a batch, and an answer follows on a prompt's last token.
+        tokenizer = with_config(tokenizer, {"processor_class": processor, "padding_side": "left"})
         if FAST not in tokenizer.files:
             self._found.note(
                 f"The base's tokenizer has no {FAST}, and transformers 5 loads LLaVA's from that, "
@@ -291,13 +298,14 @@ class _Planner:
             )
         recipe = self._recipe
         ratio = recipe.image_aspect_ratio if recipe is not None else "pad"
-        self._found.note(padding_note(parts.images.values, ratio))
+        self._found.note(padding_note(ratio))
         made = processor_files(
             processor,
             parts.images.values,
             image_token=self._format.tokens["image"],
             patch_size=_integer(parts.tower["patch_size"]),
             select_strategy=str(format_keys.get("vision_feature_select_strategy", "default")),
+            aspect_ratio=ratio,
         )
         return tokenizer, {**tokenizer.made, **made}
 

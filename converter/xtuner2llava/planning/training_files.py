@@ -10,14 +10,20 @@ from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.llava.published_towers import PROCESSOR_KEYS, PUBLISHED, clip_processor
 from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.processor import (
+    PREPROCESSOR,
+    PROCESSOR,
+    find_image_processor,
+    loadable_image_processor,
+    read_image_processor,
+)
 from xtuner2llava.recipe import Loaded, Recipe, Value, shown
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import VISUAL_ENCODER
 from xtuner2llava.sources.hub import fetch_model, is_reference, local_path
-from xtuner2llava.sources.json_file import Json, integer, read_json
+from xtuner2llava.sources.json_file import Json, integer
 from xtuner2llava.tokenizers import MadeFile
 
-PREPROCESSOR = "preprocessor_config.json"
 # Auto classes take the class that the file names.
 _AUTO = ("AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor")
 _CLIP = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPProcessor")
@@ -50,11 +56,11 @@ def image_processor_of(checkpoint: Checkpoint, findings: Findings) -> ImageProce
     tower, recipe = checkpoint.visual_encoder, checkpoint.recipe
     if tower.folder is None:
         return None
-    own = tower.folder / PREPROCESSOR
+    own = find_image_processor(tower.folder)
     if recipe is None or tower.folder == checkpoint.contents.folders.get(VISUAL_ENCODER):
-        return _fitting(ImageProcessor(read_json(own), own), checkpoint)
+        return _fitting(ImageProcessor(read_image_processor(own), own), checkpoint, findings)
     loaded = recipe.image_processor
-    values, path = _elsewhere(loaded, recipe, own, findings) or (read_json(own), own)
+    values, path = _elsewhere(loaded, recipe, own, findings) or (read_image_processor(own), own)
     named = loaded.type
     if named in _AUTO:
         named = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
@@ -66,14 +72,19 @@ def image_processor_of(checkpoint: Checkpoint, findings: Findings) -> ImageProce
         )
     changes = _changes(loaded.arguments, recipe.where, findings)
     if all(clip_processor(values).get(key) == value for key, value in changes.items()):
-        return _fitting(ImageProcessor(values, path), checkpoint)
+        return _fitting(ImageProcessor(values, path), checkpoint, findings)
     listed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     findings.note(f"{PREPROCESSOR} has the arguments of the XTuner config: {listed}.")
-    return _fitting(ImageProcessor({**values, **changes}, None), checkpoint)
+    return _fitting(ImageProcessor({**values, **changes}, None), checkpoint, findings)
 
 
-def _fitting(processor: ImageProcessor, checkpoint: Checkpoint) -> ImageProcessor:
-    """`processor`, if it makes images of the size that the tower takes; else raises `PlanError`."""
+def _fitting(
+    processor: ImageProcessor, checkpoint: Checkpoint, findings: Findings
+) -> ImageProcessor:
+    """`processor` as every transformers loads it.
+
+    Raises `PlanError` where it makes images of another size than the tower takes.
+    """
     tower = checkpoint.visual_encoder
     size = integer(tower.config.values, "image_size") if tower.config else None
     crop = clip_processor(processor.values)["crop_size"]
@@ -84,7 +95,12 @@ def _fitting(processor: ImageProcessor, checkpoint: Checkpoint) -> ImageProcesso
             where=str(processor.path or "image_processor of the XTuner config"),
             advice="Do the image processor and the tower belong together?",
         )
-    return processor
+    values, note = loadable_image_processor(processor.values)
+    nested = processor.path is not None and processor.path.name != PREPROCESSOR
+    if nested:
+        findings.note(f"{PREPROCESSOR} is made from the base's {PROCESSOR}, which holds it nested.")
+    findings.note(note)
+    return ImageProcessor(values, None if note or nested else processor.path)
 
 
 def find_folder(reference: str) -> Path:
@@ -109,8 +125,8 @@ def _elsewhere(
     if named is None or named == of_tower:
         return None
     try:
-        path = find_folder(named) / PREPROCESSOR
-        values = read_json(path)
+        path = find_image_processor(find_folder(named))
+        values = read_image_processor(path)
     except ConversionError:
         if named in PUBLISHED:
             values = dict(PUBLISHED[named].processor)

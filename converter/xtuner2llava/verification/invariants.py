@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from xtuner2llava.errors import ConversionError
+from xtuner2llava.llava.generation import valid_settings
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.verification.layout import LLM, VISUAL_ENCODER
 from xtuner2llava.verification.out_folder import OutFolder
@@ -123,6 +124,7 @@ def _generation(out: OutFolder) -> _Found:
             faults.append(f"{key} is {there} in config.json, {here} in generation_config.json")
     if not _ids(generation, "eos_token_id"):
         faults.append("there is no eos_token_id, so it never stops")
+    faults += valid_settings(generation)[1]
     eos = _ids(generation, "eos_token_id")
     return faults, f"eos {eos}, bos {_ids(generation, 'bos_token_id')}, all below {size}"
 

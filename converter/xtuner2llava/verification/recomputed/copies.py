@@ -6,13 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner2llava.llava.published_towers import PROCESSOR_KEYS
+from xtuner2llava.planning.processor import (
+    PREPROCESSOR,
+    find_image_processor,
+    read_image_processor,
+)
 from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.verification.layout import LLM, VISUAL_ENCODER
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import SKIPPED, Check
 from xtuner2llava.verification.tokenizer import TOKENIZER_FILES, load_tokenizer
 
-_IMAGE_PROCESSOR = "preprocessor_config.json"
 # Texts that tokenizers split in their own ways: spaces, digits, lines, accents, other scripts.
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -80,17 +85,17 @@ def _model_type(base: Path) -> Json:
 
 
 def _image_processor(out: OutFolder, base: Path) -> Check:
-    """The base's values; only the name of a class may be added."""
+    """The base's settings, for which the class may be another."""
     name = "image processor as the base's"
-    theirs, ours = base / _IMAGE_PROCESSOR, out.path / _IMAGE_PROCESSOR
+    theirs, ours = find_image_processor(base), out.path / PREPROCESSOR
     if not theirs.is_file() or not ours.is_file():
-        return Check.of(name, [f"{_IMAGE_PROCESSOR} is not in both"], "")
+        return Check.of(name, [f"{PREPROCESSOR} is not in both"], "")
     if _same_bytes(theirs, ours):
-        return Check.of(name, [], f"{_IMAGE_PROCESSOR}, byte for byte")
-    found, wanted = read_json(ours), read_json(theirs)
+        return Check.of(name, [], f"{PREPROCESSOR}, byte for byte")
+    found, wanted = read_json(ours), read_image_processor(theirs)
     faults = [
         f"{key} is {found.get(key)!r}, the base's {wanted.get(key)!r}"
-        for key in sorted({*found, *wanted})
-        if found.get(key) != wanted.get(key) and key != "processor_class"
+        for key in PROCESSOR_KEYS
+        if found.get(key) != wanted.get(key)
     ]
-    return Check.of(name, faults, f"{_IMAGE_PROCESSOR}, with the processor's class")
+    return Check.of(name, faults, f"the base's settings, for a {found.get('image_processor_type')}")

@@ -11,7 +11,8 @@ import torch
 
 from storing import stored
 from xtuner2llava.errors import UnsupportedError
-from xtuner2llava.sources.adapter import LoraSettings, merge, read_adapter
+from xtuner2llava.sources.adapter import merge, read_adapter
+from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed", exc_type=ImportError)

@@ -246,8 +246,6 @@ def test_an_xtuner_folder(tmp_path: Path) -> None:
 def test_the_llm_may_lie_in_a_folder_of_its_own(tmp_path: Path) -> None:
     folder = xtuner_folder(tmp_path / "iter_2_xtuner")
     llm_base(folder / "llm", {"lm_head.weight": torch.ones(3, 2)})
-    # What lies at top level is then something else.
-    save_file({"other": torch.ones(1)}, folder / "model.safetensors")
     contents = open_contents(str(folder))
     assert set(contents.weights["llm"]) == {"lm_head.weight"}
     assert contents.folders["llm"] == folder / "llm"
@@ -257,13 +255,15 @@ def test_the_llm_may_lie_in_a_folder_of_its_own(tmp_path: Path) -> None:
 def test_an_xtuner_folder_that_is_not_whole(tmp_path: Path) -> None:
     folder = xtuner_folder(tmp_path / "iter_2_xtuner")
     (folder / "llm_adapter").mkdir()
-    with pytest.raises(CorruptFileError, match=r"llm_adapter: has no adapter_model.safetensors"):
+    with pytest.raises(CorruptFileError, match=r"llm_adapter: has no weights in it"):
         open_contents(str(folder))
     shutil.rmtree(folder / "llm_adapter")
     (folder / "projector" / "model.safetensors").unlink()
     with pytest.raises(CorruptFileError, match="projector: has no weights in it") as caught:
         open_contents(str(folder))
-    assert caught.value.faults[0].advice == "Is the download complete?"
+    assert caught.value.faults[0].advice == (
+        "Expected model.safetensors, pytorch_model.bin or their index. Is the download complete?"
+    )
 
 
 def test_a_config_of_any_size_is_not_read(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ OPTIMIZER = "optimizer_state_dict"
         (
             2,
             edit("*model*", "param_shapes", value=[{"a": (23,)}, {"b": (17,)}]),
-            ["no LLaVA training: its parameters are such as"],
+            ["2 tensors belong to no part of LLaVA, such as 'a'"],
         ),
         (2, lambda folder: torch.save([1], folder / "mp_rank_00_model_states.pt"), ["is no file"]),
     ],

@@ -34,6 +34,12 @@ class Fault:
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n    {self.advice}" if self.advice else text
 
+    @classmethod
+    def about(cls, where: str, names: Sequence[str], what: str, advice: str = "") -> Fault:
+        """One fault for what is wrong with all of `names`, of which the first is shown."""
+        others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        return cls(f"{where}, {names[0]}{others}", what, advice)
+
 
 class ConversionError(Exception):
     """Base of all errors that a user can cause or mend; `faults` lists each of them."""

@@ -83,10 +83,11 @@ class SourceOptions(CheckedOptions):
 
     llm: PathOrText | None = option(
         None, INPUT, "Base LLM: config and tokenizer, and weights where the checkpoint has none or "
-        "LoRA.", metavar="PATH_OR_REPO", unset="what the XTuner config names",
+        "LoRA. Not one that `xtuner convert merge` made: the adapter would be merged twice.",
+        metavar="PATH_OR_REPO", unset="what the XTuner config names",
     )  # fmt: skip
     vision: PathOrText | None = option(
-        None, INPUT, "Base vision tower, likewise.", metavar="PATH_OR_REPO",
+        None, INPUT, "Base vision tower, likewise, and not merged.", metavar="PATH_OR_REPO",
         unset="what the XTuner config names",
     )  # fmt: skip
     xtuner_config: PathOrText | None = option(

@@ -20,7 +20,7 @@ from xtuner2llava.planning.language_model import choose_family
 from xtuner2llava.planning.tokens import tokenizer_to_write
 from xtuner2llava.planning.vision_tower import TOWER_CLASS
 from xtuner2llava.recipe import Recipe
-from xtuner2llava.sources.base_model import find_base, read_config
+from xtuner2llava.sources.base_model import RecordedBase, find_base, read_config
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.sources.weights import find_weights, open_weights
@@ -120,7 +120,7 @@ class _Foreseeing:
 
     def _base(self, part: str, recorded: str | None) -> Path:
         given = self._options.base(part)
-        return find_base(part, given, recorded, self._path, weights=False)
+        return find_base(part, given, RecordedBase(recorded), self._path, weights=False)
 
     def _family(self, llm: Path | None, config: dict[str, Json]) -> Family:
         weights = find_weights(llm) if llm is not None else None

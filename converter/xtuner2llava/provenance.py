@@ -89,11 +89,22 @@ def plan_identity(plan: Plan, version: str) -> str:
 
 
 def _part(part: Part) -> dict[str, Json]:
-    return {
+    record: dict[str, Json] = {
         "weights": published_text(part.origin),
         "trained": part.trained,
         "base": published_name(part.name) if part.name is not None else None,
     }
+    if part.adapter is not None and part.adapter.settings is not None:
+        used = part.adapter.settings
+        record["lora"] = {
+            "ranks": list(part.adapter.ranks),
+            "alpha": used.alpha,
+            "alpha_pattern": dict(used.alpha_pattern),
+            "use_rslora": used.use_rslora,
+            "use_dora": used.use_dora,
+            "recorded_in": published_text(used.where),
+        }
+    return record
 
 
 def _files(files: Sequence[Fingerprint]) -> list[Json]:

@@ -93,7 +93,7 @@ class _Planner:
         names = llm.tensors.keys()
         family = (
             attempt(lambda: choose_family(self._catalogue, options.mapping, config or {}, names))
-            if llm.tensors
+            if llm.tensors and llm.config
             else None
         )
         tokenizer = attempt(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
+from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.tensors import LazyTensor, Merge, Reshaped, Transpose
 
 _PREFIX = "base_model.model."
@@ -22,89 +22,9 @@ _FACTOR = re.compile(
     r"lora_magnitude_vector)(?P<adapter>\.[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(?:\.default)?\.(?P<leaf>.+)")
-
-# What LoraConfig can say without changing what the weights are (peft `tuners/lora/config.py`).
-_HARMLESS = frozenset(
-    "auto_mapping base_model_name_or_path exclude_modules inference_mode init_lora_weights "
-    "layers_pattern layers_to_transform lora_dropout megatron_core modules_to_save "
-    "peft_type peft_version r rank_pattern revision runtime_config target_modules task_type "
-    "qalora_group_size ensure_weight_tying type".split()
-)
-_UNDERSTOOD = frozenset("alpha_pattern bias fan_in_fan_out lora_alpha use_dora use_rslora".split())
-# Beyond it lie only damage, infinity and NaN.
-_LARGEST_ALPHA = 1e9
-# Initialisations that also change the base weights, so that the base is not what was trained on.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """What the shapes do not say. `where` is the file that says it."""
-
-    where: str
-    alpha: float | None
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], where: str) -> LoraSettings:
-        """The settings of a LoraConfig's keywords; refuses by name what cannot be merged."""
-        faults = [
-            Fault(where, f"LoRA setting {key}={value!r}", "It cannot be merged exactly.")
-            for key, value in values.items()
-            if key not in _HARMLESS | _UNDERSTOOD and value
-        ]
-        kind = str(values.get("peft_type") or "LORA").rpartition(".")[2]
-        if kind != "LORA":
-            faults.append(Fault(where, f"peft_type is {kind[:40]!r}, expected LORA"))
-        start = values.get("init_lora_weights")
-        if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-            faults.append(
-                Fault(where, f"init_lora_weights={start!r} changes the base weights too",
-                      "Merge with PEFT where the changed base is, and give the result as --llm.")
-            )  # fmt: skip
-        bias = values.get("bias", "none")
-        if bias not in ("none", "all", "lora_only"):
-            faults.append(Fault(where, f"bias={bias!r}, expected none, all or lora_only"))
-        pattern = values.get("alpha_pattern") or {}
-        alphas: dict[str, float] = {}
-        for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
-            # PEFT takes keys as regular expressions; a stranger's are not run.
-            if not re.fullmatch(r"[\w.]+", str(key)) or not _is_number(value):
-                faults.append(Fault(where, f"alpha_pattern {key!r}: {value!r} is no plain name"))
-            else:
-                alphas[str(key)] = float(value)
-        alpha = values.get("lora_alpha")
-        if alpha is not None and not _is_number(alpha):
-            faults.append(Fault(where, f"lora_alpha={alpha!r}, expected a number"))
-        raise_faults(UnsupportedError, faults)
-        return cls(
-            where,
-            float(alpha) if alpha is not None else None,
-            bool(values.get("use_rslora")),
-            bool(values.get("use_dora")),
-            bool(values.get("fan_in_fan_out")),
-            str(bias),
-            alphas,
-        )
-
-    def scale(self, module: str, rank: int) -> float | None:
-        """alpha / rank, or alpha / sqrt(rank) for rslora; None if no alpha is known."""
-        alpha = self.alpha
-        for key, value in self.alpha_pattern.items():
-            if module == key or module.endswith("." + key):
-                alpha = value
-                break
-        if alpha is None:
-            return None
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < _LARGEST_ALPHA
+_ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<leaf>.+)")
+# Enough to tell a merge from rounding, which does not go its way: some 100,000 elements.
+_MODULES_COMPARED, _ROWS_COMPARED = 4, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +49,25 @@ class Adapter:
             )
         )
 
+    def own_base(self, where: str) -> Mapping[str, LazyTensor] | None:
+        """The part's weights under the adapter, if they are saved beside it.
+
+        XTuner does not save them, but DeepSpeed does where frozen parameters are not excluded
+        (`frozen_param_fragments`), and so does its zero_to_fp32.py. Raises `UnsupportedError` where
+        only some adapted modules have theirs.
+        """
+        lacking = [m for m in self.factors if f"{m}.weight" not in self.replacements]
+        if len(lacking) == len(self.factors):
+            return None
+        if lacking:
+            what = (
+                f"has no weights under its adapter, while {len(self.factors) - len(lacking)} "
+                f"other modules have theirs"
+            )
+            advice = "Expected are the base weights of all adapted modules, or of none."
+            raise_faults(UnsupportedError, [Fault.about(where, lacking, what, advice)])
+        return self.replacements
+
 
 def is_adapted(names: Mapping[str, object]) -> bool:
     """Whether a part's tensors are those of a PEFT model."""
@@ -141,24 +80,38 @@ def read_adapter(
     """The adapter among `tensors`, whose names are the part's own. Raises `UnsupportedError`."""
     factors: dict[str, dict[str, LazyTensor]] = {}
     replacements: dict[str, LazyTensor] = {}
-    faults: list[Fault] = []
+    originals: dict[str, LazyTensor] = {}
+    unknown: list[str] = []
+    twice: list[str] = []
     for full, tensor in tensors.items():
         name = full.removeprefix(_PREFIX)
         factor = _FACTOR.fullmatch(name)
         saved = _SAVED.fullmatch(name)
+        original = _ORIGINAL.fullmatch(name)
         if factor is not None:
             if factor["adapter"] not in (None, ".default", ".weight") or factor["leaf"] == "bias":
-                faults.append(
-                    Fault(f"{where}, {full}", "an adapter or factor of a kind XTuner never makes")
-                )
+                unknown.append(full)
                 continue
-            factors.setdefault(factor["module"], {})[factor["kind"]] = tensor
+            home, key = factors.setdefault(factor["module"], {}), factor["kind"]
         elif saved is not None:
-            replacements[f"{saved['module']}.{saved['leaf']}"] = tensor
+            home, key = replacements, f"{saved['module']}.{saved['leaf']}"
+        elif original is not None:
+            home, key = originals, f"{original['module']}.{original['leaf']}"
         else:
-            replacements[name.replace(".base_layer.", ".")] = tensor
+            home, key = replacements, name.replace(".base_layer.", ".")
+        if key in home:
+            twice.append(full)
+        home[key] = tensor
+    faults = []
+    if unknown:
+        what = "an adapter or factor of a kind XTuner never makes"
+        faults.append(Fault.about(where, unknown, what))
+    if twice:
+        what = "is there under two names, and which of them was trained is not recorded"
+        faults.append(Fault.about(where, twice, what))
     raise_faults(UnsupportedError, faults)
-    return Adapter(factors, replacements, settings)
+    # What a saved module was before it was trained (peft `utils/other.py`, ModulesToSaveWrapper).
+    return Adapter(factors, {**originals, **replacements}, settings)
 
 
 def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[str, LazyTensor]:
@@ -166,21 +119,18 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
     settings = adapter.settings
     merged = dict(base)
     faults: list[Fault] = []
-    for name, tensor in adapter.replacements.items():
-        if name not in base:
-            faults.append(
-                Fault(f"{where}, {name}", "is saved beside the adapter, but the base has none")
-            )
-        elif base[name].shape != tensor.shape:
-            faults.append(
-                Fault(
-                    f"{where}, {name}",
-                    f"has shape {list(tensor.shape)}, the base's has {list(base[name].shape)}",
-                    "Is this the base model that was trained?",
-                )
-            )
-        else:
-            merged[name] = tensor
+    unknown = [name for name in adapter.replacements if name not in base]
+    if unknown:
+        what = "is saved beside the adapter, but the base has none"
+        faults.append(Fault.about(where, unknown, what))
+    known = {name: t for name, t in adapter.replacements.items() if name in base}
+    resized = [name for name, tensor in known.items() if base[name].shape != tensor.shape]
+    if resized:
+        found, expected = (list(t[resized[0]].shape) for t in (known, base))
+        what = f"has shape {found}, the base's has {expected}"
+        advice = "Is this the base model that was trained?"
+        faults.append(Fault.about(where, resized, what, advice))
+    merged.update((name, tensor) for name, tensor in known.items() if name not in resized)
     # Mostly, what is wrong with one module is wrong with all.
     refused: dict[str, list[str]] = {}
     for module, factors in adapter.factors.items():
@@ -192,11 +142,39 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
             merged[name] = _merged(merged[name], module, factors, settings)
         except ValueError as error:
             refused.setdefault(str(error), []).append(module)
-    for what, modules in refused.items():
-        others = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-        faults.append(Fault(f"{where}, LoRA on {modules[0]}{others}", what))
+    faults += [
+        Fault.about(where, [f"LoRA on {name}" for name in names], what)
+        for what, names in refused.items()
+    ]
     raise_faults(UnsupportedError, faults)
     return merged
+
+
+def share_in(
+    weights: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], adapter: Adapter
+) -> float | None:
+    """How much of what the adapter adds to `base` is in `weights`: 0.0 nothing, 1.0 all of it.
+
+    It is the projection of how `weights` differ from `base` onto what a merge adds, over the first
+    rows of a few modules. None where the tensors do not fit each other, or the adapter adds nothing
+    there. Raises `ConversionError` where the adapter does not fit `base`.
+    """
+    import torch
+
+    settings = replace(adapter.settings, bias="none") if adapter.settings is not None else None
+    merged = merge(base, Adapter(adapter.factors, {}, settings), "")
+    along = length = 0.0
+    for module in list(adapter.factors)[:_MODULES_COMPARED]:
+        name = f"{module}.weight"
+        if name not in weights or weights[name].shape != base[name].shape:
+            return None
+        stop = min(base[name].rows, _ROWS_COMPARED)
+        own, before, after = (
+            tensors[name].read(0, stop).to(torch.float64) for tensors in (weights, base, merged)
+        )
+        along += float(((own - before) * (after - before)).sum())
+        length += float(((after - before) ** 2).sum())
+    return along / length if length > 0 else None
 
 
 def _check_bias(module: str, base: Mapping[str, LazyTensor], adapter: Adapter) -> None:

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
+from xtuner2llava.errors import CheckpointError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.hub import fetch_model, is_reference, local_path
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
 from xtuner2llava.sources.remote_model import open_remote
-from xtuner2llava.sources.weights import Fingerprint, Weights, find_weights, open_weights
+from xtuner2llava.sources.weights import (
+    Fingerprint,
+    Weights,
+    find_weights,
+    open_weights,
+    quantised,
+)
 from xtuner2llava.tensors import LazyTensor
 
 FLAGS = {LLM: "--llm", VISUAL_ENCODER: "--vision"}
@@ -26,33 +32,60 @@ class BaseWeights:
     files: tuple[Fingerprint, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedBase:
+    """The name of a base model, and the record that it stands in: "the XTuner config"."""
+
+    name: str | None
+    record: str = "the XTuner config"
+
+
 def find_base(
-    part: str, given: str | None, recorded: str | None, checkpoint: Path, *, weights: bool
+    part: str, given: str | None, recorded: RecordedBase, checkpoint: Path, *, weights: bool
 ) -> Path:
     """The folder of the base model of `part`.
 
-    `given` is the user's word, `recorded` what the XTuner config names; either may be a folder
+    `given` is the user's word, before which `recorded` does not count; either may be a folder
     (relative to the working directory, as XTuner takes it) or a Hub repo id. `weights` says
-    whether they are needed too. Raises `ConversionError` if there is no such folder.
+    whether they are needed too. Raises `ConversionError` if there is no such folder, and says whose
+    it is, who names it, and where it was looked for.
     """
-    reference = given if given is not None else recorded
+    reference = given if given is not None else recorded.name
+    flag, title = FLAGS[part], TITLES[part]
     if reference is None:
         raise UnsupportedError(
-            f"nothing says which base {TITLES[part]} was trained",
+            f"nothing names the base {title}, whose config and small files are needed",
             where=str(checkpoint),
-            advice=f"Give its folder or Hub repo id with {FLAGS[part]}.",
+            advice=f"Give its folder or Hub repo id with {flag}, or the config of the training "
+            "with --xtuner-config.",
         )
+    named = f"the base {title} '{reference}'"
+    where = flag
+    if given is None:
+        named, where = f"{named}, as {recorded.record} names it,", str(checkpoint)
+    advice = f"Give the base model's folder or Hub repo id with {flag}."
     folder = local_path(reference)
     if folder.is_dir():
         return folder
-    if is_reference(reference):
+    if folder.is_file():
+        raise UnsupportedError(f"{named} is a file, expected a folder", where=where, advice=advice)
+    looked = f"looked for in {Path.cwd()}" if not folder.is_absolute() else "looked for there"
+    if not is_reference(reference):
+        raise UnsupportedError(
+            f"{named} is not a folder here ({looked})", where=where, advice=advice
+        )
+    try:
         return fetch_model(reference, weights=weights)
-    raise UnsupportedError(
-        f"'{reference}' is no folder here"
-        + ("" if given is not None else f", the XTuner config names it as base {TITLES[part]}"),
-        where=FLAGS[part] if given is not None else str(checkpoint),
-        advice=f"Give the base model's folder or Hub repo id with {FLAGS[part]}.",
-    )
+    except CheckpointError as error:
+        raise_faults(
+            type(error),
+            [
+                Fault(where, f"{named} is not a folder here ({looked}), and on the Hub: {f.what}",
+                      f"{f.advice} {advice}".strip())
+                for f in error.faults
+            ],
+        )  # fmt: skip
+        raise
 
 
 def is_remote(given: str | None, recorded: str | None) -> bool:
@@ -72,6 +105,13 @@ def open_streamed(part: str, given: str | None, recorded: str | None, folder: Pa
 
 def read_config(part: str, folder: Path) -> ModelConfig:
     """The config of the base model in `folder`. Raises `CheckpointError` if it cannot be used."""
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise UnsupportedError(
+            "a LoRA adapter, not a base model" if adapter else "has no config.json, as models do",
+            where=str(folder),
+            advice=f"Give the base model's folder or Hub repo id with {FLAGS[part]}.",
+        )
     config = read_model_config(folder)
     if part == LLM:
         if config.values.get("quantization_config"):
@@ -112,10 +152,10 @@ def _checked(part: str, folder: Path, opened: Weights, where: str) -> BaseWeight
     if part == VISUAL_ENCODER:
         # A base may be a whole CLIPModel, of which XTuner loads the vision tower.
         tensors = {n: t for n, t in tensors.items() if n.startswith("vision_model.")}
-    packed = [name for name in tensors if name.endswith((".absmax", ".quant_map", ".qweight"))]
-    if packed:
+    codes = quantised(tensors)
+    if codes is not None:
         raise UnsupportedError(
-            f"holds quantised weights such as '{packed[0]}'",
+            codes,
             where=str(folder),
             advice=f"Give the unquantised base model with {FLAGS[part]}.",
         )

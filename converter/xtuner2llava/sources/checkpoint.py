@@ -9,16 +9,11 @@ from pathlib import Path
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.recipe import Recipe
-from xtuner2llava.sources.adapter import (
-    Adapter,
-    LoraSettings,
-    is_adapted,
-    merge,
-    read_adapter,
-)
+from xtuner2llava.sources.adapter import Adapter, is_adapted, merge, read_adapter, share_in
 from xtuner2llava.sources.base_model import (
     FLAGS,
     TITLES,
+    RecordedBase,
     find_base,
     is_remote,
     open_base,
@@ -26,9 +21,17 @@ from xtuner2llava.sources.base_model import (
     read_config,
 )
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
+from xtuner2llava.sources.hub import local_path
+from xtuner2llava.sources.json_file import text
+from xtuner2llava.sources.lora_settings import LoraSettings, settle
 from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.weights import Fingerprint, find_weights
+from xtuner2llava.sources.xtuner_folder import ADAPTERS
 from xtuner2llava.tensors import LazyTensor
+
+_ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
+# How near a share must be to 0 or 1 to say that an adapter is in a base's weights, or is not.
+_NEAR = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Part:
     """One of the three parts of the trained model.
 
     `origin` says where its tensors come from; `folder` holds its tokenizer or image processor;
-    `name` is what the XTuner config calls its base model. Without tensors, it is not to be had.
+    `name` is what the records call its base model; `adapter` is what was merged into it. Without
+    tensors, it is not available.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -45,6 +49,7 @@ class Part:
     config: ModelConfig | None = None
     folder: Path | None = None
     name: str | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ class _Gathering:
 
         What is wrong with it is collected in `faults`, so that both parts are looked at.
         """
-        recorded: str | None = None
+        contents, recorded = self._contents, RecordedBase(None)
         try:
             recorded = self._recorded(part)
             return self._part(part, recorded)
@@ -146,35 +151,47 @@ class _Gathering:
                 if isinstance(error, ConversionError)
                 else [Fault(FLAGS[part], f"cannot be looked at ({error.strerror})")]
             )
-            trained = part in self._contents.weights or part in self._contents.adapters
-            return Part({}, "not available", trained, name=recorded)
+        if part in contents.adapters:
+            return Part({}, "adapter, its base not available", True, name=recorded.name)
+        found = contents.weights.get(part)
+        origin = "not available" if found is None else "trained"
+        return Part(found or {}, origin, found is not None, name=recorded.name)
 
-    def _part(self, part: str, recorded: str | None) -> Part:
+    def _part(self, part: str, recorded: RecordedBase) -> Part:
         contents = self._contents
         given = self._options.base(part)
-        own = contents.folders.get(part)
-        full = contents.weights.get(part)
-        if full is not None and own is not None and given is None:
-            return Part(full, "trained", True, read_config(part, own), own, recorded)
-        streamed = part == LLM and self._stream and is_remote(given, recorded)
-        needs_weights = full is None and self._base_weights and not streamed
-        folder = find_base(part, given, recorded, contents.path, weights=needs_weights)
-        result = Part({}, "trained", True, read_config(part, folder), folder, recorded or given)
+        where = f"{contents.path}, {TITLES[part]}"
+        adapter, what = self._adapter(part) if part in contents.adapters else (None, "")
+        home, full = contents.folders.get(part), contents.weights.get(part)
+        if full is None and adapter is not None:
+            full = adapter.own_base(where)
+        streamed = part == LLM and self._stream and is_remote(given, recorded.name)
+        if full is not None and home is not None and given is None:
+            folder = home
+        else:
+            needed = full is None and self._base_weights and not streamed
+            folder = find_base(part, given, recorded, contents.path, weights=needed)
+        config, name = read_config(part, folder), recorded.name or given
+        result = Part({}, "trained", True, config, folder, name, adapter)
         if full is not None:
-            return replace(result, tensors=full)
+            if adapter is None:
+                return replace(result, tensors=full)
+            merged = merge(full, adapter, where)
+            self._note_own_base(part, full, adapter, home, recorded)
+            return replace(result, tensors=merged, origin=f"{what} on the checkpoint's own weights")
         adapted = is_adapted(contents.adapters.get(part, {}))
-        name = recorded or given or folder.name
+        name = name or folder.name
         try:
-            base, origin = self._base_tensors(part, folder, name, adapted=adapted)
+            base, origin = self._base_tensors(part, folder, name, recorded.name, adapted=adapted)
         except _NotDownloadedError as error:
             self.faults.extend(error.faults)
             self.pending.extend(error.faults)
-            trained = part in contents.adapters
-            return replace(result, origin="not downloaded", trained=trained)
-        if part not in contents.adapters:
+            return replace(result, origin="not downloaded", trained=adapter is not None)
+        if adapter is None:
             return replace(result, tensors=base, origin=origin, trained=False)
-        adapter, what = self._adapter(part)
-        merged = merge(base, adapter, f"{contents.path}, {TITLES[part]}")
+        merged = merge(base, adapter, where)
+        if given is not None:
+            self._note_given_base(part, base, adapter, result, recorded)
         return replace(result, tensors=merged, origin=f"{what} on {origin}")
 
     def check_model(self) -> None:
@@ -194,6 +211,101 @@ class _Gathering:
         except ConversionError:
             pass  # It cannot be read; the config in use says which class it is.
 
+    def _note_own_base(
+        self,
+        part: str,
+        own: Mapping[str, LazyTensor],
+        adapter: Adapter,
+        home: Path | None,
+        recorded: RecordedBase,
+    ) -> None:
+        """Says that weights and an adapter lie together. Raises if the weights are merged ones."""
+        path, given = self._contents.path, self._options.base(part)
+        places = "under it, in the same file"
+        if home is not None:
+            at = "at top level" if home == path else f"in {home.name}/"
+            places = f"{at}, beside {ADAPTERS[part]}/"
+        share = self._share(part, own, adapter, home, recorded)
+        note = (
+            f"The checkpoint holds an adapter of the {TITLES[part]}, and the weights for it "
+            f"{places}: the adapter is merged onto these, as XTuner's chat and mmbench do."
+        )
+        if share is None or abs(share) > _NEAR:
+            note += " If they have it in them already, remove the adapter."
+        if given is not None:
+            note += f" {FLAGS[part]} gives config and small files only."
+        self.notes.append(note)
+
+    def _note_given_base(
+        self,
+        part: str,
+        base: Mapping[str, LazyTensor],
+        adapter: Adapter,
+        opened: Part,
+        recorded: RecordedBase,
+    ) -> None:
+        """Notes what speaks for a base that the user merged before. Raises if it surely is one."""
+        given, folder, flag = self._options.base(part), opened.folder, FLAGS[part]
+        if given is None or folder is None or not adapter.factors:
+            return
+        share = self._share(part, base, adapter, folder, recorded)
+        if share is not None and abs(share) < _NEAR:
+            return
+        signs = [
+            f"it holds {name}"
+            for name in ("adapter_config.json", "xtuner_config.py")
+            if (folder / name).is_file()
+        ]
+        expected, found = _model_name(recorded.name), _model_name(given)
+        made_from = text(opened.config.values, "_name_or_path") if opened.config else None
+        if expected is not None and expected != found and folder.parent.name != "snapshots":
+            signs.append(f"{recorded.record} names '{recorded.name}'")
+            if made_from is not None and _model_name(made_from) == expected:
+                signs.append(f"its config.json says that it was made from '{made_from}'")
+        if any(_same_start(tensor, base[n]) for n, tensor in adapter.replacements.items()
+               if len(tensor.shape) > 1 and n in base):  # fmt: skip
+            signs.append("it has tensors that this training made")
+        if signs:
+            self.notes.append(
+                f"The adapter of the {TITLES[part]} is merged onto {flag} '{given}', but "
+                f"{' and '.join(signs)}. If the adapter is in those weights already (`xtuner "
+                f"convert merge`), it is now in them twice: give the base model with {flag}."
+            )
+
+    def _share(
+        self,
+        part: str,
+        weights: Mapping[str, LazyTensor],
+        adapter: Adapter,
+        folder: Path | None,
+        recorded: RecordedBase,
+    ) -> float | None:
+        """How much of the adapter `weights` hold already, where the recorded base is here.
+
+        Raises `UnsupportedError` if that is all of it.
+        """
+        share: float | None = None
+        try:
+            path = local_path(recorded.name or "")
+            if recorded.name and path.is_dir() and not (folder and path.samefile(folder)):
+                share = share_in(weights, open_base(part, path).tensors, adapter)
+        except (ConversionError, OSError):
+            return None
+        if share is None or abs(share - 1) > _NEAR:
+            return share
+        given = self._options.base(part)
+        mine = part in self._contents.weights or given is None
+        raise UnsupportedError(
+            f"the adapter of the {TITLES[part]} is in these weights already: they are those of "
+            f"'{recorded.name}', which {recorded.record} names, with the adapter merged",
+            where=str(self._contents.path) if mine else f"{FLAGS[part]} {given}",
+            advice=(
+                f"Remove {ADAPTERS[part]}/, or put the base model's weights in the place of these."
+                if mine
+                else f"Give the base model with {FLAGS[part]}; the adapter is merged here."
+            ),
+        )
+
     def inexact(self) -> tuple[str, ...]:
         """Why the LLM is near to the trained one, and not the same."""
         if self._recipe is None or LLM in self._contents.weights:
@@ -204,16 +316,26 @@ class _Gathering:
             self.faults.extend(error.faults)
             return ()
 
-    def _recorded(self, part: str) -> str | None:
-        """What the XTuner config names; it need not be known where the user gives a base model."""
-        if self._recipe is None:
-            return None
+    def _recorded(self, part: str) -> RecordedBase:
+        """What the XTuner config calls the part's base model, or else adapter_config.json."""
+        settings = self._contents.settings.get(part)
+        beside = RecordedBase(settings.base if settings else None, f"{ADAPTERS[part]}'s config")
+        name: str | None = None
         try:
-            return self._recipe.llm_path if part == LLM else self._recipe.vision_path
+            if self._recipe is not None:
+                name = self._recipe.llm_path if part == LLM else self._recipe.vision_path
         except ConversionError:
-            if self._options.base(part) is None:
+            if self._options.base(part) is None and beside.name is None:
                 raise
-            return None
+        if name is None:
+            return beside
+        given = self._options.base(part)
+        if given is None and beside.name and _model_name(beside.name) != _model_name(name):
+            self.notes.append(
+                f"The base {TITLES[part]} is '{name}', as the XTuner config says; "
+                f"{beside.record} says '{beside.name}'. {FLAGS[part]} decides."
+            )
+        return RecordedBase(name)
 
     def _started_from(self) -> str | None:
         """`pretrained_pth`; where only running code would tell, a note says so."""
@@ -230,7 +352,7 @@ class _Gathering:
             return None
 
     def _base_tensors(
-        self, part: str, folder: Path, name: str, *, adapted: bool
+        self, part: str, folder: Path, name: str, recorded: str | None, *, adapted: bool
     ) -> tuple[Mapping[str, LazyTensor], str]:
         """What the part was before this run, and where from.
 
@@ -257,7 +379,7 @@ class _Gathering:
                     f"the {TITLES[part]}, give {FLAGS[part]} a folder with its weights: the base "
                     f"model's are used."
                 )
-        given, recorded = self._options.base(part), self._recorded(part)
+        given = self._options.base(part)
         if part == LLM and self._stream and is_remote(given, recorded):
             opened = open_streamed(part, given, recorded, folder)
         elif self._base_weights or not is_remote(given, recorded) or find_weights(folder):
@@ -273,16 +395,17 @@ class _Gathering:
 
     def _adapter(self, part: str) -> tuple[Adapter, str]:
         """The part's adapter with its settings, and what to call it."""
-        tensors = self._contents.adapters[part]
-        alpha = self._options.alpha(part)
-        settings = self._contents.settings.get(part) or self._settings_of_recipe(part, alpha)
-        if alpha is not None:
-            settings = (
-                replace(settings, alpha=alpha, alpha_pattern={})
-                if settings is not None
-                else LoraSettings("the command line", alpha)
-            )
-        adapter = read_adapter(tensors, settings, f"{self._contents.path}, {TITLES[part]}")
+        contents, alpha = self._contents, self._options.alpha(part)
+        adapter = read_adapter(contents.adapters[part], None, f"{contents.path}, {TITLES[part]}")
+        settings, notes = settle(
+            contents.settings.get(part),
+            lambda: self._settings_of_recipe(part, alpha),
+            alpha,
+            adapter.ranks,
+            _ALPHA_FLAGS[part],
+        )
+        self.notes.extend(notes)
+        adapter = replace(adapter, settings=settings)
         if not adapter.factors:
             return adapter, "saved biases"
         ranks = ", ".join(str(rank) for rank in adapter.ranks)
@@ -290,7 +413,7 @@ class _Gathering:
         return adapter, f"LoRA (rank {ranks}, alpha {'unknown' if known is None else f'{known:g}'})"
 
     def _settings_of_recipe(self, part: str, alpha: float | None) -> LoraSettings | None:
-        """What the XTuner config says; its alpha is not asked for where the user gave one."""
+        """What the XTuner config says; where the user gave alpha, its own need not be readable."""
         if self._recipe is None:
             return None
         lora = self._recipe.llm_lora if part == LLM else self._recipe.visual_encoder_lora
@@ -298,11 +421,28 @@ class _Gathering:
             return None
         values: dict[str, object] = {
             **lora.other,
-            "lora_alpha": lora.lora_alpha if alpha is None else alpha,
             "use_rslora": lora.use_rslora,
             "use_dora": lora.use_dora,
             "fan_in_fan_out": lora.fan_in_fan_out,
             "bias": lora.bias,
-            "alpha_pattern": dict(lora.alpha_pattern) if alpha is None else {},
+            "rank_pattern": dict(lora.rank_pattern),
         }
+        try:
+            values["lora_alpha"], values["r"] = lora.lora_alpha, lora.r
+            values["alpha_pattern"] = dict(lora.alpha_pattern)
+        except ConversionError:
+            if alpha is None:
+                raise
         return LoraSettings.from_mapping(values, self._recipe.where)
+
+
+def _model_name(name: str | None) -> str | None:
+    """The last component of a model's path or repo id, also where that is a folder of the cache."""
+    parts = Path((name or "").partition("@")[0]).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1]) if parts else None
+
+
+def _same_start(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether the first rows of two tensors are equal."""
+    return one.shape == other.shape and bool((one.read(0, 1) == other.read(0, 1)).all())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xtuner2llava.sources.adapter import LoraSettings, is_adapted
-from xtuner2llava.sources.weights import Fingerprint
+from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
+from xtuner2llava.sources.adapter import is_adapted
+from xtuner2llava.sources.lora_settings import LoraSettings
+from xtuner2llava.sources.weights import Fingerprint, quantised
 from xtuner2llava.tensors import LazyTensor
 
 LLM = "llm"
@@ -16,6 +19,14 @@ PROJECTOR = "projector"
 # The attributes of XTuner's LLaVAModel, which prefix the keys of its state dict
 # (InternLM/xtuner `xtuner/model/llava.py`).
 PARTS = (LLM, VISUAL_ENCODER, PROJECTOR)
+_OF_PROJECTOR = re.compile(r"model\.\d+\.(weight|bias)")
+_EXPECTED = (
+    "Expected are llm.*, visual_encoder.* and projector.*, as XTuner's LLaVAModel writes them."
+)
+_UNQUANTISED = (
+    "Codes are not the weights that became them. Of a QLoRA training, give the file that XTuner "
+    "wrote: it holds the adapter alone, which is merged onto the unquantised base."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +34,8 @@ class Contents:
     """The tensors of each part that was trained, and what else stands in the artefact.
 
     A part that was frozen is absent from `weights`; one that was trained as LoRA stands in
-    `adapters`, with `settings` where an `adapter_config.json` lies beside it. `config` is the
+    `adapters`, with `settings` where an `adapter_config.json` lies beside it. One in both is an
+    adapter that lies beside the weights under it. `config` is the
     XTuner config's text and where it stands; `folders` are those with a part's own `config.json`,
     tokenizer or image processor.
     """
@@ -40,25 +52,28 @@ class Contents:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SplitState:
-    """A state dict of LLaVAModel, apart: full weights and adapters by part, and all others."""
+def contents_of_state(
+    tensors: Mapping[str, LazyTensor],
+    path: Path,
+    layout: str,
+    files: tuple[Fingerprint, ...],
+    *,
+    config: tuple[str, str] | None = None,
+    iteration: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> Contents:
+    """The contents of an artefact that is LLaVAModel's state dict, as every layout but one is.
 
-    weights: Mapping[str, Mapping[str, LazyTensor]]
-    adapters: Mapping[str, Mapping[str, LazyTensor]]
-    others: tuple[str, ...]
-
-
-def split_state(tensors: Mapping[str, LazyTensor]) -> SplitState:
-    """The tensors of LLaVAModel's state dict by part, without the part's prefix."""
+    Raises `UnsupportedError`, which says what the tensors are, where they are not those.
+    """
     parts: dict[str, dict[str, LazyTensor]] = {}
-    others: list[str] = []
+    others: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         part, dot, rest = name.partition(".")
         if dot and part in PARTS:
             parts.setdefault(part, {})[rest] = tensor
         else:
-            others.append(name)
+            others[name] = tensor
     # With bias="all", XTuner saves every bias, those of frozen parts and of the tower too
     # (`get_peft_model_state_dict` in xtuner/model/utils.py): such a part is no whole model.
     adapters = {
@@ -66,5 +81,43 @@ def split_state(tensors: Mapping[str, LazyTensor]) -> SplitState:
         for part, found in parts.items()
         if is_adapted(found) or (part != PROJECTOR and all(name.endswith("bias") for name in found))
     }
+    faults = [
+        Fault(f"{path}, {part}", what, _UNQUANTISED)
+        for part, found in parts.items()
+        if (what := quantised(found)) is not None
+    ]
+    if PROJECTOR in adapters:
+        what = "its projector is under an adapter, which XTuner's LLaVAModel never is"
+        faults.append(Fault(str(path), what))
+    elif PROJECTOR not in parts:
+        faults.append(_without_projector(path, config, list(parts), others))
+    elif others:
+        what = f"{len(others)} tensors belong to no part of LLaVA, such as '{next(iter(others))}'"
+        faults.append(Fault(str(path), what, _EXPECTED))
+    raise_faults(UnsupportedError, faults)
     weights = {part: found for part, found in parts.items() if part not in adapters}
-    return SplitState(weights, adapters, tuple(others))
+    return Contents(
+        path, layout, weights, files, adapters, config=config, iteration=iteration, notes=notes
+    )
+
+
+def _without_projector(
+    path: Path, config: tuple[str, str] | None, parts: list[str], others: Mapping[str, LazyTensor]
+) -> Fault:
+    if config is not None and "SupervisedFinetune" in config[0]:
+        what = "a checkpoint of SupervisedFinetune: text only, no projector"
+        advice = "Only LLaVA trainings can become LLaVA; use `xtuner convert pth_to_hf` for this."
+    elif parts:
+        what = f"has tensors of {' and '.join(parts)}, but none of the projector"
+        advice = "XTuner's LLaVAModel always saves `projector.*`; is this the right file?"
+    elif others and all(_OF_PROJECTOR.fullmatch(name) for name in others):
+        what = "the weights of a projector alone, which is one part of what XTuner's training made"
+        advice = "Give the iter_N_xtuner folder that it belongs to, or XTuner's iter_N.pth."
+    elif is_adapted(others):
+        what = "a LoRA adapter alone, without the projector that belongs to it"
+        advice = "Give the iter_N_xtuner folder that it lies in, or XTuner's iter_N.pth."
+    else:
+        seen = ", ".join(list(others)[:3]) or "no tensors at all"
+        what = f"no LLaVA checkpoint of XTuner: no projector.*, but {seen}"
+        advice = "Give XTuner's iter_N.pth, its DeepSpeed directory, or an iter_N_xtuner folder."
+    return Fault(str(path), what, advice)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xtuner2llava.errors import CheckpointError, ConversionError
+from xtuner2llava.sources.small_file import read_small
 
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _SMALL = re.compile(
@@ -30,23 +31,63 @@ _XTUNER_FOLDERS = (
     "llm_adapter",
     "llm",
 )
+# Endings of files, which no repository of a model has.
+_FILES = tuple(
+    ".pth .pt .bin .ckpt .safetensors .gguf .json .py .yaml .yml .txt .log .zip .tar .gz".split()
+)
+# What mmengine calls the folder of a run, and its checkpoints, and XTuner what it makes of them.
+_OUTPUT_FOLDERS = ("work_dir", "work_dirs")
+_OUTPUT = re.compile(r"(iter|epoch)_\d+\w*")
+_MAX_REF_BYTES = 256
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
 def local_path(text: str) -> Path:
-    """`text` as a path, a leading `~` replaced by the home folder where there is such a user."""
+    """`text` as a path, a leading `~` replaced by the home folder where there is such a user.
+
+    A folder of the Hub's cache, `models--owner--name`, is the snapshot in it. Raises
+    `CheckpointError` where that could be any of several.
+    """
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
         return Path(text)
+    if path.name == "snapshots":
+        path = path.parent
+    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    main = path / "refs" / "main"
+    names = sorted(entry.name for entry in (path / "snapshots").iterdir())
+    if main.is_file():
+        commit = read_small(main, _MAX_REF_BYTES).decode("utf-8", "replace").strip()
+        if commit in names:
+            return path / "snapshots" / commit
+        what = f"refs/main names the snapshot '{commit[:40]}', which is not there"
+    elif len(names) == 1:
+        return path / "snapshots" / names[0]
+    else:
+        what = f"a folder of the Hub's cache with {len(names)} snapshots and no refs/main"
+    raise CheckpointError(
+        what,
+        where=text,
+        advice=f"Give one of: {', '.join(f'snapshots/{name}' for name in names[:4]) or 'none'}",
+    )
 
 
 def is_reference(text: str) -> bool:
-    """Whether `text` can be a repo id: no path, and nothing that exists here."""
+    """Whether `text` can be a repo id: nothing that exists here, and not a path that should.
+
+    A path is told by a file's ending, by a first component that is a folder here, and by the names
+    that mmengine and XTuner give.
+    """
     match = _REFERENCE.fullmatch(text)
-    if match is None or Path(text).exists():
+    if match is None or Path(text).exists() or text.lower().endswith(_FILES):
         return False
     parts = match["repo"].split("/")
+    if len(parts) > 1 and Path(parts[0]).is_dir():
+        return False
+    if parts[0] in _OUTPUT_FOLDERS or _OUTPUT.fullmatch(parts[-1]):
+        return False
     return not any(part.startswith((".", "-")) or ".." in part for part in parts)
 
 

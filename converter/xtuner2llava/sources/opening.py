@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from os import fspath
 from pathlib import Path
 
-from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError, UsageError
+from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError
 from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.sources.checkpoint import Checkpoint, gather
-from xtuner2llava.sources.contents import Contents
+from xtuner2llava.sources.contents import PROJECTOR, Contents, contents_of_state
 from xtuner2llava.sources.hub import fetch_checkpoint, is_reference, local_path
-from xtuner2llava.sources.json_file import read_json, text
+from xtuner2llava.sources.other_inputs import (
+    not_there,
+    unknown_folder,
+    unlike_a_checkpoint,
+    xtuner_folder_of,
+)
 from xtuner2llava.sources.pth_file import open_pth_file
+from xtuner2llava.sources.weights import (
+    find_weights,
+    open_weights,
+    unread_weights,
+    weight_names,
+)
 from xtuner2llava.sources.xtuner_folder import is_xtuner_folder, open_xtuner_folder
 from xtuner2llava.sources.zero_directory import MASTER, open_zero_directory, zero_directory
 
-# Multimodal models of XTuner's v1 trainer, which saves them whole (xtuner/v1/model/compose).
-_V1_MODELS = ("internvl", "intern_s1", "interns1", "qwen3_vl", "qwen3_5", "qwen2_5_vl")
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
 def open_checkpoint(
@@ -62,20 +73,66 @@ def open_contents(reference: str, weights: str = MASTER) -> Contents:
     directory = zero_directory(path)
     if directory is not None:
         return open_zero_directory(directory, weights)
-    if path.is_file():
-        return open_pth_file(path)
     if not path.exists() and is_reference(reference):
         path = fetch_checkpoint(reference)
-    if not path.is_dir():
-        raise UsageError(
-            "no such file or folder",
-            where=reference,
-            advice="Expected an iter_N.pth file or directory, an iter_N_xtuner folder, or a Hub "
-            "repo id.",
-        )
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise not_there(reference, path)
+    if path.name.endswith((".safetensors", ".bin", ".index.json")):
+        return _open_weight_file(path)
+    refused = unlike_a_checkpoint(path)
+    if refused is not None:
+        raise refused
+    return open_pth_file(path)
+
+
+def _open_folder(path: Path) -> Contents:
     if is_xtuner_folder(path):
         return open_xtuner_folder(path)
-    raise _unknown_folder(path)
+    found = find_weights(path)
+    if found is not None and any(name.startswith(f"{PROJECTOR}.") for name in weight_names(found)):
+        return _open_state(found)
+    raise unknown_folder(path)
+
+
+def _open_weight_file(path: Path) -> Contents:
+    """A file of weights by itself: all of LLaVAModel's state dict, or a part of something else."""
+    belongs_to = xtuner_folder_of(path.parent)
+    if belongs_to is not None:
+        raise UnsupportedError(
+            f"one part of the XTuner folder {belongs_to.name}",
+            where=str(path),
+            advice=f"Give the whole folder: {belongs_to}",
+        )
+    if path.name.endswith(".index.json"):
+        return _open_state(path)
+    if _SHARD.search(path.name):
+        index = path.with_name(_SHARD.sub(".", path.name) + ".index.json")
+        if not index.is_file():
+            raise UnsupportedError(
+                "one shard of several, and the index that names them all is not beside it",
+                where=str(path),
+                advice="Give the folder with all shards and their index.",
+            )
+        return _open_state(index)
+    return open_pth_file(path) if path.suffix == ".bin" else _open_state(path)
+
+
+def _open_state(path: Path) -> Contents:
+    """LLaVAModel's state dict in a weight file or in the shards that an index names.
+
+    DeepSpeed's `zero_to_fp32.py` writes such folders, with shards of 5 GB.
+    """
+    opened = open_weights(path)
+    unread = unread_weights(path.parent, path, opened.files)
+    return contents_of_state(
+        opened.tensors,
+        path,
+        "state dict, as zero_to_fp32.py writes",
+        opened.files,
+        notes=(f"Beside {path.name} lies {', '.join(unread)}, not read.",) if unread else (),
+    )
 
 
 def _open_pretrained(reference: str) -> Contents | None:
@@ -87,34 +144,3 @@ def _open_pretrained(reference: str) -> Contents | None:
         return open_contents(str(path))
     except (ConversionError, OSError):
         return None
-
-
-def _names(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-
-
-def _unknown_folder(path: Path) -> UnsupportedError:
-    names = _names(path)
-    if any(name.endswith(".distcp") for name in {*names, *_names(path / "weights")}):
-        what = "a distributed checkpoint (DCP), which XTuner's v1 trainer writes, and not for LLaVA"
-        advice = "LLaVA is trained by XTuner 0.1 and 0.2: expected iter_N.pth or iter_N_xtuner."
-    elif "adapter_config.json" in names:
-        what = "a LoRA adapter alone, without the projector that belongs to it"
-        advice = "Give the iter_N_xtuner folder that it lies in, or XTuner's iter_N.pth."
-    elif "config.json" in names:
-        kind = text(read_json(path / "config.json"), "model_type") or "unknown"
-        what = f"a Hugging Face model folder (model_type {kind[:40]!r}) without XTuner's projector/"
-        advice = "Give it as --llm or --vision, and XTuner's checkpoint as CHECKPOINT."
-        if "llava" in kind.lower():
-            advice = "It is LLaVA already: give what XTuner wrote."
-        elif kind.lower().startswith(_V1_MODELS):
-            advice = "XTuner's v1 trainer writes such folders; a model of its own kind, not LLaVA."
-    else:
-        what = "an empty folder" if not names else "no checkpoint that XTuner writes"
-        inner = sorted(name for name in names if name.startswith(("iter_", "epoch_")))
-        advice = (
-            f"It holds {', '.join(inner[:4])}: give one of these."
-            if inner
-            else "Expected iter_N.pth, a DeepSpeed directory, or an iter_N_xtuner folder."
-        )
-    return UnsupportedError(what, where=str(path), advice=advice)

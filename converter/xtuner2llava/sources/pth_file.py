@@ -6,14 +6,16 @@ more (open-mmlab/mmengine `mmengine/runner/runner.py`, `save_checkpoint`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from xtuner2llava.errors import UnsupportedError
-from xtuner2llava.sources.contents import PROJECTOR, Contents, split_state
-from xtuner2llava.sources.pickle_data import Value
+from xtuner2llava.sources.contents import Contents, contents_of_state
+from xtuner2llava.sources.pickle_data import TensorReference, Value
 from xtuner2llava.sources.torch_file import TorchFile
 from xtuner2llava.sources.weights import Fingerprint, tensor_references
+
+# What mmengine's `save_checkpoint` writes; an optimizer's state is no weight.
+_TOP_LEVEL = ("meta", "state_dict", "message_hub", "optimizer", "param_schedulers")
 
 
 def open_pth_file(path: Path) -> Contents:
@@ -33,25 +35,32 @@ def open_pth_file(path: Path) -> Contents:
             advice="Give the directory that it lies in.",
         )
     meta = value.get("meta") if isinstance(value, dict) else None
-    state = split_state(opened.tensors(tensor_references(state_dict, str(path))))
-    if PROJECTOR not in state.weights:
-        raise _without_projector(path, meta, [*state.weights, *state.adapters], state.others)
-    if state.others:
-        raise UnsupportedError(
-            f"{len(state.others)} tensors belong to no part of LLaVA, such as '{state.others[0]}'",
-            where=str(path),
-            advice="Expected are llm.*, visual_encoder.* and projector.*, as XTuner's LLaVAModel "
-            "writes them.",
-        )
-    return Contents(
-        path=path,
-        layout="iter .pth file",
-        weights=state.weights,
-        adapters=state.adapters,
-        files=(Fingerprint(path.name, opened.file.size, opened.digest),),
+    return contents_of_state(
+        opened.tensors(tensor_references(state_dict, str(path))),
+        path,
+        "iter .pth file",
+        (Fingerprint(path.name, opened.file.size, opened.digest),),
         config=config_text(meta, path),
         iteration=iteration(meta),
+        notes=() if state_dict is value else _unread(value, path),
     )
+
+
+def _unread(value: Value, path: Path) -> tuple[str, ...]:
+    """A note on tensors beside the state dict: mmengine's EMAHook saves `ema_state_dict`."""
+    entries = value.items() if isinstance(value, dict) else ()
+    found = [repr(key) for key, entry in entries if key not in _TOP_LEVEL and _has_tensors(entry)]
+    if not found:
+        return ()
+    return (
+        f"{path.name} also holds tensors under {', '.join(found)}, which are not read: XTuner "
+        "loads 'state_dict'.",
+    )
+
+
+def _has_tensors(value: Value) -> bool:
+    inner = value.values() if isinstance(value, dict) else (value,)
+    return any(isinstance(entry, TensorReference) for entry in inner)
 
 
 def config_text(meta: Value, path: Path) -> tuple[str, str] | None:
@@ -63,20 +72,3 @@ def config_text(meta: Value, path: Path) -> tuple[str, str] | None:
 def iteration(meta: Value) -> int | None:
     found = meta.get("iter") if isinstance(meta, dict) else None
     return found if isinstance(found, int) else None
-
-
-def _without_projector(
-    path: Path, meta: Value, parts: Sequence[str], others: Sequence[str]
-) -> UnsupportedError:
-    text = config_text(meta, path)
-    if text and "SupervisedFinetune" in text[0]:
-        what = "a checkpoint of SupervisedFinetune: text only, no projector"
-        advice = "Only LLaVA trainings can become LLaVA; use `xtuner convert pth_to_hf` for this."
-    elif parts:
-        what = f"has tensors of {' and '.join(parts)}, but none of the projector"
-        advice = "XTuner's LLaVAModel always saves `projector.*`; is this the right file?"
-    else:
-        seen = ", ".join(others[:3]) or "no tensors at all"
-        what = f"no LLaVA checkpoint of XTuner: no projector.*, but {seen}"
-        advice = "Give XTuner's iter_N.pth, its DeepSpeed directory, or an iter_N_xtuner folder."
-    return UnsupportedError(what, where=str(path), advice=advice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,15 @@ from xtuner2llava.sources.small_file import inside
 from xtuner2llava.sources.torch_file import TorchFile
 from xtuner2llava.tensors import LazyTensor
 
+_QUANTISED = re.compile(
+    r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\.|\.SCB$|\.weight_format$"
+    r"|\.(?:qweight|qzeros|g_idx)$"
+)
+# What lies beside weights and is none of them: the states of optimizers and trainers.
+_OF_TRAINERS = re.compile(r"optimizer|scheduler|scaler|rng_state|training_args|random_states")
+_WEIGHT_FILES = frozenset(
+    ".safetensors .bin .pth .pt .ckpt .distcp .gguf .h5 .msgpack .npz".split()
+)
 # The largest models that are published have a few hundred.
 _MAX_SHARDS = 10_000
 
@@ -53,6 +63,26 @@ def find_weights(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model
     return None
 
 
+def weight_names(path: Path) -> frozenset[str]:
+    """The names of the tensors in a weight file, or in the shards that an index names."""
+    if not path.name.endswith(".index.json"):
+        return frozenset(open_weight_file(path).tensors)
+    weight_map = read_json(path).get("weight_map")
+    return frozenset(weight_map) if isinstance(weight_map, dict) else frozenset()
+
+
+def unread_weights(folder: Path, read: Path | None, files: tuple[Fingerprint, ...]) -> list[str]:
+    """The names of weight files in `folder` other than the `files` that `read` is or names."""
+    known = {file.name for file in files} | {read.name if read is not None else ""}
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in known
+        and (entry.suffix in _WEIGHT_FILES or entry.name.endswith(".index.json"))
+        and not _OF_TRAINERS.match(entry.name)
+    )
+
+
 def open_weights(path: Path) -> Weights:
     """All tensors of a weight file, or of the shards that an index names; headers only are read."""
     if not path.name.endswith(".index.json"):
@@ -84,16 +114,39 @@ def open_weight_file(path: Path) -> Weights:
 
 
 def tensor_references(value: Value, where: str) -> dict[str, TensorReference]:
-    """The tensors of a state dict; raises `UnsupportedError` if `value` is none."""
+    """The tensors of a state dict; raises `UnsupportedError` if `value` is none.
+
+    Beside tensors, it may hold nothing else: what cannot be read would be left out.
+    """
     if not isinstance(value, dict):
         raise UnsupportedError(
             f"holds a {type(value).__name__}, expected a state dict of tensors", where=where
         )
-    return {
-        name: tensor
-        for name, tensor in value.items()
-        if isinstance(name, str) and isinstance(tensor, TensorReference)
-    }
+    tensors: dict[str, TensorReference] = {}
+    others: list[str] = []
+    for name, tensor in value.items():
+        if isinstance(name, str) and isinstance(tensor, TensorReference):
+            tensors[name] = tensor
+        elif tensor is not None:
+            others.append(f"{str(name)[:100]} ({type(tensor).__name__})")
+    if tensors and others:
+        what = f"holds {len(others)} entries that are no tensors, such as {others[0]}"
+        raise UnsupportedError(what, where=where, advice="Expected a state dict of tensors alone.")
+    return tensors
+
+
+def quantised(tensors: Mapping[str, LazyTensor]) -> str | None:
+    """What is quantised among `tensors`, which are no weights then but codes; None if nothing is.
+
+    The names are those that bitsandbytes (`functional.py`, QuantState; SCB), GPTQ and AWQ save.
+    """
+    marks = [n for n in tensors if _QUANTISED.search(n)]
+    codes = {n for n, t in tensors.items() if n.endswith(".weight") and not t.dtype.is_float}
+    modules = codes | {_QUANTISED.split(n)[0].removesuffix(".weight") + ".weight" for n in marks}
+    if not modules:
+        return None
+    others = f" and {len(modules) - 1:,} more" if len(modules) > 1 else ""
+    return f"holds quantised weights such as '{min(modules)}'{others}"
 
 
 def open_shards(index: Path, open_shard: Callable[[str], Weights]) -> Weights:

@@ -2,23 +2,36 @@
 
 The LLM lies at top level or in `llm/`, or as `llm_adapter/`; `visual_encoder/` or
 `visual_encoder_adapter/`, and `projector/` beside it; a part that was frozen is absent
-(InternLM/xtuner `xtuner/model/llava.py`, `to_xtuner_llava`).
+(InternLM/xtuner `xtuner/model/llava.py`, `to_xtuner_llava`). Users put the base models beside their
+adapters, so that XTuner's chat and VLMEvalKit find everything in one folder.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.sources.adapter import LoraSettings
+from xtuner2llava.errors import CorruptFileError, UnsupportedError
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
 from xtuner2llava.sources.json_file import read_json
+from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.sources.small_file import read_small
-from xtuner2llava.sources.weights import Fingerprint, find_weights, open_weights
+from xtuner2llava.sources.weights import (
+    Fingerprint,
+    find_weights,
+    open_weights,
+    quantised,
+    unread_weights,
+)
 from xtuner2llava.tensors import LazyTensor
 
 _CONFIG = "xtuner_config.py"
+_ADAPTER = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
+_LOADABLE = (".safetensors", ".bin", ".index.json")
+_INCOMPLETE = "Is the download complete?"
+# The folders of an XTuner folder, by what they hold.
+ADAPTERS = {LLM: f"{LLM}_adapter", VISUAL_ENCODER: f"{VISUAL_ENCODER}_adapter"}
+PART_FOLDERS = frozenset({PROJECTOR, LLM, VISUAL_ENCODER, *ADAPTERS.values()})
 
 
 def is_xtuner_folder(path: Path) -> bool:
@@ -27,54 +40,117 @@ def is_xtuner_folder(path: Path) -> bool:
 
 
 def open_xtuner_folder(path: Path) -> Contents:
-    """The contents of an XTuner folder; headers only are read."""
-    homes = {PROJECTOR: path / PROJECTOR, VISUAL_ENCODER: path / VISUAL_ENCODER}
-    homes[LLM] = path / LLM if (path / LLM).is_dir() else path
-    weights: dict[str, dict[str, LazyTensor]] = {}
-    folders: dict[str, Path] = {}
-    files: list[Fingerprint] = []
-    for part, home in homes.items():
-        found = find_weights(home)
-        if found is None:
-            if part == PROJECTOR:
-                raise CorruptFileError(
-                    "has no weights in it", where=str(home), advice="Is the download complete?"
+    """The contents of an XTuner folder; headers only are read.
+
+    Raises `CheckpointError` for a folder without its weights, and for an LLM that is there twice.
+    """
+    return _Folder(path).contents()
+
+
+class _Folder:
+    """The work of `open_xtuner_folder`, with what it collects on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: list[Fingerprint] = []
+        self._unread: list[str] = []
+
+    def contents(self) -> Contents:
+        path = self._path
+        weights: dict[str, dict[str, LazyTensor]] = {}
+        folders: dict[str, Path] = {}
+        for part in (PROJECTOR, VISUAL_ENCODER, LLM):
+            home = path / part
+            found = self._weights(home, "model", "pytorch_model") if home.is_dir() else None
+            if part == LLM:
+                found, home = self._top_level(found, home)
+            if found is not None:
+                weights[part], folders[part] = found, home
+        adapters: dict[str, dict[str, LazyTensor]] = {}
+        settings: dict[str, LoraSettings] = {}
+        for part, name in ADAPTERS.items():
+            home = path / name
+            if home.is_dir():
+                adapters[part] = self._weights(home, "adapter_model", "adapter_model")
+                if (home / _ADAPTER).is_file():
+                    values = read_json(home / _ADAPTER)
+                    settings[part] = LoraSettings.from_mapping(values, str(home / _ADAPTER))
+        self._unread += [f"{entry.name}/" for entry in sorted(path.iterdir()) if _is_left(entry)]
+        return Contents(
+            path=path,
+            layout="XTuner folder",
+            weights=weights,
+            adapters=adapters,
+            settings=settings,
+            files=tuple(self._files),
+            config=_config_text(path / _CONFIG),
+            folders=folders,
+            notes=self._notes(),
+        )
+
+    def _top_level(
+        self, in_folder: dict[str, LazyTensor] | None, home: Path
+    ) -> tuple[dict[str, LazyTensor] | None, Path]:
+        """The LLM and its folder: `in_folder`, that of `home`, or what lies at top level."""
+        path = self._path
+        at_top = find_weights(path)
+        if in_folder is not None:
+            if at_top is not None:
+                raise UnsupportedError(
+                    f"holds two LLMs: {at_top.name} at top level, and the one in {home.name}/",
+                    where=str(path),
+                    advice="Move the one that is not meant out of the folder.",
                 )
-            continue
-        opened = open_weights(found)
-        weights[part] = dict(opened.tensors)
-        folders[part] = home
-        prefix = "" if home == path else f"{home.name}/"
-        files.extend(Fingerprint(prefix + f.name, f.size, f.digest) for f in opened.files)
-    adapters: dict[str, dict[str, LazyTensor]] = {}
-    settings: dict[str, LoraSettings] = {}
-    for part in (LLM, VISUAL_ENCODER):
-        home = path / f"{part}_adapter"
-        if not home.is_dir():
-            continue
-        found = find_weights(home, ("adapter_model", "adapter_model"))
+            self._unread += unread_weights(path, None, ())
+            return in_folder, home
+        loose = [name for name in unread_weights(path, None, ()) if name.endswith(_LOADABLE)]
+        if at_top is not None or loose:
+            return self._weights(path, "model", "pytorch_model"), path
+        config = path / "config.json"
+        expects_weights = config.is_file() and not (path / ADAPTERS[LLM]).is_dir()
+        if expects_weights and "architectures" in read_json(config):
+            what = "has the config.json of an LLM, and no weights of it"
+            raise CorruptFileError(what, where=str(path), advice=_INCOMPLETE)
+        self._unread += unread_weights(path, None, ())
+        return None, path
+
+    def _weights(self, home: Path, *stems: str) -> dict[str, LazyTensor]:
+        """All tensors of one of the folders, which must have some."""
+        found = find_weights(home, (stems[0], stems[-1]))
+        prefix = "" if home == self._path else f"{home.name}/"
         if found is None:
-            raise CorruptFileError(
-                "has no adapter_model.safetensors or .bin",
-                where=str(home),
-                advice="Is the download complete?",
+            loose = [name for name in unread_weights(home, None, ()) if name.endswith(_LOADABLE)]
+            what = (
+                f"has {loose[0]}, but not the index that names it"
+                if loose
+                else "has no weights in it"
             )
+            names = f"{stems[0]}.safetensors, {stems[-1]}.bin or their index"
+            advice = f"Expected {names}. {_INCOMPLETE}"
+            raise CorruptFileError(what, where=str(home), advice=advice)
         opened = open_weights(found)
-        adapters[part] = dict(opened.tensors)
-        files.extend(Fingerprint(f"{home.name}/{f.name}", f.size, f.digest) for f in opened.files)
-        config = home / "adapter_config.json"
-        if config.is_file():
-            settings[part] = LoraSettings.from_mapping(read_json(config), str(config))
-    return Contents(
-        path=path,
-        layout="XTuner folder",
-        weights=weights,
-        adapters=adapters,
-        settings=settings,
-        files=tuple(files),
-        config=_config_text(path / _CONFIG),
-        folders=folders,
-    )
+        what_kind = quantised(opened.tensors)
+        if what_kind is not None:
+            raise UnsupportedError(what_kind, where=str(found))
+        self._files += [Fingerprint(prefix + f.name, f.size, f.digest) for f in opened.files]
+        self._unread += [prefix + name for name in unread_weights(home, found, opened.files)]
+        return dict(opened.tensors)
+
+    def _notes(self) -> tuple[str, ...]:
+        if not self._unread:
+            return ()
+        return (
+            f"{self._path.name} also holds {', '.join(self._unread)}, not read: where weights are "
+            "there twice, safetensors go before .bin, and one file before shards, as in "
+            "transformers.",
+        )
+
+
+def _is_left(entry: Path) -> bool:
+    """Whether `entry` is a folder that holds weights, and none of those that XTuner writes."""
+    if entry.name in PART_FOLDERS or not entry.is_dir():
+        return False
+    return (entry / _ADAPTER).is_file() or bool(unread_weights(entry, None, ()))
 
 
 def _config_text(path: Path) -> tuple[str, str] | None:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
-from xtuner2llava.sources.contents import PROJECTOR, Contents, split_state
+from xtuner2llava.sources.contents import Contents, contents_of_state
 from xtuner2llava.sources.pickle_data import Record, TensorReference, Value
 from xtuner2llava.sources.pth_file import config_text, iteration
 from xtuner2llava.sources.small_file import inside, read_small
 from xtuner2llava.sources.torch_file import TorchFile
-from xtuner2llava.sources.weights import Fingerprint, tensor_references
+from xtuner2llava.sources.weights import Fingerprint, tensor_references, unread_weights
 from xtuner2llava.tensors import FileRange, LazyTensor, Shape, Stored
 from xtuner2llava.tensors.dtype import DType
 from xtuner2llava.tensors.files import cut, read_ranges
@@ -75,24 +75,17 @@ def open_zero_directory(path: Path, weights: str = MASTER) -> Contents:
         layout = f"DeepSpeed ZeRO-{stage} directory, {len(optimizers)} ranks, master weights"
         masters = _Masters(path, models, optimizers, stage)
         tensors = masters.tensors()
-    state = split_state(tensors)
-    if state.others or PROJECTOR not in state.weights:
-        strange = next(iter(state.others or tuple(tensors)), "")
-        raise UnsupportedError(
-            f"no LLaVA training: its parameters are such as '{strange}'",
-            where=str(path),
-            advice="Expected are llm.*, visual_encoder.* and projector.*, as XTuner's LLaVAModel "
-            "has them.",
-        )
     meta = first.value.get("meta")
-    return Contents(
-        path=path,
-        layout=layout,
-        weights=state.weights,
-        adapters=state.adapters,
-        files=tuple(file.fingerprint for file in (*models, *optimizers)),
+    fingerprints = tuple(file.fingerprint for file in (*models, *optimizers))
+    unread = unread_weights(path, None, fingerprints)
+    return contents_of_state(
+        tensors,
+        path,
+        layout,
+        fingerprints,
         config=config_text(meta, first.path),
         iteration=iteration(meta),
+        notes=(f"{path.name} also holds {', '.join(unread)}, not read.",) if unread else (),
     )
 
 
@@ -281,24 +274,35 @@ class _Masters:
     def tensors(self) -> dict[str, LazyTensor]:
         """Buffers, frozen and trained parameters, and shared ones under each of their names."""
         model = self._models[0]
-        tensors: dict[str, LazyTensor] = dict(self._buffers(model))
-        tensors.update(self._frozen())
+        tensors = self._frozen()
         tensors.update(self._cut_per_rank() if self._stage == 3 else self._cut_groups())
         shared = model.value.get("shared_params")
         for name, original in shared.items() if isinstance(shared, dict) else ():
             if isinstance(name, str) and isinstance(original, str) and original in tensors:
                 tensors[name] = tensors[original]
-        return tensors
+        return {**self._only_in_module(tensors), **tensors}
 
-    def _buffers(self, model: _RankFile) -> dict[str, LazyTensor]:
-        names = model.value.get("buffer_names")
+    def _only_in_module(self, known: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """What no optimizer has: buffers, and what older versions of DeepSpeed keep of the frozen.
+
+        Before 0.9, frozen parameters stand in the module alone; their 16 bits are all of them.
+        """
+        model = self._models[0]
         module = model.value.get("module")
-        if not isinstance(names, list) or not isinstance(module, dict):
-            return {}
-        found = {n: module[n] for n in names if isinstance(n, str) and n in module}
-        return model.file.tensors(
-            {n: r for n, r in found.items() if isinstance(r, TensorReference)}
+        found = model.file.tensors(
+            {
+                name: reference
+                for name, reference in (module.items() if isinstance(module, dict) else ())
+                if isinstance(name, str)
+                and isinstance(reference, TensorReference)
+                and name not in known
+            }
         )
+        empty = [name for name, tensor in found.items() if tensor.shape == (0,)]
+        if empty:
+            what = "is in the module, where ZeRO-3 keeps no weights, and in no optimizer state"
+            raise_faults(UnsupportedError, [Fault.about(str(self._path), empty, what)])
+        return found
 
     def _frozen(self) -> dict[str, LazyTensor]:
         """Frozen parameters, if they were saved: whole (1, 2), or a part in each rank (3)."""

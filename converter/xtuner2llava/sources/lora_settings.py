@@ -1,0 +1,189 @@
+"""What the shapes of LoRA factors do not say, and what counts where the records disagree."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
+
+# What LoraConfig can say without changing what the weights are (peft `tuners/lora/config.py`).
+_HARMLESS = frozenset(
+    "auto_mapping exclude_modules inference_mode init_lora_weights "
+    "layers_pattern layers_to_transform lora_dropout megatron_core modules_to_save "
+    "peft_type peft_version revision runtime_config target_modules task_type "
+    "qalora_group_size ensure_weight_tying type".split()
+)
+_UNDERSTOOD = frozenset(
+    "alpha_pattern base_model_name_or_path bias fan_in_fan_out lora_alpha r rank_pattern use_dora "
+    "use_rslora".split()
+)
+# Beyond it lie only damage, infinity and NaN.
+_LARGEST_ALPHA = 1e9
+# Initialisations that also change the base weights, so that the base is not what was trained on.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """What a record says of an adapter. `where` is the record: a file, or a flag.
+
+    `ranks` are all that it names; empty where it names none. `base` is the base model's name.
+    """
+
+    where: str
+    alpha: float | None
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    ranks: frozenset[int] = frozenset()
+    base: str | None = None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str) -> LoraSettings:
+        """The settings of a LoraConfig's keywords; refuses by name what cannot be merged."""
+        faults = [
+            Fault(where, f"LoRA setting {key}={value!r}", "It cannot be merged exactly.")
+            for key, value in values.items()
+            if key not in _HARMLESS | _UNDERSTOOD and value
+        ]
+        kind = str(values.get("peft_type") or "LORA").rpartition(".")[2]
+        if kind != "LORA":
+            faults.append(Fault(where, f"peft_type is {kind[:40]!r}, expected LORA"))
+        start = values.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+            faults.append(
+                Fault(where, f"init_lora_weights={start!r} changes the base weights too",
+                      "Merge with PEFT where the changed base is, and give the result as --llm.")
+            )  # fmt: skip
+        bias = values.get("bias", "none")
+        if bias not in ("none", "all", "lora_only"):
+            faults.append(Fault(where, f"bias={bias!r}, expected none, all or lora_only"))
+        pattern = values.get("alpha_pattern") or {}
+        alphas: dict[str, float] = {}
+        for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
+            # PEFT takes keys as regular expressions; those of untrusted files are not run.
+            if not re.fullmatch(r"[\w.]+", str(key)) or not _is_number(value):
+                faults.append(Fault(where, f"alpha_pattern {key!r}: {value!r} is no plain name"))
+            else:
+                alphas[str(key)] = float(value)
+        alpha = values.get("lora_alpha")
+        if alpha is not None and not _is_number(alpha):
+            faults.append(Fault(where, f"lora_alpha={alpha!r}, expected a number"))
+        raise_faults(UnsupportedError, faults)
+        base = values.get("base_model_name_or_path")
+        return cls(
+            where,
+            float(alpha) if alpha is not None else None,
+            bool(values.get("use_rslora")),
+            bool(values.get("use_dora")),
+            bool(values.get("fan_in_fan_out")),
+            str(bias),
+            alphas,
+            _ranks(values),
+            base if isinstance(base, str) and base else None,
+        )
+
+    def scale(self, module: str, rank: int) -> float | None:
+        """alpha / rank, or alpha / sqrt(rank) for rslora; None if no alpha is known."""
+        alpha = self.alpha
+        for key, value in self.alpha_pattern.items():
+            if module == key or module.endswith("." + key):
+                alpha = value
+                break
+        if alpha is None:
+            return None
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+# Reads what the XTuner config says of the adapter, if anything; may raise `ConversionError`.
+ReadConfig = Callable[[], LoraSettings | None]
+
+
+def settle(
+    beside: LoraSettings | None,
+    read_config: ReadConfig,
+    alpha: float | None,
+    ranks: Sequence[int],
+    flag: str,
+) -> tuple[LoraSettings | None, list[str]]:
+    """The settings to use, and notes on records that say otherwise.
+
+    `beside` is what adapter_config.json says, `alpha` the user's word by the option `flag`, `ranks`
+    those of the factors' shapes. A record that contradicts another, or the shapes, makes the scale
+    of the merge ambiguous: that raises `UnsupportedError`, unless the user's alpha decides.
+    """
+    config: LoraSettings | None = None
+    try:
+        config = read_config()
+    except ConversionError:
+        # Not needed, then: who says it counts first.
+        if beside is None and alpha is None:
+            raise
+    records = [record for record in (beside, config) if record is not None]
+    contradictions = [
+        Fault(
+            record.where,
+            f"says r {_listed(record.ranks)}, the factors have rank {_listed(ranks)}",
+            f"It is of another training. {flag} N decides alpha; the rank is that of the factors.",
+        )
+        for record in records
+        if record.ranks and not record.ranks.issuperset(ranks)
+    ]
+    faults: list[Fault] = []
+    if beside is not None and config is not None:
+        if beside.alpha is None:
+            beside = replace(beside, alpha=config.alpha)
+        where, other = beside.where, config.where
+        one, two = (f"lora_alpha {_alphas(record)}" for record in (beside, config))
+        if one != two:
+            advice = f"They are of different trainings, or one was edited. {flag} N decides."
+            contradictions.append(Fault(where, f"says {one}, {other} says {two}", advice))
+        for name in ("use_rslora", "use_dora"):
+            says, otherwise = getattr(beside, name), getattr(config, name)
+            if says != otherwise:
+                what = f"says {name}={says}, {other} says {name}={otherwise}"
+                faults.append(Fault(where, what, "Give the config of this training."))
+    if alpha is None:
+        raise_faults(UnsupportedError, [*contradictions, *faults])
+        return beside or config, []
+    raise_faults(UnsupportedError, faults)
+    notes = [
+        f"{flag} {alpha:g} is used; {record.where} says lora_alpha {_alphas(record)}."
+        for record in records
+        if record.alpha_pattern or record.alpha not in (None, alpha)
+    ]
+    notes += [f"{fault.where} {fault.what}; {flag} {alpha:g} decides." for fault in contradictions]
+    chosen = beside or config
+    if chosen is None:
+        return LoraSettings(flag, alpha), notes
+    return replace(chosen, where=flag, alpha=alpha, alpha_pattern={}), notes
+
+
+def _ranks(values: Mapping[str, Any]) -> frozenset[int]:
+    pattern = values.get("rank_pattern")
+    named = [*pattern.values()] if isinstance(pattern, Mapping) else []
+    usual = values.get("r")
+    # Without the usual rank, the pattern is not all of them.
+    return frozenset(
+        n for n in (usual, *named) if isinstance(usual, int) and isinstance(n, int) and n > 0
+    )
+
+
+def _alphas(record: LoraSettings) -> str:
+    usual = "unknown" if record.alpha is None else f"{record.alpha:g}"
+    pattern = ", ".join(f"{key}: {value:g}" for key, value in sorted(record.alpha_pattern.items()))
+    return f"{usual} ({pattern})" if pattern else usual
+
+
+def _listed(numbers: Sequence[int] | frozenset[int]) -> str:
+    return " and ".join(str(number) for number in sorted(numbers))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < _LARGEST_ALPHA

@@ -20,8 +20,7 @@ _MAX_LAST_BYTES = 4096
 def not_there(reference: str, path: Path) -> UsageError:
     """That nothing is at `path`, where it was looked for, and what lies there instead."""
     expected = (
-        "Expected iter_N.pth, a DeepSpeed directory, an iter_N_xtuner folder, or a Hub "
-        "repo id, owner/name."
+        "Expected an iter_N.pth file or directory, an iter_N_xtuner folder, or a Hub repo id."
     )
     try:
         where = Path(path).absolute().parent

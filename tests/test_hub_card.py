@@ -98,7 +98,10 @@ def test_the_prompt_is_that_of_the_training(
 ) -> None:
     text = card(family, name)
     (code,) = python_blocks(text)
-    assert f"prompt = {PROMPTS[family]!r}\n" in code
+    if name == "hf":
+        assert "prompt = processor.apply_chat_template(conversation, " in code
+    else:
+        assert f"prompt = {PROMPTS[family]!r}\n" in code
     assert f"```text\n{PROMPTS[family]}\n```" in text
     stops = {"qwen2": "`<|im_end|>`, `<|endoftext|>`", "phi3": "`<|end|>`"}
     assert ("A turn ends with" in text) == (family in stops)

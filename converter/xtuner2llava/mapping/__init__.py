@@ -21,6 +21,7 @@ from xtuner2llava.mapping.folder_name import FolderName, model_name
 from xtuner2llava.mapping.format import COMPONENTS, Format, FormatClass
 from xtuner2llava.mapping.names import Folded, fold
 from xtuner2llava.mapping.plain_class import Expected, MappingFile, PlainClass
+from xtuner2llava.mapping.prompt_templates import PromptTemplate
 from xtuner2llava.mapping.rules import RuleSet
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "MappingFile",
     "Origin",
     "PlainClass",
+    "PromptTemplate",
     "RuleSet",
     "Step",
     "TranslatedConfig",

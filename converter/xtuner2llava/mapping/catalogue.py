@@ -15,7 +15,7 @@ from xtuner2llava.mapping.family_file import read_family, read_match_only
 from xtuner2llava.mapping.format import Format, read_format
 from xtuner2llava.mapping.names import nearest
 from xtuner2llava.mapping.plain_class import PlainClass, read_class
-from xtuner2llava.mapping.prompt_templates import read_stop_words
+from xtuner2llava.mapping.prompt_templates import PromptTemplate, read_prompt_templates
 from xtuner2llava.mapping.refusals import Refusals, read_refusals
 from xtuner2llava.mapping.yaml import Document, read_document
 
@@ -75,10 +75,16 @@ class Catalogue:
         )
 
     @cached_property
+    def prompt_templates(self) -> Mapping[str, PromptTemplate]:
+        """XTuner's prompt templates by name."""
+        path = self._folder / "prompt_templates.yaml"
+        return read_prompt_templates(_read(path, path.name))
+
+    @property
     def stop_words(self) -> Mapping[str, tuple[str, ...]]:
         """The words with which XTuner's prompt templates end a turn, by the template's name."""
-        path = self._folder / "prompt_templates.yaml"
-        return read_stop_words(_read(path, path.name))
+        found = self.prompt_templates.items()
+        return {name: one.stop_words for name, one in found if one.stop_words}
 
     def check(self, path: Path) -> list[Fault]:
         """All faults of a family, format or class file; none if it is right."""

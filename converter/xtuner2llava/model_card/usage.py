@@ -101,12 +101,22 @@ def _transformers(plan: Plan, text: str) -> Iterator[str]:
     yield "processor = AutoProcessor.from_pretrained(folder)"
     yield 'model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype="auto")'
     yield 'image = Image.open("picture.jpg").convert("RGB")'
-    yield f"prompt = {text!r}"
+    if plan.chat.prompt is not None:
+        yield f'question = [{{"type": "image"}}, {{"type": "text", "text": {QUESTION!r}}}]'
+        yield 'conversation = [{"role": "user", "content": question}]'
+        yield "prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)"
+    else:
+        yield f"prompt = {text!r}"
     yield 'inputs = processor(images=image, text=prompt, return_tensors="pt")'
     yield "inputs = inputs.to(model.device, model.dtype)"
     yield "answer = model.generate(**inputs, do_sample=False, max_new_tokens=256)"
     yield 'new = answer[0, inputs["input_ids"].shape[1] :]'
     yield "print(processor.decode(new, skip_special_tokens=True))"
     yield from ("```", "")
+    yield (
+        "The processor adds no bos token: the chat template has it, as each turn of the training "
+        "had. Write it at the start of a prompt of your own, where this model has one."
+    )
+    yield ""
     yield "vLLM, SGLang, llama.cpp and others read this format too."
     yield ""

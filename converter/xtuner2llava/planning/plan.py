@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.llava.generation import TokenIds
-from xtuner2llava.mapping import Dropped, FolderName, MappingFile
+from xtuner2llava.mapping import Dropped, FolderName, MappingFile, PromptTemplate
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tensors import LazyTensor
@@ -55,10 +55,15 @@ class MappingInUse:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """How the model was trained to be spoken to: XTuner's prompt template and its stop words."""
+    """How a conversation was put into text in training; `prompt` is None where that is unknown."""
 
-    template: str | None
+    prompt: PromptTemplate | None
     stop_words: tuple[str, ...]
+
+    @property
+    def template(self) -> str | None:
+        """XTuner's name for the prompt template, if it has one."""
+        return self.prompt.name if self.prompt is not None else None
 
 
 @dataclass(frozen=True, slots=True)

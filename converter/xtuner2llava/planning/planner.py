@@ -13,6 +13,7 @@ from xtuner2llava.llava.vision_tower_name import vision_tower_name
 from xtuner2llava.llm_config import trained_llm_config
 from xtuner2llava.mapping import Catalogue, Limit, PlainClass
 from xtuner2llava.options import Options, parse_size
+from xtuner2llava.planning.chat import with_trained_bos, with_trained_chat
 from xtuner2llava.planning.configuration import config_json
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.language_model import (
@@ -186,6 +187,17 @@ class _Planner:
             dtype=config_dtype(dtype, model.tensors.values()),
             ids=ids,
         )
+        if format_.processor is None:
+            tokenizer = with_trained_bos(tokenizer, self._recipe, found)
+        # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
+        if format_.processor is not None or self._options.model_type == "llava":
+            tokenizer = with_trained_chat(
+                tokenizer,
+                chat.prompt,
+                self._recipe,
+                found,
+                with_processor=format_.processor is not None,
+            )
         tokenizer, made = self._files(parts, tokenizer, tokens, format_keys)
         copied = [tokenizer.folder / name for name in tokenizer.copied]
         if PREPROCESSOR not in made and parts.images.path is not None:

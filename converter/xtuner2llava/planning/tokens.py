@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from xtuner2llava.errors import Fault, UsageError
 from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
-from xtuner2llava.mapping import Catalogue, Family
+from xtuner2llava.mapping import Catalogue, Family, PromptTemplate
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.plan import Chat
 from xtuner2llava.recipe import Recipe, Table
@@ -89,8 +89,9 @@ def generation_tokens(
     findings: Findings,
 ) -> tuple[TokenIds, Chat]:
     """Where to begin, stop and pad, and the prompt template with its stop words."""
-    template = recipe.prompt_template if recipe is not None else None
-    stop_words = list(_stop_words(catalogue, template))
+    prompt = prompt_template(catalogue, family, recipe, findings)
+    trained = recipe is not None and recipe.prompt_template is not None
+    stop_words = list(prompt.stop_words) if prompt is not None and trained else []
     if recipe is not None:
         asked = [*recipe.stop_words, *([recipe.eos_token] if recipe.eos_token else [])]
         stop_words += [word for word in asked if word not in stop_words]
@@ -105,8 +106,7 @@ def generation_tokens(
             f"Stop words that are no single token here: {', '.join(unknown)}. Whoever "
             "generates must stop at them by text."
         )
-    name = template if isinstance(template, str) else family.chat.template
-    return ids, Chat(name, tuple(stop_words) or tuple(family.chat.stop_words))
+    return ids, Chat(prompt, tuple(stop_words) or tuple(family.chat.stop_words))
 
 
 def with_format_tokens(
@@ -140,10 +140,40 @@ def vocabulary_faults(tokenizer: Tokenizer, rows: int) -> list[Fault]:
     ]
 
 
-def _stop_words(catalogue: Catalogue, template: str | Table | None) -> Sequence[str]:
-    """The words with which a prompt template ends a turn."""
-    if isinstance(template, str):
-        return catalogue.stop_words.get(template, ())
-    words = template.get("STOP_WORDS") if template is not None else None
-    found = words if isinstance(words, (list, tuple)) else ()
-    return [word for word in found if isinstance(word, str)]
+def prompt_template(
+    catalogue: Catalogue, family: Family, recipe: Recipe | None, findings: Findings
+) -> PromptTemplate | None:
+    """The prompt template of the training, else the one that the LLM's family is known for."""
+    recorded = recipe.prompt_template if recipe is not None else None
+    if isinstance(recorded, Table):
+        return _written_out(recorded)
+    if recorded is not None:
+        if recorded not in catalogue.prompt_templates:
+            findings.note(
+                f"The prompt template {recorded!r} of the XTuner config is not one of XTuner's, so "
+                "no prompt can be given."
+            )
+        return catalogue.prompt_templates.get(recorded)
+    return catalogue.prompt_templates.get(family.chat.template or "")
+
+
+def _written_out(table: Table) -> PromptTemplate | None:
+    """A template that the config writes out, with XTuner's keys; None where it has no input."""
+
+    def text(key: str) -> str:
+        value = table.get(key)
+        return value if isinstance(value, str) else ""
+
+    words = table.get("STOP_WORDS")
+    stop_words = words if isinstance(words, (list, tuple)) else ()
+    if not text("INSTRUCTION"):
+        return None
+    return PromptTemplate(
+        None,
+        text("INSTRUCTION"),
+        text("SYSTEM"),
+        text("SUFFIX"),
+        table.get("SUFFIX_AS_EOS") is True,
+        text("SEP"),
+        tuple(word for word in stop_words if isinstance(word, str)),
+    )

@@ -1,18 +1,40 @@
 """Tokenizers as files: read, edited, and converted without transformers and without remote code."""
 
 from xtuner2llava.tokenizers.conversion import Prepared, TokenizerRules, prepare_tokenizer
-from xtuner2llava.tokenizers.editing import with_config, with_special_token, with_tokens
+from xtuner2llava.tokenizers.editing import (
+    with_config,
+    with_made,
+    with_special_token,
+    with_tokens,
+    without_files,
+    without_keys,
+)
+from xtuner2llava.tokenizers.pieces import (
+    PrefixSpace,
+    prefix_space,
+    special_texts,
+    strips_after,
+    with_bos_added,
+)
 from xtuner2llava.tokenizers.tokenizer import FAST, MadeFile, Tokenizer, read_tokenizer
 
 __all__ = [
     "FAST",
     "MadeFile",
+    "PrefixSpace",
     "Prepared",
     "Tokenizer",
     "TokenizerRules",
+    "prefix_space",
     "prepare_tokenizer",
     "read_tokenizer",
+    "special_texts",
+    "strips_after",
+    "with_bos_added",
     "with_config",
+    "with_made",
     "with_special_token",
     "with_tokens",
+    "without_files",
+    "without_keys",
 ]

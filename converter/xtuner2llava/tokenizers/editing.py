@@ -28,7 +28,7 @@ _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "
 def with_config(tokenizer: Tokenizer, changes: Mapping[str, Json]) -> Tokenizer:
     """The same tokenizer with other values in tokenizer_config.json."""
     config = {**tokenizer.config, **changes}
-    return _with_files(
+    return with_made(
         replace(tokenizer, config=config), {CONFIG: lambda: json_file(config, indent=2)}
     )
 
@@ -50,7 +50,7 @@ def with_special_token(tokenizer: Tokenizer, key: str, text: str | None) -> Toke
     special = {name: value for name, value in tokenizer.special_map.items() if name != key}
     if text is not None:
         special[key] = text
-    return _with_files(
+    return with_made(
         replace(changed, special_map=special), {SPECIAL_MAP: lambda: json_file(special, indent=2)}
     )
 
@@ -95,12 +95,20 @@ def with_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
         files[ADDED] = lambda: json_file({**before, **{t.text: t.id for t in new}}, indent=2)
     if FAST in tokenizer.files:
         files[FAST] = lambda: _fast_file(tokenizer, new)
-    return _with_files(changed, files)
+    return with_made(changed, files)
 
 
-def _with_files(tokenizer: Tokenizer, made: Mapping[str, MadeFile]) -> Tokenizer:
+def with_made(tokenizer: Tokenizer, made: Mapping[str, MadeFile]) -> Tokenizer:
+    """The same tokenizer, of which some files are made, in place of those of the same names."""
     copied = tuple(name for name in tokenizer.copied if name not in made)
     return replace(tokenizer, copied=copied, made={**tokenizer.made, **made})
+
+
+def without_files(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The same tokenizer without some of its files."""
+    copied = tuple(name for name in tokenizer.copied if name not in names)
+    made = {name: make for name, make in tokenizer.made.items() if name not in names}
+    return replace(tokenizer, copied=copied, made=made)
 
 
 def _fast_file(tokenizer: Tokenizer, new: Sequence[AddedToken]) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 
 import xtuner2llava
 
-FUNCTIONS = ("convert", "foresee_training", "inspect", "plan", "push", "verify")
+FUNCTIONS = ("convert", "inspect", "plan", "push", "verify")
 
 
 def run(code: str) -> str:

@@ -11,21 +11,22 @@ from typing import Any
 import pytest
 
 from builders.training_config import write_training_config
-from xtuner2llava import ConversionError, Outlook, foresee_training
+from xtuner2llava import ConversionError, Inspection, inspect
 
 
 @pytest.fixture
 def foresee(checkpoints: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
-    def make(llm: str = "llm_qwen2", vision: str = "vision_clip", **parts: Any) -> Outlook:
+    def make(llm: str = "llm_qwen2", vision: str = "vision_clip", **parts: Any) -> Inspection:
         bases = checkpoints / "bases"
         path = tmp_path / "my_config.py"
-        return foresee_training(write_training_config(path, bases / llm, bases / vision, **parts))
+        write_training_config(path, bases / llm, bases / vision, **parts)
+        return inspect(path, vision_tower_name="openai/clip")
 
     return make
 
 
-def llava(outlook: Outlook):  # type: ignore[no-untyped-def]
-    (found,) = [p for p in outlook.prospects if p.format == "llava"]
+def llava(outlook: Inspection):  # type: ignore[no-untyped-def]
+    (found,) = [p for p in outlook.targets if p.format == "llava"]
     return found
 
 
@@ -34,7 +35,7 @@ WITH_BOS = "tokenizer=dict(**tokenizer, bos_token='<|endoftext|>')"
 
 def test_qwen_with_everything_set_needs_only_the_bos_token_for_evaluation(foresee) -> None:  # type: ignore[no-untyped-def]
     outlook = foresee()
-    assert outlook.is_good
+    assert outlook.is_possible
     assert llava(outlook).architecture == "LlavaQwenForCausalLM"
     assert outlook.lines == (f"{WITH_BOS},  # in EvaluateChatHook",)
     assert any("no bos token" in sentence for sentence in outlook.advice)
@@ -89,15 +90,15 @@ def test_a_siglip_tower_is_refused_with_the_reason(foresee, tmp_path: Path) -> N
     siglip.mkdir()
     (siglip / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
     outlook = foresee(vision=str(siglip), tower_class="SiglipVisionModel")
-    assert not outlook.is_good
-    assert {target.verdict.kind for target in outlook.prospects} == {"not_possible"}
-    assert "first patch" in str(outlook.faults[0])
+    assert not outlook.is_possible
+    assert {target.verdict.kind for target in outlook.targets} == {"not_possible"}
+    assert "first patch" in str(outlook.targets[0].faults[0])
 
 
 def test_a_text_only_training_is_told(foresee) -> None:  # type: ignore[no-untyped-def]
     outlook = foresee(model_class="SupervisedFinetune")
-    assert not outlook.is_good
-    assert "SupervisedFinetune" in str(outlook.faults[0])
+    assert not outlook.is_possible
+    assert "SupervisedFinetune" in str(outlook.targets[0].faults[0])
 
 
 def test_a_base_that_is_not_there_is_named_with_the_flag(
@@ -106,20 +107,20 @@ def test_a_base_that_is_not_there_is_named_with_the_flag(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     outlook = foresee(llm="/nowhere/at/all")
-    assert not outlook.is_good
-    assert "--llm" in str(outlook.faults[0])
+    assert not outlook.is_possible
+    assert "--llm" in str(outlook.targets[0].faults[0])
 
 
 def test_something_that_is_no_config_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text("print('hello')")
     with pytest.raises(ConversionError, match="model"):
-        foresee_training(path)
+        inspect(path, vision_tower_name="openai/clip")
 
 
 def test_nothing_in_a_config_is_run(foresee, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     canary = tmp_path / "canary"
-    assert foresee(more=f"__import__('pathlib').Path({str(canary)!r}).touch()").is_good
+    assert foresee(more=f"__import__('pathlib').Path({str(canary)!r}).touch()").is_possible
     assert not canary.exists()
 
 

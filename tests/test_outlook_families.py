@@ -13,10 +13,10 @@ import pytest
 
 from builders.llm_base import write_llm_base
 from builders.training_config import write_training_config
-from xtuner2llava import Outlook, foresee_training
+from xtuner2llava import Inspection, inspect
 from xtuner2llava.verdict import Verdict
 
-Foresee = Callable[..., Outlook]
+Foresee = Callable[..., Inspection]
 LLAMA = "LlavaLlamaForCausalLM"
 QWEN = "LlavaQwenForCausalLM"
 EXACT, NOT_POSSIBLE, NOT_EXACT = (
@@ -52,15 +52,17 @@ def written(checkpoints: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def foresee(written: Callable[..., Path]) -> Foresee:
-    return lambda *arguments, **parts: foresee_training(written(*arguments, **parts))
+    return lambda *arguments, **parts: inspect(
+        written(*arguments, **parts), vision_tower_name="openai/clip"
+    )
 
 
-def verdicts(outlook: Outlook) -> dict[str, Verdict]:
-    return {target.format: target.verdict for target in outlook.prospects}
+def verdicts(outlook: Inspection) -> dict[str, Verdict]:
+    return {target.format: target.verdict for target in outlook.targets}
 
 
-def of_llava(outlook: Outlook) -> Any:
-    (found,) = [target for target in outlook.prospects if target.format == "llava"]
+def of_llava(outlook: Inspection) -> Any:
+    (found,) = [target for target in outlook.targets if target.format == "llava"]
     return found
 
 
@@ -81,7 +83,7 @@ def test_the_family_and_the_verdict(
     assert outlook.family == family
     assert of_llava(outlook).architecture == architecture
     assert verdicts(outlook) == {"llava": llava, "hf": hf}
-    assert outlook.is_good
+    assert outlook.is_possible
     if kind == "phi3":
         assert any("attends to the last 2047 tokens" in c for c in of_llava(outlook).caveats)
     if kind == "llama3_1":
@@ -133,7 +135,7 @@ def test_a_template_whose_words_the_tokenizer_lacks_is_not_advised(
         text = (llm / name).read_text()
         assert "<|end|>" in text
         (llm / name).write_text(text.replace("<|end|>", "<|im_end|>"))
-    outlook = foresee_training(path)
+    outlook = inspect(path, vision_tower_name="openai/clip")
     assert outlook.family == "phi3"
     assert outlook.lines == ()
     assert any("No prompt template is set" in sentence for sentence in outlook.advice)
@@ -182,8 +184,8 @@ def test_a_siglip_tower_is_refused_for_every_format(
     siglip.mkdir()
     (siglip / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
     outlook = foresee(kind, vision=siglip, tower_class="SiglipVisionModel")
-    assert not outlook.is_good
-    for target in outlook.prospects:
+    assert not outlook.is_possible
+    for target in outlook.targets:
         assert target.verdict == NOT_POSSIBLE
         assert "XTuner drops the first patch of a tower without class token" in str(
             target.faults[0]
@@ -205,7 +207,7 @@ def test_a_quantised_llm_is_near(foresee: Foresee) -> None:
 def test_a_projector_of_three_layers_is_for_llava_only(foresee: Foresee) -> None:
     outlook = foresee("llama3", model=", projector_depth=3")
     assert verdicts(outlook) == {"llava": EXACT, "hf": NOT_POSSIBLE}
-    (hf,) = [target for target in outlook.prospects if target.format == "hf"]
+    (hf,) = [target for target in outlook.targets if target.format == "hf"]
     assert "a projector of two layers" in str(hf.faults[0])
 
 
@@ -228,7 +230,7 @@ def test_an_llm_without_target_has_a_verdict_for_each(
 ) -> None:
     outlook = foresee("llama3", names)
     assert verdicts(outlook) == {"llava": NOT_POSSIBLE, "hf": NOT_POSSIBLE}
-    assert all(because in str(target.faults[0]) for target in outlook.prospects)
+    assert all(because in str(target.faults[0]) for target in outlook.targets)
 
 
 def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
@@ -240,13 +242,16 @@ def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
         "caveats: [{say: It differs., exact_up_to: max_position_embeddings}]\n"
     )
     config = written("llama3", {"architectures": ["NobodysForCausalLM"], "model_type": "nobody"})
-    outlook = foresee_training(config, mapping=mapping)
+    outlook = inspect(config, mapping=mapping, vision_tower_name="openai/clip")
     assert outlook.family == "mine"
     limit = Verdict("exact_if_right", 8192, if_right="mine.yaml")
     assert verdicts(outlook) == {"llava": limit, "hf": limit}
     command = [sys.executable, "-m", "xtuner2llava", "inspect", str(config), "--mapping"]
     done = subprocess.run(
-        [*command, str(mapping), "--json"], capture_output=True, text=True, check=True
+        [*command, str(mapping), "--vision-tower-name", "openai/clip", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout)["targets"][0]["exact_up_to"] == 8192
 
@@ -259,14 +264,15 @@ def test_a_tokenizer_that_is_code_is_told_before_the_training(
     config = json.loads((llm / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["my.My", None]}}
     (llm / "tokenizer_config.json").write_text(json.dumps(config))
-    outlook = foresee_training(path)
-    assert not outlook.is_good
-    assert "code of the model's repository" in str(outlook.faults[0])
+    outlook = inspect(path, vision_tower_name="openai/clip")
+    assert not outlook.is_possible
+    assert "code of the model's repository" in str(outlook.targets[0].faults[0])
 
 
 def test_the_command_line_says_it_in_words_and_as_data(written: Callable[..., Path]) -> None:
     path = written("phi3", hook="")
     command = [sys.executable, "-m", "xtuner2llava", "inspect", str(path)]
+    command += ["--vision-tower-name", "openai/clip"]
     words = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"\nllava: exact up to 2047 tokens, as {LLAMA}\n" in words
     assert "\nAdd to the config:\n  stop_words=['<|end|>'],  # in EvaluateChatHook\n" in words

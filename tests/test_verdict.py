@@ -145,7 +145,7 @@ def trained(tmp_path: Path, checkpoints: Path, kind: str, **change: Any) -> Trai
 
 
 def look(made: Trained) -> dict[str, Target]:
-    inspection: Inspection = inspect(made.checkpoint, llm=made.llm, vision=made.vision)
+    inspection: Inspection = inspect(made.checkpoint, **made.bases)
     return {target.format: target for target in inspection.targets}
 
 
@@ -291,6 +291,7 @@ def test_the_command_line_says_it_in_words_and_as_data(checkpoints: Path, tmp_pa
     made = trained(tmp_path, checkpoints, "phi3")
     command = [sys.executable, "-m", "xtuner2llava", "inspect", str(made.checkpoint)]
     command += ["--llm", str(made.llm), "--vision", str(made.vision)]
+    command += ["--vision-tower-name", "openai/clip"]
     run = {"capture_output": True, "text": True, "check": True}
     words = subprocess.run(command, **run).stdout
     assert "\nllava: exact up to 100 tokens, as LlavaLlamaForCausalLM\n" in words
@@ -307,7 +308,7 @@ def test_a_mapping_of_the_users_own_has_its_say(checkpoints: Path, tmp_path: Pat
         "schema: 1\nfamily: mine\nextends: llama\n"
         "caveats: [{say: It differs., exact_up_to: max_position_embeddings // 2}]\n"
     )
-    found = inspect(made.checkpoint, llm=made.llm, vision=made.vision, mapping=path)
+    found = inspect(made.checkpoint, mapping=path, **made.bases)
     for target in found.targets:
         assert target.verdict == Verdict("exact_if_right", 128, if_right="mine.yaml")
         assert str(target.verdict).startswith("exact up to 128 tokens if mine.yaml is right; its ")

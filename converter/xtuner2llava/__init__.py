@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xtuner2llava.api import convert, foresee_training, inspect, plan, push, verify
+    from xtuner2llava.api import convert, inspect, plan, push, verify
     from xtuner2llava.errors import (
         CheckpointError,
         ConversionError,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     )
     from xtuner2llava.hub import Pushed
     from xtuner2llava.inspection import Inspection
-    from xtuner2llava.outlook import Outlook
     from xtuner2llava.planning.plan import Plan
     from xtuner2llava.report import Report
     from xtuner2llava.verification import Check, Verification
@@ -46,7 +45,6 @@ __all__ = [
     "HubError",
     "Inspection",
     "MappingError",
-    "Outlook",
     "OutputError",
     "Plan",
     "PlanError",
@@ -58,7 +56,6 @@ __all__ = [
     "Verification",
     "VerificationError",
     "convert",
-    "foresee_training",
     "inspect",
     "plan",
     "push",
@@ -68,10 +65,9 @@ __all__ = [
 # Where each name is; a module is imported when one of its names is first asked for, so that the
 # command line answers at once.
 _MODULES = {
-    "api": ("convert", "foresee_training", "inspect", "plan", "push", "verify"),
+    "api": ("convert", "inspect", "plan", "push", "verify"),
     "hub": ("Pushed",),
     "inspection": ("Inspection",),
-    "outlook": ("Outlook",),
     "planning.plan": ("Plan",),
     "report": ("Report",),
     "verification": ("Check", "Verification"),

@@ -18,10 +18,10 @@ from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.options import (
     CheckedOptions,
     ConvertOptions,
+    InspectOptions,
     Options,
     PathOrText,
     PushOptions,
-    SourceOptions,
     VerifyOptions,
     check_argument,
     choices,
@@ -30,7 +30,6 @@ from xtuner2llava.options import (
 if TYPE_CHECKING:
     from xtuner2llava.hub import Pushed
     from xtuner2llava.inspection import Inspection
-    from xtuner2llava.outlook import Outlook
     from xtuner2llava.planning.plan import Plan
     from xtuner2llava.report import Report
     from xtuner2llava.verification import Verification
@@ -118,28 +117,17 @@ def plan(checkpoint: PathOrText, options: Options) -> Plan:
     return conversion.plan(checkpoint, options)
 
 
-@_Takes(SourceOptions)
-def inspect(checkpoint: PathOrText, options: SourceOptions) -> Inspection:
+@_Takes(InspectOptions)
+def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, and what it can become; reads headers only, downloads no weights.
 
-    Raises `ConversionError` for what is not a checkpoint of XTuner's LLaVA; what else keeps it from
-    becoming a format stands in the inspection's targets.
+    `checkpoint` may also be an XTuner config `.py`, before training: then what will come of it. It
+    is never run. Raises `ConversionError` for what is neither; what else keeps it from becoming a
+    format stands in the inspection's targets.
     """
     from xtuner2llava import conversion
 
     return conversion.inspect(checkpoint, options)
-
-
-@_Takes(SourceOptions)
-def foresee_training(config: PathOrText, options: SourceOptions) -> Outlook:
-    """What will come of a training with the XTuner config file `config`, which is never run.
-
-    Raises `ConversionError` if it is not a config of XTuner; all else that will be in the way
-    stands in the outlook.
-    """
-    from xtuner2llava import conversion
-
-    return conversion.foresee_training(config, options)
 
 
 @_Takes(VerifyOptions)

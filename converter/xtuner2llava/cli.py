@@ -27,6 +27,7 @@ from xtuner2llava.options import (
     SPEED,
     TALK,
     ConvertOptions,
+    InspectOptions,
     OnProgress,
     Options,
     PushOptions,
@@ -320,7 +321,7 @@ def _show_plan(checkpoint: str, as_json: bool, options: Options) -> None:
 
 @main.command(cls=flags.GroupedCommand)
 @_argument("checkpoint")
-@flags.takes(SourceOptions)
+@flags.takes(InspectOptions)
 @_talk
 def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what CHECKPOINT is, and what it can become.
@@ -332,10 +333,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
     Also takes an XTuner config .py, before training: what will come of it.
     """
-    options = flags.collect(SourceOptions, given)
-    if checkpoint.endswith(".py"):
-        _show_outlook(checkpoint, as_json, options)
-        return
+    options = flags.collect(InspectOptions, given)
     from xtuner2llava.conversion import inspect as look
 
     found = look(checkpoint, options)
@@ -345,19 +343,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
         from xtuner2llava.rendering import render_inspection
 
         _say(render_inspection(found, checkpoint))
-
-
-def _show_outlook(config: str, as_json: bool, options: SourceOptions) -> None:
-    from xtuner2llava.conversion import foresee_training
-
-    outlook = foresee_training(config, options)
-    if as_json:
-        _print_json(outlook.to_dict())
-    else:
-        from xtuner2llava.rendering import render_outlook
-
-        _say(render_outlook(outlook))
-    if not outlook.is_good:
+    if not found.is_possible:
         click.get_current_context().exit(1)
 
 

@@ -22,11 +22,11 @@ from xtuner2llava.model_card import CARD_NAME, Template, model_card
 from xtuner2llava.next_steps import next_steps
 from xtuner2llava.options import (
     ConvertOptions,
+    InspectOptions,
     OnProgress,
     Options,
     PathOrText,
     PushOptions,
-    SourceOptions,
     parse_size,
 )
 from xtuner2llava.planning import make_plan
@@ -34,7 +34,7 @@ from xtuner2llava.planning.plan import Plan
 from xtuner2llava.provenance import plan_identity, provenance
 from xtuner2llava.report import Report
 from xtuner2llava.small_files import small_files, xtuner_config_file
-from xtuner2llava.sources import Checkpoint, open_checkpoint
+from xtuner2llava.sources import Checkpoint, open_checkpoint, open_training
 from xtuner2llava.ties import first_difference
 from xtuner2llava.version import version
 from xtuner2llava.writing import OutputFolder, write_shards
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     # Imported where they are used: most conversions start sooner without them.
     from xtuner2llava.hub import Destination, Pushed, Upload
     from xtuner2llava.inspection import Inspection
-    from xtuner2llava.outlook import Outlook
 
 
 def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) -> Report:
@@ -154,18 +153,13 @@ def plan(checkpoint: PathOrText, options: Options) -> Plan:
     return make_plan(open_checkpoint(checkpoint, options, stream_base=options.stream_base), options)
 
 
-def inspect(checkpoint: PathOrText, options: SourceOptions) -> Inspection:
+def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, see `api.inspect`."""
     from xtuner2llava.inspection import inspect_checkpoint
 
+    if Path(checkpoint).suffix == ".py":
+        return inspect_checkpoint(open_training(checkpoint, options), options)
     return inspect_checkpoint(open_checkpoint(checkpoint, options, base_weights=False), options)
-
-
-def foresee_training(config: PathOrText, options: SourceOptions) -> Outlook:
-    """What will come of a training, see `api.foresee_training`."""
-    from xtuner2llava.outlook import foresee
-
-    return foresee(Path(config), options)
 
 
 def _check_ties(planned: Plan) -> None:

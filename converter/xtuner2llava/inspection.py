@@ -1,24 +1,22 @@
-"""What an input is, as data: `xtuner2llava inspect`."""
+"""What an input is, a checkpoint or a config before training, as data: `xtuner2llava inspect`."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from xtuner2llava.errors import ConversionError, Fault
-from xtuner2llava.llava.projector import depth_of
+from xtuner2llava.errors import ConversionError
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
-from xtuner2llava.llm_config import trained_llm_config
-from xtuner2llava.mapping import Catalogue, Family
-from xtuner2llava.options import SourceOptions
-from xtuner2llava.planning import make_plan
-from xtuner2llava.planning.language_model import choose_family
+from xtuner2llava.mapping import Catalogue
+from xtuner2llava.options import InspectOptions
+from xtuner2llava.planning import Assessment, assess
 from xtuner2llava.sources import Checkpoint, Part
-from xtuner2llava.sources.json_file import Json
-from xtuner2llava.target import Target, prospect
-from xtuner2llava.verdict import Verdict
+from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.target import Target
+from xtuner2llava.token_advice import Advice, token_advice
 
 _ANY_NAME = "openai/any"
 
@@ -38,15 +36,27 @@ class PartSummary:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found; nothing but headers and small files was read."""
+    """What was found; nothing but headers and small files was read.
+
+    Of a config before training, `advice` are sentences for the user, and `lines` what should be
+    added to the config.
+    """
 
     layout: str
     iteration: int | None
     parts: Mapping[str, PartSummary]
     llm_architectures: tuple[str, ...]
+    family: str | None
     recipe: Mapping[str, Json]
     targets: tuple[Target, ...]
     notes: tuple[str, ...]
+    advice: tuple[str, ...]
+    lines: tuple[str, ...]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether at least one format is."""
+        return any(target.is_possible for target in self.targets)
 
     def to_dict(self) -> dict[str, Json]:
         """The same as JSON."""
@@ -66,18 +76,23 @@ class Inspection:
                 for name, part in self.parts.items()
             },
             "llm_architectures": list(self.llm_architectures),
+            "family": self.family,
             "xtuner_config": dict(self.recipe),
             "targets": [target.to_dict() for target in self.targets],
             "notes": list(self.notes),
+            "advice": list(self.advice),
+            "lines": list(self.lines),
         }
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, options: SourceOptions) -> Inspection:
-    """What `checkpoint` is, and what it can become with the base models that are at hand."""
-    contents = checkpoint.contents
-    config = checkpoint.llm.config
-    targets = [_target(checkpoint, options, name) for name in Catalogue.shipped().formats]
-    recipe = checkpoint.recipe
+def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspection:
+    """What `checkpoint` is, and what it can become with the base models that are here."""
+    contents, config, recipe = checkpoint.contents, checkpoint.llm.config, checkpoint.recipe
+    formats = Catalogue.shipped().formats
+    found = {name: assess(checkpoint, options.with_format(name)) for name in formats}
+    targets = {name: _target(checkpoint, options, one) for name, one in found.items()}
+    any_found = next(iter(found.values()))
+    advice = tuple(_advice(checkpoint, any_found)) if checkpoint.before_training else ()
     return Inspection(
         layout=contents.layout,
         iteration=contents.iteration,
@@ -87,63 +102,53 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: SourceOptions) -> Inspec
             "projector": _summary(checkpoint.projector),
         },
         llm_architectures=config.architectures if config else (),
+        family=any_found.family.name if any_found.family is not None else None,
         recipe={used.name: used.value for used in recipe.used} if recipe else {},
-        targets=tuple(targets),
+        targets=tuple(targets.values()),
         notes=tuple(note for note in checkpoint.notes if note not in checkpoint.inexact),
+        advice=tuple(one.sentence for one in advice),
+        lines=tuple(one.line for one in advice if one.line is not None),
     )
 
 
-def _target(checkpoint: Checkpoint, options: SourceOptions, format_name: str) -> Target:
-    """What becomes of `checkpoint` in a format.
+def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) -> Target:
+    """What becomes of `checkpoint` in a format, by its assessment.
 
-    That the tower has no name yet makes nothing impossible: the user gives one to convert.
+    Where only the tower's name is at fault, the rest is judged as if the user had given one.
     """
-    unnamed: tuple[str, ...] = ()
-    try:
-        try:
-            plan = make_plan(checkpoint, options.with_format(format_name))
-        except ConversionError as error:
-            lacking = [fault for fault in error.faults if fault.where == VISION_TOWER_KEY]
-            if not lacking or options.vision_tower_name is not None:
-                raise
-            unnamed = tuple(f"{fault.what}: {fault.advice}" for fault in lacking)
-            named = replace(options, vision_tower_name=_ANY_NAME)
-            plan = make_plan(checkpoint, named.with_format(format_name))
-    except ConversionError as error:
-        pending = tuple(fault for fault in error.faults if fault in checkpoint.pending)
-        if len(pending) == len(error.faults):
-            return _without_weights(checkpoint, options, format_name)
-        faults = tuple(fault for fault in error.faults if fault not in pending) or error.faults
-        return Target(format_name, None, Verdict.of(faults=faults), (), faults)
-    notes = (note for note in plan.notes if note not in checkpoint.notes)
-    caveats = (*checkpoint.inexact, *notes, *unnamed)
-    return Target(format_name, plan.architecture, plan.verdict, caveats, ())
+    if not found.faults:
+        unseen = (f"By the configs alone: {f.where}: {f.what}" for f in found.pending)
+        notes = (note for note in found.notes if note not in checkpoint.notes)
+        caveats = (*checkpoint.inexact, *notes, *unseen)
+        return Target(found.format, found.architecture, found.verdict, caveats, ())
+    if options.vision_tower_name is None and {f.where for f in found.faults} == {VISION_TOWER_KEY}:
+        named = replace(options, vision_tower_name=_ANY_NAME)
+        other = _target(checkpoint, named, assess(checkpoint, named.with_format(found.format)))
+        if other.is_possible:
+            return replace(
+                other,
+                verdict=found.verdict,
+                faults=found.faults,
+                needs="--vision-tower-name",
+                otherwise=other.verdict,
+            )
+    return Target(found.format, None, found.verdict, (), found.faults)
 
 
-def _without_weights(checkpoint: Checkpoint, options: SourceOptions, format_name: str) -> Target:
-    """What the configs alone say, while weights of a base model are still on the Hub."""
-    catalogue, llm = Catalogue.shipped(), checkpoint.llm.config
-    family: Family | None = None
-    config: dict[str, Json] | None = None
-    faults: tuple[Fault, ...] = ()
-    try:
-        config = trained_llm_config(llm, checkpoint.recipe) if llm is not None else None
-        names = checkpoint.llm.tensors.keys() or None
-        family = choose_family(catalogue, options.mapping, config or {}, names)
-    except ConversionError as error:
-        faults = error.faults
-    found = prospect(
-        catalogue.formats[format_name],
-        family,
-        config,
-        depth=depth_of(checkpoint.projector.tensors),
-        inexact=checkpoint.inexact,
-        faults=faults,
-    )
-    if not found.is_possible:
-        return found
-    unseen = (f"By the configs alone: {f.where}: {f.what}" for f in checkpoint.pending)
-    return replace(found, caveats=(*found.caveats, *unseen))
+def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
+    """What to change in a config before it trains."""
+    recipe, family, config = checkpoint.recipe, found.family, found.llm_config
+    if recipe is None:
+        return
+    yield from (Advice(note) for note in recipe.notes)
+    folder, base, tokenizer = checkpoint.llm.folder, found.base_tokenizer, found.tokenizer
+    if family and config and base and tokenizer and folder:
+        path = folder / "generation_config.json"
+        generation: dict[str, Json] = {}
+        with suppress(ConversionError):
+            generation = read_json(path) if path.is_file() else {}
+        stop_words = Catalogue.shipped().stop_words
+        yield from token_advice(recipe, family, base, tokenizer, config, generation, stop_words)
 
 
 def _summary(part: Part) -> PartSummary:

@@ -128,22 +128,27 @@ class SourceOptions(CheckedOptions):
         """The LoRA alpha that was given for the "llm" or the "visual_encoder"."""
         return self.lora_alpha if part == "llm" else self.vision_lora_alpha
 
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(SourceOptions):
+    """What decides the output of any format."""
+
+    model_type: ModelType = option("official", OUTPUT, "llava: for servers that know no other.")
+
     def with_format(self, name: str) -> "Options":
         """The options of `plan` and `convert` for a format, with these choices."""
-        shared: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(SourceOptions)}
-        if isinstance(self, Options):
-            shared = {f.name: getattr(self, f.name) for f in fields(Options)}
+        kind = Options if isinstance(self, Options) else InspectOptions
+        shared: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(kind)}
         return Options(**{**shared, "format": name})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SourceOptions):
+class Options(InspectOptions):
     """What decides the output; how it is written is not among it."""
 
     format: Format = option(
         "llava", OUTPUT, "llava: official LLaVA; hf: LlavaForConditionalGeneration."
     )
-    model_type: ModelType = option("official", OUTPUT, "llava: for servers that know no other.")
     max_shard_size: str = option(
         "5GB", OUTPUT, "Most bytes of tensors in a file, as the Hub counts them.", metavar="SIZE",
         size=True,

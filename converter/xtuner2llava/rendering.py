@@ -8,7 +8,6 @@ from pathlib import Path
 from xtuner2llava.hub.destination import Pushed
 from xtuner2llava.inspection import Inspection
 from xtuner2llava.mapping import fold
-from xtuner2llava.outlook import Outlook
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.report import Report
 from xtuner2llava.target import Target
@@ -97,21 +96,13 @@ def render_inspection(inspection: Inspection, name: str) -> str:
         table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype", "base model")),
         "",
     ]
+    if inspection.family is not None:
+        text += [f"family {inspection.family}", ""]
     text += _targets(inspection.targets)
     text += _notes(inspection.notes)
-    return "\n".join(text)
-
-
-def render_outlook(outlook: Outlook) -> str:
-    """What will come of a training, and what to change before it starts."""
-    text = [f"{outlook.path}: LLM {outlook.llm}, vision tower {outlook.vision}"]
-    if outlook.family is not None:
-        text.append(f"family {outlook.family}")
-    text.append("")
-    text += _targets(outlook.prospects)
-    text += _notes(outlook.advice)
-    if outlook.lines:
-        text += ["", "Add to the config:", *(f"  {line}" for line in outlook.lines)]
+    text += _notes(inspection.advice)
+    if inspection.lines:
+        text += ["", "Add to the config:", *(f"  {line}" for line in inspection.lines)]
     return "\n".join(text)
 
 
@@ -156,8 +147,7 @@ def tree(folder: Path) -> str:
 
 def _targets(targets: Iterable[Target]) -> Iterable[str]:
     for target in targets:
-        become = f", as {target.architecture}" if target.is_possible else ""
-        yield f"{target.format}: {target.verdict}{become}"
+        yield f"{target.format}: {target}"
         remarks = (*target.caveats, *(_indented(str(fault)) for fault in target.faults))
         yield from (f"  - {remark}" for remark in remarks)
 

@@ -20,12 +20,12 @@ from fuzz_targets import models, mutation
 from fuzz_targets.inputs import dump, load, write_folder, zip_bytes
 from xtuner2llava import convert, inspect, plan
 from xtuner2llava.errors import ConversionError
+from xtuner2llava.inspection import inspect_checkpoint
 from xtuner2llava.mapping import Catalogue, check_file
-from xtuner2llava.options import SourceOptions
-from xtuner2llava.outlook import foresee
+from xtuner2llava.options import InspectOptions, SourceOptions
 from xtuner2llava.recipe import Recipe
-from xtuner2llava.rendering import render_inspection, render_outlook, render_plan
-from xtuner2llava.sources import open_checkpoint
+from xtuner2llava.rendering import render_inspection, render_plan
+from xtuner2llava.sources import open_checkpoint, open_training
 from xtuner2llava.sources.adapter import LoraSettings
 from xtuner2llava.sources.json_file import parse_json
 from xtuner2llava.sources.model_config import in_437_vocabulary, read_model_config
@@ -266,7 +266,7 @@ def _recipe(data: bytes, folder: Path) -> None:
     try:
         recipe = Recipe.from_file(path)
     except ConversionError:
-        render_outlook(foresee(path, SourceOptions()))
+        open_training(path)
         raise
     for name in dir(type(recipe)):
         if not name.startswith("_") and isinstance(getattr(type(recipe), name), property):
@@ -274,9 +274,9 @@ def _recipe(data: bytes, folder: Path) -> None:
                 getattr(recipe, name)
             except ConversionError:
                 continue
-    outlook = foresee(path, SourceOptions())
-    _printed(render_outlook(outlook))
-    _printed(json.dumps(outlook.to_dict(), ensure_ascii=False))
+    found = inspect_checkpoint(open_training(path), InspectOptions())
+    _printed(render_inspection(found, path.name))
+    _printed(json.dumps(found.to_dict(), ensure_ascii=False))
 
 
 def _recipe_seeds() -> Iterator[bytes]:

@@ -4,6 +4,6 @@ Every tensor of the checkpoint is used once or dropped with a reason, every tens
 class is made once with its shape, and everything that is wrong is said at once.
 """
 
-from xtuner2llava.planning.planner import make_plan
+from xtuner2llava.planning.planner import Assessment, assess, make_plan
 
-__all__ = ["make_plan"]
+__all__ = ["Assessment", "assess", "make_plan"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
 from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
 from xtuner2llava.llava.generation import TokenIds, generation_config
 from xtuner2llava.llava.projector import depth_of
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llava.vision_tower_name import vision_tower_name
 from xtuner2llava.llm_config import trained_llm_config
-from xtuner2llava.mapping import Catalogue, Limit, PlainClass
+from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit, PlainClass
 from xtuner2llava.options import Options, parse_size
 from xtuner2llava.planning.chat import with_trained_bos, with_trained_chat
 from xtuner2llava.planning.configuration import config_json
@@ -23,7 +25,7 @@ from xtuner2llava.planning.language_model import (
     plain_language_model,
 )
 from xtuner2llava.planning.placement import in_dtype, place
-from xtuner2llava.planning.plan import MappingInUse, Plan
+from xtuner2llava.planning.plan import Chat, MappingInUse, Plan
 from xtuner2llava.planning.precision import config_dtype, dtype_to_write
 from xtuner2llava.planning.processor import (
     PREPROCESSOR,
@@ -54,55 +56,135 @@ from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import plan_shards
 
 
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What becomes of a checkpoint with some options, as far as it can be known.
+
+    `faults` keep it from being converted. Without faults there is a plan, unless tensors are not
+    known yet: weights that were not downloaded, or a training that has not begun; `pending` says
+    which. What was found on the way is there even if something else is at fault.
+    """
+
+    format: str
+    architecture: str | None
+    verdict: Verdict
+    faults: tuple[Fault, ...]
+    pending: tuple[Fault, ...]
+    notes: tuple[str, ...]
+    family: Family | None
+    llm_config: Mapping[str, Json] | None
+    base_tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None
+    plan: Plan | None
+
+
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact."""
-    planner = _Planner(checkpoint, options)
-    return planner.plan(planner.parts())
+    found = assess(checkpoint, options)
+    raise_faults(PlanError, [*found.faults, *found.pending])
+    assert found.plan is not None  # noqa: S101
+    return found.plan
+
+
+def assess(checkpoint: Checkpoint, options: Options) -> Assessment:
+    """What becomes of `checkpoint`: the one judgement that all commands go by."""
+    return _Planner(checkpoint, options).assessment()
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What was found without faults; everything else follows from it."""
+    """What was found; everything else follows from it. None where it is at fault or not known."""
 
-    llm: LanguageModel
-    llm_config: Mapping[str, Json]
+    family: Family | None
+    llm_config: Mapping[str, Json] | None
+    values: Mapping[str, object] | None
     limits: tuple[Limit, ...]
-    tokenizer: Tokenizer
-    tower: Mapping[str, object]
+    llm: LanguageModel | None
+    base_tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None
+    tower: Mapping[str, object] | None
     tower_name: str | None
-    images: ImageProcessor
-    writes_tower: bool
+    images: ImageProcessor | None
+    writes_tower: bool | None
+    layer: int | None
+    depth: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What a plan has besides the tensors that it writes."""
+
+    values: Mapping[str, object]
+    llm_tensors: Mapping[str, LazyTensor]
+    dtype: str
+    ids: TokenIds
+    chat: Chat
+    generation_config: Mapping[str, Json]
+    environment: Mapping[str, object]
+    format_keys: Mapping[str, object]
+    files: tuple[Path, ...]
+    made_files: Mapping[str, MadeFile]
 
 
 class _Planner:
-    """The stages of `make_plan`, with what they share."""
+    """The stages of `assess`, with what they share."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self._checkpoint, self._options = checkpoint, options
         self._recipe = checkpoint.recipe
         self._catalogue = Catalogue.shipped()
         self._format = self._catalogue.formats[options.format]
-        self._found = Findings(checkpoint.faults, checkpoint.notes)
+        faults = [fault for fault in checkpoint.faults if fault not in checkpoint.pending]
+        self._found = Findings(faults, checkpoint.notes)
 
-    def parts(self) -> _Parts:
+    def assessment(self) -> Assessment:
+        """The judgement, with the plan where everything is known."""
+        checkpoint, found = self._checkpoint, self._found
+        plan: Plan | None = None
+        parts = self._parts()
+        try:
+            found.stop()
+            prepared = self._prepare(parts)
+            found.stop()
+            if not checkpoint.pending and not checkpoint.before_training:
+                plan = self._plan(parts, prepared)
+                found.stop()
+        except ConversionError as error:
+            found.faults[:] = error.faults
+        faults = tuple(dict.fromkeys(found.faults))
+        family = parts.family
+        return Assessment(
+            format=self._format.name,
+            architecture=None if faults or family is None else self._class_of(family).architecture,
+            verdict=Verdict.of(parts.limits, inexact=checkpoint.inexact, faults=faults),
+            faults=faults,
+            pending=checkpoint.pending,
+            notes=found.notes,
+            family=family,
+            llm_config=parts.llm_config,
+            base_tokenizer=parts.base_tokenizer,
+            tokenizer=parts.tokenizer,
+            plan=None if faults else plan,
+        )
+
+    def _parts(self) -> _Parts:
         """Reads and checks each part, whether or not another is at fault."""
         checkpoint, options, found = self._checkpoint, self._options, self._found
         llm, attempt = checkpoint.llm, self._found.attempt
         config = attempt(
             lambda: trained_llm_config(llm.config, self._recipe) if llm.config else None
         )
-        names = llm.tensors.keys()
-        family = (
-            attempt(lambda: choose_family(self._catalogue, options.mapping, config or {}, names))
-            if llm.tensors and llm.config
-            else None
+        names = llm.tensors.keys() or None
+        family = attempt(
+            lambda: (
+                choose_family(self._catalogue, options.mapping, config, names) if config else None
+            )
         )
+        base_tokenizer = attempt(lambda: read_tokenizer(llm.folder) if llm.folder else None)
         tokenizer = attempt(
             lambda: (
-                tokenizer_to_write(
-                    read_tokenizer(llm.folder), family, self._recipe, options.bos_token, found
-                )
-                if llm.folder and family
+                tokenizer_to_write(base_tokenizer, family, self._recipe, options.bos_token, found)
+                if base_tokenizer and family
                 else None
             )
         )
@@ -115,31 +197,48 @@ class _Planner:
         model = attempt(
             lambda: (
                 plain_language_model(family, config, values, llm.tensors, found)
-                if family and config and values
+                if family and config and values and llm.tensors
                 else None
             )
         )
         tower = attempt(lambda: check_tower(checkpoint, self._tower_class))
-        attempt(lambda: check_projector_of(checkpoint, values))
+        if not checkpoint.before_training:
+            attempt(lambda: check_projector_of(checkpoint, values))
         writes = attempt(lambda: writes_tower(checkpoint, options))
-        if model is not None and tokenizer is not None:
-            found.faults.extend(vocabulary_faults(tokenizer, model.rows))
-        found.stop()
-        # Without faults, all of these are there; mypy is told so.
-        assert config and tokenizer and model and tower  # noqa: S101
-        assert images is not None and writes is not None  # noqa: S101
-        return _Parts(model, config, tuple(limits), tokenizer, tower, tower_name, images, writes)
+        rows = model.rows if model is not None else (values or {}).get("vocab_size")
+        if isinstance(rows, int) and tokenizer is not None:
+            found.faults.extend(vocabulary_faults(tokenizer, rows))
+        recipe = self._recipe
+        layer = attempt(lambda: -2 if recipe is None else recipe.visual_select_layer)
+        depth = attempt(self._depth)
+        return _Parts(
+            family,
+            config,
+            values,
+            tuple(limits),
+            model,
+            base_tokenizer,
+            tokenizer,
+            tower,
+            tower_name,
+            images,
+            writes,
+            layer,
+            depth,
+        )
 
-    def plan(self, parts: _Parts) -> Plan:
-        """The whole plan."""
-        checkpoint, format_, found = self._checkpoint, self._format, self._found
-        model, becomes = parts.llm, parts.llm.family.becomes
+    def _prepare(self, parts: _Parts) -> _Prepared:
+        """All that follows from parts without faults, and needs no tensors."""
+        format_, found, recipe = self._format, self._found, self._recipe
+        # Without faults, all of these are there; mypy is told so.
+        assert parts.family and parts.llm_config and parts.values and parts.tokenizer  # noqa: S101
+        assert parts.tower and parts.images and parts.layer is not None  # noqa: S101
         base_generation = self._base_generation()
         ids, chat = generation_tokens(
             self._catalogue,
-            model.family,
+            parts.family,
             parts.tokenizer,
-            self._recipe,
+            recipe,
             self._options.bos_token,
             base_generation,
             parts.llm_config,
@@ -148,60 +247,78 @@ class _Planner:
         tokenizer, tokens = with_format_tokens(parts.tokenizer, format_.tokens)
         if "pad" in tokens:
             ids = TokenIds(ids.bos, ids.eos, tokens["pad"])
-        values, llm_tensors = self._grown(model, tokenizer, tokens)
-        dtype = dtype_to_write(self._options.dtype, parts.llm_config, model.tensors.values(), found)
-        depth = depth_of(checkpoint.projector.tensors)
+        model = parts.llm
+        values, tensors = dict(parts.values), dict[str, LazyTensor]()
+        if model is not None:
+            values, grown = self._grown(model, tokenizer, tokens)
+            tensors = dict(grown)
+        dtype = dtype_to_write(
+            self._options.dtype,
+            parts.llm_config,
+            model.tensors.values() if model is not None else (),
+            found,
+        )
         environment = {
             **values,
-            "vision": {**tower_values(checkpoint), "name": parts.tower_name},
-            "xtuner": self._recipe_values(),
-            "projector": {"depth": depth},
-            "projector_type": f"mlp{depth}x_gelu",
+            "vision": {**tower_values(self._checkpoint), "name": parts.tower_name},
+            "xtuner": self._recipe_values(parts.layer),
+            "projector": {"depth": parts.depth},
+            "projector_type": f"mlp{parts.depth}x_gelu",
             "tokens": tokens,
             "writes": {"visual_encoder": parts.writes_tower},
         }
-        components = {LLM: llm_tensors}
-        if parts.writes_tower:
-            components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
-        else:
+        if not parts.writes_tower:
             found.note(
                 "The vision tower is not written: LLaVA takes it from mm_vision_tower; "
                 "LLaVA-NeXT computes NaN unless it is told to delay loading it."
             )
-        components[PROJECTOR] = dict(sorted(checkpoint.projector.tensors.items()))
-        format_keys = found.attempt(lambda: format_.config(environment)) or {}
-        found.stop()
-        placed, dropped = place(components, {LLM: model.origins}, format_, environment, found)
-        found.stop()
-        tensors = in_dtype(placed, dtype)
+        format_keys = format_.config(environment)
         generation, notes = generation_config(base_generation, ids)
         found.note(*notes)
-        config = config_json(
-            format_,
-            becomes,
-            values,
-            format_keys,
-            self._tower_class,
-            parts.tower,
-            model_type=None if self._options.model_type == "official" else self._options.model_type,
-            dtype=config_dtype(dtype, model.tensors.values()),
-            ids=ids,
-        )
-        if format_.processor is None:
-            tokenizer = with_trained_bos(tokenizer, self._recipe, found)
-        # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
-        if format_.processor is not None or self._options.model_type == "llava":
-            tokenizer = with_trained_chat(
-                tokenizer,
-                chat.prompt,
-                self._recipe,
-                found,
-                with_processor=format_.processor is not None,
-            )
+        tokenizer = self._as_trained(tokenizer, chat)
         tokenizer, made = self._files(parts, tokenizer, tokens, format_keys)
         copied = [tokenizer.folder / name for name in tokenizer.copied]
         if PREPROCESSOR not in made and parts.images.path is not None:
             copied.append(parts.images.path)
+        return _Prepared(
+            values,
+            tensors,
+            dtype,
+            ids,
+            chat,
+            generation,
+            environment,
+            format_keys,
+            tuple(copied),
+            made,
+        )
+
+    def _plan(self, parts: _Parts, prepared: _Prepared) -> Plan:
+        """The whole plan."""
+        checkpoint, format_, found = self._checkpoint, self._format, self._found
+        model = parts.llm
+        assert model is not None and parts.tower is not None  # noqa: S101
+        becomes = model.family.becomes
+        components: dict[str, Mapping[str, LazyTensor]] = {LLM: prepared.llm_tensors}
+        if parts.writes_tower:
+            components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
+        components[PROJECTOR] = dict(sorted(checkpoint.projector.tensors.items()))
+        placed, dropped = place(
+            components, {LLM: model.origins}, format_, prepared.environment, found
+        )
+        found.stop()
+        tensors = in_dtype(placed, prepared.dtype)
+        config = config_json(
+            format_,
+            becomes,
+            prepared.values,
+            prepared.format_keys,
+            self._tower_class,
+            parts.tower,
+            model_type=None if self._options.model_type == "official" else self._options.model_type,
+            dtype=config_dtype(prepared.dtype, model.tensors.values()),
+            ids=prepared.ids,
+        )
         return Plan(
             checkpoint=checkpoint,
             mapping=MappingInUse(
@@ -210,24 +327,33 @@ class _Planner:
                 format_.name,
                 (*model.family.files, *format_.files),
             ),
-            dtype=dtype,
+            dtype=prepared.dtype,
             tensors=tensors,
             ties=model.ties,
             dropped=(*((LLM, d) for d in model.dropped), *dropped),
             config=config,
-            generation_config=generation,
-            token_ids=ids,
-            chat=chat,
-            files=tuple(copied),
-            made_files=made,
+            generation_config=prepared.generation_config,
+            token_ids=prepared.ids,
+            chat=prepared.chat,
+            files=prepared.files,
+            made_files=prepared.made_files,
             processor=format_.processor,
             shards=plan_shards(
                 {p.name: p.tensor for p in tensors}, parse_size(self._options.max_shard_size)
             ),
-            folder_name=format_.classes[becomes.name].folder_name,
+            folder_name=self._class_of(model.family).folder_name,
             verdict=Verdict.of(parts.limits, inexact=checkpoint.inexact),
             notes=found.notes,
         )
+
+    def _depth(self) -> int:
+        """The number of the projector's layers; before training, what the config says."""
+        if self._checkpoint.before_training and self._recipe is not None:
+            return self._recipe.projector_depth
+        return depth_of(self._checkpoint.projector.tensors)
+
+    def _class_of(self, family: Family) -> FormatClass:
+        return self._format.classes[family.becomes.name]
 
     @property
     def _tower_class(self) -> PlainClass:
@@ -253,7 +379,7 @@ class _Planner:
         self._found.note(named.note)
         return named.name
 
-    def _recipe_values(self) -> dict[str, object]:
+    def _recipe_values(self, layer: int) -> dict[str, object]:
         """What the format reads as `xtuner.*`."""
         recipe = self._recipe
         if recipe is None:
@@ -261,10 +387,10 @@ class _Planner:
                 "No XTuner config is recorded: mm_vision_select_layer is LLaVAModel's default -2, "
                 "and images are padded, as XTuner's export assumes. Give --xtuner-config if not."
             )
-            return {"visual_select_layer": -2, "image_aspect_ratio": "pad"}
+            return {"visual_select_layer": layer, "image_aspect_ratio": "pad"}
         self._found.note(*recipe.notes)
         return {
-            "visual_select_layer": recipe.visual_select_layer,
+            "visual_select_layer": layer,
             # What LLaVA calls the plain resize and crop.
             "image_aspect_ratio": recipe.image_aspect_ratio or "square",
         }
@@ -289,6 +415,18 @@ class _Planner:
         )
         return {**model.values, "vocab_size": rows}, with_rows(model.tensors, names, rows)
 
+    def _as_trained(self, tokenizer: Tokenizer, chat: Chat) -> Tokenizer:
+        """The tokenizer with the bos and the chat template of the training, where they are read."""
+        with_processor = self._format.processor is not None
+        if not with_processor:
+            tokenizer = with_trained_bos(tokenizer, self._recipe, self._found)
+        # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
+        if with_processor or self._options.model_type == "llava":
+            tokenizer = with_trained_chat(
+                tokenizer, chat.prompt, self._recipe, self._found, with_processor=with_processor
+            )
+        return tokenizer
+
     def _files(
         self,
         parts: _Parts,
@@ -298,6 +436,7 @@ class _Planner:
     ) -> tuple[Tokenizer, dict[str, MadeFile]]:
         """The tokenizer as it is written, and all files that are made."""
         processor, image = self._format.processor, tokens.get("image")
+        assert parts.images and parts.tower  # noqa: S101
         if processor is None or image is None:
             return tokenizer, {**tokenizer.made, **parts.images.made}
         # The processor pads prompts of a batch, and an answer follows on a prompt's last token.

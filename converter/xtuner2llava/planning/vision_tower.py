@@ -30,12 +30,14 @@ def writes_tower(checkpoint: Checkpoint, options: Options) -> bool:
 def check_tower(checkpoint: Checkpoint, plain: PlainClass) -> dict[str, object] | None:
     """The tower's complete config, if there is one. Raises `MappingError` if it is not `plain`."""
     tower = checkpoint.visual_encoder
-    if tower.config is None or not tower.tensors:
+    if tower.config is None:
         return None
     values, faults = plain.complete(dict(tower.config.values))
     # Older checkpoints carry this buffer; the format drops it.
     shapes = {n: t.shape for n, t in tower.tensors.items() if not n.endswith("position_ids")}
-    raise_faults(MappingError, faults or check_against_class(plain, values, shapes))
+    if shapes and not faults:
+        faults = check_against_class(plain, values, shapes)
+    raise_faults(MappingError, faults)
     return values
 
 

@@ -2,7 +2,7 @@
 
 from xtuner2llava.sources.checkpoint import Checkpoint, Part
 from xtuner2llava.sources.model_config import ModelConfig
-from xtuner2llava.sources.opening import open_checkpoint
+from xtuner2llava.sources.opening import open_checkpoint, open_training
 from xtuner2llava.sources.weights import Fingerprint
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "ModelConfig",
     "Part",
     "open_checkpoint",
+    "open_training",
 ]

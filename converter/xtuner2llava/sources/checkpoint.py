@@ -57,9 +57,10 @@ class Checkpoint:
     """The trained model as lazy tensors.
 
     `faults` are what must be mended before it can be converted, such as a base model that is not
-    there; those that are `pending` too a conversion mends by a download. `base_files` fingerprints
-    what came from base models. `inexact`, which `notes` have too, are reasons why these weights are
-    not quite those that were trained.
+    there; those that are `pending` too are only weights that are not here yet. `before_training`
+    says that this is a config and its base models, of which training will make one. `base_files`
+    fingerprints what came from base models. `inexact`, which `notes` have too, are reasons why
+    these weights are not quite those that were trained.
     """
 
     contents: Contents
@@ -72,6 +73,7 @@ class Checkpoint:
     faults: tuple[Fault, ...]
     inexact: tuple[str, ...] = ()
     pending: tuple[Fault, ...] = ()
+    before_training: bool = False
 
 
 # Opens the artefact that a run started from, if it is here; None if it is not.
@@ -86,16 +88,20 @@ def gather(
     *,
     stream_base: bool = False,
     base_weights: bool = True,
+    before_training: bool = False,
 ) -> Checkpoint:
     """The model that `contents` and the base models make together; headers only are read.
 
     A part's config and tokenizer come from the folder that the user gave, else from the artefact's
     own, else from the base model that the XTuner config names. `stream_base` and `base_weights` are
-    those of `open_checkpoint`.
+    those of `open_checkpoint`; `before_training`, weights need not be there at all.
     """
-    work = _Gathering(contents, recipe, options, open_pretrained, stream_base, base_weights)
+    work = _Gathering(
+        contents, recipe, options, open_pretrained, stream_base, base_weights, before_training
+    )
     llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
-    projector = Part(contents.weights[PROJECTOR], "trained", trained=True)
+    origin = "not trained yet" if before_training else "trained"
+    projector = Part(contents.weights.get(PROJECTOR, {}), origin, trained=True)
     inexact = work.inexact()
     work.check_model()
     return Checkpoint(
@@ -109,6 +115,7 @@ def gather(
         tuple(dict.fromkeys(work.faults)),
         inexact,
         tuple(work.pending),
+        before_training,
     )
 
 
@@ -127,9 +134,11 @@ class _Gathering:
         open_pretrained: OpenPretrained,
         stream_base: bool,
         base_weights: bool,
+        before_training: bool,
     ) -> None:
         self._contents, self._recipe, self._options = contents, recipe, options
         self._stream, self._base_weights = stream_base, base_weights
+        self._before_training = before_training
         self._open_pretrained = open_pretrained
         self.base_files: list[Fingerprint] = []
         self.notes: list[str] = []
@@ -179,6 +188,7 @@ class _Gathering:
             merged = merge(full, adapter, where)
             self._note_own_base(part, full, adapter, home, recorded)
             return replace(result, tensors=merged, origin=f"{what} on the checkpoint's own weights")
+        will_be_trained = self._before_training and self._will_be_trained(part)
         adapted = is_adapted(contents.adapters.get(part, {}))
         name = name or folder.name
         try:
@@ -186,9 +196,10 @@ class _Gathering:
         except _NotDownloadedError as error:
             self.faults.extend(error.faults)
             self.pending.extend(error.faults)
-            return replace(result, origin="not downloaded", trained=adapter is not None)
+            trained = adapter is not None or will_be_trained
+            return replace(result, origin="not downloaded", trained=trained)
         if adapter is None:
-            return replace(result, tensors=base, origin=origin, trained=False)
+            return replace(result, tensors=base, origin=origin, trained=will_be_trained)
         merged = merge(base, adapter, where)
         if given is not None:
             self._note_given_base(part, base, adapter, result, recorded)
@@ -306,6 +317,17 @@ class _Gathering:
             ),
         )
 
+    def _will_be_trained(self, part: str) -> bool:
+        """Whether the training will change the part. Raises `ConversionError` for an adapter that
+        could not be merged afterwards."""
+        recipe = self._recipe
+        if recipe is None:
+            return True
+        self._settings_of_recipe(part, self._options.alpha(part))
+        if part == LLM:
+            return recipe.llm_lora is not None or not recipe.freeze_llm
+        return recipe.visual_encoder_lora is not None or not recipe.freeze_visual_encoder
+
     def inexact(self) -> tuple[str, ...]:
         """Why the LLM is near to the trained one, and not the same."""
         if self._recipe is None or LLM in self._contents.weights:
@@ -382,6 +404,10 @@ class _Gathering:
         given = self._options.base(part)
         if part == LLM and self._stream and is_remote(given, recorded):
             opened = open_streamed(part, given, recorded, folder)
+        elif self._before_training and find_weights(folder) is None:
+            raise _NotDownloadedError(
+                f"the weights of the base {TITLES[part]} are not here yet", where=name
+            )
         elif self._base_weights or not is_remote(given, recorded) or find_weights(folder):
             opened = open_base(part, folder)
         else:

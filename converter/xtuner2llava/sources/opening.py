@@ -67,6 +67,23 @@ def open_checkpoint(
     )
 
 
+def open_training(path: PathOrText, options: SourceOptions | None = None) -> Checkpoint:
+    """The XTuner config at `path` and its base models, as the model that a training will make.
+
+    Its projector has no tensors yet. Raises `CheckpointError` for what is not a config.
+    """
+    recipe = Recipe.from_file(path)
+    contents = Contents(Path(path), "XTuner config, before training", {}, ())
+    return gather(
+        contents,
+        recipe,
+        options or SourceOptions(),
+        _open_pretrained,
+        base_weights=False,
+        before_training=True,
+    )
+
+
 def open_contents(reference: str, weights: str = MASTER) -> Contents:
     """What lies at `reference`, by what is in it rather than by its name."""
     path = local_path(reference)

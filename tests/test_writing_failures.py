@@ -75,14 +75,19 @@ def test_a_disk_that_refuses_to_write(
             raise OSError(number, os.strerror(number))
         return pwrite(descriptor, data, offset)
 
+    def refuse_copy(source: int, target: int, count: int, start: int, offset: int) -> int:
+        raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(disk.os, "pwrite", refuse)
+    monkeypatch.setattr(disk.os, "copy_file_range", refuse_copy)
     with pytest.raises(OutputError) as caught:
         write(tmp_path / "out", plan)
     (fault,) = caught.value.faults
     assert fault.where == str(tmp_path / "out.partial/model.safetensors")
     assert fault.what == f"cannot be written ({os.strerror(number)})"
-    assert "another" in fault.advice
-    assert [path.name for path in tmp_path.iterdir()] == ["sources"]
+    assert "another" in fault.advice and "--resume" in fault.advice
+    # The first tensor was written.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "sources"]
 
 
 def test_a_disk_that_refuses_to_flush(

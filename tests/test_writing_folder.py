@@ -62,7 +62,7 @@ def test_leaving_early_removes_what_cannot_be_resumed(
 def test_a_finished_file_does_not_keep_a_plan_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(PlanError), OutputFolder(tmp_path / "out", "f") as folder:
         folder.write_bytes("a", b"1")
-        folder.mark_finished("a", 1, "00")
+        folder.mark_finished("a", {"size": 1, "blake3": "00"})
         raise PlanError("overflow")
     assert folder.kept is None
     assert list(tmp_path.iterdir()) == []
@@ -186,7 +186,7 @@ def test_a_stale_partial_folder_of_ours_is_cleared(tmp_path: Path) -> None:
     folder.__enter__()
     folder.write_bytes("stale", b"x")
     folder.write_bytes("sub/stale", b"x")
-    folder.mark_finished("stale", 1, "00")
+    folder.mark_finished("stale", {"size": 1, "blake3": "00"})
     folder._release()  # As the kernel does when a process is killed.
     with OutputFolder(tmp_path / "out", "new") as folder:
         assert folder.finished("stale") is None
@@ -202,11 +202,12 @@ def test_resume_keeps_finished_files_only(tmp_path: Path) -> None:
     folder.__enter__()
     for name in ("done", "short", "begun", "sub/begun"):
         folder.write_bytes(name, b"123")
-    folder.mark_finished("done", 3, "aa")
-    folder.mark_finished("short", 4, "bb")
+    folder.mark_finished("done", {"size": 3, "blake3": "aa"})
+    folder.mark_finished("short", {"size": 4, "blake3": "bb"})
     folder._release()
     with OutputFolder(tmp_path / "out", "f", resume=True) as folder:
-        assert [folder.finished(name) for name in ("done", "short", "begun")] == ["aa", None, None]
+        found = [folder.finished(name) for name in ("done", "short", "begun")]
+        assert found == [{"size": 3, "blake3": "aa"}, None, None]
         assert not (folder.path / "begun").exists()
         assert not (folder.path / "sub").exists()
         folder.write_bytes("done", b"again")  # No longer what was finished.
@@ -218,14 +219,12 @@ def test_resume_without_anything_to_resume_starts_anew(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == ["config.json"]
 
 
-@pytest.mark.parametrize(
-    "record", [b"", b"[]", b'{"size": 1}', b'{"size": 1, "blake3": 5}', b"\xff"]
-)
+@pytest.mark.parametrize("record", [b"", b"[]", b'{"size": "1"}', b'{"blake3": "00"}', b"\xff"])
 def test_a_damaged_record_means_unfinished(record: bytes, tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "f") as folder:
         folder.write_bytes("a", b"1")
-        folder.mark_finished("a", 1, "00")
-        assert folder.finished("a") == "00"
+        folder.mark_finished("a", {"size": 1, "blake3": "00"})
+        assert folder.finished("a") == {"size": 1, "blake3": "00"}
         (folder.path / ".xtuner2llava/finished/a.json").write_bytes(record)
         assert folder.finished("a") is None
 

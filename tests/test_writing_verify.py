@@ -141,6 +141,7 @@ def damaged_writes(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
         write_all(descriptor, data, offset)
 
     monkeypatch.setattr(shard_file, "write_all", damage)
+    monkeypatch.delattr(os, "copy_file_range")
 
 
 @pytest.mark.parametrize(

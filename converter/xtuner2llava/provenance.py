@@ -76,12 +76,7 @@ def plan_identity(plan: Plan, version: str) -> str:
     for file in (*checkpoint.contents.files, *checkpoint.base_files):
         lines.append(f"{file.name} {file.size} {file.digest}")
     # A header says nothing of the data behind it, so the time of the last change must do.
-    sources = {
-        piece.file
-        for planned in plan.tensors
-        for leaf in planned.tensor.leaves()
-        for piece in leaf.ranges() or ()
-    }
+    sources = {piece.file for planned in plan.tensors for piece in planned.tensor.extents()}
     lines += sorted(f"{file.path.name} {file.mtime_ns}" for file in sources)
     lines += [checkpoint.llm.origin, checkpoint.visual_encoder.origin]
     lines += [f"{p.name} {p.component} {','.join(p.sources)} {p.rule}" for p in plan.tensors]

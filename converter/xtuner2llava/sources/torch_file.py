@@ -17,7 +17,7 @@ from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.pickle_data import TensorReference, Value, read_pickle
-from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, view_of_storage
+from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember, view_of_storage
 from xtuner2llava.tensors.files import read_ranges
 
 # Far above the largest seen (70B with optimizer state and message hub: some megabytes).
@@ -166,7 +166,7 @@ class TorchFile:
                 where=str(self.file.path),
             )
         data = bytes(read_ranges([self._range_of(name)]))
-        if zlib.crc32(data) != entry.CRC:
+        if entry.CRC and zlib.crc32(data) != entry.CRC:
             raise CorruptFileError(
                 f"its {name} does not match its checksum",
                 where=str(self.file.path),
@@ -195,7 +195,11 @@ class TorchFile:
                 where=str(self.file.path),
                 advice="The file is truncated; copy or download it again.",
             )
-        return FileRange(self.file, offset, entry.file_size)
+        # Zeros stand where torch.save was told to compute none (`set_crc32_options`).
+        member = (
+            ZipMember(entry.filename, offset, entry.file_size, entry.CRC) if entry.CRC else None
+        )
+        return FileRange(self.file, offset, entry.file_size, member)
 
 
 def _not_a_zip(path: Path, error: Exception) -> UnsupportedError | CorruptFileError:

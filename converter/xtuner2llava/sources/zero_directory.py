@@ -27,7 +27,7 @@ from xtuner2llava.sources.torch_file import TorchFile
 from xtuner2llava.sources.weights import Fingerprint, tensor_references, unread_weights
 from xtuner2llava.tensors import FileRange, LazyTensor, Shape, Stored
 from xtuner2llava.tensors.dtype import DType
-from xtuner2llava.tensors.files import cut, read_ranges
+from xtuner2llava.tensors.files import cut, read_ranges, require_member
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -231,6 +231,9 @@ def _step(rank: _RankFile) -> float | None:
             return float(step)
         if isinstance(step, TensorReference) and math.prod(step.shape) == 1:
             tensor = rank.file.tensors({"step": step})["step"]
+            for piece in tensor.extents():
+                if piece.member is not None:
+                    require_member(piece.file, piece.member)
             data = bytes(read_ranges(tensor.ranges() or ()))
             codes = {"float32": "<f", "float64": "<d", "int64": "<q"}
             code = codes.get(tensor.dtype.name)

@@ -2,7 +2,7 @@
 
 from xtuner2llava.tensors.computed import Columns, Fill, Normalize, Transpose, cast
 from xtuner2llava.tensors.dtype import BFLOAT16, BY_CODE, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
-from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.files import FileRange, SourceFile, ZipMember
 from xtuner2llava.tensors.lazy import LazyTensor, Shape, row_blocks
 from xtuner2llava.tensors.lora import Merge, Reshaped
 from xtuner2llava.tensors.mean import Mean
@@ -32,6 +32,7 @@ __all__ = [
     "SourceFile",
     "Stored",
     "Transpose",
+    "ZipMember",
     "cast",
     "concat",
     "deinterleave",

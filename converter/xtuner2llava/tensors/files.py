@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError
+
+_BLOCK_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,26 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class ZipMember:
+    """An entry of a zip: `length` bytes at `offset` of its file, whose CRC-32 is `crc32`."""
+
+    name: str
+    offset: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
 class FileRange:
-    """`length` bytes of `file` from `offset` on."""
+    """`length` bytes of `file` from `offset` on.
+
+    `member` is the zip entry that they lie in, where there is one and it carries a CRC-32.
+    """
 
     file: SourceFile
     offset: int
     length: int
+    member: ZipMember | None = None
 
 
 def cut(ranges: Sequence[FileRange], start: int, length: int) -> tuple[FileRange, ...]:
@@ -85,7 +102,7 @@ def cut(ranges: Sequence[FileRange], start: int, length: int) -> tuple[FileRange
             start -= piece.length
             continue
         take = min(piece.length - start, length)
-        pieces.append(FileRange(piece.file, piece.offset + start, take))
+        pieces.append(FileRange(piece.file, piece.offset + start, take, piece.member))
         start, length = 0, length - take
     return tuple(pieces)
 
@@ -97,8 +114,14 @@ def join(ranges: Sequence[FileRange]) -> tuple[FileRange, ...]:
         if not piece.length:
             continue
         last = joined[-1] if joined else None
-        if last and last.file == piece.file and last.offset + last.length == piece.offset:
-            joined[-1] = FileRange(last.file, last.offset, last.length + piece.length)
+        if (
+            last
+            and last.file == piece.file
+            and last.member == piece.member
+            and last.offset + last.length == piece.offset
+        ):
+            length = last.length + piece.length
+            joined[-1] = FileRange(last.file, last.offset, length, last.member)
         else:
             joined.append(piece)
     return tuple(joined)
@@ -135,3 +158,30 @@ def read_into(descriptor: int, piece: FileRange, view: memoryview) -> None:
                 advice="The file is truncated; copy or download it again.",
             )
         done += count
+
+
+def crc32_of(piece: FileRange) -> int:
+    """The CRC-32 of the bytes of `piece` as they stand in the file now."""
+    found = 0
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, piece.length)))
+    with piece.file.open() as descriptor:
+        for done in range(0, piece.length, _BLOCK_BYTES):
+            view = buffer[: piece.length - done]
+            read_into(descriptor, FileRange(piece.file, piece.offset + done, len(view)), view)
+            found = zlib.crc32(view, found)
+    return found
+
+
+def require_member(file: SourceFile, member: ZipMember, tensors: str = "") -> None:
+    """Reads all of `member`; raises `CorruptFileError` if it does not match its CRC-32.
+
+    The error ends with `tensors`, which says what lies in it.
+    """
+    found = crc32_of(FileRange(file, member.offset, member.length))
+    if found != member.crc32:
+        raise CorruptFileError(
+            f"entry '{member.name}' is damaged: its bytes have the CRC-32 {found:08x}, "
+            f"the file says {member.crc32:08x}{tensors}",
+            where=str(file.path),
+            advice="Copy or download the file again.",
+        )

@@ -78,6 +78,10 @@ class LazyTensor(ABC):
     def leaves(self) -> Iterator[LazyTensor]:
         """The stored tensors that it is made of."""
 
+    def extents(self) -> tuple[FileRange, ...]:
+        """All bytes of files that reading it may touch."""
+        return tuple(piece for leaf in self.leaves() for piece in leaf.extents())
+
     def flat(self) -> LazyTensor:
         """The same bytes, as one dimension where rows can be cut anywhere; else itself.
 

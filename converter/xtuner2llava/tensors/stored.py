@@ -39,6 +39,9 @@ class Stored(LazyTensor):
     def ranges(self) -> tuple[FileRange, ...]:
         return self._ranges
 
+    def extents(self) -> tuple[FileRange, ...]:
+        return self._ranges
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         pieces = cut(self._ranges, start * self.row_bytes, (stop - start) * self.row_bytes)
         return from_bytes(read_ranges(pieces), self.dtype, (stop - start, *self.row_shape))
@@ -75,6 +78,9 @@ class Strided(LazyTensor):
 
     def leaves(self) -> Iterator[LazyTensor]:
         yield self
+
+    def extents(self) -> tuple[FileRange, ...]:
+        return (self._storage,)
 
     def _gather(self, first: int, shape: Shape, strides: Shape) -> torch.Tensor:
         """The view of `shape` and `strides` at element `first`, in as few reads as are bounded."""
@@ -132,6 +138,7 @@ def view_of_storage(
             storage.file,
             storage.offset + offset * dtype.itemsize,
             math.prod(shape) * dtype.itemsize,
+            storage.member,
         )
         return Stored(name, dtype, shape, (piece,))
     return Strided(name, dtype, shape, storage, strides, offset)

@@ -22,6 +22,7 @@ from xtuner2llava.tensors.kept import forget
 from xtuner2llava.writing.disk import BLOCK_BYTES
 from xtuner2llava.writing.nonfinite import Tally
 from xtuner2llava.writing.shards import Entry
+from xtuner2llava.writing.source_sums import RangeSum, add_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -32,43 +33,51 @@ if TYPE_CHECKING:
 _ELEMENTS_BYTES = 4 << 20
 _ROWS_BYTES = 16 << 20
 
-# Blocks of what is copied or rounded: one being filled, and the written ones that followers hold.
-BUFFERS = 5
-# Blocks of what is computed that followers may still hold when the next is being computed.
-_HELD_BLOCKS = 2
+# How many blocks may be written and checked beside the one that is being made.
+AHEAD = 3
 
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
 
 
 def blocks(
-    entry: Entry, buffers: Iterator[memoryview] | None = None, tally: Tally | None = None
+    entry: Entry,
+    buffers: Iterator[memoryview] | None = None,
+    tally: Tally | None = None,
+    sums: list[RangeSum] | None = None,
 ) -> Iterator[memoryview]:
     """The bytes of `entry`, row-major and little-endian, in blocks of at most `BLOCK_BYTES`.
 
     What is copied or only rounded goes into `buffers`, of `BLOCK_BYTES` each, one after another;
     by default a block is valid until the next one is asked for. What is computed has memory of its
-    own. With `tally`, what is not finite is counted. Raises `CorruptFileError` if a source file is
+    own. With `tally`, what is not finite in computed values is counted; with `sums`, the CRC-32 of
+    what was read for rounding is added to them. Raises `CorruptFileError` if a source file is
     short or changes meanwhile, and `PlanError` for a finite value that its cast made infinite.
     """
     buffers = buffers or repeat(memoryview(bytearray(BLOCK_BYTES)))
     dtype, ranges = _stored(entry.tensor)
     if ranges is not None and dtype == entry.tensor.dtype:
-        return _copied(ranges, buffers) if tally is None else _tallied(ranges, buffers, tally)
+        return _copied(ranges, buffers, sums)
     tally = tally or Tally(entry.name, entry.tensor.dtype.code)
     if ranges is not None:
-        return _rounded(entry, dtype, ranges, buffers, tally)
+        return _rounded(entry, dtype, ranges, buffers, tally, sums)
     return _computed(entry, tally)
+
+
+def stored_ranges(tensor: LazyTensor) -> Sequence[FileRange] | None:
+    """The ranges that hold its elements, in whatever dtype; None if they must be computed."""
+    return _stored(tensor)[1]
 
 
 def working_bytes(tensor: LazyTensor) -> int:
     """The most memory that writing `tensor` takes at a time, in bytes."""
     dtype, ranges = _stored(tensor)
     if ranges is not None:
-        rounded = 0 if dtype == tensor.dtype else _source_bytes(dtype, tensor.dtype)
-        return (BUFFERS + 2) * BLOCK_BYTES + rounded
+        if dtype == tensor.dtype:
+            return 3 * BLOCK_BYTES  # of the source, of the file, and for a copy without the kernel
+        return (AHEAD + 3) * BLOCK_BYTES + _source_bytes(dtype, tensor.dtype)
     source = tensor.flat()
     rows = next((stop - start for start, stop in _cuts(source)), 0)
-    held = _HELD_BLOCKS * source.row_bytes
+    held = 2 * source.row_bytes  # by the blocks that are being checked
     return rows * (source.row_cost + held) + source.fixed_cost + 2 * BLOCK_BYTES
 
 
@@ -98,20 +107,13 @@ def _source_bytes(source: DType, target: DType) -> int:
     return BLOCK_BYTES // target.itemsize * source.itemsize
 
 
-def _tallied(
-    ranges: Sequence[FileRange], buffers: Iterator[memoryview], tally: Tally
-) -> Iterator[memoryview]:
-    for data in _copied(ranges, buffers):
-        tally.add(data)
-        yield data
-
-
 def _rounded(
     entry: Entry,
     dtype: DType,
     ranges: Sequence[FileRange],
     buffers: Iterator[memoryview],
     tally: Tally,
+    sums: list[RangeSum] | None,
 ) -> Iterator[memoryview]:
     """Elements of `dtype` from files, rounded to that of `entry` while they are in the cache."""
     import torch
@@ -119,7 +121,7 @@ def _rounded(
     target = entry.tensor.dtype
     source = memoryview(bytearray(_source_bytes(dtype, target)))
     done = 0
-    for data in _copied(ranges, repeat(source)):
+    for data in _copied(ranges, repeat(source), sums):
         count = len(data) // dtype.itemsize
         block = next(buffers)[: count * target.itemsize]
         exact = torch.frombuffer(data, dtype=dtype.torch)
@@ -131,7 +133,11 @@ def _rounded(
         done += count
 
 
-def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+def _copied(
+    ranges: Sequence[FileRange],
+    buffers: Iterator[memoryview],
+    sums: list[RangeSum] | None = None,
+) -> Iterator[memoryview]:
     # Taken only when something is read into it: whoever reuses buffers counts one for each block.
     buffer: memoryview | None = None
     filled = 0
@@ -144,8 +150,10 @@ def _copied(ranges: Sequence[FileRange], buffers: Iterator[memoryview]) -> Itera
                     if buffer is None:
                         buffer, filled = next(buffers), 0
                     count = min(piece.length - done, len(buffer) - filled)
-                    part = FileRange(file, piece.offset + done, count)
+                    part = FileRange(file, piece.offset + done, count, piece.member)
                     read_into(descriptor, part, buffer[filled : filled + count])
+                    if sums is not None:
+                        add_bytes(sums, part, buffer[filled : filled + count])
                     done, filled = done + count, filled + count
                     if filled == len(buffer):
                         yield buffer

@@ -19,8 +19,9 @@ from xtuner2llava.errors import ConversionError, OutputError
 from xtuner2llava.writing.budget import Budget
 from xtuner2llava.writing.disk import disk_errors
 from xtuner2llava.writing.folder import OutputFolder
-from xtuner2llava.writing.shard_file import Checksum, write_shard
+from xtuner2llava.writing.shard_file import WrittenPart, write_shard
 from xtuner2llava.writing.shards import Shard
+from xtuner2llava.writing.source_sums import SourceSums
 from xtuner2llava.writing.work import Stopped, Work
 
 _PREFIX = "attempts-"
@@ -54,7 +55,7 @@ class Elsewhere:
     ) -> None:
         shutil.rmtree(self._attempts, ignore_errors=True)
 
-    def write(self, shard: Shard, work: Work) -> Checksum:
+    def write(self, shard: Shard, work: Work) -> WrittenPart:
         """Waits until `shard` is in the folder. Raises what `write_shard` raises, and `Stopped`.
 
         An engine that tries again where a worker died, as Dask does, may do so; for others, it is
@@ -74,7 +75,9 @@ class Elsewhere:
             work.advance(shard.size)
         return checked
 
-    def _result(self, future: Future[tuple[Path, Checksum]], shard: Shard) -> tuple[Path, Checksum]:
+    def _result(
+        self, future: Future[tuple[Path, WrittenPart]], shard: Shard
+    ) -> tuple[Path, WrittenPart]:
         try:
             return future.result()
         except ConversionError:
@@ -90,7 +93,7 @@ class Elsewhere:
 
 def write_attempt(
     attempts: Path, shard: Shard, verify: bool, max_memory: int
-) -> tuple[Path, Checksum]:
+) -> tuple[Path, WrittenPart]:
     """Writes `shard` into a new file in the folder `attempts`; returns its path.
 
     It stops when the file is removed, and leaves none if it fails.
@@ -109,8 +112,10 @@ def write_attempt(
                 raise Stopped
 
     try:
-        budget = Budget(max_memory)
-        return path, write_shard(path, descriptor, shard, budget, verify=verify, advance=advance)
+        budget, sources = Budget(max_memory), SourceSums([shard])
+        return path, write_shard(
+            path, descriptor, shard, budget, sources, verify=verify, advance=advance
+        )
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -4,7 +4,8 @@ OUT.partial/                  what is being written
     .xtuner2llava/            ours only; removed before the rename
         lock                  locked while a conversion runs
         plan.json             {"fingerprint": ...}: which conversion this is
-        finished/NAME.json    {"size": ..., "blake3": ...}: flushed and verified files
+        finished/NAME.json    {"size": ..., "blake3": ..., ...}: files that are done
+        progress/NAME.json    the same of the first bytes of a file that is being written
 OUT.replaced/                 the old OUT, for the moment between two renames of --overwrite
 OUT.partial.state/            .xtuner2llava, for the moment before OUT.partial becomes OUT
 """
@@ -15,11 +16,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from xtuner2llava.errors import ConversionError, OutputError, PlanError, UsageError
 from xtuner2llava.tensors import FileRange, SourceFile
@@ -93,12 +95,14 @@ class OutputFolder:
                     shutil.rmtree(self._aside, ignore_errors=True)
                 return
             finished = list(self._finished.glob("**/*.json"))
+            begun = any(self._progress.glob("**/*.json"))
             # Other values can only come from other options, so there is nothing to go on with.
-            if error is not None and finished and not isinstance(error, PlanError):
+            if error is not None and (finished or begun) and not isinstance(error, PlanError):
                 self.kept = self.path
+                what = f"{len(finished)} finished files stay" if finished else "What is done stays"
                 told = (
-                    f"{len(finished)} finished files stay in {self.path}: run the same command "
-                    "with --resume to go on from there."
+                    f"{what} in {self.path}: run the same command with --resume to go on from "
+                    "there."
                 )
                 if isinstance(error, ConversionError):
                     _advise(error, told)
@@ -110,19 +114,25 @@ class OutputFolder:
             self._release()
 
     @contextmanager
-    def create(self, name: str) -> Iterator[int]:
+    def create(self, name: str, keep: int = 0) -> Iterator[int]:
         """A new file `name`, open for reading and writing, in place of any of that name.
 
-        The caller flushes it. Raises `OutputError`, also for an `OSError` of the block.
+        Or that file cut to its first `keep` bytes. The caller flushes it. Raises `OutputError`,
+        also for an `OSError` of the block.
         """
         path = self._locate(name)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
             self._record(name).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CLOEXEC
+            if not keep:
+                self._begun(name).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                flags |= os.O_CREAT | os.O_EXCL
             descriptor = os.open(path, flags, 0o666)
             try:
+                if keep:
+                    os.ftruncate(descriptor, keep)
                 yield descriptor
             finally:
                 os.close(descriptor)
@@ -165,30 +175,47 @@ class OutputFolder:
                 advice=f"Free {count - free:,} bytes there, or choose an OUT on another disk.",
             )
 
-    def finished(self, name: str) -> str | None:
-        """The BLAKE3 of `name` if an earlier run finished it and its size is still right."""
+    def finished(self, name: str) -> dict[str, object] | None:
+        """What `mark_finished` was called with in an earlier run, if the file has that size."""
+        found = self._read(self._record(name), name)
+        return None if found is None or found[0] != found[1]["size"] else found[1]
+
+    def progress(self, name: str) -> dict[str, object] | None:
+        """What `mark_progress` was last called with, if the file has as many bytes, or more."""
+        found = self._read(self._begun(name), name)
+        return None if found is None or found[0] < found[1]["size"] else found[1]
+
+    def mark_finished(self, name: str, values: Mapping[str, object]) -> None:
+        """Remembers that `name`, of `values["size"]` bytes, is flushed and need not be written."""
+        self._remember(self._record(name), values)
+        with disk_errors(self._begun(name)):
+            self._begun(name).unlink(missing_ok=True)
+
+    def mark_progress(self, name: str, values: Mapping[str, object]) -> None:
+        """Remembers that so much of `name`, its first `values["size"]` bytes, is flushed."""
+        self._remember(self._begun(name), values)
+
+    def _remember(self, record: Path, values: Mapping[str, object]) -> None:
+        with disk_errors(record):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            self._write(record, json.dumps(values))
+
+    def _read(self, record: Path, name: str) -> tuple[int, dict[str, Any]] | None:
+        """The size of `name`, and what `record` says of it."""
         try:
-            record = json.loads(self._record(name).read_bytes())
+            values = json.loads(record.read_bytes())
             size = self._locate(name).lstat().st_size
         except (OSError, ValueError):
             return None
-        if not isinstance(record, dict) or record.get("size") != size:
-            return None
-        digest = record.get("blake3")
-        return digest if isinstance(digest, str) else None
-
-    def mark_finished(self, name: str, size: int, blake3: str) -> None:
-        """Remembers that `name`, of `size` bytes, need not be written again; it is flushed."""
-        record = self._record(name)
-        with disk_errors(record):
-            record.parent.mkdir(parents=True, exist_ok=True)
-            self._write(record, json.dumps({"size": size, "blake3": blake3}))
+        known = isinstance(values, dict) and isinstance(values.get("size"), int)
+        return (size, values) if known else None
 
     def discard(self, name: str) -> None:
         """Removes the finished file `name`, whose content somebody else has now."""
         path = self._locate(name)
         with disk_errors(path, "cannot be removed"):
             self._record(name).unlink(missing_ok=True)
+            self._begun(name).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
     def publish(self) -> Path:
@@ -230,8 +257,15 @@ class OutputFolder:
     def _finished(self) -> Path:
         return self.state / "finished"
 
+    @property
+    def _progress(self) -> Path:
+        return self.state / "progress"
+
     def _record(self, name: str) -> Path:
         return self._finished / f"{name}.json"
+
+    def _begun(self, name: str) -> Path:
+        return self._progress / f"{name}.json"
 
     def _locate(self, name: str) -> Path:
         """The path of `name`: a file of this folder, or of one folder in it."""
@@ -293,7 +327,7 @@ class OutputFolder:
         """Undoes a `publish` that was killed between its two steps, so that it can be resumed."""
         if not os.path.lexists(self._aside):
             return
-        known = {"lock", "plan.json", "finished"}
+        known = {"lock", "plan.json", "finished", "progress"}
         if not self._aside.is_dir() or {path.name for path in self._aside.iterdir()} - known:
             raise OutputError(
                 "is in the way, and no conversion left it there",
@@ -330,11 +364,13 @@ class OutputFolder:
         return True
 
     def _clear(self, keep: bool) -> None:
-        """Removes all but the lock, which is held, and the finished files if they are to `keep`."""
+        """Removes all but the lock, which is held, and what was written if that is to `keep`."""
         if not keep:
             shutil.rmtree(self._finished, ignore_errors=True)
+            shutil.rmtree(self._progress, ignore_errors=True)
         for child in self.path.iterdir():
-            if child == self.state or self._record(child.name).exists():
+            known = self._record(child.name).exists() or self._begun(child.name).exists()
+            if child == self.state or known:
                 continue
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)

@@ -86,15 +86,30 @@ class WrittenFile:
                 "its header is not the one planned", where=str(self._path), advice=_ADVICE
             )
 
-    def require_same(self, entry: Entry, offset: int, expected: memoryview) -> None:
-        """Raises `VerificationError` unless it has the bytes `expected` of `entry` at `offset`."""
-        # Equal lengths of bytearray and buffer are compared by memcmp; slices would be copied.
-        if len(self._found) != len(expected):
-            self._found = bytearray(len(expected))
+    def read(self, offset: int, count: int) -> bytearray:
+        """The `count` bytes at `offset`, in a buffer that the next call may use again."""
+        if len(self._found) != count:
+            self._found = bytearray(count)
         with disk_errors(self._path, "cannot be read back"):
             read_all(self._descriptor, memoryview(self._found), offset)
-        if self._found != expected:
-            raise _difference(self._path, entry, offset, self._found, expected)
+        return self._found
+
+    def require_same(
+        self,
+        entry: Entry,
+        offset: int,
+        expected: memoryview | bytearray,
+        found: bytearray | None = None,
+    ) -> None:
+        """Raises `VerificationError` unless it has the bytes `expected` of `entry` at `offset`.
+
+        `found` are the bytes there, if they were read already.
+        """
+        # Equal lengths of bytearray and buffer are compared by memcmp; slices would be copied.
+        if found is None:
+            found = self.read(offset, len(expected))
+        if found != expected:
+            raise _difference(self._path, entry, offset, found, memoryview(expected))
 
 
 def _difference(

@@ -5,27 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from blake3 import blake3
+
+from xtuner2llava.errors import VerificationError
 from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
 from xtuner2llava.writing.elsewhere import Elsewhere
 from xtuner2llava.writing.folder import OutputFolder
 from xtuner2llava.writing.nonfinite import NonFinite
-from xtuner2llava.writing.shard_file import Checksum, checksum, write_shard
+from xtuner2llava.writing.shard_file import WrittenPart, hash_start, write_shard
 from xtuner2llava.writing.shards import Shard
+from xtuner2llava.writing.source_sums import SourceSums
 from xtuner2llava.writing.verify import verify_shard
 from xtuner2llava.writing.work import OnProgress, Work, default_jobs
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """A shard on disk; `size` counts bytes, `kept` says that `--resume` found it finished."""
+    """A shard on disk; of its `size` bytes, `kept_bytes` are of an interrupted run."""
 
     filename: str
     size: int
     blake3: str
-    kept: bool = False
+    kept_bytes: int = 0
+
+    @property
+    def kept(self) -> bool:
+        """Whether an interrupted run had finished it."""
+        return self.kept_bytes == self.size
 
 
 # Takes a finished shard away: (its file, what it is, how to count the bytes that are away).
@@ -86,8 +95,9 @@ def write_shards(
             elsewhere = stack.enter_context(Elsewhere(executor, folder, verify, max_memory))
         elif computing_jobs(shards, jobs):
             import torch  # noqa: F401 - a second, which Ctrl-C can end here and not in a thread
-        job = _Job(folder, work, budget, verify, elsewhere, deliver)
+        job = _Job(folder, work, budget, SourceSums(shards), verify, elsewhere, deliver)
         results = work.run(job.run, shards)
+        job.sources.finish(job.compare)
     return Written(
         tuple(written for written, _ in results),
         tuple(found for _, checked in results for found in checked.nonfinite),
@@ -105,47 +115,73 @@ class _Job:
     folder: OutputFolder
     work: Work
     budget: Budget
+    sources: SourceSums
     verify: bool
     elsewhere: Elsewhere | None
     deliver: Deliver | None
 
-    def run(self, shard: Shard) -> tuple[WrittenShard, Checksum]:
-        checked = self._keep(shard)
-        kept = checked is not None
-        if checked is None:
-            checked = self._write(shard)
-        written = WrittenShard(shard.filename, shard.size, checked.blake3, kept)
+    def run(self, shard: Shard) -> tuple[WrittenShard, WrittenPart]:
+        part, kept = self._keep(shard) or self._write(shard)
+        self.sources.add(part.sums, self.compare)
+        written = WrittenShard(shard.filename, shard.size, part.blake3, kept)
         if self.deliver is not None:
             self.deliver(self.folder.path / shard.filename, written, self.work.advance)
             self.folder.discard(shard.filename)
-        elif not kept:
-            self.folder.mark_finished(shard.filename, shard.size, checked.blake3)
-        return written, checked
+        else:
+            self.folder.mark_finished(shard.filename, part.to_json())
+        return written, part
 
-    def _keep(self, shard: Shard) -> Checksum | None:
-        """The checksum of a shard that an earlier run finished, if it is still the same."""
-        known = self.folder.finished(shard.filename)
-        if known is None:
+    def compare(self, shard: Shard) -> None:
+        """Raises what is wrong with a shard whose source is right, and has it written again."""
+        path = self.folder.path / shard.filename
+        if not path.exists():
+            return
+        try:
+            verify_shard(path, shard, self.budget)
+        except VerificationError:
+            self.folder.discard(shard.filename)
+            raise
+
+    def _keep(self, shard: Shard) -> tuple[WrittenPart, int] | None:
+        """What an earlier run finished, if the file is still the same."""
+        part = WrittenPart.from_json(self.folder.finished(shard.filename))
+        if part is None or part.size != shard.size:
             return None
         path = self.folder.path / shard.filename
-        checked = checksum(path, shard, self.work.check)
-        if checked.blake3 != known:
+        if hash_start(path, part.size, self.work.check).hexdigest() != part.blake3:
             return None
         self.work.advance(shard.size)
-        if self.verify:
+        if self.verify and part.verified:
+            self.work.advance(shard.size)
+        elif self.verify:
             verify_shard(path, shard, self.budget, self.work.advance)
-        return checked
+        return replace(part, verified=part.verified or self.verify), part.size
 
-    def _write(self, shard: Shard) -> Checksum:
+    def _begun(self, shard: Shard) -> tuple[WrittenPart, blake3] | None:
+        """What an earlier run wrote of it, if that is still there, and the hasher behind that."""
+        part = WrittenPart.from_json(self.folder.progress(shard.filename))
+        ends = {entry.offset + entry.tensor.nbytes for entry in shard.entries}
+        if part is None or part.size not in ends or part.verified < self.verify:
+            return None
+        digest = hash_start(self.folder.path / shard.filename, part.size, self.work.check)
+        return (part, digest) if digest.hexdigest() == part.blake3 else None
+
+    def _write(self, shard: Shard) -> tuple[WrittenPart, int]:
         if self.elsewhere is not None:
-            return self.elsewhere.write(shard, self.work)
-        path = self.folder.path / shard.filename
-        with self.folder.create(shard.filename) as descriptor:
-            return write_shard(
-                path,
+            return self.elsewhere.write(shard, self.work), 0
+        name = shard.filename
+        begun = self._begun(shard)
+        kept = 0 if begun is None else begun[0].size
+        with self.folder.create(name, kept) as descriptor:
+            part = write_shard(
+                self.folder.path / name,
                 descriptor,
                 shard,
                 self.budget,
+                self.sources,
+                begun=begun,
                 verify=self.verify,
+                record=lambda part: self.folder.mark_progress(name, part.to_json()),
                 advance=self.work.advance,
             )
+        return part, kept

@@ -1,0 +1,191 @@
+"""CRC-32 sums of what was read, held against those that the source files carry.
+
+`torch.save` writes a CRC-32 for each entry of its zip, over the tensor's whole storage. A shard may
+need only a part of one, and another shard the rest; so each writer returns sums of the ranges that
+it read, and they are combined when the entry is complete.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from xtuner2llava.errors import VerificationError
+from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember
+from xtuner2llava.tensors.files import crc32_of, require_member
+from xtuner2llava.writing.shards import Shard
+
+# zlib's polynomial, with the coefficient of x^0 in the highest bit.
+_POLYNOMIAL = 0xEDB88320
+_NAMES = 8
+
+
+class RangeSum(NamedTuple):
+    """The CRC-32 of `length` bytes at `offset` of the file `path`, in the entry at `member`."""
+
+    path: str
+    member: int
+    offset: int
+    length: int
+    crc32: int
+
+
+def add_bytes(sums: list[RangeSum], piece: FileRange, data: memoryview) -> None:
+    """Adds to `sums` that the bytes of `piece` are `data`, if they lie in an entry with a sum."""
+    if piece.member is None:
+        return
+    path, member = str(piece.file.path.absolute()), piece.member.offset
+    if sums:
+        last = sums[-1]
+        if (last.path, last.member, last.offset + last.length) == (path, member, piece.offset):
+            crc32 = zlib.crc32(data, last.crc32)
+            sums[-1] = last._replace(length=last.length + piece.length, crc32=crc32)
+            return
+    sums.append(RangeSum(path, member, piece.offset, piece.length, zlib.crc32(data)))
+
+
+def combined(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two byte strings, one after the other; the second has `length` bytes.
+
+    The first is multiplied by x^(8 * length) modulo the polynomial (zlib `crc32.c`,
+    `crc32_combine`).
+    """
+    shift, power = 1 << 31, 1 << 23  # x^0, and x^8: a byte
+    while length:
+        if length & 1:
+            shift = _product(shift, power)
+        power = _product(power, power)
+        length >>= 1
+    return _product(shift, first) ^ second
+
+
+def _product(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+class SourceSums:
+    """Checks each entry of a source file from which something goes into `shards`, once."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._members = {
+            (str(piece.file.path.absolute()), piece.member.offset): (piece.file, piece.member)
+            for shard in shards
+            for piece in _extents(shard)
+            if piece.member is not None
+        }
+        self._sums: dict[tuple[str, int], list[RangeSum]] = {}
+        self._lock = threading.Lock()
+        # One for each entry that is read whole, and what is known of it then.
+        self._reading: dict[tuple[SourceFile, ZipMember], threading.Lock] = {}
+        self._right: set[tuple[SourceFile, ZipMember]] = set()
+
+    def require(self, tensor: LazyTensor) -> None:
+        """Reads the entries that `tensor` is computed from; raises `CorruptFileError`.
+
+        It reads its rows in its own way, some more than once; so this costs a read of its own,
+        which leaves them in the page cache.
+        """
+        for file, member in dict.fromkeys((p.file, p.member) for p in tensor.extents()):
+            if member is None:
+                continue
+            with self._lock:
+                reading = self._reading.setdefault((file, member), threading.Lock())
+            with reading:
+                if (file, member) not in self._right:
+                    require_member(file, member, self._tensors_in(file, member))
+                    self._right.add((file, member))
+
+    def add(self, sums: Iterable[RangeSum], compare: Callable[[Shard], None]) -> None:
+        """Adds the sums of a shard, and checks the entries that are complete with it.
+
+        Raises as `finish` does.
+        """
+        changed = set()
+        with self._lock:
+            for found in sums:
+                key = found.path, found.member
+                self._sums.setdefault(key, []).append(found)
+                changed.add(key)
+        if changed:
+            self._check(changed, compare, complete=True)
+
+    def finish(self, compare: Callable[[Shard], None]) -> None:
+        """Checks the other entries too; what no shard has of them is read for that.
+
+        Raises `CorruptFileError` for a damaged file, with the tensors in it. Where the file is
+        right, so that what was made of it is not, `compare` is called for each shard with a part
+        of it, to raise what it finds; if that is nothing, `VerificationError` is raised.
+        """
+        self._check(set(self._sums), compare, complete=False)
+
+    def _check(
+        self, keys: set[tuple[str, int]], compare: Callable[[Shard], None], *, complete: bool
+    ) -> None:
+        for key in sorted(keys):
+            file, member = self._members[key]
+            with self._lock:
+                sums = self._sums.get(key, [])
+                if complete and sum(found.length for found in sums) < member.length:
+                    continue
+                if self._sums.pop(key, None) is None:
+                    continue
+            if _total(file, member, sums) != member.crc32:
+                self._raise(file, member, compare)
+
+    def _raise(self, file: SourceFile, member: ZipMember, compare: Callable[[Shard], None]) -> None:
+        names = self._tensors_in(file, member)
+        require_member(file, member, names)
+        for shard in self._shards:
+            if any(p.member == member and p.file == file for p in _extents(shard)):
+                compare(shard)
+        raise VerificationError(
+            f"what was made of entry '{member.name}' does not match its CRC-32{names}",
+            where=str(file.path),
+            advice="The disk or memory of this machine may be faulty: convert again.",
+        )
+
+    def _tensors_in(self, file: SourceFile, member: ZipMember) -> str:
+        names = list(
+            dict.fromkeys(
+                str(getattr(leaf, "name", entry.name))
+                for shard in self._shards
+                for entry in shard.entries
+                for leaf in entry.tensor.leaves()
+                for piece in leaf.extents()
+                if piece.member == member and piece.file == file
+            )
+        )
+        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+        return f"; in it: {', '.join(names[:_NAMES])}{more}"
+
+
+def _extents(shard: Shard) -> Iterable[FileRange]:
+    return (piece for entry in shard.entries for piece in entry.tensor.extents())
+
+
+def _total(file: SourceFile, member: ZipMember, sums: Sequence[RangeSum]) -> int | None:
+    """The CRC-32 of the whole entry, made of `sums`; None if one of them contradicts the file.
+
+    Gaps between them are read, and so is what two of them overlap in.
+    """
+    total, end = 0, member.offset
+    for found in sorted(sums, key=lambda found: (found.offset, -found.length)):
+        if found.offset < end:
+            if crc32_of(FileRange(file, found.offset, found.length)) != found.crc32:
+                return None
+            continue
+        gap = FileRange(file, end, found.offset - end)
+        if gap.length:
+            total = combined(total, crc32_of(gap), gap.length)
+        total = combined(total, found.crc32, found.length)
+        end = found.offset + found.length
+    rest = FileRange(file, end, member.offset + member.length - end)
+    return combined(total, crc32_of(rest), rest.length) if rest.length else total

@@ -199,7 +199,7 @@ def test_every_field(text: str) -> None:
     assert run.image_aspect_ratio == "pad"
     assert run.prompt_template == "qwen_chat"
     assert run.image_processor.path == "openai/clip-vit-large-patch14-336"
-    assert run.tokenizer_path == "Qwen/Qwen1.5-7B-Chat"
+    assert run.tokenizer.path == "Qwen/Qwen1.5-7B-Chat"
     assert (run.bos_token, run.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert run.stop_words == ("<|im_end|>", "<|endoftext|>")
     assert run.system == "Be brief."

@@ -281,7 +281,7 @@ MAGNITUDE = torch.ones(2)
             "DoRA on a convolution cannot be merged",
         ),
         ({"q.weight": WEIGHT}, {"k.bias": MAGNITUDE}, {}, "k.bias: is saved beside the adapter"),
-        ({"q.weight": WEIGHT}, {"q.weight": WEIGHT[:1]}, {}, r"has shape \[1, 3\], the base's has"),
+        ({"q.weight": WEIGHT}, {"q.weight": WEIGHT[:, :1]}, {}, r"has shape \[2, 1\], the base's"),
         ({"q.weight": WEIGHT}, {"q.lora_A.other.weight": A}, {}, "of a kind XTuner never makes"),
         ({"q.weight": WEIGHT}, {"q.lora_B.bias": MAGNITUDE}, {}, "of a kind XTuner never makes"),
         ({"q.weight": WEIGHT}, {"q.lora_B.default.bias": MAGNITUDE}, {}, "XTuner never makes"),

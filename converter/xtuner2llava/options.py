@@ -90,6 +90,10 @@ class SourceOptions(CheckedOptions):
         None, INPUT, "Base vision tower, likewise, and not merged.", metavar="PATH_OR_REPO",
         unset="what the XTuner config names",
     )  # fmt: skip
+    tokenizer: PathOrText | None = option(
+        None, INPUT, "The tokenizer that was trained with, where it is not the base LLM's.",
+        metavar="PATH_OR_REPO", unset="what the XTuner config names",
+    )  # fmt: skip
     xtuner_config: PathOrText | None = option(
         None, INPUT, "Read as data; no code in it is run.", metavar="FILE.py",
         unset="the one in the checkpoint",

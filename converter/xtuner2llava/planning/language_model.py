@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from xtuner2llava.errors import PlanError
+from xtuner2llava.hf.vocabulary import vocabulary_tensors
 from xtuner2llava.mapping import (
     Catalogue,
     Dropped,
@@ -13,6 +15,7 @@ from xtuner2llava.mapping import (
     Format,
     Limit,
     Origin,
+    PlainClass,
     TranslatedConfig,
     apply,
     check_against_class,
@@ -112,8 +115,31 @@ def plain_language_model(
         if not are_surely_equal(tensor, outputs[same_as]):
             ties.append(Tie(name, tensor, same_as, outputs[same_as]))
         dropped.append(Dropped(name, f"the same as {same_as}, to which it is tied", "config"))
+    values["vocab_size"] = _trained_rows(family.becomes, values, outputs, made.origins)
     shapes = {name: tensor.shape for name, tensor in outputs.items()}
     findings.faults.extend(check_against_class(family.becomes, values, shapes, made.origins))
     order = {name: place for place, name in enumerate(family.becomes.tensors(values))}
     ordered = dict(sorted(outputs.items(), key=lambda item: order.get(item[0], len(order))))
     return LanguageModel(family, values, ordered, made.origins, tuple(ties), tuple(dropped))
+
+
+def _trained_rows(
+    becomes: PlainClass,
+    values: Mapping[str, object],
+    tensors: Mapping[str, LazyTensor],
+    origins: Mapping[str, Origin],
+) -> object:
+    """`vocab_size` as the tensors have it, which training may have resized.
+
+    Raises `PlanError` where the embedding and the head have different numbers of rows.
+    """
+    rows = {n: tensors[n].rows for n in vocabulary_tensors(becomes, values) if n in tensors}
+    if len(set(rows.values())) > 1:
+        listed = " and ".join(f"{n} has {count:,} rows" for n, count in rows.items())
+        raise PlanError(
+            f"{listed}: a vocabulary has one number of rows",
+            where=", ".join(origins[name].sources[0] for name in rows),
+            advice="Where training extended the vocabulary, both must have been saved: with LoRA, "
+            "modules_to_save names both.",
+        )
+    return next(iter(rows.values()), values.get("vocab_size"))

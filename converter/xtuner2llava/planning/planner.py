@@ -39,6 +39,7 @@ from xtuner2llava.planning.tokens import (
     with_format_tokens,
 )
 from xtuner2llava.planning.training_files import ImageProcessor, image_processor_of
+from xtuner2llava.planning.training_tokenizer import training_tokenizer
 from xtuner2llava.planning.vision_tower import (
     TOWER_CLASS,
     check_projector_of,
@@ -51,7 +52,7 @@ from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, read_tokenizer, with_config
+from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, with_config
 from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import plan_shards
 
@@ -180,7 +181,8 @@ class _Planner:
                 choose_family(self._catalogue, options.mapping, config, names) if config else None
             )
         )
-        base_tokenizer = attempt(lambda: read_tokenizer(llm.folder) if llm.folder else None)
+        trained = attempt(lambda: training_tokenizer(checkpoint, options.tokenizer, found))
+        base_tokenizer = trained.tokenizer if trained is not None else None
         tokenizer = attempt(
             lambda: (
                 tokenizer_to_write(base_tokenizer, family, self._recipe, options.bos_token, found)
@@ -205,9 +207,16 @@ class _Planner:
         if not checkpoint.before_training:
             attempt(lambda: check_projector_of(checkpoint, values))
         writes = attempt(lambda: writes_tower(checkpoint, options))
-        rows = model.rows if model is not None else (values or {}).get("vocab_size")
-        if isinstance(rows, int) and tokenizer is not None:
-            found.faults.extend(vocabulary_faults(tokenizer, rows))
+        known = {} if llm.tensors else values or {}  # of tensors at fault, nothing is known
+        rows = model.rows if model is not None else known.get("vocab_size")
+        if isinstance(rows, int) and tokenizer is not None and trained is not None and values:
+            before = values.get("vocab_size")
+            faults = vocabulary_faults(tokenizer, rows, before, is_base=trained.is_base)
+            found.faults.extend(faults)
+            if rows != before:
+                found.note(
+                    f"The vocabulary has {rows} rows, as trained; the base's config says {before}."
+                )
         recipe = self._recipe
         layer = attempt(lambda: -2 if recipe is None else recipe.visual_select_layer)
         depth = attempt(self._depth)

@@ -10,12 +10,14 @@ from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
 from xtuner2llava.mapping import Catalogue, Family, PromptTemplate
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.plan import Chat
+from xtuner2llava.planning.training_tokenizer import plain_arguments
 from xtuner2llava.recipe import Recipe, Table
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers import (
     Tokenizer,
     TokenizerRules,
     prepare_tokenizer,
+    with_arguments,
     with_special_token,
     with_tokens,
 )
@@ -49,6 +51,12 @@ def tokenizer_to_write(
     )
     findings.note(*prepared.notes)
     result = prepared.tokenizer
+    if recipe is not None:
+        arguments = plain_arguments(recipe)
+        # Where the family has a bos token, it is not for the tokenizer: see below.
+        kept = ("bos_token",) if generation.bos is not None else ()
+        result, notes = with_arguments(result, arguments, kept=kept)
+        findings.note(*notes)
     present = result.special("bos_token") or tokenizer.special("bos_token")
     if given_bos is not None:
         if given_bos not in result.ids:
@@ -126,16 +134,44 @@ def with_format_tokens(
     return result, {use: result.ids[text] for use, text in texts.items()}
 
 
-def vocabulary_faults(tokenizer: Tokenizer, rows: int) -> list[Fault]:
-    """A fault where the LLM has no rows for all tokens of its tokenizer."""
-    if tokenizer.highest_id < rows:
-        return []
+def vocabulary_faults(
+    tokenizer: Tokenizer, rows: int, rows_of_base: object, *, is_base: bool
+) -> list[Fault]:
+    """Faults where the LLM's rows and the tokens of its tokenizer do not belong together.
+
+    The LLM has `rows`, the base's config says `rows_of_base`. The tokenizer of a base, `is_base`,
+    lacks the tokens for which training has added rows; where rows were taken away, they were
+    resized to the length of a tokenizer (transformers `resize_token_embeddings`).
+    """
+    tokens = tokenizer.highest_id + 1
+    if tokens <= rows:
+        if not isinstance(rows_of_base, int) or rows == rows_of_base:
+            return []
+        if rows > rows_of_base and (tokens > rows_of_base or not is_base):
+            return []
+        if rows < rows_of_base and tokens == rows:
+            return []
+        extended = (
+            f"the vocabulary was extended by {rows - rows_of_base} rows: it has {rows}, the base's "
+            f"config says {rows_of_base}, and the base's tokenizer has ids up to {tokens - 1} only"
+            if rows > rows_of_base
+            else f"the vocabulary has {rows} rows, the base's config says {rows_of_base}, and the "
+            f"tokenizer has {tokens} tokens"
+        )
+        return [
+            Fault(
+                str(tokenizer.folder),
+                extended,
+                "Give --tokenizer the tokenizer that was trained with, which has the added tokens.",
+            )
+        ]
     token = max(tokenizer.ids, key=lambda name: tokenizer.ids[name])
     return [
         Fault(
             str(tokenizer.folder),
             f"token '{token}' has id {tokenizer.highest_id}, the embedding has {rows} rows",
-            "LLaVA would add random rows for it. Give --llm the base that was trained.",
+            "LLaVA would add random rows for it. Give --llm the base that was trained, or "
+            "--tokenizer the tokenizer that was.",
         )
     ]
 

@@ -230,8 +230,13 @@ class Recipe:
         return self.data.image_processor
 
     @property
-    def tokenizer_path(self) -> str | None:
-        return self.data.tokenizer_path
+    def tokenizer(self) -> Loaded:
+        return self.data.tokenizer
+
+    @property
+    def other_tokenizers(self) -> tuple[str, ...]:
+        """Where in the config a tokenizer stands that gives other ids than `tokenizer`."""
+        return self.data.other_tokenizers
 
     @property
     def bos_token(self) -> str | None:

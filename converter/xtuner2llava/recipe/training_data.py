@@ -15,6 +15,12 @@ from xtuner2llava.recipe.values import Table, Unknown, Value, dotted, is_scalar,
 _T = TypeVar("_T")
 _PATH = "pretrained_model_name_or_path"
 _IMAGE_KEYS = frozenset({"image_folder", "image_processor", "pad_image_to_square"})
+# Arguments of a tokenizer's `from_pretrained` that say where to look, how much to hold, or what
+# XTuner does by itself (xtuner/dataset/utils.py): the ids of a text are the same with any value.
+WITHOUT_IDS = frozenset(
+    "trust_remote_code padding_side truncation_side model_max_length use_fast cache_dir mirror "
+    "local_files_only force_download resume_download proxies token use_auth_token verbose".split()
+)
 _MAX_LENGTH = 2048  # default of LLaVADataset, xtuner/dataset/llava.py
 _DATASETS_LIMIT = 1000
 _STOP_WORDS_LIMIT = 100
@@ -66,7 +72,8 @@ class TrainingData:
     max_length: int | None
     prompt_template: str | Table | None
     image_processor: Loaded
-    tokenizer_path: str | None
+    tokenizer: Loaded
+    other_tokenizers: tuple[str, ...]
     bos_token: str | None
     eos_token: str | None
     system: str | None
@@ -96,7 +103,8 @@ class _Reader:
             max_length=self._max_length(datasets),
             prompt_template=self._prompt_template(datasets, hook),
             image_processor=self._loaded(processor),
-            tokenizer_path=self._text(tokenizer, _PATH),
+            tokenizer=self._loaded(tokenizer),
+            other_tokenizers=self._other_tokenizers(tokenizer, [*datasets, self._config]),
             bos_token=self._text(tokenizer, "bos_token"),
             eos_token=self._text(tokenizer, "eos_token"),
             system=self._system(hook),
@@ -137,6 +145,19 @@ class _Reader:
             self._text(section, _PATH),
             arguments,
         )
+
+    def _other_tokenizers(
+        self, first: Section | None, places: Iterable[Section]
+    ) -> tuple[str, ...]:
+        """The names of tokenizers that read texts in another way than the first."""
+        if first is None:
+            return ()
+        found = []
+        for place in places:
+            table = place.table.get("tokenizer")
+            if isinstance(table, Table) and _tokenizes(table) != _tokenizes(first.table):
+                found.append(place.name("tokenizer"))
+        return tuple(found)
 
     def _datasets(self) -> Iterator[Section]:
         """The datasets with images below `train_dataloader.dataset`, each once."""
@@ -266,6 +287,15 @@ def _template(value: Value) -> str | Table | None:
         return value
     name = dotted(value)
     return name.rpartition(".")[2] if name else None
+
+
+def _tokenizes(table: Table) -> dict[str, str]:
+    """What decides ids, in a form that can be compared."""
+    return {
+        str(key): shown(value) if not is_scalar(value) else repr(value)
+        for key, value in table.items()
+        if key not in ("type", *WITHOUT_IDS) and value is not None
+    }
 
 
 def _items(value: Value) -> Sequence[Value]:

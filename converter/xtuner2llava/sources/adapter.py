@@ -124,7 +124,12 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
         what = "is saved beside the adapter, but the base has none"
         faults.append(Fault.about(where, unknown, what))
     known = {name: t for name, t in adapter.replacements.items() if name in base}
-    resized = [name for name, tensor in known.items() if base[name].shape != tensor.shape]
+    # A saved embedding or head may have other rows: those of tokens that were added.
+    resized = [
+        name
+        for name, tensor in known.items()
+        if base[name].shape != tensor.shape and not _only_rows_differ(base[name], tensor)
+    ]
     if resized:
         found, expected = (list(t[resized[0]].shape) for t in (known, base))
         what = f"has shape {found}, the base's has {expected}"
@@ -148,6 +153,10 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
     ]
     raise_faults(UnsupportedError, faults)
     return merged
+
+
+def _only_rows_differ(one: LazyTensor, other: LazyTensor) -> bool:
+    return len(one.shape) == len(other.shape) == 2 and one.row_shape == other.row_shape
 
 
 def share_in(

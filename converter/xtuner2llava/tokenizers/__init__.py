@@ -1,5 +1,6 @@
 """Tokenizers as files: read, edited, and converted without transformers and without remote code."""
 
+from xtuner2llava.tokenizers.arguments import with_arguments
 from xtuner2llava.tokenizers.conversion import Prepared, TokenizerRules, prepare_tokenizer
 from xtuner2llava.tokenizers.editing import (
     with_config,
@@ -30,6 +31,7 @@ __all__ = [
     "read_tokenizer",
     "special_texts",
     "strips_after",
+    "with_arguments",
     "with_bos_added",
     "with_config",
     "with_made",

@@ -22,7 +22,7 @@ from xtuner2llava.tokenizers.tokenizer import (
 )
 
 # Named special tokens (transformers `tokenization_utils_base.py`, SPECIAL_TOKENS_ATTRIBUTES).
-_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def with_config(tokenizer: Tokenizer, changes: Mapping[str, Json]) -> Tokenizer:
@@ -39,10 +39,10 @@ def without_keys(tokenizer: Tokenizer, keys: Sequence[str]) -> Tokenizer:
     return with_config(replace(tokenizer, config=config), {})
 
 
-def with_special_token(tokenizer: Tokenizer, key: str, text: str | None) -> Tokenizer:
+def with_special_token(tokenizer: Tokenizer, key: str, text: str | list[Json] | None) -> Tokenizer:
     """The same tokenizer with the token `text` as `key`, such as `bos_token`; None takes it off.
 
-    The token must be one of the tokenizer's.
+    The token must be one of the tokenizer's; a list of them is for `additional_special_tokens`.
     """
     changed = with_config(tokenizer, {key: text})
     if SPECIAL_MAP not in tokenizer.files:
@@ -84,7 +84,7 @@ def with_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
     # so all of them are listed, and the named ones are said there too.
     everything = sorted([*known, *new], key=lambda token: token.id)
     decoder: dict[str, Json] = {str(token.id): token.in_config for token in everything}
-    named = {key: tokenizer.special(key) for key in _NAMED if key not in tokenizer.config}
+    named = {key: tokenizer.special(key) for key in NAMED if key not in tokenizer.config}
     changed = with_config(
         replace(tokenizer, ids={**tokenizer.ids, **{t.text: t.id for t in new}}),
         {**{k: v for k, v in named.items() if v is not None}, "added_tokens_decoder": decoder},
@@ -124,7 +124,7 @@ def added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
     if not found and FAST in tokenizer.files:
         for token in fast_tokens(tokenizer.read(FAST) or {}):
             found.setdefault(token.id, token)
-    special = [text for key in _NAMED if (text := tokenizer.special(key)) is not None]
+    special = [text for key in NAMED if (text := tokenizer.special(key)) is not None]
     for values in (tokenizer.config, tokenizer.special_map):
         additional = values.get("additional_special_tokens")
         for entry in additional if isinstance(additional, list) else []:

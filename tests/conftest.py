@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ import pytest
 if TYPE_CHECKING:
     from reference.cases import Converted
     from reference.measured import Measured
+
+# Workers share the cores, so one thread each is fastest. Read when torch is first imported, here and
+# in programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 # Test modules import `reference.…` from here; `--import-mode=importlib` adds no paths itself.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from reference.cases import Converted
     from reference.measured import Measured
 
-# Workers share the cores, so one thread each is fastest. Read when torch is first imported, here and
-# in programs that tests start.
+# Workers share the cores, so one thread each is fastest. Read when torch is first imported, here
+# and in programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 

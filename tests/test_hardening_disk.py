@@ -84,6 +84,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert text.splitlines()[-1].strip() == "262144"  # All free again, and nothing left.
 
 
+@pytest.mark.slow
 @needs_mount
 def test_a_disk_that_fills_up_meanwhile(arguments: list[str], tmp_path: Path) -> None:
     """Somebody else takes the space after it was checked; when it is free again, --resume works."""
@@ -227,6 +228,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_out_appears_is_resumed(arguments: list[str], tmp_path: Path) -> None:
     out = tmp_path / "llava-out"
     whole = command(*arguments, out=out)
@@ -321,6 +323,7 @@ def test_a_second_interrupt_ends_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_few_kills() -> None:
     """The whole of it is `scripts/kill_test.py`: 200 kills of conversions of 300 MB."""
     done = subprocess.run(

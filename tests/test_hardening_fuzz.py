@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tests" / "fuzz_corpus"
 MUTATIONS = 60
@@ -33,6 +35,7 @@ def run(
     )
 
 
+@pytest.mark.slow
 def test_kept_and_new_inputs_raise_only_our_errors() -> None:
     done = run(CORPUS, MUTATIONS)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -48,6 +51,8 @@ def test_kept_and_new_inputs_raise_only_our_errors() -> None:
 PROOF = """
 import subprocess, sys
 from pathlib import Path
+
+import pytest
 from fuzz_targets.guard import forbid_execution
 forbid_execution(Path(sys.argv[1]))
 {}

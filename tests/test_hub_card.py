@@ -239,6 +239,7 @@ def run_card(python: Path | str, folder: Path, bases: Path, work: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_runs_its_lines(
     folder: Callable[[str, str], Path], checkpoints: Path, tmp_path: Path, family: str
@@ -251,6 +252,7 @@ def test_transformers_runs_its_lines(
     assert "What is in this picture" not in out  # The answer, and not the question.
 
 
+@pytest.mark.slow
 @pytest.mark.acceptance
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_llava_runs_its_lines(

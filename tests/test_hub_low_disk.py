@@ -142,6 +142,7 @@ def test_the_samples_see_ten_shards_where_they_lie(checkpoints: Path, tmp_path: 
     assert samples.files >= 10
 
 
+@pytest.mark.slow
 def test_killed_inside_a_shard_it_goes_on_with_what_is_missing(
     hub: HubServer, checkpoints: Path, local: Path, tmp_path: Path
 ) -> None:

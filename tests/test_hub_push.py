@@ -450,6 +450,7 @@ def test_a_repository_without_large_files(hub: HubServer, client: Client, out: P
     assert hub.log("PUT") == []
 
 
+@pytest.mark.slow
 def test_a_repository_that_ignores_weights(hub: HubServer, client: Client, out: Path) -> None:
     repo = hub.add("ann/llava-qwen")
     repo.upload({".gitignore": b"*.safetensors\n"})

@@ -333,6 +333,7 @@ def test_a_local_base_is_read_where_it_lies(
     assert hub.log("GET", names.llm) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "said"),
     [

@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
+@pytest.mark.slow
 def test_console_blocks_do_what_they_show(folder: Path) -> None:
     shown = [entry for block in blocks("console") for entry in commands(block)]
     of_tool = [(command, output) for command, output in shown if not command.startswith("./")]
@@ -60,13 +61,14 @@ def test_python_blocks_run(folder: Path) -> None:
         assert run([sys.executable, "-W", "error", "-c", block], folder)
 
 
+@pytest.mark.slow
 def test_scripts_are_there_and_demo_runs(tmp_path: Path) -> None:
     scripts = [c for block in blocks("console") for c, _ in commands(block) if c.startswith("./")]
     assert scripts == ["./scripts/demo", "./scripts/test"]
     # This test is part of ./scripts/test; the continuous integration calls that and nothing else.
     lines = (ROOT / ".ci/run").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith(("#", "set "))][-1].endswith(
-        "./scripts/test"
+        "./scripts/test --all"
     )
     done = subprocess.run(
         ["./scripts/demo", str(tmp_path / "demo")],

@@ -40,6 +40,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_fast", [True, False], ids=["fast", "slow"])
 def test_ids_are_those_of_the_real_tokenizer(converted: Path, oracle: Any, use_fast: bool) -> None:
     from transformers import AutoTokenizer

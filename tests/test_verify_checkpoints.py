@@ -16,6 +16,7 @@ DTYPES = ("float16", "float32", "bfloat16")
 RUNS = [(case, DTYPES[index % 3]) for index, case in enumerate(CASES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), RUNS)
 def test_all_true(checkpoints: Path, converted: Converted, case: str, dtype: str) -> None:
     base = CASES[case]

@@ -165,6 +165,7 @@ def remote_qwen(folder: Path, checkpoints: Path) -> Any:
     return trained
 
 
+@pytest.mark.slow
 def test_remote_code_is_run_only_when_it_is_trusted(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +269,7 @@ def write_llama(folder: Path, checkpoints: Path, layers: int) -> Trained:
     return trained
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_layer(checkpoints: Path, tmp_path: Path) -> None:
     """Twenty layers need no more memory than two, but for what the allocator keeps."""
     small = write_llama(tmp_path / "small", checkpoints, 2)

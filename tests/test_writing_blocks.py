@@ -28,6 +28,7 @@ def storages(tmp_path_factory: pytest.TempPathFactory) -> Storages:
     return Storages(tmp_path_factory.mktemp("storages") / "all.bin", values)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(data=st.data())
 def test_any_tree_is_written_as_torch_computes_it(storages: Storages, data: st.DataObject) -> None:

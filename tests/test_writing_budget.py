@@ -156,6 +156,7 @@ def largest(folder: Path, kind: str, rows: int) -> LazyTensor:
     return cast(Merge(weight, left, right, 2.0), FLOAT16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cast", "norm", "mean", "transposed", "merge"])
 def test_a_tensor_is_written_within_what_is_said_of_it(kind: str, tmp_path: Path) -> None:
     """And what it takes does not depend on its size: four times the rows cost no more."""

@@ -103,6 +103,7 @@ def test_every_plan_can_be_sent(
     assert content(tmp_path / "there") == content(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_processes_write_the_same_bytes(
     checkpoints: Path, tmp_path: Path, processes: ProcessPoolExecutor
 ) -> None:
@@ -211,6 +212,7 @@ def test_attempts_of_a_run_that_was_killed_are_removed(plan: ShardPlan, tmp_path
     }
 
 
+@pytest.mark.slow
 def test_a_cluster_of_dask_one_of_whose_workers_dies(checkpoints: Path, tmp_path: Path) -> None:
     pytest.importorskip("distributed", exc_type=ImportError)
     case = "qwen2_d_lora_vislora"

@@ -365,6 +365,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "limit"), [("copy", 20_000), ("cast", 70_000)])
 def test_memory_does_not_grow_with_the_tensor(how: str, limit: int, tmp_path: Path) -> None:
     path = tmp_path / "w.bin"

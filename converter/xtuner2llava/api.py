@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import wraps
 from inspect import Signature, signature
 from os import PathLike
@@ -127,7 +127,16 @@ def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
     """
     from xtuner2llava import conversion
 
-    return conversion.inspect(checkpoint, options)
+    found = conversion.inspect(checkpoint, options)
+    targets = [
+        replace(
+            target,
+            faults=tuple(map(_in_python, target.faults)),
+            needs=None if target.needs is None else _FLAG.sub(_name, target.needs),
+        )
+        for target in found.targets
+    ]
+    return replace(found, targets=tuple(targets))
 
 
 @_Takes(VerifyOptions)
@@ -170,12 +179,13 @@ _FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z]+(?:-[a-z]+)*)(?: (\w+))?")
 
 def _name_arguments(error: ConversionError) -> None:
     """Has the faults of `error` name options as arguments rather than as flags."""
-    faults = [
-        Fault(_FLAG.sub(_name, f.where), *(_FLAG.sub(_assignment, t) for t in (f.what, f.advice)))
-        for f in error.faults
-    ]
-    amended = type(error).from_faults(faults)
+    amended = type(error).from_faults([_in_python(fault) for fault in error.faults])
     error.faults, error.args = amended.faults, amended.args
+
+
+def _in_python(fault: Fault) -> Fault:
+    what, advice = (_FLAG.sub(_assignment, text) for text in (fault.what, fault.advice))
+    return Fault(_FLAG.sub(_name, fault.where), what, advice)
 
 
 def _name(found: re.Match[str]) -> str:

@@ -15,11 +15,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import PlanError
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.mapping import model_name
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
-from xtuner2llava.next_steps import next_steps
+from xtuner2llava.next_steps import folder_name_warnings, next_steps
 from xtuner2llava.options import (
     ConvertOptions,
     InspectOptions,
@@ -59,7 +58,9 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
         opened = open_checkpoint(checkpoint, options, stream_base=options.stream_base)
     with timer.stage("plan"):
         planned = make_plan(opened, options)
-        _check_ties(planned)
+        untied = _untied(planned)
+        if untied:
+            planned = make_plan(opened, options, untied)
         # Before anything is written: what is wrong with a tokenizer may show only now.
         small = small_files(planned)
         if options.include_xtuner_config:
@@ -133,7 +134,8 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
         verified=options.verify,
         resumed=tuple(shard.filename for shard in written.shards if shard.kept),
         nonfinite=nonfinite,
-        next_steps=next_steps(planned, _last_name(out, pushed)),
+        warnings=folder_name_warnings(planned, _last_name(out, pushed)),
+        next_steps=next_steps(planned),
         pushed=pushed,
     )
 
@@ -162,19 +164,12 @@ def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
     return inspect_checkpoint(open_checkpoint(checkpoint, options, base_weights=False), options)
 
 
-def _check_ties(planned: Plan) -> None:
-    """Raises `PlanError` unless tensors that are left out for being tied are what they are tied to.
+def _untied(planned: Plan) -> list[str]:
+    """Tensors that are left out for being tied, and differ from what they are tied to.
 
     It reads both; most checkpoints store them once, and then there is nothing to read.
     """
-    for tie in planned.ties:
-        index = first_difference(tie.tensor, tie.other)
-        if index is not None:
-            raise PlanError(
-                f"the config ties it to {tie.same_as}, but they differ at byte {index:,}",
-                where=tie.name,
-                advice="Give --llm a folder whose config.json says tie_word_embeddings: false.",
-            )
+    return [tie.name for tie in planned.ties if first_difference(tie.tensor, tie.other) is not None]
 
 
 def _inputs(opened: Checkpoint) -> list[Path]:

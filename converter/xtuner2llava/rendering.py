@@ -120,6 +120,7 @@ def render_report(report: Report) -> str:
         text.append(f"Kept from the interrupted run: {', '.join(report.resumed)}")
     for name, nan, infinite in report.nonfinite:
         text.append(f"Warning: {name} has {nan} NaN and {infinite} infinite values, as the input.")
+    text += [f"Warning: {_indented(warning)}" for warning in report.warnings]
     text += _notes(report.plan.notes)
     if report.pushed is not None:
         text += ["", render_pushed(report.pushed)]

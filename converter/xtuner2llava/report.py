@@ -20,8 +20,8 @@ class Report:
 
     `files` are all files of `out` with their sizes in bytes, `blake3` the digests of the shards,
     `seconds` the wall time of each stage, `nonfinite` the tensors whose NaN or infinite values the
-    checkpoint already had (name, NaN, infinite), `next_steps` sentences for the user. `out` is None
-    where the shards were published and not kept; `pushed` says where to.
+    checkpoint already had (name, NaN, infinite), `warnings` and `next_steps` sentences for the
+    user. `out` is None where the shards were published and not kept; `pushed` says where to.
     """
 
     out: Path | None
@@ -32,6 +32,7 @@ class Report:
     verified: bool
     resumed: tuple[str, ...]
     nonfinite: tuple[tuple[str, int, int], ...]
+    warnings: tuple[str, ...]
     next_steps: tuple[str, ...]
     pushed: Pushed | None = None
 
@@ -51,6 +52,7 @@ class Report:
             "resumed": list(self.resumed),
             "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in
                           self.nonfinite],
+            "warnings": list(self.warnings),
             "next_steps": list(self.next_steps),
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
             "plan": self.plan.to_dict(),

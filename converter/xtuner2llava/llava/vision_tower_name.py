@@ -95,6 +95,12 @@ def is_known_to_llava(name: str) -> bool:
 
 def _given(name: str, tower: Mapping[str, Json], processor: Mapping[str, Json]) -> VisionTowerName:
     """The user's name, unless it is known to make LLaVA compute something else silently."""
+    if _is_absolute(name):
+        raise UsageError(
+            f"'{name}' is a path of one machine, which must not be published",
+            where="--vision-tower-name",
+            advice=_ADVICE,
+        )
     if name not in PUBLISHED:
         return VisionTowerName(name, None if is_known_to_llava(name) else _unknown(name))
     differences = PUBLISHED[name].differences(tower, processor)

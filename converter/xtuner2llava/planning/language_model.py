@@ -92,10 +92,12 @@ def plain_language_model(
     values: Mapping[str, object],
     tensors: Mapping[str, LazyTensor],
     findings: Findings,
+    untied: Collection[str] = (),
 ) -> LanguageModel:
     """The LLM with the tensors of its plain class, no more and no less.
 
-    Where the config ties tensors that differ, both are kept and the config is corrected. Raises
+    Where the config ties tensors that differ, both are kept and the config is corrected; `untied`
+    are known to differ, where headers and a sample do not show it. Raises
     `MappingError` for rules that do not fit; what the class expects otherwise becomes faults.
     """
     made = apply(family.expand(config, tensors.keys()), tensors, where=family.file.name)
@@ -104,7 +106,7 @@ def plain_language_model(
     for name, same_as in family.becomes.tied_names(values).items():
         if name not in outputs or same_as not in outputs:
             continue
-        if are_surely_different(outputs[name], outputs[same_as]):
+        if name in untied or are_surely_different(outputs[name], outputs[same_as]):
             values["tie_word_embeddings"] = False
             findings.note(
                 f"The config ties {name} to {same_as}, but they differ; both are written, "

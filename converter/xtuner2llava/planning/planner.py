@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,17 +79,20 @@ class Assessment:
     plan: Plan | None
 
 
-def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact."""
-    found = assess(checkpoint, options)
+def make_plan(checkpoint: Checkpoint, options: Options, untied: Collection[str] = ()) -> Plan:
+    """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact.
+
+    `untied` are tensors that the config ties, and that were read and found to differ.
+    """
+    found = assess(checkpoint, options, untied)
     raise_faults(PlanError, [*found.faults, *found.pending])
     assert found.plan is not None  # noqa: S101
     return found.plan
 
 
-def assess(checkpoint: Checkpoint, options: Options) -> Assessment:
+def assess(checkpoint: Checkpoint, options: Options, untied: Collection[str] = ()) -> Assessment:
     """What becomes of `checkpoint`: the one judgement that all commands go by."""
-    return _Planner(checkpoint, options).assessment()
+    return _Planner(checkpoint, options, untied).assessment()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +133,8 @@ class _Prepared:
 class _Planner:
     """The stages of `assess`, with what they share."""
 
-    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
-        self._checkpoint, self._options = checkpoint, options
+    def __init__(self, checkpoint: Checkpoint, options: Options, untied: Collection[str]) -> None:
+        self._checkpoint, self._options, self._untied = checkpoint, options, untied
         self._recipe = checkpoint.recipe
         self._catalogue = Catalogue.shipped()
         self._format = self._catalogue.formats[options.format]
@@ -198,7 +201,7 @@ class _Planner:
         values, limits = translated or (None, ())
         model = attempt(
             lambda: (
-                plain_language_model(family, config, values, llm.tensors, found)
+                plain_language_model(family, config, values, llm.tensors, found, self._untied)
                 if family and config and values and llm.tensors
                 else None
             )

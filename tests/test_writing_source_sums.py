@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference.cases import CASES
-from xtuner2llava import ConversionError, CorruptFileError, VerificationError, convert
+from xtuner2llava import ConversionError, CorruptFileError, VerificationError, convert, plan
 from xtuner2llava.sources.torch_file import TorchFile
 from xtuner2llava.sources.weights import tensor_references
 from xtuner2llava.tensors import FLOAT16, LazyTensor, Piece, Rows, Transpose, cast, split
@@ -171,6 +171,38 @@ def test_kernels_and_file_systems_that_do_not_copy(
     monkeypatch.delattr(os, "copy_file_range")
     write(tmp_path / "out", tensors)
     assert (tmp_path / "out/model.safetensors").read_bytes() == expected
+
+
+def test_zeros_in_place_of_sums_are_said(checkpoints: Path, tmp_path: Path) -> None:
+    """As torch.save writes after `torch.serialization.set_crc32_options(False)`."""
+    case = "qwen2_e_full_fullvis"
+    path = tmp_path / "iter_2.pth"
+    shutil.copy(checkpoints / case / "iter_2.pth", path)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+        for entry in archive.infolist():
+            assert data[start : start + 4] == b"PK\x01\x02"
+            data[start + 16 : start + 20] = bytes(4)
+            lengths = [
+                int.from_bytes(data[start + i : start + i + 2], "little") for i in (28, 30, 32)
+            ]
+            start += 46 + sum(lengths)
+            assert entry.CRC
+    path.write_bytes(data)
+    options = {**CASES[case].options(checkpoints), "dtype": "keep"}
+    report = convert(path, tmp_path / "zeros", **options)
+    (note,) = [note for note in report.plan.notes if "Not checked for damage" in note]
+    sizes = sum(planned.tensor.nbytes for planned in report.plan.tensors)
+    assert note == (
+        f"Not checked for damage: {len(report.plan.tensors)} tensors, {sizes:,} bytes of "
+        "iter_2.pth, which carries no CRC-32."
+    )
+    assert note in plan(path, **options).notes
+    with_sums = convert(checkpoints / case / "iter_2.pth", tmp_path / "sums", **options)
+    assert not [note for note in with_sums.plan.notes if "CRC-32" in note]
+    name = "model.safetensors"
+    assert (tmp_path / "zeros" / name).read_bytes() == (tmp_path / "sums" / name).read_bytes()
 
 
 def damage_everywhere(source: Path, files: list[Path], options: dict[str, Any], tmp_path: Path,

@@ -10,7 +10,7 @@ from xtuner2llava.mapping import Dropped, Format, Origin, apply
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.plan import PlannedTensor
 from xtuner2llava.planning.precision import KEEP
-from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
+from xtuner2llava.tensors import BY_NAME, FileRange, LazyTensor, cast
 
 
 def place(
@@ -63,3 +63,26 @@ def in_dtype(tensors: Sequence[PlannedTensor], dtype: str) -> tuple[PlannedTenso
             planned = replace(planned, how=f"cast from {before.dtype}")
         result.append(replace(planned, tensor=after))
     return tuple(result)
+
+
+def unchecked_note(tensors: Sequence[PlannedTensor]) -> str | None:
+    """What is read from files of torch.save that carry zeros in place of CRC-32 sums, if any is."""
+    pieces: set[FileRange] = set()
+    count = 0
+    for planned in tensors:
+        found = [
+            piece
+            for piece in planned.tensor.extents()
+            if piece.member is not None and not piece.checkable
+        ]
+        pieces.update(found)
+        count += bool(found)
+    if not pieces:
+        return None
+    names = sorted({piece.file.path.name for piece in pieces})
+    more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
+    carry = "carries" if len(names) == 1 else "carry"
+    return (
+        f"Not checked for damage: {count:,} tensors, {sum(p.length for p in pieces):,} bytes of "
+        f"{', '.join(names[:3])}{more}, which {carry} no CRC-32."
+    )

@@ -24,7 +24,7 @@ from xtuner2llava.planning.language_model import (
     plain_config,
     plain_language_model,
 )
-from xtuner2llava.planning.placement import in_dtype, place
+from xtuner2llava.planning.placement import in_dtype, place, unchecked_note
 from xtuner2llava.planning.plan import Chat, MappingInUse, Plan
 from xtuner2llava.planning.precision import config_dtype, dtype_to_write
 from xtuner2llava.planning.processor import (
@@ -320,6 +320,7 @@ class _Planner:
         )
         found.stop()
         tensors = in_dtype(placed, prepared.dtype)
+        found.note(unchecked_note(tensors))
         config = config_json(
             format_,
             becomes,

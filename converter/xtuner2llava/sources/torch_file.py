@@ -195,10 +195,7 @@ class TorchFile:
                 where=str(self.file.path),
                 advice="The file is truncated; copy or download it again.",
             )
-        # Zeros stand where torch.save was told to compute none (`set_crc32_options`).
-        member = (
-            ZipMember(entry.filename, offset, entry.file_size, entry.CRC) if entry.CRC else None
-        )
+        member = ZipMember(entry.filename, offset, entry.file_size, entry.CRC)
         return FileRange(self.file, offset, entry.file_size, member)
 
 

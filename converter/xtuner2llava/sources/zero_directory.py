@@ -232,8 +232,8 @@ def _step(rank: _RankFile) -> float | None:
         if isinstance(step, TensorReference) and math.prod(step.shape) == 1:
             tensor = rank.file.tensors({"step": step})["step"]
             for piece in tensor.extents():
-                if piece.member is not None:
-                    require_member(piece.file, piece.member)
+                if piece.checkable is not None:
+                    require_member(piece.file, piece.checkable)
             data = bytes(read_ranges(tensor.ranges() or ()))
             codes = {"float32": "<f", "float64": "<d", "int64": "<q"}
             code = codes.get(tensor.dtype.name)

@@ -71,7 +71,10 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class ZipMember:
-    """An entry of a zip: `length` bytes at `offset` of its file, whose CRC-32 is `crc32`."""
+    """An entry of a zip: `length` bytes at `offset` of its file, whose CRC-32 is `crc32`.
+
+    That is 0 where torch.save was told to compute none (`torch.serialization.set_crc32_options`).
+    """
 
     name: str
     offset: int
@@ -83,13 +86,18 @@ class ZipMember:
 class FileRange:
     """`length` bytes of `file` from `offset` on.
 
-    `member` is the zip entry that they lie in, where there is one and it carries a CRC-32.
+    `member` is the zip entry that they lie in, if the file is a zip.
     """
 
     file: SourceFile
     offset: int
     length: int
     member: ZipMember | None = None
+
+    @property
+    def checkable(self) -> ZipMember | None:
+        """The entry, if it carries a CRC-32."""
+        return self.member if self.member is not None and self.member.crc32 else None
 
 
 def cut(ranges: Sequence[FileRange], start: int, length: int) -> tuple[FileRange, ...]:

@@ -306,7 +306,7 @@ class _Writer:
             for piece in pieces:
                 if sums is not None:
                     add_bytes(sums, piece, view[: piece.length])
-                proven = proven and piece.member is not None
+                proven = proven and piece.checkable is not None
                 view = view[piece.length :]
             if self._verify:
                 if not proven:

@@ -34,9 +34,9 @@ class RangeSum(NamedTuple):
 
 def add_bytes(sums: list[RangeSum], piece: FileRange, data: memoryview) -> None:
     """Adds to `sums` that the bytes of `piece` are `data`, if they lie in an entry with a sum."""
-    if piece.member is None:
+    if piece.checkable is None:
         return
-    path, member = str(piece.file.path.absolute()), piece.member.offset
+    path, member = str(piece.file.path.absolute()), piece.checkable.offset
     if sums:
         last = sums[-1]
         if (last.path, last.member, last.offset + last.length) == (path, member, piece.offset):
@@ -76,10 +76,10 @@ class SourceSums:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         self._members = {
-            (str(piece.file.path.absolute()), piece.member.offset): (piece.file, piece.member)
+            (str(piece.file.path.absolute()), member.offset): (piece.file, member)
             for shard in shards
             for piece in _extents(shard)
-            if piece.member is not None
+            if (member := piece.checkable) is not None
         }
         self._sums: dict[tuple[str, int], list[RangeSum]] = {}
         self._lock = threading.Lock()
@@ -93,7 +93,7 @@ class SourceSums:
         It reads its rows in its own way, some more than once; so this costs a read of its own,
         which leaves them in the page cache.
         """
-        for file, member in dict.fromkeys((p.file, p.member) for p in tensor.extents()):
+        for file, member in dict.fromkeys((p.file, p.checkable) for p in tensor.extents()):
             if member is None:
                 continue
             with self._lock:

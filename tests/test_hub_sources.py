@@ -190,9 +190,9 @@ def test_private_gated_missing_and_wrong_revisions(
     assert "log in" in private
     text = fault(client, names, out, llm="meta/gated", vision="openai/nothing")
     assert "2 faults" in text
-    assert "meta/gated: is gated" in text
+    assert "; meta/gated is gated" in text
     assert "Ask for access" in text
-    assert "openai/nothing: is no repository" in text
+    assert "; openai/nothing is no repository" in text
     assert "has no such revision" in fault(client, names, out, checkpoint=f"{names.trained}@v9")
     assert "401" in fault(client, names, out, **{"token": "hf_wrong"})
     assert hub.token not in private + text
@@ -215,7 +215,7 @@ def test_offline_the_cache_serves(
         text = fault(offline, names, tmp_path / "llava-qwen-3", llm="qwen/other")
     assert content(tmp_path / "llava-qwen-1") == content(tmp_path / "llava-qwen-2")
     assert hub.requests == []
-    assert "qwen/other: is neither in the local cache nor can the Hub be reached" in text
+    assert "; qwen/other is neither in the local cache nor can the Hub be reached" in text
 
 
 def test_a_hub_that_is_down_is_said(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def find_base(
         raise_faults(
             type(error),
             [
-                Fault(where, f"{named} is not a folder here ({looked}), and on the Hub: {f.what}",
+                Fault(where, f"{named} is not a folder here ({looked}); {f.where} {f.what}",
                       f"{f.advice} {advice}".strip())
                 for f in error.faults
             ],

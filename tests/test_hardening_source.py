@@ -30,8 +30,6 @@ FORBIDDEN_STARTS = ("os.exec", "os.spawn", "subprocess.")
 ALLOWED = {
     # Its own modules, by names of a table of its own.
     ("__init__.py", "importlib.import_module"),
-    # torch.load(weights_only=True) in a process of its own, which is given names of files.
-    ("verification/recomputed/files.py", "subprocess"),
     # Only `verify --logits --trust-remote-code` asks for it, on the user's word.
     ("verification/logits/compare.py", "trust_remote_code=True"),
     ("verification/logits/model.py", "trust_remote_code: True"),

@@ -144,14 +144,16 @@ def verify(out: str | PathLike[str], options: VerifyOptions) -> Verification:
     """Looks at the folder `out` that `convert` wrote, and says of each thing if it is right.
 
     By itself: weight files against their index, their headers and the transformers class; config,
-    tokenizer, names, checksums. With the checkpoint `against`: every tensor, recomputed by another
-    path, bit for bit; the further options are then those that were given to `convert`. With
-    `logits` also: both models at work, layer by layer, in the memory of one layer.
-    `trust_remote_code` lets the base model's own Python run for that, and nothing else does.
+    tokenizer, names, checksums. With the checkpoint `against`: the plan is made again, and every
+    tensor compared with it bit for bit, and the small files; the further options are then those
+    that were given to `convert`. With `logits` also: both models at work, layer by layer, in the
+    memory of one layer. `trust_remote_code` lets the base model's own Python run for that, and
+    nothing else does.
 
     With dtype "auto", the dtype is what `conversion.json` says; give one to hold the folder to it.
-    The folder says its format itself. Damage to `out` makes checks that failed. Raises
-    `ConversionError` for a call that makes no sense, and for a checkpoint that cannot be read.
+    The folder says its format, model type and vision tower itself. Damage to `out` makes checks
+    that failed. Raises `ConversionError` for a call that makes no sense, and for a checkpoint that
+    cannot be read or converted.
     """
     from xtuner2llava.verification.run import verify_folder
 

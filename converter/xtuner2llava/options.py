@@ -222,8 +222,12 @@ class VerifyOptions(SourceOptions, WatchedOptions):
     """What a converted folder is held to."""
 
     against: PathOrText | None = option(
-        None, INPUT, "Recompute every tensor from it, and compare bit for bit. Give the options "
+        None, INPUT, "Make the plan again and compare every tensor bit for bit. Give the options "
         "that were given to convert.", metavar="CHECKPOINT",
+    )  # fmt: skip
+    jobs: int | None = option(
+        None, SPEED, "Tensors compared at once.", metavar="N", unset="min(4, cores)",
+        decides=False,
     )  # fmt: skip
     format: Format | None = option(
         None, OUTPUT, "Check that OUT is of this format.", unset="what OUT says"

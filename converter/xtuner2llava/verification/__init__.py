@@ -1,7 +1,7 @@
 """Proof that a converted folder is right: by itself, against its checkpoint, and at work.
 
-It shares little with the conversion that it judges: see `recomputed/__init__.py` for what. It knows
-what the output looks like (`layout.py`), and nothing of how it is written.
+By itself, it knows what the output looks like (`layout.py`), and nothing of how it is written.
+Against the checkpoint, the plan is made again. At work, the source model runs in its own class.
 """
 
 from xtuner2llava.verification.outcome import Check, Verification

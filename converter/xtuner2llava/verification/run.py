@@ -1,28 +1,28 @@
 """`verify`: a converted folder, looked at by itself, against its checkpoint, and at work.
 
 open     config, headers and the record of the conversion
-look     weight files, config, tokenizer, names, checksums
-against  every tensor recomputed from the checkpoint          recomputed/
+look     weight files, config, tokenizer, names, checksums    checks/
+against  the plan made again, every tensor compared           against.py
 logits   both models run on one picture and prompt            logits/
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from os import fspath
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, UsageError
 from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verification.invariants import invariant_checks
-from xtuner2llava.verification.leaks import leak_check
-from xtuner2llava.verification.naming import naming_checks
+from xtuner2llava.verification.checks.config_checks import config_checks
+from xtuner2llava.verification.checks.folder_name import name_checks
+from xtuner2llava.verification.checks.privacy import privacy_check
+from xtuner2llava.verification.checks.record import record_checks
+from xtuner2llava.verification.checks.structure import structure_checks
+from xtuner2llava.verification.checks.tokenizer import tokenizer_checks
 from xtuner2llava.verification.out_folder import OutFolder, open_out
 from xtuner2llava.verification.outcome import FAILED, SKIPPED, Check, Verification
-from xtuner2llava.verification.record import record_checks
-from xtuner2llava.verification.structure import structure_checks
-from xtuner2llava.verification.tokenizer import tokenizer_checks
 
 
 def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
@@ -45,8 +45,7 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
             why = "the folder is damaged, see above"
             checks.append(Check("tensors against the checkpoint", SKIPPED, why))
         else:
-            work = _Against(folder, fspath(against), options, figures)
-            checks += work.checks()
+            checks += _against(folder, fspath(against), options, figures)
     return Verification(Path(out), tuple(checks), figures)
 
 
@@ -56,8 +55,8 @@ _NEEDED = ("config.json", "safetensors headers")
 
 def _by_itself(folder: OutFolder, on_progress: OnProgress | None) -> list[Check]:
     total = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
-    checks = [*structure_checks(folder), *invariant_checks(folder), *tokenizer_checks(folder)]
-    checks += [*naming_checks(folder), leak_check(folder)]
+    checks = [*structure_checks(folder), *config_checks(folder), *tokenizer_checks(folder)]
+    checks += [*name_checks(folder), privacy_check(folder)]
     return [*checks, *record_checks(folder, _counter(on_progress, "checksums", total))]
 
 
@@ -80,51 +79,34 @@ def _as_asked(folder: OutFolder, options: VerifyOptions) -> Iterator[Check]:
         yield Check.of("as asked for", faults, "")
 
 
-class _Against:
-    """The work with a checkpoint."""
+def _against(
+    folder: OutFolder, checkpoint: str, options: VerifyOptions, figures: dict[str, Json]
+) -> Iterator[Check]:
+    """The comparison with a checkpoint. Raises `ConversionError` where that cannot be planned."""
+    from xtuner2llava.verification.against import against_checks, plan_again
 
-    def __init__(
-        self,
-        folder: OutFolder,
-        checkpoint: str,
-        options: VerifyOptions,
-        figures: dict[str, Json],
-    ) -> None:
-        self._folder, self._checkpoint, self._options = folder, checkpoint, options
-        self._figures, self._on_progress = figures, options.on_progress
+    on_progress = options.on_progress
+    plan = plan_again(checkpoint, options, folder)
+    said = None if on_progress is None else _staged(on_progress, "compare")
+    yield from against_checks(folder, plan, options.jobs, figures, said)
+    if not options.logits:
+        return
+    from xtuner2llava.verification.logits import LOGITS, logits_checks
 
-    def checks(self) -> Iterator[Check]:
-        from xtuner2llava.verification.recomputed import Comparison, against_checks, expect
-
-        expected = expect(self._checkpoint, self._options, self._folder)
-        result = Comparison()
-        total = sum(entry.stop - entry.start for entry in self._folder.tensors.values())
-        advance = _counter(self._on_progress, "compare", total)
-        yield from against_checks(self._folder, expected, result, advance)
-        self._figures["tensors"] = result.to_dict()
-        if not self._options.logits:
-            return
-        from xtuner2llava.verification.logits import logits_checks
-
-        yield from _guarded(
-            "logits against the trained model",
-            logits_checks(
-                self._folder,
-                expected,
-                result,
-                trust_remote_code=self._options.trust_remote_code,
-                figures=self._figures,
-                advance=_counter(self._on_progress, "logits", 0),
-            ),
-        )
-
-
-def _guarded(name: str, checks: Iterable[Check]) -> Iterator[Check]:
-    """`checks`, and one that failed where they end in an error."""
     try:
-        yield from checks
+        yield from logits_checks(
+            folder,
+            plan,
+            trust_remote_code=options.trust_remote_code,
+            figures=figures,
+            advance=_counter(on_progress, "logits", 0),
+        )
     except ConversionError as error:
-        yield Check.failed(name, error)
+        yield Check.failed(LOGITS, error)
+
+
+def _staged(on_progress: OnProgress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: on_progress(stage, done, total)
 
 
 def _counter(on_progress: OnProgress | None, stage: str, total: int) -> Callable[[int], None]:

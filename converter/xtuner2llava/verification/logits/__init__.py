@@ -1,11 +1,11 @@
 """Whether the folder computes what the trained model computes.
 
 Both models run in float32 on a fixed picture and prompt, layer by layer, in the classes of the
-installed transformers: the trained one in its own architecture, under its own names, with adapters
-merged in float64; the folder as its config says. What no comparison of tensors can see shows here:
-a wrong rule whose shapes fit, another rope_theta, another epsilon.
+installed transformers: the trained one in its own architecture, under its own names; the folder as
+its config says. What no comparison of tensors can see shows here: a wrong rule whose shapes fit,
+another rope_theta, another epsilon.
 """
 
-from xtuner2llava.verification.logits.compare import logits_checks
+from xtuner2llava.verification.logits.compare import LOGITS, logits_checks
 
-__all__ = ["logits_checks"]
+__all__ = ["LOGITS", "logits_checks"]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
+from xtuner2llava.llm_config import trained_llm_config
+from xtuner2llava.planning.plan import Plan
+from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.json_file import Json
+from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.verification.against import folder_tensors
 from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.verification.logits.model import LanguageModel, Tower
 from xtuner2llava.verification.logits.streams import (
@@ -16,113 +21,109 @@ from xtuner2llava.verification.logits.streams import (
     TRAINED,
     Figures,
     Side,
-    run_both,
+    Stream,
+    fixed_prompt,
+    run,
 )
+from xtuner2llava.verification.logits.values import Reading
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import FAILED, OK, SKIPPED, Check
 from xtuner2llava.verification.plain_model import plain_config
-from xtuner2llava.verification.recomputed import Comparison, Expected, out_tensors
-from xtuner2llava.verification.recomputed.weight import Weight, of_file
-
-if TYPE_CHECKING:
-    pass
 
 # How many times further than the noise of float32 the same function may be, computed otherwise.
 # The noise is measured: the trained model against itself with every hidden state moved by half a
 # unit in the last place, once a layer. A layer whose sums run in another order moves it by a few.
-_NOISE = 8
-# Merges in float32 and in float64 round a few elements in ten thousand to different neighbours;
-# they may not matter more than this part of what rounding all of them does.
-_PART_OF_ROUNDING = 0.25
+NOISE = 8
 # A wrong model must be this much further away than what is let pass.
-_WRONG = 4
-_NAME = "logits against the trained model"
+WRONG = 4
+LOGITS = "logits against the trained model"
 _SHOWN = "logits of a wrong model differ"
 
 
 def logits_checks(
     out: OutFolder,
-    expected: Expected,
-    comparison: Comparison,
+    plan: Plan,
     *,
     trust_remote_code: bool,
     figures: dict[str, Json],
     advance: Callable[[int], None],
 ) -> Iterator[Check]:
     """Runs both models and compares their logits; `figures` gets the numbers."""
-    folder = _folder_side(out, expected)
-    source: Side | None = None
+    folder = folder_side(out, plan.checkpoint)
+    streams = [Stream(FOLDER, folder)]
     try:
-        source = _source_side(expected, trust_remote_code)
+        source = _source_side(plan.checkpoint, trust_remote_code)
     except UnsupportedError as error:
-        yield Check(_NAME, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
-    result = run_both(source, folder, _rounds(expected), advance)
+        yield Check(LOGITS, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
+        result = run(streams, fixed_prompt(folder), [(FOLDER, FOLDER)], advance)
+        figures["logits"] = result.to_dict()
+        yield wrong_check(result, FOLDER, 0.0)
+        return
+    rounded = Reading(plan.dtype)
+    streams = [Stream(ROUNDED, source, rounded), Stream(NUDGED, source, rounded, True), *streams]
+    pairs = [(ROUNDED, FOLDER), (ROUNDED, NUDGED)]
+    if any(planned.how != "copy" for planned in plan.tensors):
+        streams = [Stream(TRAINED, source), *streams]
+        pairs += [(TRAINED, FOLDER)]
+    prompt = fixed_prompt(folder, source)
+    result = run(streams, prompt, pairs, advance, compared=(ROUNDED, FOLDER))
     figures["logits"] = result.to_dict()
-    if source is not None:
-        same_class = source.language.title == folder.language.title
-        allowed, why = tolerance(result, comparison, same_class)
-        title = source.language.title
-        yield _verdict(result, allowed, why, f"{title} before rounding to {expected.dtype}")
-        yield _wrong(result, ROUNDED, _WRONG * allowed)
-    else:
-        yield _wrong(result, FOLDER, 0.0)
+    same_class = source.language.title == folder.language.title
+    computed = any(planned.how == "compute" for planned in plan.tensors)
+    allowed, why = tolerance(result, exact=same_class and not computed)
+    yield _verdict(result, allowed, why, f"{source.language.title} before rounding to {plan.dtype}")
+    yield wrong_check(result, ROUNDED, WRONG * allowed)
 
 
 def _verdict(result: Figures, allowed: float, why: str, unrounded: str) -> Check:
-    found = result.distances[f"{ROUNDED} - {FOLDER}"]
+    found = result.distance(ROUNDED, FOLDER)
     said = f"{found} over {result.positions} positions; {allowed:.2g} is allowed: {why}"
     far = result.distances.get(f"{TRAINED} - {FOLDER}")
     if far is not None:
         said += f"; from {unrounded}: {far}"
     if found.largest <= allowed:
-        return Check(_NAME, OK, said)
+        return Check(LOGITS, OK, said)
     where = next((stage for stage, apart in result.stages.items() if not apart <= 0), "the head")
-    return Check(_NAME, FAILED, f"{said}; the first to differ is: {where}")
+    return Check(LOGITS, FAILED, f"{said}; the first to differ is: {where}")
 
 
-def tolerance(result: Figures, comparison: Comparison, same_class: bool) -> tuple[float, str]:
+def tolerance(result: Figures, *, exact: bool) -> tuple[float, str]:
     """How far the logits may be from those of the equally rounded trained model, and why.
 
-    Equal weights in equal modules give equal bits: then nothing is allowed.
+    Equal weights in equal modules give equal bits: then, `exact`, nothing is allowed.
     """
-    if comparison.is_exact and same_class:
+    if exact:
         return 0.0, "same weights, same class"
-    noise = _NOISE * result.distances[f"{ROUNDED} - {NUDGED}"].largest
-    rounding = result.distances.get(f"{TRAINED} - {ROUNDED}")
-    if comparison.off and rounding is not None and _PART_OF_ROUNDING * rounding.largest > noise:
-        part = f"{_PART_OF_ROUNDING:.0%} of what the rounding changes"
-        return _PART_OF_ROUNDING * rounding.largest, part
-    return noise, f"{_NOISE} times the noise of float32"
+    return NOISE * result.distance(ROUNDED, NUDGED).largest, f"{NOISE} times the noise of float32"
 
 
-def _wrong(result: Figures, against: str, least: float) -> Check:
+def wrong_check(result: Figures, against: str, least: float) -> Check:
     """The same figures for wrong models, without which a small difference says nothing."""
-    prefix = f"{against} - wrong: "
-    wrong = {n.removeprefix(prefix): d for n, d in result.distances.items() if n.startswith(prefix)}
+    wrong = result.wrong(against)
     said = "; ".join(f"{title} exchanged in one layer: {d}" for title, d in wrong.items())
     if any(distance.largest > least for distance in wrong.values()):
         return Check(_SHOWN, OK, said)
     return Check(_SHOWN, FAILED, f"this check cannot tell right from wrong here: {said}")
 
 
-def _rounds(expected: Expected) -> bool:
-    """Whether any tensor has another dtype in the folder than in the checkpoint."""
-    return any(
-        expected.dtype_of(weight) != weight.dtype or weight.computed
-        for weight in expected.weights.values()
-    )
-
-
-def _source_side(expected: Expected, trust: bool) -> Side:
+def _source_side(checkpoint: Checkpoint, trust: bool) -> Side:
     """The trained model in its own architecture. Raises `UnsupportedError` if it cannot be run."""
-    trained = expected.trained
-    config = _source_config(trained.llm_config(), str(trained.folders[LLM]), trust)
+    llm, recipe = checkpoint.llm, checkpoint.recipe
+    assert llm.config is not None  # noqa: S101 - it was planned
+    values = trained_llm_config(llm.config, recipe)
+    config = _source_config(values, str(llm.config.path.parent), trust)
     remote = type(config).__module__.startswith("transformers_modules")
-    language = LanguageModel(config, trained.weights[LLM], trust=remote)
-    projector = {n.removeprefix("model."): w for n, w in trained.weights[PROJECTOR].items()}
-    vision = trained.vision_config()
-    tower = Tower(vision, trained.weights[VISUAL_ENCODER], projector, trained.select_layer)
-    return Side(language, tower, expected.dtype_of)
+    language = LanguageModel(config, llm.tensors, trust=remote)
+    projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
+    layer = -2 if recipe is None else recipe.visual_select_layer
+    tensors = checkpoint.visual_encoder.tensors
+    return Side(language, Tower(_vision_config(checkpoint), tensors, projector, layer))
+
+
+def _vision_config(checkpoint: Checkpoint) -> Mapping[str, Json]:
+    config = checkpoint.visual_encoder.config
+    assert config is not None  # noqa: S101 - it was planned
+    return config.values
 
 
 def _source_config(values: dict[str, Json], folder: str, trust: bool) -> Any:
@@ -149,16 +150,23 @@ def _source_config(values: dict[str, Json], folder: str, trust: bool) -> Any:
     return config
 
 
-def _folder_side(out: OutFolder, expected: Expected) -> Side:
-    """The folder as its own config has it. Raises `ConversionError` where it cannot be run."""
-    parts: dict[str, dict[str, Weight]] = {LLM: {}, VISUAL_ENCODER: {}, PROJECTOR: {}}
-    for (part, name), tensor in out_tensors(out).items():
-        parts[part][name] = of_file(tensor)
-    # Without tensors of its own, the folder gets the tower that `mm_vision_tower` names.
-    tower: Mapping[str, Weight] = parts[VISUAL_ENCODER] or expected.trained.weights[VISUAL_ENCODER]
+def folder_side(out: OutFolder, checkpoint: Checkpoint | None) -> Side:
+    """The folder as its own config has it. Raises `ConversionError` where it cannot be run.
+
+    Without tensors or a config of its own, the tower is that of `checkpoint`.
+    """
+    parts: dict[str, dict[str, LazyTensor]] = {LLM: {}, VISUAL_ENCODER: {}, PROJECTOR: {}}
+    for name, tensor in folder_tensors(out).items():
+        place = out.layout.place(name)
+        if place is not None:
+            parts[place[0]][place[1]] = tensor
     layer = out.layout.select_layer
     if not isinstance(layer, int):
         raise ConversionError(f"the selected layer is {layer!r}", where="config.json")
-    vision = out.layout.vision or expected.trained.vision_config()
+    tower: Mapping[str, LazyTensor] = parts[VISUAL_ENCODER]
+    vision = out.layout.vision or {}
+    if checkpoint is not None:
+        tower = tower or checkpoint.visual_encoder.tensors
+        vision = vision or _vision_config(checkpoint)
     language = LanguageModel(plain_config(out.layout.text), parts[LLM])
-    return Side(language, Tower(vision, tower, parts[PROJECTOR], layer), lambda weight: None)
+    return Side(language, Tower(vision, tower, parts[PROJECTOR], layer))

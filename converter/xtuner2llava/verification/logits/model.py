@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
 from xtuner2llava.sources.json_file import Json
+from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.verification.logits.layers import Layers, layer_tensors, one_layer_config
+from xtuner2llava.verification.logits.values import Reading
 from xtuner2llava.verification.plain_model import new_tower
-from xtuner2llava.verification.recomputed.weight import Weight
 
 if TYPE_CHECKING:
     import torch
-
-# How the values of a tensor are taken: as they are, or rounded to a dtype first.
-Rounding = Callable[[Weight], "torch.dtype | None"]
 
 _TOWER_LAYERS = "vision_model.encoder.layers"
 
@@ -24,7 +22,9 @@ _TOWER_LAYERS = "vision_model.encoder.layers"
 class LanguageModel:
     """A causal language model of the class of `config`, whose weights are given layer by layer."""
 
-    def __init__(self, config: Any, weights: Mapping[str, Weight], *, trust: bool = False) -> None:
+    def __init__(
+        self, config: Any, weights: Mapping[str, LazyTensor], *, trust: bool = False
+    ) -> None:
         """Makes the class with one layer. Raises `ConversionError` where that cannot be run."""
         self._config, self._trust = config, trust
         self.weights = weights
@@ -78,22 +78,17 @@ class LanguageModel:
             self._layers[kind] = Layers(model.float().eval())
         return self._layers[kind]
 
-    def embed(self, ids: Sequence[int], rounding: Rounding) -> torch.Tensor:
+    def embed(self, ids: Sequence[int], reading: Reading) -> torch.Tensor:
         """(1, ids, hidden size) in float32; only the rows of `ids` are read."""
         import torch
 
         weight = self.weights[self.embedding]
-        dtype = rounding(weight)
-        rows = [weight.read(n, n + 1).value for n in ids]
-        return torch.cat([r if dtype is None else r.to(dtype) for r in rows]).float()[None]
+        return torch.cat([reading.rows(weight, n, n + 1) for n in ids])[None]
 
-    def layer(self, number: int, rounding: Rounding) -> dict[str, torch.Tensor]:
+    def layer(self, number: int, reading: Reading) -> dict[str, torch.Tensor]:
         """The tensors of a layer in float32, by their names within it."""
         inner = self._by_layer[number]
-        return {
-            name: self.weights[whole].float32(rounding(self.weights[whole]))
-            for name, whole in inner.items()
-        }
+        return {name: reading.whole(self.weights[whole]) for name, whole in inner.items()}
 
     def run(
         self, number: int, tensors: Mapping[str, torch.Tensor], streams: Sequence[torch.Tensor]
@@ -111,15 +106,14 @@ class LanguageModel:
             layers.free()
 
     def run_last(
-        self, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor, rounding: Rounding
+        self, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor, reading: Reading
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last layer makes of `hidden`, and what of that goes into the head.
 
         The latter is (positions, hidden size).
         """
         layers = self._for(self.count - 1)
-        layers.load_outer({n: self.weights[n].float32(rounding(self.weights[n]))
-                           for n in self._outer})  # fmt: skip
+        layers.load_outer({name: reading.whole(self.weights[name]) for name in self._outer})
         (last,) = self.run(self.count - 1, tensors, [hidden])
         assert layers.normed is not None  # noqa: S101 - a language model has a head
         return last, layers.normed
@@ -130,20 +124,20 @@ class Tower:
     """A CLIP tower and the projector behind it."""
 
     config: Mapping[str, Json]
-    weights: Mapping[str, Weight]
-    projector: Mapping[str, Weight]
+    weights: Mapping[str, LazyTensor]
+    projector: Mapping[str, LazyTensor]
     select_layer: int
 
-    def features(self, pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    def features(self, pixels: torch.Tensor, reading: Reading) -> torch.Tensor:
         """What stands for the image, (1, patches, hidden size of the LLM), in float32."""
-        return self._project(self._patches(pixels, rounding), rounding)
+        return self._project(self._patches(pixels, reading), reading)
 
-    def _patches(self, pixels: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    def _patches(self, pixels: torch.Tensor, reading: Reading) -> torch.Tensor:
         """The selected hidden state without its class token."""
         import torch
 
         def values(name: str) -> torch.Tensor:
-            return self.weights[name].float32(rounding(self.weights[name]))
+            return reading.whole(self.weights[name])
 
         with torch.random.fork_rng(devices=[]):
             one = new_tower(self.config, num_hidden_layers=1, attn_implementation="eager")
@@ -163,7 +157,7 @@ class Tower:
         assert hidden is not None  # noqa: S101 - there is at least one layer
         return hidden[:, 1:]
 
-    def _project(self, hidden: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    def _project(self, hidden: torch.Tensor, reading: Reading) -> torch.Tensor:
         """Linear layers with an exact GELU between them."""
         from torch.nn import functional
 
@@ -172,7 +166,5 @@ class Tower:
             weight, bias = (self.projector[f"{index}.{kind}"] for kind in ("weight", "bias"))
             if index != indices[0]:
                 hidden = functional.gelu(hidden)
-            hidden = functional.linear(
-                hidden, weight.float32(rounding(weight)), bias.float32(rounding(bias))
-            )
+            hidden = functional.linear(hidden, reading.whole(weight), reading.whole(bias))
         return hidden

@@ -1,15 +1,16 @@
-"""The trained model and the folder side by side, layer by layer, and two wrong ones."""
+"""Models side by side, layer by layer: the trained one, the folder, and wrong ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.verification.logits.distance import Distance, Distances
-from xtuner2llava.verification.logits.model import LanguageModel, Rounding, Tower
-from xtuner2llava.verification.recomputed.weight import Weight
+from xtuner2llava.verification.logits.model import LanguageModel, Tower
+from xtuner2llava.verification.logits.values import AS_STORED, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,11 @@ TRAINED = "trained"  # the weights of the checkpoint as they are
 ROUNDED = "rounded"  # the same, rounded to the folder's dtype
 NUDGED = "nudged"  # rounded, and every hidden state off by half a unit in the last place
 FOLDER = "folder"
+NUDGED_FOLDER = "nudged folder"  # the folder, and every hidden state off likewise
+MOVED_FOLDER = "moved folder"  # the folder, every weight moved as by one more rounding
+REFERENCE = "reference"  # logits that are given
 
+_WRONG = "wrong: "
 _BEFORE, _AFTER = 8, 24  # tokens before and after the image
 _HEAD_ELEMENTS = 2 << 20
 # What is exchanged within one layer, where both have the same shape.
@@ -32,11 +37,34 @@ _EXCHANGES = (
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two models; `rounding` says how its values are taken."""
+    """One of the two models, as its config has it."""
 
     language: LanguageModel
     tower: Tower
-    rounding: Rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A model to run: its weights, how they are read, and whether hidden states are nudged."""
+
+    name: str
+    side: Side
+    reading: Reading = AS_STORED
+    nudged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids before and after the image, and the image: pixels, features, or none.
+
+    `pixels` are (1, channels, height, width); `features` are (1, patches, hidden size), what the
+    projector makes.
+    """
+
+    before: Sequence[int]
+    after: Sequence[int]
+    pixels: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -49,6 +77,14 @@ class Figures:
     stages: dict[str, float] = field(default_factory=dict)
     distances: dict[str, Distance] = field(default_factory=dict)
 
+    def distance(self, one: str, other: str) -> Distance:
+        return self.distances[f"{one} - {other}"]
+
+    def wrong(self, one: str) -> dict[str, Distance]:
+        """The distances of `one` from the wrong models, by what is exchanged in them."""
+        prefix = f"{one} - {_WRONG}"
+        return {n.removeprefix(prefix): d for n, d in self.distances.items() if prefix in n}
+
     def to_dict(self) -> dict[str, Json]:
         return {
             "positions": self.positions,
@@ -59,144 +95,141 @@ class Figures:
         }
 
 
-def picture(config: Mapping[str, Json]) -> torch.Tensor:
-    """A fixed picture of the size that a tower takes, (1, channels, pixels, pixels)."""
+def fixed_prompt(*sides: Side) -> Prompt:
+    """A fixed picture of the size that the tower takes, and ids spread over the vocabulary."""
     import torch
 
-    size = config.get("image_size", 224)
-    edge = size if isinstance(size, int) else 224
-    channels = config.get("num_channels", 3)
-    steps = torch.linspace(0, 1, edge)
+    size, channels = (sides[0].tower.config.get(key) for key in ("image_size", "num_channels"))
+    steps = torch.linspace(0, 1, size if isinstance(size, int) else 224)
     waves = [
         1.5 * torch.sin(6.0 * (1 + c) * steps[:, None] + 11.0 * steps[None, :] * (2 + c))
         for c in range(channels if isinstance(channels, int) else 3)
     ]
-    return torch.stack(waves)[None]
-
-
-def prompt(rows: int) -> tuple[list[int], list[int]]:
-    """Fixed token ids before and after the image, spread over a vocabulary of `rows`."""
+    rows = min(side.language.weights[side.language.embedding].rows for side in sides)
     ids = [(17 + 7919 * n) % rows for n in range(_BEFORE + _AFTER)]
-    return ids[:_BEFORE], ids[_BEFORE:]
+    return Prompt(ids[:_BEFORE], ids[_BEFORE:], torch.stack(waves)[None])
 
 
-def run_both(
-    source: Side | None, folder: Side, rounds: bool, advance: Callable[[int], None]
+def run(
+    streams: Sequence[Stream],
+    prompt: Prompt,
+    pairs: Sequence[tuple[str, str]],
+    advance: Callable[[int], None],
+    *,
+    compared: tuple[str, str] | None = None,
+    given: torch.Tensor | None = None,
 ) -> Figures:
-    """Runs the folder, and the trained model unless `source` is None, on the picture and prompt.
+    """Runs `streams` on `prompt`; the distances of `pairs` of their logits, and of wrong models.
 
-    `rounds` says that the folder's dtype is not that of the checkpoint. `advance` is told the
-    bytes of weights that were run.
+    One of the streams is `FOLDER`: wrong models branch off from it in the middle layer, and `pairs`
+    has, for the first name of each pair, its distance from them too. `compared` are two streams
+    whose hidden states are compared after each layer. `given` are the logits of the last positions,
+    (positions, vocabulary), called `REFERENCE`. `advance` is told the bytes of weights that were
+    run.
     """
-    return _Run(source, folder, rounds, advance).all()
+    return _Run(streams, prompt, pairs, advance, compared, given).all()
 
 
 class _Run:
     def __init__(
-        self, source: Side | None, folder: Side, rounds: bool, advance: Callable[[int], None]
+        self,
+        streams: Sequence[Stream],
+        prompt: Prompt,
+        pairs: Sequence[tuple[str, str]],
+        advance: Callable[[int], None],
+        compared: tuple[str, str] | None,
+        given: torch.Tensor | None,
     ) -> None:
-        self._source, self._folder, self._rounds = source, folder, rounds
-        self._advance = advance
+        self._streams, self._prompt, self._pairs = streams, prompt, pairs
+        self._advance, self._compared, self._given = advance, compared, given
         self._figures = Figures()
-        self._streams: dict[str, torch.Tensor] = {}
+        self._hidden: dict[str, torch.Tensor] = {}
         self._normed: dict[str, torch.Tensor] = {}
-        self._rows = min(
-            side.language.weights[side.language.embedding].count for side in self._sides()
-        )
-
-    def _sides(self) -> list[Side]:
-        return [side for side in (self._source, self._folder) if side is not None]
+        self._wrong: list[str] = []
 
     def all(self) -> Figures:
         self._embed()
-        for number in range(self._folder.language.count):
-            self._layer(number)
+        for number in range(self._streams[0].side.language.count):
+            for (language, reading), group in groupby(
+                self._streams, key=lambda stream: (stream.side.language, stream.reading)
+            ):
+                self._layer(number, language, reading, list(group))
+            self._note(f"layer {number}")
         self._head()
         return self._figures
-
-    def _names(self) -> list[tuple[str, Side, Rounding]]:
-        """The first streams: name, whose weights, and how these are taken."""
-        found: list[tuple[str, Side, Rounding]] = []
-        if self._source is not None:
-            if self._rounds:
-                found.append((TRAINED, self._source, _as_is))
-            found.append((ROUNDED, self._source, self._source.rounding))
-        return [*found, (FOLDER, self._folder, _as_is)]
 
     def _embed(self) -> None:
         import torch
 
-        before, after = prompt(self._rows)
-        images: dict[str, torch.Tensor] = {}
-        for name, side, rounding in self._names():
-            images[name] = side.tower.features(picture(side.tower.config), rounding)
-            embedded = side.language.embed([*before, *after], rounding)
-            parts = [embedded[:, : len(before)], images[name], embedded[:, len(before) :]]
-            self._streams[name] = torch.cat(parts, dim=1)
-        if self._source is not None:
-            self._streams[NUDGED] = _nudged(self._streams[ROUNDED])
-        self._figures.positions = self._streams[FOLDER].shape[1]
-        if self._source is not None:
-            self._figures.stages["image features"] = _apart(images[ROUNDED], images[FOLDER])
+        prompt, images = self._prompt, {}
+        for stream in self._streams:
+            tower, language, reading = stream.side.tower, stream.side.language, stream.reading
+            parts = [language.embed([*prompt.before, *prompt.after], reading)]
+            image = prompt.features
+            if prompt.pixels is not None:
+                image = tower.features(prompt.pixels, reading)
+            if image is not None:
+                images[stream.name] = image
+                cut = len(prompt.before)
+                parts = [parts[0][:, :cut], image, parts[0][:, cut:]]
+            hidden = torch.cat(parts, dim=1)
+            self._hidden[stream.name] = _nudged(hidden) if stream.nudged else hidden
+        self._figures.positions = self._hidden[FOLDER].shape[1]
+        if self._compared is not None and images:
+            one, other = self._compared
+            self._figures.stages["image features"] = _apart(images[one], images[other])
         self._note("embeddings")
 
     def _note(self, stage: str) -> None:
-        if self._source is not None:
-            apart = _apart(self._streams[ROUNDED], self._streams[FOLDER])
-            self._figures.stages[stage] = apart
+        if self._compared is not None:
+            one, other = self._compared
+            self._figures.stages[stage] = _apart(self._hidden[one], self._hidden[other])
 
-    def _layer(self, number: int) -> None:
-        """Runs one layer of both models; the wrong models branch off in the middle one."""
-        if self._source is not None:
-            source = self._source
-            if self._rounds:
-                self._run(number, source, _as_is, [TRAINED])
-            self._streams[NUDGED] = _nudged(self._streams[NUDGED])
-            self._run(number, source, source.rounding, [ROUNDED, NUDGED])
-        wrong = [name for name in self._streams if name.startswith("wrong: ")]
-        self._run(number, self._folder, _as_is, [*wrong, FOLDER])
-        self._note(f"layer {number}")
-
-    def _run(self, number: int, side: Side, rounding: Rounding, names: Sequence[str]) -> None:
-        language = side.language
-        tensors = language.layer(number, rounding)
-        is_last = number == language.count - 1
-        jobs = [(name, tensors, self._streams[name]) for name in names]
-        if FOLDER in names and number == language.count // 2:
-            start = self._streams[FOLDER]
-            jobs += [(f"wrong: {t}", w, start) for t, w in wrong_layers(tensors).items()]
-        results: dict[str, torch.Tensor] = {}
-        for name, inner, hidden in jobs:
-            if is_last:
-                results[name], self._normed[name] = language.run_last(inner, hidden, rounding)
+    def _layer(
+        self, number: int, language: LanguageModel, reading: Reading, streams: Sequence[Stream]
+    ) -> None:
+        """Runs one layer; the wrong models branch off from the folder in the middle one."""
+        tensors = language.layer(number, reading)
+        jobs = []
+        for stream in streams:
+            hidden = self._hidden[stream.name]
+            start = _nudged(hidden) if stream.nudged else hidden
+            jobs.append((stream.name, tensors, start))
+            if stream.name == FOLDER:
+                jobs += [(name, tensors, self._hidden[name]) for name in self._wrong]
+                if number == language.count // 2:
+                    wrong = wrong_layers(tensors)
+                    jobs += [(f"{_WRONG}{t}", inner, start) for t, inner in wrong.items()]
+                    self._wrong = [f"{_WRONG}{title}" for title in wrong]
+        for name, inner, start in jobs:
+            if number == language.count - 1:
+                result = language.run_last(inner, start, reading)
+                self._hidden[name], self._normed[name] = result
             else:
-                (results[name],) = language.run(number, inner, [hidden])
-        self._streams.update(results)
+                (self._hidden[name],) = language.run(number, inner, [start])
         self._advance(sum(tensor.nbytes for tensor in tensors.values()))
 
     def _head(self) -> None:
         """Logits in blocks of the vocabulary, and their distances."""
-        wrong = [name for name in self._streams if name.startswith("wrong: ")]
-        pairs = [(FOLDER, name) for name in wrong]
-        if self._source is not None:
-            pairs = [(ROUNDED, name) for name in (FOLDER, NUDGED, *wrong)]
-            if self._rounds:
-                pairs += [(TRAINED, FOLDER), (TRAINED, ROUNDED)]
-        distances = Distances(pairs, self._figures.positions)
-        heads: list[tuple[Side, Rounding, list[str]]] = [(self._folder, _as_is, [FOLDER, *wrong])]
-        if self._source is not None:
-            heads.append((self._source, self._source.rounding, [ROUNDED, NUDGED]))
-            if self._rounds:
-                heads.append((self._source, _as_is, [TRAINED]))
-        weights = [side.language.weights[side.language.head] for side, _, _ in heads]
-        columns = min(weight.count for weight in weights)
-        step = max(1, _HEAD_ELEMENTS // max(1, weights[0].shape[1]))
+        ones = dict.fromkeys(one for one, _ in self._pairs)
+        wrong = [(one, name) for one in ones if one != TRAINED for name in self._wrong]
+        pairs = [*self._pairs, *wrong]
+        positions = self._figures.positions if self._given is None else len(self._given)
+        distances = Distances(pairs, positions)
+        heads = [(s, s.side.language.weights[s.side.language.head]) for s in self._streams]
+        columns = min(weight.rows for _, weight in heads)
+        if self._given is not None:
+            columns = min(columns, self._given.shape[1])
+        step = max(1, _HEAD_ELEMENTS // max(1, heads[0][1].shape[1]))
         for start in range(0, columns, step):
             stop = min(start + step, columns)
             block: dict[str, torch.Tensor] = {}
-            for (_, rounding, names), weight in zip(heads, weights, strict=True):
-                rows = _values(weight, start, stop, rounding)
-                block |= {name: self._normed[name] @ rows.T for name in names}
+            if self._given is not None:
+                block[REFERENCE] = self._given[:, start:stop].float()
+            for stream, weight in heads:
+                rows = stream.reading.rows(weight, start, stop)
+                names = [stream.name, *(self._wrong if stream.name == FOLDER else ())]
+                block |= {name: self._normed[name][-positions:] @ rows.T for name in names}
             distances.add(block)
         self._figures.columns, self._figures.scale = columns, distances.scale
         for one, other in pairs:
@@ -225,16 +258,6 @@ def wrong_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tor
     if "q and k" in found:
         found.pop("k and v", None)
     return found
-
-
-def _as_is(weight: Weight) -> None:
-    return None
-
-
-def _values(weight: Weight, start: int, stop: int, rounding: Rounding) -> torch.Tensor:
-    dtype = rounding(weight)
-    value = weight.read(start, stop).value
-    return (value if dtype is None else value.to(dtype)).float()
 
 
 def _nudged(hidden: torch.Tensor) -> torch.Tensor:

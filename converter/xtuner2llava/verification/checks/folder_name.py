@@ -17,7 +17,7 @@ _QWEN = "LlavaQwenForCausalLM"
 _HAS = {"LLaVA": (_LLAMA, _MISTRAL), "LLaVA-NeXT": (_LLAMA, _MISTRAL, _MIXTRAL, _QWEN)}
 
 
-def naming_checks(out: OutFolder) -> Iterator[Check]:
+def name_checks(out: OutFolder) -> Iterator[Check]:
     """Checks of names, which only the `llava` format depends on."""
     if out.layout.format != "llava":
         return

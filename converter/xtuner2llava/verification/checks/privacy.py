@@ -22,7 +22,7 @@ _HOME = re.compile(r"(?:/home|/Users|/root)/[\w.@+-]+/|[A-Za-z]:\\{1,2}Users\\")
 _NOBODY = ("root", "user", "users", "admin", "ubuntu", "runner", "docker", "nobody", "test")
 
 
-def leak_check(out: OutFolder) -> Check:
+def privacy_check(out: OutFolder) -> Check:
     """Absolute paths, homes and this user's name: wrong in our files, a warning in copied ones."""
     ours: list[str] = []
     copied: list[str] = []
@@ -32,7 +32,7 @@ def leak_check(out: OutFolder) -> Check:
             continue
         count += 1
         text = path.read_text(encoding="utf-8", errors="replace")
-        found = [f"{path.name} says '{what}'" for what in _leaks(text, path.name)]
+        found = [f"{path.name} says '{what}'" for what in _private(text, path.name)]
         (ours if path.name in _OURS else copied).extend(found)
     if ours:
         return Check("no local paths", FAILED, joined([*ours, *copied]))
@@ -41,7 +41,7 @@ def leak_check(out: OutFolder) -> Check:
     return Check("no local paths", OK, f"none in {count} text files")
 
 
-def _leaks(text: str, file: str) -> Iterator[str]:
+def _private(text: str, file: str) -> Iterator[str]:
     home = str(Path.home()) + "/"
     if len(home) > 2 and home in text and file not in _VOCABULARIES:
         yield home

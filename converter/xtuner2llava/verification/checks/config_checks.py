@@ -15,7 +15,7 @@ from xtuner2llava.verification.plain_model import plain_config
 _IMAGE_PROCESSOR = "preprocessor_config.json"
 
 
-def invariant_checks(out: OutFolder) -> Iterator[Check]:
+def config_checks(out: OutFolder) -> Iterator[Check]:
     """Checks of small files against the headers."""
     missing = out.layout.key_faults()
     architecture = out.layout.architecture

@@ -18,8 +18,8 @@ from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import (
     CheckpointError,
+    PlanError,
     UnsupportedError,
-    UsageError,
     Verification,
     convert,
     verify,
@@ -273,7 +273,7 @@ def test_what_is_no_checkpoint(checkpoints: Path, llama: Path, tmp_path: Path) -
     (tmp_path / "x.pth").write_bytes(b"PK nothing")
     with pytest.raises(CheckpointError, match=r"x\.pth: starts as a checkpoint"):
         verify(llama, against=tmp_path / "x.pth")
-    with pytest.raises(UsageError, match=r"^llm: 'nowhere/to/be' is no folder here"):
+    with pytest.raises(PlanError, match="'nowhere/to/be' is not a folder here"):
         against(checkpoints, llama, "llama_e_full_fullvis", llm="nowhere/to/be")
 
 

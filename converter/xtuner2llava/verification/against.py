@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.options import VerifyOptions
+from xtuner2llava.options import Options, VerifyOptions
 from xtuner2llava.planning import make_plan
 from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.small_files import small_files
@@ -63,14 +63,15 @@ def plan_again(checkpoint: str, options: VerifyOptions, out: OutFolder) -> Plan:
     """
     config, recorded = out.layout.config, out.record.get("dtype")
     tower = config.get("mm_vision_tower")
-    changes: dict[str, Any] = {}
+    shared = {each.name for each in fields(Options)} & {each.name for each in fields(options)}
+    given: dict[str, Any] = {name: getattr(options, name) for name in shared}
+    given["format"] = out.layout.format
+    given["model_type"] = "llava" if config.get("model_type") == "llava" else "official"
     if options.dtype == "auto" and isinstance(recorded, str):
-        changes["dtype"] = recorded
+        given["dtype"] = recorded
     if options.vision_tower_name is None and isinstance(tower, str):
-        changes["vision_tower_name"] = tower
-    if config.get("model_type") == "llava":
-        changes["model_type"] = "llava"
-    chosen = replace(options.with_format(out.layout.format), **changes)
+        given["vision_tower_name"] = tower
+    chosen = Options(**{name: value for name, value in given.items() if value is not None})
     return make_plan(open_checkpoint(checkpoint, chosen), chosen)
 
 

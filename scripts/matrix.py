@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.mapping import Catalogue, Family
-from xtuner2llava.mapping.caveat import Caveat
-from xtuner2llava.mapping.requirement import Condition, Requirement
+from xtuner2llava.mapping.caveats import Caveat, Condition, Requirement
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

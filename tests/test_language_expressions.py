@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping.expression import parse_expression
+from xtuner2llava.mapping.expressions import parse_expression
 
 CONFIG: dict[str, object] = {
     "hidden": 64,

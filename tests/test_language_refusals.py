@@ -255,10 +255,10 @@ caveats:
         "my.yaml:5: `hidden_size //` is not an expression",
         "my.yaml:7: `config` does not make `num_hidden_layers`, `num_attention_heads`, "
         "which LlamaForCausalLM needs",
-        "my.yaml:8: `hidden_sizes` is no config key of LlamaForCausalLM in transformers 4.37",
+        "my.yaml:8: `hidden_sizes` is not a config key of LlamaForCausalLM in transformers 4.37",
         "my.yaml:10: `intermediate_size` is a number or an expression",
         "my.yaml:11: `vocab_size` is already made by my.yaml:8",
-        "my.yaml:12: `n_embd` is no config key of LlamaForCausalLM in transformers 4.37",
+        "my.yaml:12: `n_embd` is not a config key of LlamaForCausalLM in transformers 4.37",
         "my.yaml:14: a requirement needs `because`",
         "my.yaml:15: a requirement needs `that`",
         "my.yaml:16: `tokenizer` has no key `model`",
@@ -271,7 +271,7 @@ caveats:
         "my.yaml:23: `exact_up_to` is true, a number of tokens was expected",
         "my.yaml:24: `2 **` is not an expression",
         "my.yaml:25: `exact_up_to` is a number or an expression",
-        "my.yaml:26: `4.45 or later` is no range of versions",
+        "my.yaml:26: `4.45 or later` is not a range of versions",
         "my.yaml:27: `transformers` is a text",
         "my.yaml:28: a caveat has no key `beyond`",
     ]

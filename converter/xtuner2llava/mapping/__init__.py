@@ -12,14 +12,14 @@ It knows tensors, and no checkpoint layout.
 
 from xtuner2llava.mapping.apply import Applied, Dropped, Origin, apply
 from xtuner2llava.mapping.catalogue import Catalogue, check_file
-from xtuner2llava.mapping.caveat import Limit, in_range
+from xtuner2llava.mapping.caveats import Limit, in_range
 from xtuner2llava.mapping.check import check_against_class
 from xtuner2llava.mapping.draft import draft
 from xtuner2llava.mapping.expand import Step, expand
 from xtuner2llava.mapping.family import Chat, Family, Generation, TranslatedConfig
+from xtuner2llava.mapping.fold import Folded, fold
 from xtuner2llava.mapping.folder_name import FolderName, model_name
 from xtuner2llava.mapping.format import COMPONENTS, Format, FormatClass
-from xtuner2llava.mapping.names import Folded, fold
 from xtuner2llava.mapping.plain_class import Expected, MappingFile, PlainClass
 from xtuner2llava.mapping.prompt_templates import PromptTemplate
 from xtuner2llava.mapping.rules import RuleSet

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.expand import Step
-from xtuner2llava.mapping.fold import TensorFaults, shortened
-from xtuner2llava.mapping.names import Folded, fold, nearest, unnumbered
+from xtuner2llava.mapping.fold import Folded, TensorFaults, fold, shortened, unnumbered
+from xtuner2llava.mapping.names import nearest
 from xtuner2llava.tensors import (
     FLOAT32,
     Columns,

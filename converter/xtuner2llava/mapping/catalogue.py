@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError
-from xtuner2llava.mapping.detection import Match, choose
-from xtuner2llava.mapping.family import Family
-from xtuner2llava.mapping.family_file import read_family, read_match_only
+from xtuner2llava.mapping.detect import Match, Refusals, choose, read_refusals
+from xtuner2llava.mapping.family import Family, read_family, read_match_only
 from xtuner2llava.mapping.format import Format, read_format
 from xtuner2llava.mapping.names import nearest
 from xtuner2llava.mapping.plain_class import PlainClass, read_class
 from xtuner2llava.mapping.prompt_templates import PromptTemplate, read_prompt_templates
-from xtuner2llava.mapping.refusals import Refusals, read_refusals
-from xtuner2llava.mapping.yaml import Document, read_document
+from xtuner2llava.mapping.yaml import MAX_BYTES, Document, read_document
 
 _T = TypeVar("_T")
-_MAX_BYTES = 1 << 20
-_KINDS = ("family", "format", "class")
 
 
 class Catalogue:
@@ -29,9 +25,12 @@ class Catalogue:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.families: Mapping[str, Family] = _Shelf(folder / "families", "family", self._family)
-        self.formats: Mapping[str, Format] = _Shelf(folder / "formats", "format", self._format)
-        self.classes: Mapping[str, PlainClass] = _Shelf(folder / "classes", "class", read_class)
+        self._families = _Shelf(folder / "families", "family", self._family)
+        self._formats = _Shelf(folder / "formats", "format", self._format)
+        self._classes = _Shelf(folder / "classes", "class", read_class)
+        self.families: Mapping[str, Family] = self._families
+        self.formats: Mapping[str, Format] = self._formats
+        self.classes: Mapping[str, PlainClass] = self._classes
 
     @classmethod
     def shipped(cls) -> Catalogue:
@@ -63,16 +62,14 @@ class Catalogue:
 
     def text_of(self, name: str) -> str:
         """The YAML of the shipped family, format or class `name`, in this order."""
-        for shelf in (self.families, self.formats, self.classes):
+        shelves: list[_Shelf[Family] | _Shelf[Format] | _Shelf[PlainClass]] = [
+            *(self._families, self._formats, self._classes)
+        ]
+        for shelf in shelves:
             if name in shelf:
-                assert isinstance(shelf, _Shelf)  # noqa: S101 - made above
                 return shelf.path(name).read_text(encoding="utf-8")
-        known = [*self.families, *self.formats, *self.classes]
-        near = nearest(name, known)
-        raise MappingError(
-            f"there is no mapping `{name}`",
-            advice=f"Did you mean `{near}`?" if near else f"Known: {', '.join(known)}.",
-        )
+        known = [name for shelf in shelves for name in shelf]
+        raise MappingError(f"there is no mapping `{name}`", advice=_known(name, known))
 
     @cached_property
     def prompt_templates(self) -> Mapping[str, PromptTemplate]:
@@ -86,11 +83,22 @@ class Catalogue:
         found = self.prompt_templates.items()
         return {name: one.stop_words for name, one in found if one.stop_words}
 
+    @cached_property
+    def refusals(self) -> Refusals:
+        """LLMs and classes that are known to have no exact target."""
+        path = self._folder / "refusals.yaml"
+        return read_refusals(_read(path, path.name)) if path.is_file() else Refusals()
+
     def check(self, path: Path) -> list[Fault]:
         """All faults of a family, format or class file; none if it is right."""
+        readers: dict[str, Callable[[Document], object]] = {
+            "family": self._family,
+            "format": self._format,
+            "class": read_class,
+        }
         try:
             document = _read(path, path.name)
-            kinds = [kind for kind in _KINDS if kind in document.root.entries]
+            kinds = [kind for kind in readers if kind in document.root.entries]
             if len(kinds) != 1:
                 raise MappingError(
                     f"says {' and '.join(kinds) or 'nothing'} of family, format and class; "
@@ -98,11 +106,6 @@ class Catalogue:
                     where=document.where(document.root.line),
                     advice="Begin it with `schema: 1` and, say, `family: NAME`.",
                 )
-            readers: dict[str, Callable[[Document], object]] = {
-                "family": self._family,
-                "format": self._format,
-                "class": read_class,
-            }
             readers[kinds[0]](document)
         except ConversionError as error:
             return list(error.faults)
@@ -110,9 +113,7 @@ class Catalogue:
 
     @cached_property
     def _matches(self) -> dict[str, Match]:
-        shelf = self.families
-        assert isinstance(shelf, _Shelf)  # noqa: S101 - made above
-        return {name: read_match_only(shelf.document(name)) for name in shelf}
+        return {name: read_match_only(self._families.document(name)) for name in self._families}
 
     def _family(self, document: Document) -> Family:
         return read_family(document, self.families.__getitem__, self.classes.__getitem__)
@@ -120,12 +121,6 @@ class Catalogue:
     def _format(self, document: Document) -> Format:
         format_ = read_format(document, self.formats.__getitem__)
         return replace(format_, refused=self.refusals.of_format(format_.name))
-
-    @cached_property
-    def refusals(self) -> Refusals:
-        """LLMs and classes that are known to have no exact target."""
-        path = self._folder / "refusals.yaml"
-        return read_refusals(_read(path, path.name)) if path.is_file() else Refusals()
 
 
 class _Shelf(Mapping[str, _T], Generic[_T]):
@@ -166,11 +161,8 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
         if name in self._parsed:
             return self._parsed[name]
         if name not in self._names:
-            near = nearest(name, self._names)
-            raise MappingError(
-                f"there is no {self._kind} `{name}`",
-                advice=f"Did you mean `{near}`?" if near else f"Known: {', '.join(self._names)}.",
-            )
+            what = f"there is no {self._kind} `{name}`"
+            raise MappingError(what, advice=_known(name, self._names))
         if name in self._parsing:
             chain = " extends ".join([*self._parsing, name])
             raise MappingError(f"extends itself: {chain}")
@@ -182,13 +174,18 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
         return self._parsed[name]
 
 
+def _known(name: str, names: Collection[str]) -> str:
+    near = nearest(name, list(names))
+    return f"Did you mean `{near}`?" if near else f"Known: {', '.join(names)}."
+
+
 def _read(path: Path, name: str) -> Document:
     """The document in the file at `path`; at most a byte more than is allowed is read."""
     try:
         if not path.is_file():
             raise MappingError("is not a file", where=str(path))
         with path.open("rb") as file:
-            return read_document(file.read(_MAX_BYTES + 1), name)
+            return read_document(file.read(MAX_BYTES + 1), name)
     except OSError as error:
         raise MappingError(f"cannot be read ({error.strerror})", where=str(path)) from error
 

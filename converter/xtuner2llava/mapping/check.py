@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from xtuner2llava.errors import Fault
 from xtuner2llava.mapping.apply import Origin
-from xtuner2llava.mapping.fold import TensorFaults, shortened
-from xtuner2llava.mapping.names import fold, nearest, unnumbered
+from xtuner2llava.mapping.fold import TensorFaults, fold, shortened, unnumbered
+from xtuner2llava.mapping.names import nearest
 from xtuner2llava.mapping.plain_class import Expected, PlainClass
 
 _MAX_SUGGESTIONS = 10

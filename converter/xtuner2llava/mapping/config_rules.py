@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.caveats import Requirement, read_requirements
+from xtuner2llava.mapping.expressions import Environment, Expression
 from xtuner2llava.mapping.schema import Reader
-from xtuner2llava.mapping.values import Environment
-from xtuner2llava.mapping.yaml import Scalar, Table
+from xtuner2llava.mapping.yaml import Node, Scalar
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,11 @@ class Key:
 class ConfigRules:
     """The keys that are made, by name; `keep_all` keeps all others that the target has."""
 
-    keys: Mapping[str, Key]
-    default: Mapping[str, object]
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    default: Mapping[str, object] = field(default_factory=dict)
     keep_all: bool = False
+    requirements: tuple[Requirement, ...] = ()
+    nest: Mapping[str, str] = field(default_factory=dict)
 
     def under(self, child: ConfigRules) -> ConfigRules:
         """These rules where the file that extends this one has none of its own."""
@@ -40,6 +42,8 @@ class ConfigRules:
             {**self.keys, **child.keys},
             {**self.default, **child.default},
             self.keep_all or child.keep_all,
+            (*self.requirements, *child.requirements),
+            {**self.nest, **child.nest},
         )
 
     def make(self, environment: Environment, faults: list[Fault]) -> dict[str, object]:
@@ -58,8 +62,13 @@ class ConfigRules:
         return values
 
 
-def read_config_rules(reader: Reader, table: Table) -> ConfigRules:
-    """`keep`, `derive`, `set` and `default` of a `config` table; a key is made in one way only."""
+def read_config_rules(reader: Reader, node: Node | None, allowed: Collection[str]) -> ConfigRules:
+    """The `config` table, which has the keys `allowed`; a key is made in one way only."""
+    table = reader.table(node, "`config`")
+    reader.keys(table, allowed, "`config`")
+    kept, derived, constants, default, nest = (
+        table.entries.get(key) for key in ("keep", "derive", "set", "default", "nest")
+    )
     keys: dict[str, Key] = {}
 
     def add(name: str, line: int, key: Key) -> None:
@@ -67,19 +76,27 @@ def read_config_rules(reader: Reader, table: Table) -> ConfigRules:
             reader.fault(line, f"`{name}` is already made by {keys[name].where}")
         keys.setdefault(name, key)
 
-    kept = table.entries.get("keep")
     keep_all = isinstance(kept, Scalar) and kept.value == "all"
     if not keep_all:
-        for node in reader.items(kept, "`keep`, if it is not `all`,"):
-            name = reader.text(node, "a config key")
+        for item in reader.items(kept, "`keep`, if it is not `all`,"):
+            name = reader.text(item, "a config key")
             reader.names_read.add(name)
-            add(name, node.line, Key(reader.where(node.line), keep=True))
-    derived = reader.table(table.entries.get("derive"), "`derive`")
-    for name, expression in reader.formulas(table.entries.get("derive"), "`derive`"):
-        line = derived.lines[name]
-        add(name, line, Key(reader.where(line), derive=expression))
-    for name, line, value in reader.constants(table.entries.get("set"), "`set`"):
-        add(name, line, Key(reader.where(line), value=value))
-    default = {k: v for k, _, v in reader.constants(table.entries.get("default"), "`default`")}
-    reader.names_read.update(default)
-    return ConfigRules(keys, default, keep_all)
+            add(name, item.line, Key(reader.where(item.line), keep=True))
+    for name, line, value in reader.entries(derived, "`derive`"):
+        add(name, line, Key(reader.where(line), derive=reader.expression(value, f"`{name}`")))
+    for name, line, value in reader.entries(constants, "`set`"):
+        add(name, line, Key(reader.where(line), value=reader.constant(value)))
+    values = {key: reader.constant(n) for key, _, n in reader.entries(default, "`default`")}
+    reader.names_read.update(values)
+    requirements = read_requirements(reader, table.entries.get("require"))
+    return ConfigRules(
+        keys, values, keep_all, requirements, read_texts(reader, nest, "`nest`", ("llm", "vision"))
+    )
+
+
+def read_texts(
+    reader: Reader, node: Node | None, what: str, allowed: Collection[str]
+) -> dict[str, str]:
+    """A table of texts with the keys `allowed`."""
+    reader.keys(reader.table(node, what), allowed, what)
+    return {key: reader.text(value, f"`{key}`") for key, _, value in reader.entries(node, what)}

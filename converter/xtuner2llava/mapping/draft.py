@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from xtuner2llava.errors import MappingError, UnsupportedError
 from xtuner2llava.mapping import likely_roles as likely
 from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.fold import fold
 from xtuner2llava.mapping.likely_config import Sizes, config_lines, quoted
 from xtuner2llava.mapping.likely_roles import Group, Layout, Shape, likely_layout
-from xtuner2llava.mapping.names import fold
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*(\{i\})?")
 _NO_TEXTS = {"true", "false", "null", "True", "False", "Null", "TRUE", "FALSE", "NULL"}

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.mapping.expressions import Environment
 from xtuner2llava.mapping.fold import shortened
 from xtuner2llava.mapping.names import below, join, matches
 from xtuner2llava.mapping.rules import Block, Entry, Rule, RuleSet
-from xtuner2llava.mapping.values import Environment
 
 # The largest models have some 50,000 tensors; a loop over a hostile config ends here.
 _MAX_STEPS = 200_000

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated
 
-from xtuner2llava.errors import MappingError, raise_faults
-from xtuner2llava.mapping.caveat import Caveat, Limit, limits
-from xtuner2llava.mapping.config_rules import ConfigRules
-from xtuner2llava.mapping.detection import Match
+from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.mapping.caveats import Caveat, Limit, Requirement, failures, limits
+from xtuner2llava.mapping.config_rules import ConfigRules, read_config_rules
+from xtuner2llava.mapping.detect import Match
 from xtuner2llava.mapping.expand import Step, expand
-from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.format import Format
+from xtuner2llava.mapping.names import nearest
 from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
-from xtuner2llava.mapping.requirement import Requirement, failures
-from xtuner2llava.mapping.rules import RuleSet
+from xtuner2llava.mapping.rules import Entry, RuleSet, read_rules
+from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.similar import doubtful_defaults
-from xtuner2llava.mapping.values import Environment, show
+from xtuner2llava.mapping.yaml import Document, Node
 
+_CONFIG_KEYS = ("default", "require", "keep", "derive", "set")
+_TOKENIZER_KEYS = ("class", "convert", "files", "special_tokens")
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).
 HOUSEKEEPING = frozenset(
     {
@@ -86,7 +90,6 @@ class Family:
     dims: Mapping[str, Expression]
     rules: RuleSet
     config: ConfigRules
-    requirements: tuple[Requirement, ...]
     tokenizer: Mapping[str, object]
     generation: Generation
     chat: Chat
@@ -100,6 +103,10 @@ class Family:
     @property
     def file(self) -> MappingFile:
         return self.files[0]
+
+    @property
+    def requirements(self) -> tuple[Requirement, ...]:
+        return self.config.requirements
 
     def environment(self, config: Mapping[str, object]) -> Environment:
         """What its expressions know: the source config, its defaults, and `dims`."""
@@ -121,18 +128,18 @@ class Family:
         faults = failures(self.requirements, environment)
         made = self.config.make(environment, faults)
         if self.config.keep_all:
-            known = (*self.becomes.keys, *self.becomes.checked)
-            made = {key: environment[key] for key in known if key in environment} | made
+            made = {k: environment[k] for k in self.becomes.known if k in environment} | made
         values, wrong = self.becomes.complete(made)
         faults += wrong
         if format_ is not None:
             faults += format_.class_faults(self.becomes.name, values)
         raise_faults(MappingError, list(dict.fromkeys(faults)))
-        unread = self._not_carried(config)
-        doubts = self._doubts(
-            {key: values[key] for key in self.becomes.default if key not in made}, config, unread
-        )
-        return TranslatedConfig(values, unread, doubts)
+        read = self.names_read | HOUSEKEEPING
+        if self.config.keep_all:
+            read |= {*self.becomes.known}
+        unread = tuple(k for k, value in config.items() if k not in read and value is not None)
+        standing = {key: values[key] for key in self.becomes.default if key not in made}
+        return TranslatedConfig(values, unread, self._doubts(standing, config, unread))
 
     def limits(self, config: Mapping[str, object]) -> list[Limit]:
         """The caveats that hold for a source config. Raises `MappingError`."""
@@ -162,8 +169,115 @@ class Family:
             for key, default, other, value in doubtful_defaults(standing, config, unread)
         )
 
-    def _not_carried(self, config: Mapping[str, object]) -> tuple[str, ...]:
-        read = self.names_read | HOUSEKEEPING
-        if self.config.keep_all:
-            read |= {*self.becomes.keys, *self.becomes.checked}
-        return tuple(key for key, value in config.items() if key not in read and value is not None)
+    def over(self, parent: Family) -> Family:
+        """This family with the tables of `parent` under its own; `match` is its own."""
+        own, theirs = self.generation, parent.generation
+        return replace(
+            self,
+            dims={**parent.dims, **self.dims},
+            rules=RuleSet(self.rules.entries, parent.rules),
+            config=parent.config.under(self.config),
+            tokenizer={**parent.tokenizer, **self.tokenizer},
+            generation=Generation(
+                own.bos or theirs.bos, own.eos or theirs.eos, own.pad or theirs.pad
+            ),
+            chat=Chat(
+                self.chat.template or parent.chat.template,
+                self.chat.stop_words or parent.chat.stop_words,
+            ),
+            caveats=(*parent.caveats, *self.caveats),
+            # The last of a family's files is its class, which comes last again.
+            files=(*self.files, *parent.files[:-1]),
+            names_read=self.names_read | parent.names_read,
+        )
+
+
+def _read_config(reader: Reader, node: Node | None) -> ConfigRules:
+    return read_config_rules(reader, node, _CONFIG_KEYS)
+
+
+def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
+    table = reader.table(node, "`tokenizer`")
+    reader.keys(table, _TOKENIZER_KEYS, "`tokenizer`")
+    return {key: reader.constant(value) for key, value in table.entries.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _FamilyFile:
+    family: str
+    extends: str | None = None
+    becomes: str | None = None
+    match: Match = field(default_factory=Match)
+    dims: Mapping[str, Expression] = field(default_factory=dict)
+    tensors: Annotated[tuple[Entry, ...], read_rules] = ()
+    config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
+    tokenizer: Annotated[Mapping[str, object], _read_tokenizer] = field(default_factory=dict)
+    generation: Generation = Generation()
+    chat: Chat = Chat()
+    caveats: tuple[Caveat, ...] = ()
+
+
+def read_match_only(document: Document) -> Match:
+    """What a family file says about which LLMs it is for, without looking at the rest of it."""
+    reader = Reader(document)
+    match: Match = reader.value(Match, document.root.entries.get("match"), "`match`")
+    reader.finish()
+    return match
+
+
+def read_family(
+    document: Document,
+    find_family: Callable[[str], Family],
+    find_class: Callable[[str], PlainClass],
+) -> Family:
+    """The family that a file describes; `find_…` load what it names, or raise `MappingError`.
+
+    Of a family that it extends it takes every table, and puts its own entries over them; `match`
+    is its own, since two families that match the same LLM would be none. Raises `MappingError`
+    with all faults of the file.
+    """
+    reader, root = Reader(document), document.root
+    file = reader.root(_FamilyFile, "a family")
+    parent = reader.found("extends", find_family)
+    plain = reader.found("becomes", find_class) or (parent.becomes if parent else None)
+    if "extends" not in root.entries:
+        for key in ("becomes", "tensors"):
+            if key not in root.entries:
+                reader.fault(root.line, f"a family needs `{key}`")
+    config = parent.config.under(file.config) if parent else file.config
+    if plain is not None:
+        line = root.lines.get("config", root.line)
+        _check_keys(reader, line, config, plain)
+    reader.finish()
+    assert plain is not None  # noqa: S101 - else there was a fault
+    family = Family(
+        file.family,
+        plain,
+        file.match,
+        file.dims,
+        RuleSet(file.tensors),
+        file.config,
+        file.tokenizer,
+        file.generation,
+        file.chat,
+        file.caveats,
+        (MappingFile(document.name, document.sha256),),
+        frozenset(reader.names_read),
+    )
+    family = family if parent is None else family.over(parent)
+    return replace(family, files=(*family.files, plain.file))
+
+
+def _check_keys(reader: Reader, line: int, rules: ConfigRules, plain: PlainClass) -> None:
+    """Faults for keys that the class does not have, and for those it needs and nothing makes."""
+    for name, key in rules.keys.items():
+        if name not in plain.known:
+            near = nearest(name, plain.known)
+            advice = f"Did you mean `{near}`?" if near else f"It has: {', '.join(plain.known)}."
+            what = f"`{name}` is not a config key of {plain.architecture} in transformers 4.37"
+            reader.faults.append(Fault(key.where, what, advice))
+    lacking = [key for key in plain.required if key not in rules.keys]
+    if lacking and not rules.keep_all:
+        listed = ", ".join(f"`{key}`" for key in lacking)
+        what = f"`config` does not make {listed}, which {plain.architecture} needs"
+        reader.fault(line, what, "Say it with `keep`, `derive` or `set`.")

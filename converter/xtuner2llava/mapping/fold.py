@@ -1,13 +1,66 @@
-"""Faults about tensors, folded over layers: a model of 80 layers has thousands of names."""
+"""Names, and faults about them, folded over layers: a model of 80 layers has thousands."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.mapping.names import fold
 
 _MAX_FAULTS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Names that differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`; how many."""
+
+    text: str
+    template: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"`{self.text}`" + (f" ({self.count:,} tensors)" if self.count > 1 else "")
+
+
+def unnumbered(name: str) -> str:
+    """`name` with `{}` for each of its parts that is a number."""
+    return ".".join("{}" if _is_number(part) else part for part in name.split("."))
+
+
+def fold(names: Iterable[str]) -> list[Folded]:
+    """`names` in the order given, those that differ only in numbers as one."""
+    groups: dict[str, list[list[int]]] = {}
+    for name in names:
+        numbers = [int(part) for part in name.split(".") if _is_number(part)]
+        groups.setdefault(unnumbered(name), []).append(numbers)
+    return [
+        Folded(_with_numbers(template, rows), template, len(rows))
+        for template, rows in groups.items()
+    ]
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) <= 9
+
+
+def _with_numbers(template: str, rows: list[list[int]]) -> str:
+    slots = [_runs(sorted(set(column))) for column in zip(*rows, strict=True)]
+    pieces = template.split("{}")
+    return pieces[0] + "".join(slot + piece for slot, piece in zip(slots, pieces[1:], strict=False))
+
+
+def _runs(numbers: list[int]) -> str:
+    """`{0..3,7}`; a single number stands as it is; after four runs, an ellipsis."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    shown = ["..".join(str(end) for end in run) for run in runs[:4]]
+    return "{" + ",".join(shown) + (",…" if len(runs) > 4 else "") + "}"
 
 
 class TensorFaults:

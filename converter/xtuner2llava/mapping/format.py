@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.mapping.caveat import Caveat, Limit, limits, read_caveats
-from xtuner2llava.mapping.config_rules import ConfigRules, read_config_rules
+from xtuner2llava.mapping.caveats import (
+    Caveat,
+    Limit,
+    Requirement,
+    failures,
+    limits,
+    read_requirements,
+)
+from xtuner2llava.mapping.config_rules import ConfigRules, read_config_rules, read_texts
 from xtuner2llava.mapping.expand import Step, expand
+from xtuner2llava.mapping.expressions import Environment
 from xtuner2llava.mapping.folder_name import FolderName
 from xtuner2llava.mapping.plain_class import MappingFile
-from xtuner2llava.mapping.requirement import Requirement, failures, read_requirements
-from xtuner2llava.mapping.rules import RuleSet, read_rules
+from xtuner2llava.mapping.rules import Entry, RuleSet, read_rules
 from xtuner2llava.mapping.schema import Reader
-from xtuner2llava.mapping.values import Environment
 from xtuner2llava.mapping.yaml import Document, Node
 
 COMPONENTS = ("llm", "projector", "visual_encoder")
-_KEYS = ("extends", "classes", "require", "tokens", "processor", "tensors", "config")
-_CLASS_KEYS = ("architecture", "model_type", "require", "folder_name", "caveats")
 _CONFIG_KEYS = ("keep", "derive", "set", "nest")
-_NESTED = ("llm", "vision")
+_Requirements = Annotated[tuple[Requirement, ...], read_requirements]
+_Rules = Annotated[tuple[Entry, ...], read_rules]
 
 
 @dataclass(frozen=True, slots=True)
 class FormatClass:
     """What a plain class is called in a format, and what its config must hold there."""
 
+    TITLE: ClassVar = "a class"
     architecture: str
     model_type: str
-    requirements: tuple[Requirement, ...]
-    folder_name: FolderName
+    requirements: _Requirements = field(default=(), metadata={"key": "require"})
+    folder_name: FolderName = field(default_factory=FolderName)
     caveats: tuple[Caveat, ...] = ()
 
 
@@ -52,13 +59,16 @@ class Format:
     """Tokens that the tokenizer must have, by what they are for: `image` and `pad`."""
     processor: str | None = None
     """The class of transformers that prepares texts and images together, if there is one."""
-    nest: Mapping[str, str] = field(default_factory=dict)
-    """Where `llm` and `vision` have their configs in config.json; without it, the LLM's keys stand
-    at the top and the tower has none."""
 
     @property
     def file(self) -> MappingFile:
         return self.files[0]
+
+    @property
+    def nest(self) -> Mapping[str, str]:
+        """Where `llm` and `vision` have their configs in config.json; without it, the LLM's keys
+        stand at the top and the tower has none."""
+        return self.config_rules.nest
 
     def class_faults(self, name: str, values: Mapping[str, object]) -> list[Fault]:
         """Why this format cannot say an LLM of the plain class `name` with this config."""
@@ -99,77 +109,55 @@ class Format:
         return values
 
 
-def _folder_name(reader: Reader, node: Node | None) -> FolderName:
-    table = reader.table(node, "`folder_name`")
-    reader.keys(table, ("needs", "avoid"), "`folder_name`")
-    entries = table.entries
-    return FolderName(
-        reader.texts(entries.get("needs"), "`needs`"), reader.texts(entries.get("avoid"), "`avoid`")
-    )
+def _read_config(reader: Reader, node: Node | None) -> ConfigRules:
+    return read_config_rules(reader, node, _CONFIG_KEYS)
 
 
-def _texts(reader: Reader, node: Node | None, what: str, keys: Collection[str]) -> dict[str, str]:
-    table = reader.table(node, what)
-    reader.keys(table, keys, what)
-    return {key: reader.text(value, f"`{key}`") for key, value in table.entries.items()}
+def _read_tokens(reader: Reader, node: Node) -> Mapping[str, str]:
+    return read_texts(reader, node, "`tokens`", ("image", "pad"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    llm: _Rules = ()
+    projector: _Rules = ()
+    visual_encoder: _Rules = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _FormatFile:
+    format: str
+    extends: str | None = None
+    classes: Mapping[str, FormatClass] = field(default_factory=dict)
+    require: _Requirements = ()
+    tokens: Annotated[Mapping[str, str], _read_tokens] = field(default_factory=dict)
+    processor: str | None = None
+    tensors: _Tensors = _Tensors()
+    config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
 
 
 def read_format(document: Document, find_format: Callable[[str], Format]) -> Format:
     """The format that a file describes. Raises `MappingError` with all faults of the file."""
-    reader = Reader(document)
-    root = reader.root("format", _KEYS)
-    entries = root.entries
-    name = reader.text(reader.required(root, "format", "a format"), "`format`")
-    parent = reader.found(root, "extends", find_format)
-    classes: dict[str, FormatClass] = dict(parent.classes) if parent else {}
-    for key, node in reader.table(entries.get("classes"), "`classes`").entries.items():
-        table = reader.table(node, "a class")
-        reader.keys(table, _CLASS_KEYS, "a class")
-        classes[key] = FormatClass(
-            reader.text(reader.required(table, "architecture", "a class"), "`architecture`"),
-            reader.text(reader.required(table, "model_type", "a class"), "`model_type`"),
-            read_requirements(reader, table.entries.get("require")),
-            _folder_name(reader, table.entries.get("folder_name")),
-            read_caveats(reader, table.entries.get("caveats")),
-        )
-    tensors = reader.table(entries.get("tensors"), "`tensors`")
-    reader.keys(tensors, COMPONENTS, "`tensors`")
-    rules = {
-        component: RuleSet(
-            read_rules(reader, tensors.entries.get(component)),
-            parent.rules[component] if parent else None,
-        )
-        for component in COMPONENTS
-    }
-    config = reader.table(entries.get("config"), "`config`")
-    reader.keys(config, _CONFIG_KEYS, "`config`")
-    config_rules = read_config_rules(reader, config)
-    nest = _texts(reader, config.entries.get("nest"), "`nest`", _NESTED)
-    tokens = _texts(reader, entries.get("tokens"), "`tokens`", ("image", "pad"))
-    requirements = read_requirements(reader, entries.get("require"))
-    processor = reader.text(entries.get("processor"), "`processor`") or None
-    if parent is not None:
-        config_rules = parent.config_rules.under(config_rules)
-    elif "extends" not in entries:
-        for key in ("classes", "tensors"):
-            reader.required(root, key, "a format")
-        for component in COMPONENTS:
-            if "tensors" in entries:
-                reader.required(tensors, component, "`tensors`")
+    reader, root = Reader(document), document.root
+    file = reader.root(_FormatFile, "a format")
+    parent = reader.found("extends", find_format)
+    if "extends" not in root.entries:
+        tensors = reader.table(root.entries.get("tensors"), "`tensors`")
+        needed = [("a format", root, key) for key in ("classes", "tensors")]
+        needed += [("`tensors`", tensors, key) for key in COMPONENTS if "tensors" in root.entries]
+        for what, table, key in needed:
+            if key not in table.entries:
+                reader.fault(table.line, f"{what} needs `{key}`")
     reader.finish()
-    own = MappingFile(document.name, document.sha256)
-    if parent is not None:
-        requirements = (*parent.requirements, *requirements)
-        tokens, nest = {**parent.tokens, **tokens}, {**parent.nest, **nest}
-        processor = processor or parent.processor
+    if parent is None:
+        parent = Format("", {}, dict.fromkeys(COMPONENTS, RuleSet()), ConfigRules(), ())
     return Format(
-        name,
-        classes,
-        rules,
-        config_rules,
-        (own, *(parent.files if parent else ())),
-        requirements=requirements,
-        tokens=tokens,
-        processor=processor,
-        nest=nest,
+        file.format,
+        {**parent.classes, **file.classes},
+        {key: RuleSet(getattr(file.tensors, key), parent.rules[key]) for key in COMPONENTS},
+        parent.config_rules.under(file.config),
+        (MappingFile(document.name, document.sha256), *parent.files),
+        requirements=(*parent.requirements, *file.require),
+        tokens={**parent.tokens, **file.tokens},
+        processor=file.processor or parent.processor,
     )

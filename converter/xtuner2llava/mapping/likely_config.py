@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from xtuner2llava.mapping import likely_roles as likely
+from xtuner2llava.mapping.expressions import show
 from xtuner2llava.mapping.likely_roles import Layout
 from xtuner2llava.mapping.plain_class import PlainClass
 from xtuner2llava.mapping.similar import SPELLINGS
-from xtuner2llava.mapping.values import show
 
 _MAX_COMMENTS = 60
 _SAME_AS_SILU = ("swiglu", "swish", "silu")

@@ -1,10 +1,10 @@
-"""Tensor names: with placeholders, as globs, folded over layers for reading, and near misses."""
+"""Tensor names: with placeholders, as globs, and near misses."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -106,35 +106,6 @@ def _covers(
     return all(item == star for item in pattern[at:])
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """Names that differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`; how many."""
-
-    text: str
-    template: str
-    count: int
-
-    def __str__(self) -> str:
-        return f"`{self.text}`" + (f" ({self.count:,} tensors)" if self.count > 1 else "")
-
-
-def unnumbered(name: str) -> str:
-    """`name` with `{}` for each of its parts that is a number."""
-    return ".".join("{}" if _is_number(part) else part for part in name.split("."))
-
-
-def fold(names: Iterable[str]) -> list[Folded]:
-    """`names` in the order given, those that differ only in numbers as one."""
-    groups: dict[str, list[list[int]]] = {}
-    for name in names:
-        numbers = [int(part) for part in name.split(".") if _is_number(part)]
-        groups.setdefault(unnumbered(name), []).append(numbers)
-    return [
-        Folded(_with_numbers(template, rows), template, len(rows))
-        for template, rows in groups.items()
-    ]
-
-
 def nearest(name: str, candidates: Sequence[str]) -> str | None:
     """The candidate most like `name`, if one is like it."""
     if len(name) > _MAX_LENGTH:
@@ -142,27 +113,3 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
     usable = [text for text in candidates[:_MAX_CANDIDATES] if len(text) <= _MAX_LENGTH]
     found = difflib.get_close_matches(name, usable, n=1, cutoff=0.7)
     return found[0] if found else None
-
-
-def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit() and len(part) <= 9
-
-
-def _with_numbers(template: str, rows: list[list[int]]) -> str:
-    slots = [_runs(sorted(set(column))) for column in zip(*rows, strict=True)]
-    pieces = template.split("{}")
-    return pieces[0] + "".join(slot + piece for slot, piece in zip(slots, pieces[1:], strict=False))
-
-
-def _runs(numbers: list[int]) -> str:
-    """`{0..3,7}`; a single number stands as it is; after four runs, an ellipsis."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    shown = ["..".join(str(end) for end in run) for run in runs[:4]]
-    return "{" + ",".join(shown) + (",…" if len(runs) > 4 else "") + "}"

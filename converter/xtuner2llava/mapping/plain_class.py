@@ -17,20 +17,17 @@ whatever version of it is installed. A test holds the files against the real cla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.mapping.caveats import Requirement, failures, read_requirements
 from xtuner2llava.mapping.expand import literal_steps
-from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.fold import shortened
-from xtuner2llava.mapping.requirement import Requirement, failures, read_requirements
-from xtuner2llava.mapping.rules import Entry, read_rules
+from xtuner2llava.mapping.rules import Entry, read_shapes
 from xtuner2llava.mapping.schema import Reader
-from xtuner2llava.mapping.values import Environment, show
 from xtuner2llava.mapping.yaml import Document
-
-_KEYS = ("architecture", "model_type", "dims", "config", "tied", "tensors")
-_CONFIG_KEYS = ("required", "default", "when_null", "checked", "require")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +68,11 @@ class PlainClass:
     def keys(self) -> tuple[str, ...]:
         """The keys of its config, as it is written."""
         return (*self.required, *self.default)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """`keys`, and those that are only checked."""
+        return (*self.keys, *self.checked)
 
     def complete(self, values: Mapping[str, object]) -> tuple[dict[str, object], list[Fault]]:
         """`values` with every key of the class, and a fault for each that it cannot be.
@@ -144,37 +146,46 @@ def with_dims(config: Mapping[str, object], dims: Mapping[str, Expression]) -> E
     return environment
 
 
+@dataclass(frozen=True, slots=True)
+class _ConfigKeys:
+    required: tuple[str, ...] = ()
+    default: Mapping[str, object] = field(default_factory=dict)
+    when_null: Mapping[str, Expression] = field(default_factory=dict)
+    checked: tuple[str, ...] = ()
+    require: Annotated[tuple[Requirement, ...], read_requirements] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _ClassFile:
+    class_: str
+    architecture: str
+    model_type: str
+    config: _ConfigKeys
+    tensors: Annotated[tuple[Entry, ...], read_shapes]
+    dims: Mapping[str, Expression] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
 def read_class(document: Document) -> PlainClass:
     """The class that a file describes. Raises `MappingError` with all faults of the file."""
     reader = Reader(document)
-    root = reader.root("class", _KEYS)
-    entries = root.entries
-    name = reader.text(reader.required(root, "class", "a class"), "`class`")
-    architecture = reader.text(reader.required(root, "architecture", "a class"), "`architecture`")
-    model_type = reader.text(reader.required(root, "model_type", "a class"), "`model_type`")
-    config = reader.table(reader.required(root, "config", "a class"), "`config`")
-    reader.keys(config, _CONFIG_KEYS, "`config`")
-    values = config.entries
-    required = reader.texts(values.get("required"), "`required`")
-    default = {k: v for k, _, v in reader.constants(values.get("default"), "`default`")}
-    tied = reader.constants(entries.get("tied"), "`tied`")
-    rules = read_rules(reader, reader.required(root, "tensors", "a class"), shapes=True)
-    plain = PlainClass(
-        name,
-        architecture,
-        model_type,
-        required,
-        default,
-        dict(reader.formulas(values.get("when_null"), "`when_null`")),
-        reader.texts(values.get("checked"), "`checked`"),
-        read_requirements(reader, values.get("require")),
-        dict(reader.formulas(entries.get("dims"), "`dims`")),
-        {key: str(value) for key, _, value in tied},
-        rules,
-        MappingFile(document.name, document.sha256),
-    )
-    for key in default:
-        if key in required:
+    file = reader.root(_ClassFile, "a class")
+    config = document.root.entries.get("config")
+    for key in file.config.default:
+        if key in file.config.required and config is not None:
             reader.fault(config.line, f"`{key}` is both required and given a default")
     reader.finish()
-    return plain
+    return PlainClass(
+        file.class_,
+        file.architecture,
+        file.model_type,
+        file.config.required,
+        file.config.default,
+        file.config.when_null,
+        file.config.checked,
+        file.config.require,
+        file.dims,
+        file.tied,
+        file.tensors,
+        MappingFile(document.name, document.sha256),
+    )

@@ -29,23 +29,11 @@ class PromptTemplate:
 def read_prompt_templates(document: Document) -> Mapping[str, PromptTemplate]:
     """The templates by name. Raises `MappingError` with all faults of the file."""
     reader = Reader(document)
-    reader.keys(document.root, ("schema", "templates"), "this file")
-    templates = reader.table(document.root.entries.get("templates"), "`templates`")
-    found: dict[str, PromptTemplate] = {}
-    for name, node in templates.entries.items():
-        table = reader.table(node, "a prompt template")
-        keys = [key for key in PromptTemplate.__slots__ if key != "name"]
-        reader.keys(table, keys, "a prompt template")
-        reader.required(table, "instruction", "a prompt template")
-        get = table.entries.get
-        found[name] = PromptTemplate(
-            name,
-            reader.text(get("instruction"), "`instruction`"),
-            reader.text(get("system"), "`system`"),
-            reader.text(get("suffix"), "`suffix`"),
-            reader.flag(get("suffix_as_eos"), "`suffix_as_eos`"),
-            reader.text(get("sep"), "`sep`"),
-            reader.texts(get("stop_words"), "`stop_words`"),
-        )
+    root, title = document.root, "a prompt template"
+    reader.keys(root, ("schema", "templates"), "this file")
+    found = {
+        name: reader.bind(PromptTemplate, reader.table(node, title), title, name=name)
+        for name, _, node in reader.entries(root.entries.get("templates"), "`templates`")
+    }
     reader.finish()
     return found

@@ -6,12 +6,12 @@ a child file can replace one of them and an error can point at one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.mapping.expression import Expression
+from xtuner2llava.mapping.expressions import Expression
 from xtuner2llava.mapping.names import Template, join, nearest
 from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.yaml import Items, Node, Scalar, Table
@@ -52,7 +52,7 @@ class Block:
     condition: Expression | None = None
 
 
-Entry: TypeAlias = "Rule | Block"
+Entry: TypeAlias = Rule | Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,72 +63,91 @@ class RuleSet:
     parent: RuleSet | None = None
 
 
-VERBS: dict[str, tuple[str, ...]] = {
+# The keys of each verb besides itself; those that may be left out end in a question mark.
+_VERBS: dict[str, tuple[str, ...]] = {
     "keep": (),
     "rename": (),
     "move": ("to",),
-    "split": ("into", "sizes", "dim"),
+    "split": ("into", "sizes", "dim?"),
     "concat": ("into",),
     "deinterleave": ("into", "groups", "slots"),
-    "unstack": ("into", "for", "sizes"),
+    "unstack": ("into", "for", "sizes?"),
     "transpose": ("into",),
     "normalize": ("into",),
-    "resize": ("into", "rows", "lossy"),
-    "fill": ("shape", "value"),
+    "resize": ("into", "rows", "lossy?"),
+    "fill": ("shape", "value?"),
     "drop": ("because",),
 }
-SHAPES_VERB: dict[str, tuple[str, ...]] = {"shapes": ()}
-_BLOCK_KEYS = ("for", "from", "to", "rules", "if")
-_SHAPES_BLOCK_KEYS = ("for", "prefix", "rules", "if")
+_MANY_TARGETS = ("split", "deinterleave")
 
 
-def read_rules(reader: Reader, node: Node | None, *, shapes: bool = False) -> tuple[Entry, ...]:
-    """The rules of a list; with `shapes`, those of a class, which only say names and shapes."""
-    rules = _Rules(reader, shapes).entries(node, frozenset())
-    made: dict[str, str] = {}
-    for name, where in _targets(rules, ""):
-        if made.setdefault(name, where) != where:
-            what = f"`{name}` is already made by {made[name]}"
-            reader.faults.append(Fault(where, what, "Keep one of them, or give both an `if`."))
-    return rules
+def read_rules(reader: Reader, node: Node | None) -> tuple[Entry, ...]:
+    """The rules of a family's or a format's list."""
+    return _Rules(reader, _VERBS, ("from", "to")).read(node)
+
+
+def read_shapes(reader: Reader, node: Node | None) -> tuple[Entry, ...]:
+    """The rules of a class, which only say names and shapes."""
+    return _Rules(reader, {"shapes": ()}, ("prefix", "prefix")).read(node)
 
 
 class _Rules:
-    def __init__(self, reader: Reader, shapes: bool) -> None:
-        self._reader = reader
-        self._verbs = SHAPES_VERB if shapes else VERBS
-        self._block_keys = _SHAPES_BLOCK_KEYS if shapes else _BLOCK_KEYS
-        self._prefixes = ("prefix", "prefix") if shapes else ("from", "to")
+    def __init__(
+        self, reader: Reader, verbs: dict[str, tuple[str, ...]], prefixes: tuple[str, str]
+    ) -> None:
+        self._reader, self._verbs, self._prefixes = reader, verbs, prefixes
 
-    def entries(self, node: Node | None, variables: frozenset[str]) -> tuple[Entry, ...]:
+    def read(self, node: Node | None) -> tuple[Entry, ...]:
+        rules = self._entries(node, frozenset())
+        made: dict[str, str] = {}
+        for name, where in _targets(rules, ""):
+            if made.setdefault(name, where) != where:
+                what = f"`{name}` is already made by {made[name]}"
+                advice = "Keep one of them, or give both an `if`."
+                self._reader.faults.append(Fault(where, what, advice))
+        return rules
+
+    def _entries(self, node: Node | None, variables: frozenset[str]) -> tuple[Entry, ...]:
         found: list[Entry] = []
         for item in self._reader.items(node, "a set of rules"):
-            if not isinstance(item, Table):
+            table = item if isinstance(item, Table) else Table(item.line, {}, {})
+            if table is not item:
                 self._reader.fault(item.line, "a rule is a table of keys and values")
-            elif "rules" in item.entries:
-                found.append(self._block(item, variables))
+            elif "rules" in table.entries:
+                found.append(self._block(table, variables))
             else:
-                found.extend(self._rule(item, variables))
+                found.extend(self._rule(table, variables))
         return tuple(found)
 
     def _block(self, table: Table, outer: frozenset[str]) -> Block:
         reader = self._reader
-        reader.keys(table, self._block_keys, "a block")
+        reader.keys(table, ("for", *dict.fromkeys(self._prefixes), "rules", "if"), "a block")
         loops = self._loops(table, outer)
-        variables = outer | {name for name, _ in loops}
+        variables = outer | {name for name, _, _ in loops}
         source, target = (self._prefix(table, key, variables) for key in self._prefixes)
-        rules = self.entries(table.entries["rules"], variables)
+        rules = self._entries(table.entries["rules"], variables)
         if not rules:
             reader.fault(table.line, "a block without rules")
         used = {*source.variables, *target.variables, *_variables(rules)}
-        for name, _ in loops:
+        for name, line, _ in loops:
             if name not in used and name.isidentifier():
                 what = f"the loop variable `{name}` is not used in any name"
-                node = table.entries["for"]
-                line = node.lines[name] if isinstance(node, Table) else node.line
                 reader.fault(line, what, f"Write {{{name}}} where its number belongs.")
+        times = tuple((name, count) for name, _, count in loops)
         where = reader.where(table.line)
-        return Block(where, loops, source, target, rules, self._condition(table))
+        return Block(where, times, source, target, rules, self._expression(table, "if"))
+
+    def _loops(self, table: Table, outer: frozenset[str]) -> list[tuple[str, int, Expression]]:
+        """The variables of `for`, the line of each, and how often it runs."""
+        reader = self._reader
+        loops = []
+        for name, line, node in reader.entries(table.entries.get("for"), "`for`"):
+            loops.append((name, line, reader.expression(node, f"`{name}`")))
+            if not name.isidentifier():
+                reader.fault(line, f"`{name}` cannot be a loop variable")
+            if name in outer:
+                reader.fault(line, f"`{name}` is already the variable of an outer loop")
+        return loops
 
     def _prefix(self, table: Table, key: str, variables: frozenset[str]) -> Template:
         node = table.entries.get(key)
@@ -137,6 +156,7 @@ class _Rules:
         return self._name(self._reader.text(node, f"`{key}`"), node.line, variables)
 
     def _rule(self, table: Table, variables: frozenset[str]) -> Sequence[Rule]:
+        reader = self._reader
         verbs = [key for key in table.entries if key in self._verbs]
         if len(verbs) != 1:
             found = " and ".join(f"`{verb}`" for verb in verbs) or "none"
@@ -144,137 +164,103 @@ class _Rules:
             meant = [nearest(key, [*self._verbs]) for key in table.entries if not verbs]
             known = f"The verbs are {', '.join(self._verbs)}; a block has `rules`."
             advice = next((f"Did you mean `{verb}`?" for verb in meant if verb), known)
-            self._reader.fault(line, f"a rule has one verb, this one has {found}", advice)
+            reader.fault(line, f"a rule has one verb, this one has {found}", advice)
             return ()
-        verb = verbs[0]
-        self._reader.keys(table, (verb, *self._verbs[verb], "if"), f"`{verb}`")
-        for key in self._verbs[verb]:
-            if key not in ("dim", "lossy", "value") and (verb, key) != ("unstack", "sizes"):
-                self._reader.required(table, key, f"`{verb}`")
-        readers: dict[str, Callable[[Table, frozenset[str]], Sequence[Rule]]] = {
-            "keep": self._keep,
-            "rename": self._rename,
-            "shapes": self._shapes,
-            "unstack": self._unstack,
-        }
-        read = readers.get(verb)
-        if read is not None:
-            return read(table, variables)
+        (verb,) = verbs
+        keys = self._verbs[verb]
+        reader.keys(table, (verb, *(key.rstrip("?") for key in keys), "if"), f"`{verb}`")
+        for key in keys:
+            if not key.endswith("?") and key not in table.entries:
+                reader.fault(table.line, f"`{verb}` needs `{key}`")
+        if verb in ("keep", "rename", "shapes"):
+            return list(self._one_a_name(verb, table, variables))
         return (self._single(verb, table, variables),)
 
-    def _keep(self, table: Table, variables: frozenset[str]) -> Sequence[Rule]:
-        node = table.entries["keep"]
-        values = node.values if isinstance(node, Items) else (node,)
-        condition = self._condition(table)
-        rules = []
-        for value in values:
-            name = self._name(self._reader.text(value, "a tensor name"), value.line, variables)
-            where = self._reader.where(value.line)
-            rules.append(Rule("keep", where, (name,), (name,), condition=condition))
-        return rules
+    def _one_a_name(self, verb: str, table: Table, variables: frozenset[str]) -> Iterator[Rule]:
+        reader, node = self._reader, table.entries[verb]
+        condition = self._expression(table, "if")
+        if verb == "keep":
+            for item in node.values if isinstance(node, Items) else (node,):
+                text = reader.text(item, "a tensor name")
+                name = self._name(text, item.line, variables)
+                yield Rule(verb, reader.where(item.line), (name,), (name,), condition=condition)
+            return
+        for text, line, value in reader.entries(node, f"`{verb}`"):
+            name, where = self._name(text, line, variables), reader.where(line)
+            if verb == "shapes":
+                shape = reader.value(tuple[Expression, ...], value, "a shape")
+                yield Rule(verb, where, (), (name,), shape, condition=condition)
+            else:
+                target = self._name(reader.text(value, "the new name"), value.line, variables)
+                yield Rule(verb, where, (name,), (target,), condition=condition)
 
-    def _rename(self, table: Table, variables: frozenset[str]) -> Sequence[Rule]:
-        pairs = self._reader.table(table.entries["rename"], "`rename`")
-        condition = self._condition(table)
-        rules = []
-        for source, node in pairs.entries.items():
-            line = pairs.lines[source]
-            target = self._reader.text(node, "the new name")
-            names = self._name(source, line, variables), self._name(target, node.line, variables)
-            where = self._reader.where(line)
-            rules.append(Rule("rename", where, names[:1], names[1:], condition=condition))
-        return rules
-
-    def _shapes(self, table: Table, variables: frozenset[str]) -> Sequence[Rule]:
-        shapes = self._reader.table(table.entries["shapes"], "`shapes`")
-        condition = self._condition(table)
-        rules = []
-        for name, node in shapes.entries.items():
-            line = shapes.lines[name]
-            target = self._name(name, line, variables)
-            numbers = self._reader.expressions(node, "a shape")
-            where = self._reader.where(line)
-            rules.append(Rule("shapes", where, (), (target,), numbers=numbers, condition=condition))
-        return rules
-
-    def _unstack(self, table: Table, outer: frozenset[str]) -> Sequence[Rule]:
+    def _single(self, verb: str, table: Table, outer: frozenset[str]) -> Rule:
         reader, entries = self._reader, table.entries
-        loops = self._loops(table, outer)
-        into, sizes = entries.get("into"), entries.get("sizes")
-        numbers = reader.expressions(sizes, "`sizes`")
-        variables = outer | {name for name, _ in loops}
-        targets = self._names("unstack", into, variables, many=isinstance(into, Items))
-        if "for" in entries and len(loops) != 1:
-            line = table.lines["for"]
-            reader.fault(line, f"`for` of `unstack` has {len(loops)} variables, expected one")
-        if sizes is not None and len(numbers) != len(targets):
-            what = f"{len(targets)} names in `into`, {len(numbers)} numbers in `sizes`"
-            reader.fault(sizes.line, what)
-        elif sizes is None and len(targets) > 1:
-            what = f"{len(targets)} names in `into`, and no `sizes`"
-            reader.fault(table.lines["into"], what, "Say how many rows each of them has.")
-        for target in targets:
-            if loops and loops[0][0] not in target.variables:
-                what = f"`{target.text}` does not say which one it is"
-                reader.fault(table.lines["into"], what, f"Write {{{loops[0][0]}}} in it.")
-        return [
-            Rule(
-                "unstack",
-                reader.where(table.lines["unstack"]),
-                self._names("unstack", entries["unstack"], outer, many=False),
-                targets,
-                numbers,
-                each=loops[0] if loops else None,
-                condition=self._condition(table),
-            )
-        ]
-
-    def _loops(self, table: Table, outer: frozenset[str]) -> tuple[tuple[str, Expression], ...]:
-        """The variables of `for`, each with how often it runs."""
-        reader, node = self._reader, table.entries.get("for")
-        loops = tuple(reader.formulas(node, "`for`"))
-        for name, _ in loops:
-            line = node.lines[name] if isinstance(node, Table) else table.line
-            if not name.isidentifier():
-                reader.fault(line, f"`{name}` cannot be a loop variable")
-            if name in outer:
-                reader.fault(line, f"`{name}` is already the variable of an outer loop")
-        return loops
-
-    def _single(self, verb: str, table: Table, variables: frozenset[str]) -> Rule:
-        reader, entries = self._reader, table.entries
-        subject = self._names(verb, entries[verb], variables, many=verb == "concat")
+        loops = self._loops(table, outer) if verb == "unstack" else []
+        inner = outer | {name for name, _, _ in loops}
         into = entries.get("to" if verb == "move" else "into")
-        targets = self._names(verb, into, variables, many=verb in ("split", "deinterleave"))
+        listed = verb in _MANY_TARGETS or (verb == "unstack" and isinstance(into, Items))
+        sources = self._names(verb, entries[verb], outer, many=verb == "concat")
+        targets = self._names(verb, into, inner, many=listed)
+        if verb == "fill":
+            sources, targets = (), sources
         numbers: tuple[Expression, ...] = ()
-        groups: Expression | None = None
-        if verb in ("split", "deinterleave"):
-            key = "sizes" if verb == "split" else "slots"
-            numbers = reader.expressions(entries.get(key), f"`{key}`")
-            both = isinstance(into, Items) and isinstance(entries.get(key), Items)
-            if both and len(numbers) != len(targets):
-                what = f"{len(targets)} names in `into`, {len(numbers)} numbers in `{key}`"
-                reader.fault(entries[key].line, what)
-        if "groups" in entries:
-            groups = reader.expression(entries["groups"], "`groups`")
+        for key in ("sizes", "slots", "shape"):
+            if key in entries:
+                numbers = reader.value(tuple[Expression, ...], entries[key], f"`{key}`")
         if "rows" in entries:
             numbers = (reader.expression(entries["rows"], "`rows`"),)
-        if verb == "fill":
-            subject, targets = (), subject
-            numbers = reader.expressions(entries.get("shape"), "`shape`")
+        self._check_parts(table, listed, targets, numbers)
+        if verb == "unstack":
+            self._check_members(table, loops, targets)
         return Rule(
             verb,
             reader.where(table.lines[verb]),
-            subject,
+            sources,
             targets,
             numbers,
-            groups,
+            self._expression(table, "groups"),
+            (loops[0][0], loops[0][2]) if loops else None,
             dim=self._dim(entries.get("dim")),
             value=self._value(entries.get("value")),
             lossy=reader.flag(entries.get("lossy"), "`lossy`"),
             because=reader.text(entries.get("because"), "`because`"),
-            condition=self._condition(table),
+            condition=self._expression(table, "if"),
         )
+
+    def _check_parts(
+        self,
+        table: Table,
+        listed: bool,
+        targets: Sequence[Template],
+        numbers: Sequence[Expression],
+    ) -> None:
+        """A fault unless each of several targets has its number of rows."""
+        key = "slots" if "slots" in table.entries else "sizes"
+        sizes = table.entries.get(key)
+        if listed and isinstance(sizes, Items) and isinstance(table.entries.get("into"), Items):
+            if len(numbers) != len(targets):
+                what = f"{len(targets)} names in `into`, {len(numbers)} numbers in `{key}`"
+                self._reader.fault(sizes.line, what)
+        elif "unstack" in table.entries and sizes is None and len(targets) > 1:
+            what = f"{len(targets)} names in `into`, and no `sizes`"
+            advice = "Say how many rows each of them has."
+            self._reader.fault(table.lines["into"], what, advice)
+
+    def _check_members(
+        self,
+        table: Table,
+        loops: Sequence[tuple[str, int, Expression]],
+        targets: Sequence[Template],
+    ) -> None:
+        """Faults unless `unstack` has one loop, whose variable tells its targets apart."""
+        if "for" in table.entries and len(loops) != 1:
+            what = f"`for` of `unstack` has {len(loops)} variables, expected one"
+            self._reader.fault(table.lines["for"], what)
+        for target in targets:
+            if loops and loops[0][0] not in target.variables:
+                what = f"`{target.text}` does not say which one it is"
+                self._reader.fault(table.lines["into"], what, f"Write {{{loops[0][0]}}} in it.")
 
     def _names(
         self, verb: str, node: Node | None, variables: frozenset[str], *, many: bool
@@ -304,9 +290,9 @@ class _Rules:
                 self._reader.fault(line, what, f"Known loop variables: {known}.")
         return name
 
-    def _condition(self, table: Table) -> Expression | None:
-        node = table.entries.get("if")
-        return None if node is None else self._reader.expression(node, "`if`")
+    def _expression(self, table: Table, key: str) -> Expression | None:
+        node = table.entries.get(key)
+        return None if node is None else self._reader.expression(node, f"`{key}`")
 
     def _dim(self, node: Node | None) -> int:
         value = node.value if isinstance(node, Scalar) else None

@@ -1,9 +1,9 @@
 """YAML text as a tree of values that know their lines; nothing else of YAML comes through.
 
-PyYAML's own loaders cannot be used as they are: they take the last of duplicate keys silently, read
-`no` as false and `1e-5` as a string, and follow aliases, so that a few bytes can become gigabytes.
-So this reads the parser's events, without recursion, and resolves scalars by the core schema of
-YAML 1.2: `true`, `false`, `null`, integers and floats; all else is a string.
+PyYAML's loaders take the last of duplicate keys silently, read `no` as false and `1e-5` as a
+string, and `yaml.compose` follows aliases, so that a few bytes can become gigabytes. So the tree is
+built from the parser's events, and scalars are resolved by the core schema of YAML 1.2: `true`,
+`false`, `null`, integers and floats; all else is a string.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import yaml
@@ -20,14 +20,14 @@ import yaml
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 
 # A family is a few kilobytes. The bounds keep a hostile file to a fraction of a second and to a
-# few megabytes, and the depth keeps later recursion over the tree harmless.
-_MAX_BYTES = 1 << 20
+# few megabytes, and the depth keeps recursion over the tree harmless.
+MAX_BYTES = 1 << 20
 _MAX_VALUES = 50_000
 _MAX_DEPTH = 20
 _MAX_NUMBER_LENGTH = 40
 
-_NULL = frozenset({"", "~", "null", "Null", "NULL"})
-_BOOL = {
+_CONSTANTS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
@@ -82,9 +82,9 @@ def read_document(data: bytes, name: str) -> Document:
     Raises `MappingError` with all faults of the text. A syntax error ends the reading, so it is
     the last one.
     """
-    if len(data) > _MAX_BYTES:
+    if len(data) > MAX_BYTES:
         raise MappingError(
-            f"has {len(data):,} bytes, a mapping may have {_MAX_BYTES:,}",
+            f"has {len(data):,} bytes, a mapping may have {MAX_BYTES:,}",
             where=name,
             advice="Mappings are short: is this the right file?",
         )
@@ -93,8 +93,8 @@ def read_document(data: bytes, name: str) -> Document:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise MappingError("is not UTF-8 text", where=f"{name}:{line}") from error
-    composer = _Composer(name)
-    root = composer.compose(text)
+    composer = _Composer(text, name)
+    root = composer.root()
     if not isinstance(root, Table) and not composer.faults:
         composer.fault(root.line, "is not a table of keys and values")
     raise_faults(MappingError, composer.faults)
@@ -102,123 +102,97 @@ def read_document(data: bytes, name: str) -> Document:
     return Document(name, hashlib.sha256(data).hexdigest(), root)
 
 
-@dataclass(slots=True)
-class _Open:
-    """A list or table whose end has not been read; `keys` is None for a list."""
-
-    line: int
-    values: list[Node] = field(default_factory=list)
-    keys: list[tuple[str, int]] | None = None
-
-    def wants_key(self) -> bool:
-        return self.keys is not None and len(self.keys) == len(self.values)
-
-
 class _TooLarge(Exception):
     pass
 
 
 class _Composer:
-    """Builds nodes from events and collects what is wrong with them."""
+    """Builds the first document of a text and collects what is wrong with it."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, text: str, name: str) -> None:
+        self._text, self._name = text, name
+        # libyaml, where PyYAML has it, is ten times faster.
+        self._events: Iterator[yaml.Event] = yaml.parse(
+            text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
+        self._count, self._line = 0, 1
         self.faults: list[Fault] = []
 
     def fault(self, line: int, what: str, advice: str = "") -> None:
         self.faults.append(Fault(f"{self._name}:{line}", what, advice))
 
-    def compose(self, text: str) -> Node:
-        """The first document of `text`; an empty list if there is none."""
-        nothing = Items(1, ())
-        root: Node | None = None
-        opened: list[_Open] = []
-        count = 0
+    def root(self) -> Node:
+        """The document's value; an empty list where there is none."""
+        root: Node = Items(1, ())
+        documents = 0
         try:
-            for event in _events(text):
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                if isinstance(event, yaml.DocumentStartEvent) and root is not None:
-                    self.fault(line, "a second document begins here, a mapping is one")
-                    break
-                node = self._node(event, line, opened)
-                count += 1
-                if count > _MAX_VALUES or len(opened) > _MAX_DEPTH:
-                    raise _TooLarge
-                if node is None:
-                    continue
-                if not opened:
-                    root = node
-                elif opened[-1].wants_key():
-                    self._key(opened[-1], node)
-                else:
-                    opened[-1].values.append(node)
-        except _TooLarge:
-            what = "values" if count > _MAX_VALUES else "levels"
-            limit = _MAX_VALUES if count > _MAX_VALUES else _MAX_DEPTH
-            self.fault(line, f"has more than {limit:,} {what}, mappings have few")
+            while not isinstance(event := self._next(), yaml.StreamEndEvent):
+                if isinstance(event, yaml.DocumentStartEvent):
+                    documents += 1
+                    if documents > 1:
+                        self.fault(self._line, "a second document begins here, a mapping is one")
+                        break
+                elif isinstance(event, yaml.NodeEvent):
+                    root = self._node(event, 0)
+        except _TooLarge as error:
+            self.fault(self._line, f"has more than {error}, mappings have few")
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             self.fault(mark.line + 1 if mark else 1, f"is not YAML: {error.problem}")
         except yaml.reader.ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
+            line = self._text.count("\n", 0, error.position) + 1
             self.fault(line, f"is not YAML: {error.reason}")
-        return nothing if root is None else root
+        return root
 
-    def _node(self, event: yaml.Event, line: int, opened: list[_Open]) -> Node | None:
-        """What `event` completes: a scalar, or the list or table that it ends."""
+    def _next(self) -> yaml.Event:
+        event = next(self._events)
+        self._line = event.start_mark.line + 1 if event.start_mark else 1
+        self._count += 1
+        if self._count > _MAX_VALUES:
+            raise _TooLarge(f"{_MAX_VALUES:,} values")
+        return event
+
+    def _node(self, event: yaml.Event, depth: int, *, key: bool = False) -> Node:
+        """The value that begins with `event`; the scalars of a `key` stay strings."""
+        line = self._line
         if isinstance(event, yaml.AliasEvent):
             self.fault(line, f"`*{event.anchor}` is an alias, which mappings do not have")
             return Scalar(line, None)
-        if isinstance(event, yaml.NodeEvent):
-            self._plain(event, line)
-        if isinstance(event, yaml.ScalarEvent):
-            if event.implicit[0] and not (opened and opened[-1].wants_key()):
-                return self._resolve(event.value, line)
-            return Scalar(line, event.value)
-        if isinstance(event, yaml.SequenceStartEvent):
-            opened.append(_Open(line))
-        elif isinstance(event, yaml.MappingStartEvent):
-            opened.append(_Open(line, keys=[]))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            done = opened.pop()
-            if done.keys is None:
-                return Items(done.line, tuple(done.values))
-            return self._table(done)
-        return None
-
-    def _plain(self, event: yaml.NodeEvent, line: int) -> None:
-        if event.anchor is not None:
-            self.fault(line, f"`&{event.anchor}` is an anchor, which mappings do not have")
-        tag = getattr(event, "tag", None)
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
+        if anchor is not None:
+            self.fault(line, f"`&{anchor}` is an anchor, which mappings do not have")
         if tag is not None:
             self.fault(line, f"`{tag}` is a tag, which mappings do not have")
+        if isinstance(event, yaml.ScalarEvent):
+            resolves = event.implicit[0] and not key
+            return self._resolve(event.value, line) if resolves else Scalar(line, event.value)
+        if depth == _MAX_DEPTH:
+            raise _TooLarge(f"{_MAX_DEPTH} levels")
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._table(line, depth)
+        values: list[Node] = []
+        while not isinstance(event := self._next(), yaml.SequenceEndEvent):
+            values.append(self._node(event, depth + 1))
+        return Items(line, tuple(values))
 
-    def _key(self, table: _Open, node: Node) -> None:
-        assert table.keys is not None  # noqa: S101 - only tables want keys
-        if isinstance(node, Scalar) and isinstance(node.value, str):
-            table.keys.append((node.value, node.line))
-        else:
-            if not isinstance(node, Scalar):
-                self.fault(node.line, "a list or table cannot be a key")
-            table.keys.append(("", node.line))
-
-    def _table(self, done: _Open) -> Table:
-        entries: dict[str, Node] = {}
-        lines: dict[str, int] = {}
-        for (key, line), value in zip(done.keys or (), done.values, strict=True):
-            if key in entries:
-                first = lines[key]
-                self.fault(line, f"`{key}` is already given in line {first}", "Keep one of them.")
+    def _table(self, line: int, depth: int) -> Table:
+        table = Table(line, {}, {})
+        while not isinstance(event := self._next(), yaml.MappingEndEvent):
+            key = self._node(event, depth + 1, key=True)
+            text = key.value if isinstance(key, Scalar) and isinstance(key.value, str) else ""
+            if not isinstance(key, Scalar):
+                self.fault(key.line, "a list or table cannot be a key")
+            value = self._node(self._next(), depth + 1)
+            if text in table.entries:
+                what = f"`{text}` is already given in line {table.lines[text]}"
+                self.fault(key.line, what, "Keep one of them.")
                 continue
-            entries[key] = value
-            lines[key] = line
-        return Table(done.line, entries, lines)
+            table.entries[text], table.lines[text] = value, key.line
+        return table
 
     def _resolve(self, text: str, line: int) -> Scalar:
-        if text in _NULL:
-            return Scalar(line, None)
-        if text in _BOOL:
-            return Scalar(line, _BOOL[text])
+        if text in _CONSTANTS:
+            return Scalar(line, _CONSTANTS[text])
         number: int | float | None = None
         if len(text) <= _MAX_NUMBER_LENGTH:
             if _INTEGER.fullmatch(text):
@@ -229,9 +203,3 @@ class _Composer:
             self.fault(line, f"`{text}` is not a finite number")
             return Scalar(line, 0)
         return Scalar(line, text if number is None else number)
-
-
-def _events(text: str) -> Iterator[yaml.Event]:
-    """The parser's events, from libyaml where PyYAML has it: that is ten times faster."""
-    loader: type[yaml.SafeLoader | yaml.CSafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    yield from yaml.parse(text, Loader=loader)

@@ -1,0 +1,179 @@
+"""Which family an LLM belongs to: architectures, model type and tensor names decide together.
+
+No single one of them is enough: early InternLM2 configs say `model_type: internlm`, and every
+remote-code copy of Llama has an architecture of its own. LLMs that are known to have no exact
+target are matched in the same way, and refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, NamedTuple
+
+from xtuner2llava.errors import Fault, MappingError, UnsupportedError
+from xtuner2llava.mapping.expressions import Expression, say, show
+from xtuner2llava.mapping.fold import fold
+from xtuner2llava.mapping.names import Template
+from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.yaml import Document
+
+_MAX_NAMES = 8
+
+
+class Evidence(NamedTuple):
+    """What speaks for a family and what against it; nothing against means that it matches."""
+
+    agree: list[str]
+    differ: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One of `architectures`, one of `model_type`, all `tensors` must be there; `when` must hold.
+
+    What the mapping does not name, or the config does not say, is not held against it.
+    """
+
+    architectures: Annotated[tuple[str, ...], "an architecture"] = ()
+    model_type: Annotated[tuple[str, ...], "a model type"] = ()
+    tensors: Annotated[tuple[str, ...], "a tensor name"] = ()
+    when: Expression | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.architectures or self.model_type or self.tensors)
+
+    def evidence(self, config: Mapping[str, object], names: Collection[str] | None) -> Evidence:
+        found = Evidence([], [])
+        for key, wanted, said in (
+            ("architecture", self.architectures, _texts(config.get("architectures"))),
+            ("model_type", self.model_type, _texts(config.get("model_type"))),
+        ):
+            if wanted and said:
+                if set(wanted) & set(said):
+                    found.agree.append(key)
+                else:
+                    found.differ.append(f"its {key} is {' or '.join(wanted)}")
+        absent = [name for name in self.tensors if names is not None and name not in names]
+        if absent:
+            found.differ.append(f"it has a tensor `{absent[0]}`")
+        elif self.tensors and names is not None:
+            found.agree.append("tensor names")
+        if self.when is not None and not _holds(self.when, config):
+            found.differ.append(f"its config says `{self.when.text}`")
+        return found
+
+    def fits(self, config: Mapping[str, object], names: Collection[str] | None) -> bool:
+        agree, differ = self.evidence(config, names)
+        return bool(agree) and not differ
+
+
+def choose(
+    matches: Mapping[str, Match], config: Mapping[str, object], names: Collection[str] | None
+) -> str:
+    """The one family of `matches` that fits.
+
+    Raises `MappingError` if none does, or several: with what was seen, which came near, and why
+    they are not it.
+    """
+    fitting = [family for family, match in matches.items() if match.fits(config, names)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise MappingError(
+            f"families {' and '.join(fitting)} both fit this LLM",
+            advice="Say which one is meant, with `--mapping NAME`.",
+        )
+    found = {family: match.evidence(config, names) for family, match in matches.items() if match}
+    near = "".join(
+        f"\n    {family} has the same {' and '.join(agree)}, but {' and '.join(differ)}"
+        for family, (agree, differ) in found.items()
+        if agree
+    )
+    known = f"\n    Known families: {', '.join(found)}"
+    raise MappingError(
+        f"no family fits this LLM, whose {_seen(config, names)}{near or known}",
+        advice=(
+            "Name a family that has the same tensors with `--mapping NAME`, or begin a mapping of "
+            "your own with `xtuner2llava mappings draft CHECKPOINT`."
+        ),
+    )
+
+
+def _seen(config: Mapping[str, object], names: Collection[str] | None) -> str:
+    folded = fold(names or ())
+    listed = ", ".join(str(name) for name in folded[:_MAX_NAMES])
+    more = f" and {len(folded) - _MAX_NAMES:,} more kinds" if len(folded) > _MAX_NAMES else ""
+    return (
+        f"architectures are {show(config.get('architectures'))}, model_type is "
+        f"{show(config.get('model_type'))}, and tensors are {listed or 'none'}{more}"
+    )
+
+
+def _holds(condition: Expression, config: Mapping[str, object]) -> bool:
+    """Config values are somebody else's: a condition that has no value for them does not hold."""
+    try:
+        return condition.condition(config)
+    except MappingError:
+        return False
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """Config values are somebody else's: anything but a text, or texts in a list, says nothing."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list | tuple) else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A kind of LLM that no format can carry; the texts may name keys of its config."""
+
+    TITLE: ClassVar = "a refusal"
+    where: str
+    match: Match
+    because: Template
+    instead: Template
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassRefusal:
+    """A plain class that a format cannot carry."""
+
+    TITLE: ClassVar = "a refusal"
+    where: str
+    because: Template
+    instead: Template
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """LLMs that nothing can carry, and by format the plain classes that it cannot."""
+
+    llms: tuple[Refusal, ...] = ()
+    formats: Mapping[str, Mapping[str, ClassRefusal]] = field(default_factory=dict)
+
+    def check(self, config: Mapping[str, object], names: Collection[str] | None) -> None:
+        """Raises `UnsupportedError` with the reason if an LLM is one of `llms`."""
+        for refusal in self.llms:
+            if refusal.match.fits(config, names):
+                raise UnsupportedError(
+                    say(refusal.because, config),
+                    where=refusal.where,
+                    advice=say(refusal.instead, config),
+                )
+
+    def of_format(self, name: str) -> Mapping[str, Fault]:
+        """The faults of the plain classes that the format `name` cannot have."""
+        return {
+            plain: Fault(refusal.where, refusal.because.text, refusal.instead.text)
+            for plain, refusal in self.formats.get(name, {}).items()
+        }
+
+
+def read_refusals(document: Document) -> Refusals:
+    """The refusals of a file. Raises `MappingError` with all faults of the file."""
+    reader = Reader(document)
+    found = reader.bind(Refusals, document.root, "this file", ("schema",))
+    reader.finish()
+    return found

@@ -81,11 +81,21 @@ class Reader:
             self.fault(schema.line, f"`schema` is {found}, this version reads {SCHEMA}")
         return self.bind(kind, root, title, ("schema",))
 
-    def bind(self, kind: type[_T], table: Table, title: str, besides: tuple[str, ...] = ()) -> _T:
-        """`table` as the dataclass `kind`; it may also have the keys `besides`."""
-        keys = _keys_of(kind)  # type: ignore[arg-type]
+    def bind(
+        self,
+        kind: type[_T],
+        table: Table,
+        title: str,
+        besides: tuple[str, ...] = (),
+        **given: object,
+    ) -> _T:
+        """`table` as the dataclass `kind`, whose fields `given` the table has no keys for.
+
+        The table may also have the keys `besides`.
+        """
+        keys = [key for key in _keys_of(kind) if key.field not in given]  # type: ignore[arg-type]
         self.keys(table, (*besides, *(key.name for key in keys)), title)
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(given)
         for key in keys:
             node = table.entries.get(key.name)
             if node is None and key.required:

@@ -157,7 +157,7 @@ def test_missing_tensors_are_named_with_one_that_is_like_them() -> None:
         ),
         (
             "my.yaml:3",
-            "`model.layers.{0..1}.mlp.up_prok.weight` (2 tensors) is no tensor of "
+            "`model.layers.{0..1}.mlp.up_prok.weight` (2 tensors) is not a tensor of "
             "LlamaForCausalLM with this config",
             "Drop it with a reason, or give it the name that it has there.",
         ),
@@ -167,7 +167,7 @@ def test_missing_tensors_are_named_with_one_that_is_like_them() -> None:
 def test_a_bias_that_the_config_does_not_have_is_one_too_many() -> None:
     shapes = llama() | {"model.layers.0.self_attn.q_proj.bias": (16,)}
     (fault,) = checked({}, shapes)
-    assert fault[1].startswith("`model.layers.0.self_attn.q_proj.bias` is no tensor of")
+    assert fault[1].startswith("`model.layers.0.self_attn.q_proj.bias` is not a tensor of")
     missing = checked({"attention_bias": True}, shapes)
     assert len(missing) == 4
     assert "`model.layers.1.self_attn.q_proj.bias` is missing" in " ".join(f[1] for f in missing)

@@ -102,7 +102,7 @@ def test_a_wrong_number_of_layers(workshop: Workshop) -> None:
 def test_fewer_layers_than_there_are(workshop: Workshop) -> None:
     fewer = "\n".join(workshop.faults(QWEN, llm=workshop.llm(QWEN, num_hidden_layers=2)))
     assert "model.layers.2." in fewer
-    assert "is no tensor of Qwen2ForCausalLM" in fewer
+    assert "is not a tensor of Qwen2ForCausalLM" in fewer
 
 
 def test_a_missing_tensor(workshop: Workshop) -> None:
@@ -119,7 +119,7 @@ def test_a_tensor_too_many(workshop: Workshop) -> None:
         tensors[name] = tensors["model.norm.weight"].clone()
 
     (fault,) = workshop.faults(QWEN, workshop.exported(QWEN, add))
-    assert name in fault and "is no tensor of Qwen2ForCausalLM" in fault
+    assert name in fault and "is not a tensor of Qwen2ForCausalLM" in fault
 
 
 def test_gate_and_up_exchanged_cannot_be_seen_here(workshop: Workshop) -> None:

@@ -94,7 +94,7 @@ def _named(value: Json) -> tuple[str, ...]:
 
 def _differences(folder: Path, shards: tuple[str, ...], small: dict[str, Json]) -> list[Fault]:
     """What is missing, and small files that are other than what was written."""
-    from xtuner2llava.verification.record import difference
+    from xtuner2llava.verification.checks.record import difference
 
     faults = [
         Fault(str(folder / name), "is not there", _ADVICE)

@@ -41,7 +41,7 @@ def check_against_class(
         too_many.add(
             made_by.get(name, plain.file.name),
             name,
-            f"is no tensor of {plain.architecture} with this config",
+            f"is not a tensor of {plain.architecture} with this config",
             "Drop it with a reason, or give it the name that it has there.",
         )
     return shortened([*faults, *too_many.faults()])

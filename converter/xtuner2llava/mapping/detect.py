@@ -111,7 +111,7 @@ def _seen(config: Mapping[str, object], names: Collection[str] | None) -> str:
 
 
 def _holds(condition: Expression, config: Mapping[str, object]) -> bool:
-    """Config values are somebody else's: a condition that has no value for them does not hold."""
+    """A config is untrusted: a condition that has no value for it does not hold."""
     try:
         return condition.condition(config)
     except MappingError:
@@ -119,7 +119,7 @@ def _holds(condition: Expression, config: Mapping[str, object]) -> bool:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """Config values are somebody else's: anything but a text, or texts in a list, says nothing."""
+    """A config is untrusted: anything but a text, or texts in a list, says nothing."""
     if isinstance(value, str):
         return (value,)
     return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list | tuple) else ()

@@ -135,7 +135,7 @@ def _names(tree: ast.expr) -> Iterator[str]:
             case ast.Constant(value=str() | int() | float() | None):
                 continue
             case ast.Constant():
-                raise NoValueError("has a literal that is no number and no string")
+                raise NoValueError("has a literal that is neither a number nor a string")
             case ast.Name(id=name):
                 if name not in _LITERALS:
                     yield name

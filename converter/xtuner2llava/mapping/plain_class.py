@@ -2,7 +2,7 @@
 
 A file of `mappings/classes/` says what a class of transformers 4.37.2 is, the version that LLaVA
 pins, so that a plan can be checked strictly without importing transformers (two seconds) and
-whatever version of it is installed. A test holds the files against the real classes.
+with any version of it. A test holds the files against the real classes.
 
     config.required    keys without which nothing can be said
     config.default     the value that the config class takes for a key that is missing

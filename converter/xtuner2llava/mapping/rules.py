@@ -323,7 +323,7 @@ def _variables(rules: Sequence[Entry]) -> set[str]:
 
 
 def _targets(rules: Sequence[Entry], prefix: str) -> Iterator[tuple[str, str]]:
-    """What is made whatever the config says, with placeholders as written, and where."""
+    """What is made without a condition, with placeholders as written, and where."""
     for rule in rules:
         if rule.condition is not None:
             continue

@@ -142,7 +142,7 @@ def test_values_that_only_look_different_agree() -> None:
     full = {**LARGE_336, "hidden_act": "quick_gelu", "layer_norm_eps": 0.00001, "dropout": 0.0}
     images = {
         "crop_size": {"height": 336, "width": 336},
-        "size": {"shortest_edge": 336},
+        "size": {"shortest_edge": 336, "longest_edge": None},
         "image_mean": [0.48145467042922974, 0.45782750844955444, 0.40821072459220886],
         "rescale_factor": 0.00392156862745098,
         "do_convert_rgb": True,

@@ -98,6 +98,10 @@ def clip_processor(values: Mapping[str, Json]) -> dict[str, Json]:
         result["size"] = {"shortest_edge": size}
     if isinstance(crop, int):
         result["crop_size"] = {"height": crop, "width": crop}
+    for key in ("size", "crop_size"):
+        sizes = result[key]
+        if isinstance(sizes, dict):  # Some versions write all edges, None where one is not meant.
+            result[key] = {edge: n for edge, n in sizes.items() if n is not None}
     return result
 
 

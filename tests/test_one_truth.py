@@ -174,6 +174,29 @@ def select_layer_from_code(field: Field) -> Situation:
     return field.pretrained, {**field.bases, "xtuner_config": config, **NAME}
 
 
+def tower_with_other_arguments(field: Field) -> Situation:
+    config = field.config("visual_encoder=dict(", "visual_encoder=dict(hidden_act='gelu',")
+    return field.pretrained, {**field.bases, "xtuner_config": config, **NAME}
+
+
+def tower_as_a_text(field: Field) -> Situation:
+    config = field.config("    visual_encoder=dict(", "    visual_encoder='clip', x=dict(")
+    text = config.read_text()
+    start = text.index(", x=dict(")
+    config.write_text(text[:start] + ")\n" + text[text.index("llava_dataset = dict(") :])
+    return field.pretrained, {**field.bases, "xtuner_config": config, **NAME}
+
+
+def class_of_the_record_hidden_by_another_config(field: Field) -> Situation:
+    import torch
+
+    path = field.projector()
+    saved = torch.load(path)
+    saved["meta"] = {"cfg": "model = dict(type='xtuner.model.AnyResLLaVAModel')"}
+    torch.save(saved, path)
+    return path, {**field.bases, "xtuner_config": field.config(), **NAME}
+
+
 def another_class(field: Field) -> Situation:
     config = field.config("import LLaVAModel", "import AnyResLLaVAModel as LLaVAModel")
     return field.pretrained, {**field.bases, "xtuner_config": config, **NAME}
@@ -356,3 +379,29 @@ def test_an_option_that_changes_the_plan_changes_what_inspect_says(field: Field)
     (llava,) = [target for target in said.targets if target.format == "llava"]
     notes = [note for note in planned.notes if note not in said.notes]
     assert list(llava.caveats) == notes
+
+
+@pytest.mark.parametrize(
+    ("situation", "found"),
+    [
+        (another_class, "xtuner.model.AnyResLLaVAModel, which is another class"),
+        (class_of_the_record_hidden_by_another_config, "xtuner.model.AnyResLLaVAModel, which"),
+        (tower_with_other_arguments, "is 'gelu' in training, and 'quick_gelu' in"),
+        (paths_from_the_environment_and_none_given, "Name the base LLM with llm."),
+        (select_layer_from_code, "model.visual_select_layer is not known without running code"),
+    ],
+)
+def test_what_is_refused_says_why(
+    field: Field, situation: Callable[[Field], Situation], found: str
+) -> None:
+    checkpoint, options = situation(field)
+    for target in inspect(checkpoint, **options).targets:
+        assert found in "\n".join(map(str, target.faults))
+
+
+@pytest.mark.parametrize("situation", [plain, paths_from_the_environment, tower_as_a_text])
+def test_the_users_word_makes_the_recorded_path_needless(
+    field: Field, situation: Callable[[Field], Situation]
+) -> None:
+    checkpoint, options = situation(field)
+    assert {t.verdict.kind for t in inspect(checkpoint, **options).targets} == {"exact"}

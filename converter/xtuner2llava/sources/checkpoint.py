@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xtuner2llava.errors import ConversionError, Fault, UnsupportedError
+from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.recipe import Recipe
+from xtuner2llava.recipe import Recipe, shown
 from xtuner2llava.sources.adapter import Adapter, is_adapted, merge, read_adapter, share_in
 from xtuner2llava.sources.base_model import (
     FLAGS,
@@ -181,6 +181,8 @@ class _Gathering:
             needed = full is None and self._base_weights and not streamed
             folder = find_base(part, given, recorded, contents.path, weights=needed)
         config, name = read_config(part, folder), recorded.name or given
+        if part == VISUAL_ENCODER:
+            self._check_overrides(config)
         result = Part({}, "trained", True, config, folder, name, adapter)
         if full is not None:
             if adapter is None:
@@ -204,6 +206,25 @@ class _Gathering:
         if given is not None:
             self._note_given_base(part, base, adapter, result, recorded)
         return replace(result, tensors=merged, origin=f"{what} on {origin}")
+
+    def _check_overrides(self, tower: ModelConfig) -> None:
+        """Raises `UnsupportedError` where the XTuner config trained another tower than its base.
+
+        Further arguments of `from_pretrained` replace keys of the tower's config.
+        """
+        recipe = self._recipe
+        if recipe is None:
+            return
+        changed = [
+            Fault(
+                f"{recipe.where}, model.visual_encoder.{key}",
+                f"is {shown(value)} in training, and {tower.values.get(key)!r} in {tower.path}",
+                f"Give {FLAGS[VISUAL_ENCODER]} a folder whose config.json says what was trained.",
+            )
+            for key, value in recipe.vision_overrides.items()
+            if not key.startswith("_") and tower.values.get(key) != value
+        ]
+        raise_faults(UnsupportedError, changed)
 
     def check_model(self) -> None:
         """Whether XTuner's own LLaVAModel was trained, by the config in use and by the artefact's

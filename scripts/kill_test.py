@@ -5,10 +5,13 @@
 It makes a Llama-shaped `iter_1.pth` of that size, in which no two tensors are alike, and converts
 it once in each of several modes: those are the right bytes. Then it starts conversions and kills
 them, with SIGKILL at a random moment, or aimed at the end, where OUT appears. After each kill, OUT
-must be what it was before (absent, or with --overwrite the old folder) or complete; and going on
-with --resume, which is killed in its turn, must end in the right bytes. Ctrl-C (SIGINT) must be
-answered, end with status 130 and leave no OUT; how long that takes is reported. Needs three times
-the size of free disk.
+must be what it was before (absent, or with --overwrite the old folder) or complete; and the same
+command again, which is killed in its turn, must go on and end in the right bytes. Ctrl-C (SIGINT)
+must be answered, end with status 130 and leave no OUT; how long that takes is reported. Needs three
+times the size of free disk.
+
+For each kill, the table says how much of the shards was on disk then, and how much of that the next
+run would write again.
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ from bench_model import make_input
 
 UNITS = {"MB": 10**6, "GB": 10**9}
 TOWER = "openai/clip-vit-large-patch14-336"
-PARTIAL, REPLACED = ".partial", ".replaced"
+PARTIAL = ".partial"
+OLD_RECORD = json.dumps(
+    {"tool": {"name": "xtuner2llava"}, "shards": [{"file": "old"}], "files": {}}
+)
 
 # Run as its own process, so that torch's memory is not this one's.
 MAKE_ALL_DIFFERENT = """
@@ -128,14 +134,17 @@ class Test:
         self._expected: dict[str, dict[str, str]] = {}
         self._seconds: dict[str, float] = {}
         self._seen: Counter[str] = Counter()
+        self._bytes: dict[str, int] = {}
+        self._rows: list[tuple[str, float, int, int]] = []
 
     def run(self, modes: list[Mode], kills: int, interrupts: int) -> dict[str, object]:
         for mode in modes:
             start = time.monotonic()
             out = self._work / "llava-right"
-            self._finish(self._start(mode, out, resume=False), 0)
+            self._finish(self._start(mode, out), 0)
             self._seconds[mode.name] = time.monotonic() - start
             self._expected[mode.name] = sums(out)
+            self._bytes[mode.name] = sum(p.stat().st_size for p in out.glob("*.safetensors"))
             shutil.rmtree(out)
             talk(f"{mode.name}: {self._seconds[mode.name]:.1f} s undisturbed")
         for round_ in range(10**9):
@@ -147,6 +156,7 @@ class Test:
             "checkpoint_bytes": (self._work / "iter_1.pth").stat().st_size,
             "modes": len(modes),
             **dict(sorted(self._seen.items())),
+            "where it was killed": self.table(),
             "longest_wait_after_interrupt": round(max(waits, default=0.0), 2),
             "wrong": 0,
         }
@@ -158,24 +168,51 @@ class Test:
         if mode.overwrite:
             self._out.mkdir()
             (self._out / "old").write_text("what was there before")
+            (self._out / "conversion.json").write_text(OLD_RECORD)
             before = sums(self._out)
-        resume = False
+        is_first = True
         while True:
-            process = self._start(mode, self._out, resume=resume)
+            process = self._start(mode, self._out)
             # In the end some must come through: a shard takes its time, however often it is killed.
             ends = self._seen["kills"] >= kills or self._random.random() < 0.15
             killed = not ends and self._kill(process, mode)
             if not killed:
                 self._finish(process, 0)
                 self._check_complete(mode)
-                self._seen["completed by --resume" if resume else "completed at once"] += 1
+                self._seen["completed at once" if is_first else "completed by going on"] += 1
                 return
             self._seen["kills"] += 1
+            self._measure(mode)
             if self._seen["kills"] % 20 == 0:
                 talk(f"{self._seen['kills']} kills")
             if self._is_complete_after_kill(mode, before):
                 return
-            resume = True
+            is_first = False
+
+    def _measure(self, mode: Mode) -> None:
+        """Notes how many bytes of shards are on disk, and how many of them are recorded."""
+        partial = self._out.with_name(self._out.name + PARTIAL)
+        written = recorded = 0
+        for path in partial.glob("*.safetensors"):
+            size = path.stat().st_size
+            written += size
+            for kind in ("finished", "progress"):
+                record = partial / ".xtuner2llava" / kind / f"{path.name}.json"
+                if record.exists():
+                    recorded += min(size, json.loads(record.read_bytes())["size"])
+        if written:
+            share = written / self._bytes[mode.name]
+            self._rows.append((mode.name, share, written, written - recorded))
+
+    def table(self) -> list[str]:
+        lines = ["on disk when killed | kills | bytes on disk | written again | at most"]
+        for tenth in range(11):
+            rows = [row for row in self._rows if int(row[1] * 10) == tenth]
+            if rows:
+                on_disk, again = sum(row[2] for row in rows), sum(row[3] for row in rows)
+                shown = f"{on_disk:,} | {again:,} | {max(row[3] for row in rows):,}"
+                lines.append(f"{tenth * 10:>3} % | {len(rows)} | {shown}")
+        return lines
 
     def _kill(self, process: subprocess.Popen[str], mode: Mode) -> bool:
         """Kills at a random moment; False if the conversion was done before."""
@@ -218,7 +255,7 @@ class Test:
         """The seconds from a Ctrl-C to the end of the process."""
         self._clear()
         while True:
-            process = self._start(mode, self._out, resume=False)
+            process = self._start(mode, self._out)
             partial = self._out.with_name(self._out.name + PARTIAL)
             # Before there is anything to clean up, Python itself answers.
             while not partial.exists() and process.poll() is None:
@@ -238,19 +275,18 @@ class Test:
         if "Interrupted" not in told and process.returncode == 130:
             raise Wrong(f"{mode.name}: Ctrl-C is not answered: {told}")
         kept = list(partial.glob(".xtuner2llava/finished/*.json"))
-        if kept and "--resume" not in told:
-            raise Wrong(f"{mode.name}: shards are kept, and --resume is not mentioned: {told}")
+        if kept and "same command again" not in told:
+            raise Wrong(f"{mode.name}: shards are kept, and it is not said how to go on: {told}")
         self._seen["interrupts"] += 1
         self._seen["interrupts that kept shards"] += bool(kept)
-        self._finish(self._start(mode, self._out, resume=True), 0)
+        self._finish(self._start(mode, self._out), 0)
         self._check_complete(mode)
         return waited
 
-    def _start(self, mode: Mode, out: Path, *, resume: bool) -> subprocess.Popen[str]:
+    def _start(self, mode: Mode, out: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "xtuner2llava", "convert", self._work / "iter_1.pth", out,
                    "--llm", self._work / "llm", "--vision", self._work / "vision",
                    "--vision-tower-name", TOWER, "-q", *mode.options(self._size)]  # fmt: skip
-        command += ["--resume"] if resume else []
         return subprocess.Popen(
             [os.fspath(part) for part in command],
             stdout=subprocess.DEVNULL,

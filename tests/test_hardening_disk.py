@@ -87,20 +87,20 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 @pytest.mark.slow
 @needs_mount
 def test_a_disk_that_fills_up_meanwhile(arguments: list[str], tmp_path: Path) -> None:
-    """Somebody else takes the space after it was checked; when it is free again, --resume works."""
+    """Somebody else takes the space after it was checked; when it is free again, it goes on."""
     fill = "import shutil, xtuner2llava.writing.folder as f; f.OutputFolder.require_space = print; "
     run = "from xtuner2llava.cli import main; main()"
     unchecked = [sys.executable, "-c", fill + run, *command(*arguments, out=Path("llava-out"))[3:]]
     script = (
         f"head -c {300_000} /dev/zero > others; "
         '"$0" "$@" --jobs 1; echo "status $?"; ls -A; rm others; '
-        '"$0" "$@" --resume -q; echo "status $?"; ls -A; ls llava-out'
+        '"$0" "$@" -q; echo "status $?"; ls -A; ls llava-out'
     )
     text = in_tmpfs(tmp_path, "900k", script, *unchecked)
     first, second = text.split("status 1\n")
     assert "cannot be written (No space left on device)" in first
     assert "Free space on that disk, or choose an OUT on another one." in first
-    assert "--resume to go on from there" in first
+    assert "run the same command again to go on from there" in first
     assert second.splitlines()[:2] == ["llava-out.partial", "others"]
     assert "status 0\nllava-out\n" in second
     assert "model.safetensors.index.json" in second
@@ -190,13 +190,15 @@ def test_resume_is_refused_when_a_base_model_was_exchanged(
     def stop(stage: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="--resume"):
+    with pytest.raises(KeyboardInterrupt, match="same command again"):
         convert(checkpoint, tmp_path / "out", on_progress=stop, **options)
     weights = vision / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-4] + bytes(4))
-    with pytest.raises(OutputError, match="other input or other options"):
-        convert(checkpoint, tmp_path / "out", resume=True, **options)
+    with pytest.raises(
+        OutputError, match=r"other options: the input model\.safetensors is not what"
+    ):
+        convert(checkpoint, tmp_path / "out", **options)
 
 
 def test_a_folder_beside_out_is_not_taken_for_ours(
@@ -238,7 +240,7 @@ def test_a_kill_while_out_appears_is_resumed(arguments: list[str], tmp_path: Pat
     assert done.returncode == -signal.SIGKILL
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["llava-out.partial", "llava-out.partial.state"]
-    again = subprocess.run([*whole, "--resume", "--json"], check=True, capture_output=True)
+    again = subprocess.run([*whole, "--json"], check=True, capture_output=True)
     assert len(json.loads(again.stdout)["resumed"]) > 3  # Nothing was written twice.
     assert [path.name for path in tmp_path.iterdir()] == ["llava-out"]
 
@@ -301,8 +303,8 @@ def test_interrupts_are_answered_and_say_how_to_go_on(
     if not kept and not partial.exists():
         assert lines[1:] == ["Interrupted."]
         return
-    assert "finished files stay in" in lines[1] and "--resume" in lines[1]
-    subprocess.run([*command(*arguments, out=out), *options, "--resume", "-q"], check=True)
+    assert "What is done stays in" in lines[1] and "run the same command again" in lines[1]
+    subprocess.run([*command(*arguments, out=out), *options, "-q"], check=True)
     assert out.is_dir() and not partial.exists()
 
 

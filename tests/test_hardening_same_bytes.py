@@ -66,7 +66,7 @@ def test_resuming_changes_nothing(
     given = {**options(checkpoints), "jobs": jobs}
     with pytest.raises(KeyboardInterrupt):
         convert(checkpoints / LORA / "iter_2.pth", out, on_progress=stop, **given)
-    report = convert(checkpoints / LORA / "iter_2.pth", out, resume=True, **given)
+    report = convert(checkpoints / LORA / "iter_2.pth", out, **given)
     assert report.resumed
     assert files(out) == expected
 

@@ -155,7 +155,7 @@ def test_help_lists_options_under_headings_in_order() -> None:
     headings = ["Input:", "Output:", "Exactness:", "Speed and memory:", "Hub:", "Talk:"]
     places = [text.index(f"\n{heading}\n") for heading in headings]
     assert places == sorted(places)
-    assert places[0] < text.index("--llm") < places[1] < text.index("--overwrite") < places[2]
+    assert places[0] < text.index("--llm") < places[1] < text.index("  --overwrite  ") < places[2]
 
 
 def test_sizes_are_read_as_the_hub_reads_them() -> None:

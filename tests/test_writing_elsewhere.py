@@ -76,8 +76,8 @@ def plan(tmp_path: Path) -> ShardPlan:
     return plan_shards(tensors, 120_000)
 
 
-def write(out: Path, plan: ShardPlan, executor: Executor | None, resume: bool = False) -> list[str]:
-    with OutputFolder(out, "x", resume=resume) as folder:
+def write(out: Path, plan: ShardPlan, executor: Executor | None) -> list[str]:
+    with OutputFolder(out, "x") as folder:
         written = write_shards(folder, plan.shards, executor=executor)
         folder.publish()
     return [shard.filename for shard in written.shards if shard.kept]
@@ -162,10 +162,12 @@ def test_a_worker_that_dies_leaves_what_can_be_resumed(
 
     # One after the other, so that the first is finished when the second dies.
     monkeypatch.setattr("xtuner2llava.writing.work.ThreadPoolExecutor", one_thread)
-    with pytest.raises(OutputError, match=r"00002-of-00002.*worker.*Broken(?s:.*)--resume"):
+    with pytest.raises(
+        OutputError, match=r"00002-of-00002.*worker.*Broken(?s:.*)same command again"
+    ):
         write(tmp_path / "out", plan, Dying())
     assert not (tmp_path / "out").exists()
-    assert write(tmp_path / "out", plan, Sent(tmp_path), resume=True) == [plan.shards[0].filename]
+    assert write(tmp_path / "out", plan, Sent(tmp_path)) == [plan.shards[0].filename]
     assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 

@@ -55,9 +55,9 @@ def three_tensors(sources: Path) -> dict[str, LazyTensor]:
     return {name: stored(sources, name, torch.arange(100_000.0)) for name in "abc"}
 
 
-def write(out: Path, plan: ShardPlan, jobs: int = 1, resume: bool = False) -> tuple[bool, ...]:
+def write(out: Path, plan: ShardPlan, jobs: int = 1, restart: bool = False) -> tuple[bool, ...]:
     """Writes and publishes; returns which shards were kept from an earlier run."""
-    with OutputFolder(out, plan.fingerprint(""), resume=resume) as folder:
+    with OutputFolder(out, plan.fingerprint(""), restart=restart) as folder:
         written = write_shards(folder, plan.shards, jobs=jobs)
         folder.publish()
     return tuple(shard.kept for shard in written.shards)
@@ -85,7 +85,7 @@ def test_a_disk_that_refuses_to_write(
     (fault,) = caught.value.faults
     assert fault.where == str(tmp_path / "out.partial/model.safetensors")
     assert fault.what == f"cannot be written ({os.strerror(number)})"
-    assert "another" in fault.advice and "--resume" in fault.advice
+    assert "another" in fault.advice and "same command again" in fault.advice
     # The first tensor was written.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "sources"]
 
@@ -293,7 +293,7 @@ def crashed(sources: Path, tmp_path: Path) -> ShardPlan:
 
 def test_resume_after_a_crash_keeps_what_was_finished(crashed: ShardPlan, tmp_path: Path) -> None:
     before = (tmp_path / "out.partial" / crashed.shards[0].filename).stat()
-    assert write(tmp_path / "out", crashed, resume=True) == (True, True, False)
+    assert write(tmp_path / "out", crashed) == (True, True, False)
     after = (tmp_path / "out" / crashed.shards[0].filename).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     write(tmp_path / "expected", crashed)
@@ -306,33 +306,35 @@ def test_resume_writes_a_damaged_shard_again(crashed: ShardPlan, tmp_path: Path)
     path = tmp_path / "out.partial" / crashed.shards[1].filename
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b"\xff")
-    assert write(tmp_path / "out", crashed, resume=True) == (True, False, False)
+    assert write(tmp_path / "out", crashed) == (True, False, False)
     assert (tmp_path / "out" / path.name).read_bytes() == data
 
 
 def test_resume_of_another_plan_is_refused(crashed: ShardPlan, tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match="other input or other options"),
-        OutputFolder(tmp_path / "out", "another", resume=True),
+        OutputFolder(tmp_path / "out", "another"),
     ):
         pass
-    assert write(tmp_path / "out", crashed, resume=True) == (True, True, False)
+    assert write(tmp_path / "out", crashed) == (True, True, False)
 
 
-def test_without_resume_everything_is_written_again(crashed: ShardPlan, tmp_path: Path) -> None:
-    assert write(tmp_path / "out", crashed) == (False, False, False)
+def test_restart_writes_everything_again(crashed: ShardPlan, tmp_path: Path) -> None:
+    assert write(tmp_path / "out", crashed, restart=True) == (False, False, False)
 
 
 def test_a_failed_run_keeps_what_is_finished_and_says_so(sources: Path, tmp_path: Path) -> None:
     tensors = three_tensors(sources)
     failing = plan_shards({**tensors, "c": Failing(CorruptFileError("gone"))}, 400_000)
     with (
-        pytest.raises(CorruptFileError, match=r"(?s)gone.*2 finished files stay in .*out.partial"),
+        pytest.raises(
+            CorruptFileError, match=r"(?s)gone.*What is done stays in .*out.partial .2 finished"
+        ),
         OutputFolder(tmp_path / "out", "same") as folder,
     ):
         write_shards(folder, failing.shards, jobs=1)
     assert folder.kept == tmp_path / "out.partial"
-    with OutputFolder(tmp_path / "out", "same", resume=True) as folder:
+    with OutputFolder(tmp_path / "out", "same") as folder:
         written = write_shards(folder, plan_shards(tensors, 400_000).shards)
         folder.publish()
     assert [shard.kept for shard in written.shards] == [True, True, False]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,14 @@ from xtuner2llava.writing import OutputFolder
 def publish(out: Path, data: bytes = b"new", **options: bool) -> Path:
     with OutputFolder(out, "f", **options) as folder:
         folder.write_bytes("config.json", data)
+        folder.write_bytes("conversion.json", RECORD)
         return folder.publish()
+
+
+RECORD = json.dumps(
+    {"tool": {"name": "xtuner2llava"}, "shards": [{"file": "m"}], "files": {"config.json": {}}}
+).encode()
+WRITTEN = ["config.json", "conversion.json"]
 
 
 def names(folder: Path) -> list[str]:
@@ -30,7 +39,7 @@ def test_publishing(there: str, tmp_path: Path) -> None:
     if there == "an empty folder":
         out.mkdir()
     assert publish(out) == out
-    assert names(out) == ["config.json"]
+    assert names(out) == WRITTEN
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -72,9 +81,9 @@ def test_a_folder_that_is_not_empty_is_refused_untouched(tmp_path: Path) -> None
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
-    for resume in (False, True):
-        with pytest.raises(OutputError, match=r"(?s)not empty.*--overwrite"):
-            publish(out, resume=resume)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"not empty, and has no conversion.json"):
+            publish(out, overwrite=overwrite)
     assert names(tmp_path) == ["out", "out/mine"]
 
 
@@ -94,9 +103,10 @@ def test_the_root_is_no_output_folder() -> None:
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     publish(out, b"old")
-    (out / "extra").write_text("x")
+    with pytest.raises(OutputError, match=r"(?s)another conversion wrote it.*--overwrite"):
+        publish(out)
     publish(out, overwrite=True)
-    assert names(tmp_path) == ["out", "out/config.json"]
+    assert names(tmp_path) == ["out", "out/config.json", "out/conversion.json"]
     assert (out / "config.json").read_bytes() == b"new"
 
 
@@ -110,7 +120,7 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path: 
         folder.write_bytes("config.json", b"new")
         raise KeyboardInterrupt
     assert (out / "config.json").read_bytes() == b"old"
-    assert names(tmp_path) == ["out", "out/config.json"]
+    assert names(tmp_path) == ["out", "out/config.json", "out/conversion.json"]
 
 
 @pytest.mark.parametrize("inside", ["llm", "llm/model.safetensors", "."])
@@ -143,7 +153,7 @@ def test_a_complete_folder_that_cannot_be_renamed_is_kept(
     with pytest.raises(OutputError, match=r"complete, but cannot be renamed to this .busy."):
         monkeypatch.setattr(Path, "rename", refuse)
         publish(tmp_path / "out")
-    assert names(tmp_path) == ["out.partial", "out.partial/config.json"]
+    assert names(tmp_path) == ["out.partial", *(f"out.partial/{name}" for name in WRITTEN)]
 
 
 def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
@@ -151,15 +161,15 @@ def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     assert publish(tmp_path / "out") == tmp_path / "disk"
     assert (tmp_path / "out").is_symlink()
-    assert names(tmp_path / "disk") == ["config.json"]
+    assert names(tmp_path / "disk") == WRITTEN
 
 
 def test_a_second_conversion_into_one_out_is_told(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "f") as first:
         first.write_bytes("a", b"1")
-        for resume in (False, True):
+        for restart in (False, True):
             with pytest.raises(OutputError, match="another conversion is writing"):
-                publish(tmp_path / "out", resume=resume)
+                publish(tmp_path / "out", restart=restart)
         assert (first.path / "a").read_bytes() == b"1"
         first.publish()
     assert names(tmp_path / "out") == ["a"]
@@ -188,10 +198,11 @@ def test_a_stale_partial_folder_of_ours_is_cleared(tmp_path: Path) -> None:
     folder.write_bytes("sub/stale", b"x")
     folder.mark_finished("stale", {"size": 1, "blake3": "00"})
     folder._release()  # As the kernel does when a process is killed.
-    with OutputFolder(tmp_path / "out", "new") as folder:
+    with OutputFolder(tmp_path / "out", "new", restart=True) as folder:
         assert folder.finished("stale") is None
         assert names(folder.path) == [
             ".xtuner2llava",
+            ".xtuner2llava/files",
             ".xtuner2llava/lock",
             ".xtuner2llava/plan.json",
         ]
@@ -205,7 +216,7 @@ def test_resume_keeps_finished_files_only(tmp_path: Path) -> None:
     folder.mark_finished("done", {"size": 3, "blake3": "aa"})
     folder.mark_finished("short", {"size": 4, "blake3": "bb"})
     folder._release()
-    with OutputFolder(tmp_path / "out", "f", resume=True) as folder:
+    with OutputFolder(tmp_path / "out", "f") as folder:
         found = [folder.finished(name) for name in ("done", "short", "begun")]
         assert found == [{"size": 3, "blake3": "aa"}, None, None]
         assert not (folder.path / "begun").exists()
@@ -214,9 +225,10 @@ def test_resume_keeps_finished_files_only(tmp_path: Path) -> None:
         assert folder.finished("done") is None
 
 
-def test_resume_without_anything_to_resume_starts_anew(tmp_path: Path) -> None:
-    publish(tmp_path / "out", resume=True)
-    assert names(tmp_path / "out") == ["config.json"]
+def test_an_empty_partial_folder_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    publish(tmp_path / "out")
+    assert names(tmp_path / "out") == WRITTEN
 
 
 @pytest.mark.parametrize("record", [b"", b"[]", b'{"size": "1"}', b'{"blake3": "00"}', b"\xff"])
@@ -274,6 +286,154 @@ def test_names_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> N
         with pytest.raises(OutputError, match="is no name for a file"):
             folder.write_bytes(name, b"x")
         assert names(tmp_path) == before
+
+
+def leave_unfinished(out: Path, *, described: dict[str, str] | None = None) -> None:
+    """What a killed run leaves: one file that is finished, one with progress, one without."""
+    folder = OutputFolder(out, "f", described=described or {}).__enter__()
+    for name in ("done", "half", "begun"):
+        folder.write_bytes(name, b"123")
+    folder.mark_finished("done", {"size": 3, "blake3": "aa"})
+    folder._begun("half").parent.mkdir()
+    folder._begun("half").write_text("{}")
+    folder._release()
+
+
+def test_going_on_keeps_what_is_finished_and_what_has_progress(tmp_path: Path) -> None:
+    leave_unfinished(tmp_path / "out")
+    with OutputFolder(tmp_path / "out", "f") as folder:
+        assert {path.name for path in folder.path.iterdir()} == {".xtuner2llava", "done", "half"}
+        folder.mark_finished("half", {"size": 3, "blake3": "bb"})
+        assert not folder._begun("half").exists()
+
+
+def test_another_conversion_is_not_thrown_away_and_what_differs_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    leave_unfinished(out, described={"--dtype": "float16", "the input a.pth": "1", "same": "x"})
+    here = {"--dtype": "bfloat16", "the input a.pth": "1", "same": "x"}
+    for overwrite in (False, True):
+        with (
+            pytest.raises(
+                OutputError, match=r"(?s)--dtype is float16 there, bfloat16 here.*--rest"
+            ),
+            OutputFolder(out, "other", described=here, overwrite=overwrite),
+        ):
+            pass
+    changed = {"--dtype": "float16", "the input a.pth": "2", "same": "x"}
+    with (
+        pytest.raises(OutputError, match=r"options: the input a.pth is not what it was\n"),
+        OutputFolder(out, "third", described=changed),
+    ):
+        pass
+    assert (tmp_path / "out.partial/done").exists()
+    with OutputFolder(out, "other", described=here, restart=True) as folder:
+        assert names(folder.path) == [
+            ".xtuner2llava", *(f".xtuner2llava/{n}" for n in ("files", "lock", "plan.json")),
+        ]  # fmt: skip
+
+
+def thesis(folder: Path) -> None:
+    (folder / "thesis.tex").write_text("years")
+
+
+def thesis_in_a_folder(folder: Path) -> None:
+    (folder / "notes").mkdir()
+    thesis(folder / "notes")
+
+
+def link_to_a_folder(folder: Path) -> None:
+    (folder / "more").symlink_to(folder.parent)
+
+
+def empty_folder(folder: Path) -> None:
+    (folder / "later").mkdir()
+
+
+@pytest.mark.parametrize("add", [thesis, thesis_in_a_folder, link_to_a_folder, empty_folder])
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_files_of_the_user_in_a_folder_of_ours_are_named_and_stay(
+    add: Callable[[Path], None], unfinished: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    folder = tmp_path / "out.partial" if unfinished else out
+    leave_unfinished(out) if unfinished else publish(out)
+    add(folder)
+    before = names(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(OutputError, match=r"no conversion wrote: (thesis|notes|more/|later/)"):
+            publish(out, overwrite=True, restart=restart)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"", b"[]", b"{}", b'{"tool": {"name": "xtuner2llava"}}', b"[" * 100_000,
+        RECORD.replace(b"xtuner2llava", b"another"), RECORD.replace(b'[{"file": "m"}]', b"[]"),
+        RECORD.replace(b'{"config.json": {}}', b"5"), None,
+    ],
+)  # fmt: skip
+def test_a_conversion_json_of_somebody_else_makes_no_folder_ours(
+    record: bytes | None, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if record is None:  # A link to a right one says nothing of this folder.
+        (tmp_path / "right.json").write_bytes(RECORD)
+        (out / "conversion.json").symlink_to(tmp_path / "right.json")
+    else:
+        (out / "conversion.json").write_bytes(record)
+    with pytest.raises(OutputError, match=r"has no conversion.json of xtuner2llava"):
+        publish(out, overwrite=True)
+    assert names(out) == ["conversion.json"]
+
+
+def test_a_link_to_a_folder_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    thesis(tmp_path / "home")
+    (tmp_path / "out").symlink_to(tmp_path / "home")
+    with pytest.raises(OutputError, match=r"has no conversion.json"):
+        publish(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["home", "home/thesis.tex", "out"]
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "lock/thesis.tex"])
+def test_a_user_may_have_a_folder_of_our_state_s_name(name: str, tmp_path: Path) -> None:
+    mine = tmp_path / "out.partial" / ".xtuner2llava" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years")
+    with pytest.raises(OutputError, match=r"in the way|cannot be locked"):
+        publish(tmp_path / "out", restart=True)
+    assert mine.read_text() == "years"
+
+
+def test_what_appears_in_out_while_it_is_replaced_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look and the removal: there, only the files of the record are removed."""
+    out = tmp_path / "out"
+    publish(out, b"old")
+    real = OutputFolder._remove_replaced
+
+    def meanwhile(self: OutputFolder) -> None:
+        thesis(tmp_path / "out.replaced")
+        real(self)
+
+    monkeypatch.setattr(OutputFolder, "_remove_replaced", meanwhile)
+    with pytest.raises(OutputError, match=r"thesis.tex.*so this old folder stays; .* is complete"):
+        publish(out, overwrite=True)
+    assert (out / "config.json").read_bytes() == b"new"
+    assert names(tmp_path / "out.replaced") == [*WRITTEN, "thesis.tex"]
+
+
+def test_a_kill_between_the_two_renames_is_undone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    publish(tmp_path / "old", b"old").rename(tmp_path / "out.replaced")
+    leave_unfinished(out)
+    (tmp_path / "out.partial/.xtuner2llava").rename(tmp_path / "out.partial.state")
+    publish(out, overwrite=True)
+    assert (out / "config.json").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 class Usage(NamedTuple):

@@ -219,7 +219,11 @@ def convert(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Convert CHECKPOINT into the folder OUT, which must not exist or be empty."""
+    """Convert CHECKPOINT into the folder OUT.
+
+    OUT must not exist, be empty, be this conversion finished (then there is nothing to do) or
+    unfinished (then it goes on where it stopped); anything else needs --overwrite.
+    """
     options = flags.collect(ConvertOptions, given)
     if dry_run:
         _show_plan(checkpoint, as_json, flags.collect(Options, given))

@@ -10,11 +10,13 @@ publish   OUT.partial becomes OUT, or a commit on the Hub             hub/
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtuner2llava.finished_output import FinishedOutput, finished_output
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.mapping import model_name
 from xtuner2llava.model_card import CARD_NAME, Template, model_card
@@ -30,13 +32,14 @@ from xtuner2llava.options import (
 )
 from xtuner2llava.planning import make_plan
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.provenance import plan_identity, provenance
+from xtuner2llava.provenance import describe, fingerprint, provenance, sources
 from xtuner2llava.report import Report
 from xtuner2llava.small_files import small_files, xtuner_config_file
-from xtuner2llava.sources import Checkpoint, open_checkpoint, open_training
+from xtuner2llava.sources import open_checkpoint, open_training
 from xtuner2llava.ties import first_difference
 from xtuner2llava.version import version
-from xtuner2llava.writing import OutputFolder, write_shards
+from xtuner2llava.writing import OutputFolder, Written, WrittenShard, write_shards
+from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
     # Imported where they are used: most conversions start sooner without them.
@@ -46,12 +49,7 @@ if TYPE_CHECKING:
 
 def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) -> Report:
     """Converts the XTuner checkpoint at `checkpoint` into the folder `out`, see `api.convert`."""
-    destination: Destination | None = None
-    publishing = (options.push_to_hub, options.revision, options.commit_message)
-    if options.private or options.low_disk or any(value is not None for value in publishing):
-        from xtuner2llava import hub
-
-        destination = hub.choose_destination(options)
+    destination = _destination(options)
     template = None if options.card_template is None else Template.read(options.card_template)
     timer = _Timer()
     with timer.stage("open"):
@@ -67,77 +65,153 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
             small["xtuner_config.py"] = xtuner_config_file(opened, options.xtuner_config)
         card = model_card(planned, version(), options, verified=options.verify, template=template)
         small[CARD_NAME] = card.encode("utf-8")
-        if destination is not None:
-            hub.check_access(destination)
+        work = _Work(Path(out), options, planned, small, destination, timer)
     if options.on_plan is not None:
         options.on_plan(planned)
-    fingerprint = planned.shards.fingerprint(plan_identity(planned, version()))
-    inputs = _inputs(opened)
-    pushed: Pushed | None = None
-    with ExitStack() as stack:
-        folder = stack.enter_context(
-            OutputFolder(
-                out,
-                fingerprint,
-                overwrite=options.overwrite,
-                resume=options.resume,
-                protected=inputs,
-            )
+    return (None if options.overwrite else work.already_done()) or work.write()
+
+
+def _destination(options: ConvertOptions) -> Destination | None:
+    """Where it is published, if that is asked for and allowed."""
+    publishing = (options.push_to_hub, options.revision, options.commit_message)
+    if not (options.private or options.low_disk or any(v is not None for v in publishing)):
+        return None
+    from xtuner2llava import hub
+
+    destination = hub.choose_destination(options)
+    if destination is not None:
+        hub.check_access(destination)
+    return destination
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A planned conversion into `out`; `small` are its small files but for conversion.json."""
+
+    out: Path
+    options: ConvertOptions
+    planned: Plan
+    small: Mapping[str, bytes]
+    destination: Destination | None
+    timer: _Timer
+
+    def already_done(self) -> Report | None:
+        """The report on an `out` that is this conversion already; it is published if asked for."""
+        record = provenance(self.planned, self.options, version(), self.small)
+        found = finished_output(self.out, self.planned, record)
+        if found is None:
+            return None
+        pushed: Pushed | None = None
+        if self.destination is not None:
+            from xtuner2llava import hub
+
+            with self.timer.stage("upload"):
+                pushed = hub.push_folder(
+                    self.out,
+                    self.destination,
+                    jobs=self.options.jobs,
+                    on_progress=self.options.on_progress,
+                )
+        return self._report(found, pushed, already=True)
+
+    def write(self) -> Report:
+        """Writes and publishes it, or goes on with what an earlier run left."""
+        options, planned, timer = self.options, self.planned, self.timer
+        pushed: Pushed | None = None
+        with ExitStack() as stack:
+            folder = stack.enter_context(self._folder())
+            upload: Upload | None = None
+            if self.destination is not None and options.low_disk:
+                from xtuner2llava import hub
+
+                upload = stack.enter_context(hub.Upload(self.destination))
+                upload.check_card(self.small[CARD_NAME].decode("utf-8"))
+            with timer.stage("write"):
+                written = write_shards(
+                    folder,
+                    planned.shards.shards,
+                    jobs=options.jobs,
+                    max_memory=parse_size(options.max_memory),
+                    verify=options.verify,
+                    executor=options.executor,
+                    deliver=None if upload is None else hub.deliver_to(upload),
+                    on_progress=_named(
+                        options.on_progress, "write" if upload is None else "write and upload"
+                    ),
+                )
+            with timer.stage("describe"):
+                done = self._describe(folder, written)
+            with timer.stage("publish"):
+                if upload is None:
+                    folder.publish()
+                else:
+                    pushed = hub.publish_small_files(upload, folder.path)
+        if self.destination is not None and pushed is None:
+            from xtuner2llava import hub
+
+            with timer.stage("upload"):
+                pushed = hub.publish_converted(
+                    self.out,
+                    tuple(done.blake3),
+                    self.destination,
+                    jobs=options.jobs,
+                    on_progress=options.on_progress,
+                )
+        return self._report(done, pushed, shards=written.shards)
+
+    def _folder(self) -> OutputFolder:
+        planned, checkpoint = self.planned, self.planned.checkpoint
+        parts = (checkpoint.llm, checkpoint.visual_encoder)
+        record = provenance(planned, self.options, version(), self.small)
+        described = describe(record, sources(planned))
+        return OutputFolder(
+            self.out,
+            fingerprint(planned, version(), described),
+            described=described,
+            overwrite=self.options.overwrite,
+            restart=self.options.restart,
+            protected=[
+                checkpoint.contents.path,
+                *(part.folder for part in parts if part.folder is not None),
+            ],
         )
-        upload: Upload | None = None
-        if destination is not None and options.low_disk:
-            upload = stack.enter_context(hub.Upload(destination))
-            upload.check_card(card)
-        with timer.stage("write"):
-            written = write_shards(
-                folder,
-                planned.shards.shards,
-                jobs=options.jobs,
-                max_memory=parse_size(options.max_memory),
-                verify=options.verify,
-                executor=options.executor,
-                deliver=None if upload is None else hub.deliver_to(upload),
-                on_progress=_named(
-                    options.on_progress, "write" if upload is None else "write and upload"
-                ),
-            )
+
+    def _describe(self, folder: OutputFolder, written: Written) -> FinishedOutput:
+        """Writes the small files beside the shards, and says what there is then."""
+        shards = [(shard.filename, shard.size, shard.blake3) for shard in written.shards]
         nonfinite = tuple((found.name, found.nan, found.infinite) for found in written.nonfinite)
-        with timer.stage("describe"):
-            shards = [(shard.filename, shard.size, shard.blake3) for shard in written.shards]
-            for name, data in small.items():
-                folder.write_bytes(name, data)
-            record = provenance(planned, version(), shards, small, nonfinite)
-            folder.write_bytes("conversion.json", json_bytes(record))
-            files = {name: size for name, size, _ in shards} | {
-                path.name: path.stat().st_size for path in folder.path.iterdir() if path.is_file()
-            }
-        with timer.stage("publish"):
-            if upload is None:
-                folder.publish()
-            else:
-                pushed = hub.publish_small_files(upload, folder.path)
-    if destination is not None and pushed is None:
-        with timer.stage("upload"):
-            pushed = hub.publish_converted(
-                Path(out),
-                tuple(name for name, _, _ in shards),
-                destination,
-                jobs=options.jobs,
-                on_progress=options.on_progress,
-            )
-    return Report(
-        out=None if options.low_disk else Path(out),
-        plan=planned,
-        files=dict(sorted(files.items())),
-        blake3={name: digest for name, _, digest in shards},
-        seconds=timer.seconds,
-        verified=options.verify,
-        resumed=tuple(shard.filename for shard in written.shards if shard.kept),
-        nonfinite=nonfinite,
-        warnings=folder_name_warnings(planned, _last_name(out, pushed)),
-        next_steps=next_steps(planned),
-        pushed=pushed,
-    )
+        for name, data in self.small.items():
+            folder.write_bytes(name, data)
+        record = provenance(self.planned, self.options, version(), self.small, shards, nonfinite)
+        folder.write_bytes(RECORD_NAME, json_bytes(record))
+        files = {name: size for name, size, _ in shards} | {
+            path.name: path.stat().st_size for path in folder.path.iterdir() if path.is_file()
+        }
+        return FinishedOutput(files, {name: digest for name, _, digest in shards}, nonfinite)
+
+    def _report(
+        self,
+        done: FinishedOutput,
+        pushed: Pushed | None,
+        *,
+        already: bool = False,
+        shards: Sequence[WrittenShard] = (),
+    ) -> Report:
+        return Report(
+            out=None if self.options.low_disk and not already else self.out,
+            plan=self.planned,
+            files=dict(sorted(done.files.items())),
+            blake3=dict(done.blake3),
+            seconds=self.timer.seconds,
+            verified=self.options.verify and not already,
+            resumed=tuple(shard.filename for shard in shards if shard.kept),
+            kept_bytes=sum(shard.kept_bytes for shard in shards),
+            nonfinite=done.nonfinite,
+            warnings=folder_name_warnings(self.planned, _last_name(self.out, pushed)),
+            next_steps=next_steps(self.planned),
+            pushed=pushed,
+            already_converted=already,
+        )
 
 
 def push(out: PathOrText, repo_id: str, options: PushOptions) -> Pushed:
@@ -170,12 +244,6 @@ def _untied(planned: Plan) -> list[str]:
     It reads both; most checkpoints store them once, and then there is nothing to read.
     """
     return [tie.name for tie in planned.ties if first_difference(tie.tensor, tie.other) is not None]
-
-
-def _inputs(opened: Checkpoint) -> list[Path]:
-    """What is read, and must survive `overwrite`."""
-    parts = (opened.llm, opened.visual_encoder)
-    return [opened.contents.path, *(part.folder for part in parts if part.folder is not None)]
 
 
 def _last_name(out: PathOrText, pushed: Pushed | None) -> str:

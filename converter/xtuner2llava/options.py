@@ -193,8 +193,17 @@ class ConvertOptions(Options, PushOptions):
         True, EXACTNESS, "Read OUT back and compare it with its sources, bit for bit.",
         decides=False,
     )  # fmt: skip
-    resume: bool = option(False, OUTPUT, "Continue an interrupted run.", decides=False)
-    overwrite: bool = option(False, OUTPUT, "Replace OUT.", decides=False)
+    restart: bool = option(
+        False, OUTPUT, "Throw an unfinished run away; without it, one that matches goes on where "
+        "it stopped.", decides=False,
+    )  # fmt: skip
+    resume: bool = option(
+        False, OUTPUT, "Taken, and changes nothing: going on is the default.", decides=False
+    )
+    overwrite: bool = option(
+        False, OUTPUT, "Replace OUT, if a conversion wrote it and nothing else lies in it.",
+        decides=False,
+    )  # fmt: skip
     card_template: PathOrText | None = option(
         None, OUTPUT, "Your own model card; {{ usage }}, {{ parts }} and others are filled in.",
         metavar="FILE.md",
@@ -247,6 +256,24 @@ class VerifyOptions(SourceOptions, WatchedOptions):
         False, EXACTNESS, "With --logits: run the base LLM's own Python, where transformers does "
         "not have its class.",
     )  # fmt: skip
+
+
+def decided(options: Options) -> dict[str, Any]:
+    """What was chosen of what decides the output, by flag; the defaults are left out."""
+    return {
+        flag(each.name): value
+        for each in fields(options)
+        if each.metadata.get("decides") and (value := getattr(options, each.name)) != each.default
+    }
+
+
+def defaults() -> dict[str, Any]:
+    """The options that decide the output, by flag, where nothing was chosen."""
+    return {
+        flag(each.name): "not given" if each.default is None else each.default
+        for each in fields(ConvertOptions)
+        if each.metadata.get("decides")
+    }
 
 
 def flag(name: str) -> str:

@@ -110,14 +110,20 @@ def render_report(report: Report) -> str:
     """What was done, and what to do next."""
     total = sum(report.seconds.values())
     checked = "verified bit for bit" if report.verified else "not verified"
+    if report.already_converted:
+        checked = "already converted: nothing was written"
     shards = len(report.plan.shards.shards)
     place = report.out if report.pushed is None or report.out else report.pushed.link
     text = [
         f"{place}: {report.plan.architecture}, {size(report.nbytes)} in {shards} "
         f"{'shard' if shards == 1 else 'shards'}, {total:.1f} s, {checked}",
     ]
-    if report.resumed:
-        text.append(f"Kept from the interrupted run: {', '.join(report.resumed)}")
+    if report.kept_bytes:
+        text.append(f"Kept from the interrupted run: {size(report.kept_bytes)} of the shards")
+    if report.already_converted and report.pushed is None:
+        text.append(
+            f"Names, sizes and small files are right; `xtuner2llava verify {report.out}` reads all."
+        )
     for name, nan, infinite in report.nonfinite:
         text.append(f"Warning: {name} has {nan} NaN and {infinite} infinite values, as the input.")
     text += [f"Warning: {_indented(warning)}" for warning in report.warnings]

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 class Report:
     """A finished conversion.
 
-    `files` are all files of `out` with their sizes in bytes, `blake3` the digests of the shards,
+    `files` are all files of `out` with their sizes in bytes, `blake3` those of the shards,
     `seconds` the wall time of each stage, `nonfinite` the tensors whose NaN or infinite values the
     checkpoint already had (name, NaN, infinite), `warnings` and `next_steps` sentences for the
     user. `out` is None where the shards were published and not kept; `pushed` says where to.
+
+    `resumed` are the shards that an interrupted run had finished, `kept_bytes` the bytes of shards
+    that it had written. `already_converted` says that `out` was finished before, that its names,
+    sizes and small files were checked, and that nothing was written; `verified` is about this run.
     """
 
     out: Path | None
@@ -35,6 +39,8 @@ class Report:
     warnings: tuple[str, ...]
     next_steps: tuple[str, ...]
     pushed: Pushed | None = None
+    already_converted: bool = False
+    kept_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -48,8 +54,10 @@ class Report:
             "bytes": self.nbytes,
             "blake3": dict(self.blake3),
             "seconds": dict(self.seconds),
+            "already_converted": self.already_converted,
             "verified": self.verified,
             "resumed": list(self.resumed),
+            "kept_bytes": self.kept_bytes,
             "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in
                           self.nonfinite],
             "warnings": list(self.warnings),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 
 from xtuner2llava.model_card.front_matter import dump, front_matter
 from xtuner2llava.model_card.prompt import Prompt, prompt_of
 from xtuner2llava.model_card.template import Template
 from xtuner2llava.model_card.usage import usage
-from xtuner2llava.options import Options
+from xtuner2llava.options import Options, decided
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.published import hub_id, published_name, published_text
 from xtuner2llava.sources import Part
@@ -151,14 +150,7 @@ def command(plan: Plan, options: Options | None) -> str:
     path = plan.checkpoint.contents.path
     source = hub_id(None, path) or published_name(str(path))
     words = ["xtuner2llava", "convert", source, plan.suggested_name]
-    plain = Options()
-    for field in fields(Options):
-        if not field.metadata["decides"]:
-            continue
-        value = getattr(options, field.name) if options is not None else None
-        if value is None or value == getattr(plain, field.name):
-            continue
-        flag = "--" + field.name.replace("_", "-")
+    for flag, value in decided(options).items() if options is not None else ():
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:

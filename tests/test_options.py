@@ -22,9 +22,9 @@ from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import (
     ConvertOptions,
     Format,
+    InspectOptions,
     Options,
     PushOptions,
-    SourceOptions,
     VerifyOptions,
     flag,
     parse_size,
@@ -33,7 +33,7 @@ from xtuner2llava.options import (
 ROOT = Path(__file__).parents[1]
 KINDS: dict[str, type[Any]] = {
     "convert": ConvertOptions,
-    "inspect": SourceOptions,
+    "inspect": InspectOptions,
     "plan": Options,
     "push": PushOptions,
     "verify": VerifyOptions,

@@ -148,7 +148,9 @@ def verify(out: str | PathLike[str], options: VerifyOptions) -> Verification:
     tensor compared with it bit for bit, and the small files; the further options are then those
     that were given to `convert`. With `logits` also: both models at work, layer by layer, in the
     memory of one layer. `trust_remote_code` lets the base model's own Python run for that, and
-    nothing else does.
+    nothing else does. `reference` is a file of logits that the real model's own code made, for a
+    mapping of your own or a class that transformers does not have: `mappings/README.md` has the
+    lines that make one. Where they agree too, the verdict says exact.
 
     With dtype "auto", the dtype is what `conversion.json` says; give one to hold the folder to it.
     The folder says its format, model type and vision tower itself. Damage to `out` makes checks

@@ -252,6 +252,10 @@ class VerifyOptions(SourceOptions, WatchedOptions):
         False, EXACTNESS, "With --against: also run both models, layer by layer, and compare their "
         "logits.",
     )  # fmt: skip
+    reference: PathOrText | None = option(
+        None, EXACTNESS, "Also run OUT, layer by layer, and compare its logits with those that you "
+        "made with the real model. mappings/README.md says how.", metavar="FILE.npz",
+    )  # fmt: skip
     trust_remote_code: bool = option(
         False, EXACTNESS, "With --logits: run the base LLM's own Python, where transformers does "
         "not have its class.",

@@ -24,7 +24,7 @@ from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tensors.files import FileRange
 from xtuner2llava.ties import first_difference
 from xtuner2llava.verification.out_folder import INDEX, OutFolder
-from xtuner2llava.verification.outcome import Check
+from xtuner2llava.verification.outcome import TENSORS, Check
 from xtuner2llava.writing.blocks import blocks, position, working_bytes
 from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
 from xtuner2llava.writing.disk import read_all
@@ -34,7 +34,6 @@ from xtuner2llava.writing.work import Work
 if TYPE_CHECKING:
     import torch
 
-TENSORS = "tensors against the checkpoint"
 BITS = "every tensor, bit for bit"
 FILES = "small files as planned"
 
@@ -59,7 +58,7 @@ class Difference:
 def plan_again(checkpoint: str, options: VerifyOptions, out: OutFolder) -> Plan:
     """The plan of `checkpoint` with what `out` says of itself where `options` leave it open.
 
-    Reads headers and small files. Raises `ConversionError`, as `convert` does.
+    Reads headers, small files and tied tensors. Raises `ConversionError`, as `convert` does.
     """
     config, recorded = out.layout.config, out.record.get("dtype")
     tower = config.get("mm_vision_tower")
@@ -72,7 +71,11 @@ def plan_again(checkpoint: str, options: VerifyOptions, out: OutFolder) -> Plan:
     if options.vision_tower_name is None and isinstance(tower, str):
         given["vision_tower_name"] = tower
     chosen = Options(**{name: value for name, value in given.items() if value is not None})
-    return make_plan(open_checkpoint(checkpoint, chosen), chosen)
+    opened = open_checkpoint(checkpoint, chosen)
+    plan = make_plan(opened, chosen)
+    # As `convert` does: what the config ties is compared, and written where it differs.
+    untied = [t.name for t in plan.ties if first_difference(t.tensor, t.other) is not None]
+    return make_plan(opened, chosen, untied) if untied else plan
 
 
 def against_checks(
@@ -90,10 +93,6 @@ def against_checks(
     common = [p for p in plan.tensors if p.name in found and _fits(found[p.name], p.tensor)]
     differences = compare(found, common, jobs=jobs, on_progress=on_progress)
     said = [str(difference) for difference in differences]
-    for tie in plan.ties:
-        at = first_difference(tie.tensor, tie.other)
-        if at is not None:
-            said.append(f"{tie.name} is left out as {tie.same_as}, and differs at byte {at:,}")
     kinds = Counter(planned.how.partition(" ")[0] for planned in common)
     copied, rounded, computed = (kinds[how] for how in ("copy", "cast", "compute"))
     fine = f"{copied} copied, {rounded} rounded once, {computed} computed"

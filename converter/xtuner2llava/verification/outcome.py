@@ -13,6 +13,9 @@ OK = "ok"
 FAILED = "FAILED"
 WARNING = "warning"
 SKIPPED = "skipped"
+# Checks that others ask for by name.
+TENSORS = "tensors against the checkpoint"
+REFERENCE = "logits against the reference"
 
 _SHOWN = 5
 
@@ -70,6 +73,11 @@ class Verification:
         return found
 
     @property
+    def proven(self) -> bool:
+        """Whether everything is right, and the logits are those of the real model's own code."""
+        return self.passed and any(c.name == REFERENCE and c.result == OK for c in self.checks)
+
+    @property
     def verdict(self) -> str:
         """One sentence: right or wrong, and what was not looked at."""
         made = len(self.checks) - len(self.with_result(SKIPPED))
@@ -82,13 +90,14 @@ class Verification:
         for result, word in ((WARNING, "Warnings"), (SKIPPED, "Skipped")):
             names = [check.name for check in self.with_result(result)]
             text += f" {word}: {', '.join(names)}." if names else ""
-        return text
+        return f"{text} Exact: its logits are those of the reference." if self.proven else text
 
     def to_dict(self) -> dict[str, Json]:
         """The same as JSON."""
         return {
             "out": str(self.out),
             "passed": self.passed,
+            "exact_by_reference": self.proven,
             "verdict": self.verdict,
             "checks": [
                 {"check": c.name, "result": c.result, "detail": c.detail} for c in self.checks

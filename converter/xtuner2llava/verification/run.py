@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from os import fspath
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import ConversionError, UsageError
 from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
@@ -22,16 +23,26 @@ from xtuner2llava.verification.checks.record import record_checks
 from xtuner2llava.verification.checks.structure import structure_checks
 from xtuner2llava.verification.checks.tokenizer import tokenizer_checks
 from xtuner2llava.verification.out_folder import OutFolder, open_out
-from xtuner2llava.verification.outcome import FAILED, SKIPPED, Check, Verification
+from xtuner2llava.verification.outcome import (
+    FAILED,
+    REFERENCE,
+    SKIPPED,
+    TENSORS,
+    Check,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from xtuner2llava.planning.plan import Plan
 
 
 def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     """What is right and wrong with the folder `out`, see `api.verify`."""
-    if options.logits and options.against is None:
+    if options.logits and options.against is None and options.reference is None:
         raise UsageError(
-            "needs the checkpoint whose logits the folder should have",
+            "needs the checkpoint whose logits the folder should have, or these logits",
             where="--logits",
-            advice="Give it with --against CHECKPOINT.",
+            advice="Give --against CHECKPOINT, or --reference FILE.npz.",
         )
     on_progress, against = options.on_progress, options.against
     folder, checks = open_out(Path(out))
@@ -39,13 +50,20 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     if folder is not None:
         checks += _by_itself(folder, on_progress)
         checks += _as_asked(folder, options)
+    broken = any(check.result == FAILED for check in checks if check.name in _NEEDED)
+    if folder is None or broken:
+        why = "the folder is damaged, see above"
+        asked = {TENSORS: against, REFERENCE: options.reference}
+        checks += [Check(name, SKIPPED, why) for name, value in asked.items() if value is not None]
+        return Verification(Path(out), tuple(checks), figures)
+    plan: Plan | None = None
     if against is not None:
-        broken = any(check.result == FAILED for check in checks if check.name in _NEEDED)
-        if folder is None or broken:
-            why = "the folder is damaged, see above"
-            checks.append(Check("tensors against the checkpoint", SKIPPED, why))
-        else:
-            checks += _against(folder, fspath(against), options, figures)
+        from xtuner2llava.verification.against import plan_again
+
+        plan = plan_again(fspath(against), options, folder)
+        checks += _against(folder, plan, options, figures)
+    if options.reference is not None:
+        checks += _reference(folder, plan, options, figures)
     return Verification(Path(out), tuple(checks), figures)
 
 
@@ -80,13 +98,12 @@ def _as_asked(folder: OutFolder, options: VerifyOptions) -> Iterator[Check]:
 
 
 def _against(
-    folder: OutFolder, checkpoint: str, options: VerifyOptions, figures: dict[str, Json]
+    folder: OutFolder, plan: Plan, options: VerifyOptions, figures: dict[str, Json]
 ) -> Iterator[Check]:
-    """The comparison with a checkpoint. Raises `ConversionError` where that cannot be planned."""
-    from xtuner2llava.verification.against import against_checks, plan_again
+    """The comparison with a checkpoint, of which `plan` was made."""
+    from xtuner2llava.verification.against import against_checks
 
     on_progress = options.on_progress
-    plan = plan_again(checkpoint, options, folder)
     said = None if on_progress is None else _staged(on_progress, "compare")
     yield from against_checks(folder, plan, options.jobs, figures, said)
     if not options.logits:
@@ -103,6 +120,22 @@ def _against(
         )
     except ConversionError as error:
         yield Check.failed(LOGITS, error)
+
+
+def _reference(
+    folder: OutFolder, plan: Plan | None, options: VerifyOptions, figures: dict[str, Json]
+) -> Iterator[Check]:
+    """The comparison with given logits. Raises `UsageError` for a file that has none."""
+    from xtuner2llava.verification.logits import folder_side, read_reference, reference_checks
+
+    assert options.reference is not None  # noqa: S101 - the caller has looked
+    reference = read_reference(Path(options.reference))
+    try:
+        side = folder_side(folder, None if plan is None else plan.checkpoint)
+        advance = _counter(options.on_progress, "reference", 0)
+        yield from reference_checks(side, reference, figures=figures, advance=advance)
+    except ConversionError as error:
+        yield Check.failed(REFERENCE, error)
 
 
 def _staged(on_progress: OnProgress, stage: str) -> Callable[[int, int], None]:

@@ -6,6 +6,7 @@ its config says. What no comparison of tensors can see shows here: a wrong rule 
 another rope_theta, another epsilon.
 """
 
-from xtuner2llava.verification.logits.compare import LOGITS, logits_checks
+from xtuner2llava.verification.logits.compare import LOGITS, folder_side, logits_checks
+from xtuner2llava.verification.logits.reference import read_reference, reference_checks
 
-__all__ = ["LOGITS", "logits_checks"]
+__all__ = ["LOGITS", "folder_side", "logits_checks", "read_reference", "reference_checks"]

@@ -97,13 +97,13 @@ def tolerance(result: Figures, *, exact: bool) -> tuple[float, str]:
     return NOISE * result.distance(ROUNDED, NUDGED).largest, f"{NOISE} times the noise of float32"
 
 
-def wrong_check(result: Figures, against: str, least: float) -> Check:
+def wrong_check(result: Figures, against: str, least: float, name: str = _SHOWN) -> Check:
     """The same figures for wrong models, without which a small difference says nothing."""
     wrong = result.wrong(against)
     said = "; ".join(f"{title} exchanged in one layer: {d}" for title, d in wrong.items())
     if any(distance.largest > least for distance in wrong.values()):
-        return Check(_SHOWN, OK, said)
-    return Check(_SHOWN, FAILED, f"this check cannot tell right from wrong here: {said}")
+        return Check(name, OK, said)
+    return Check(name, FAILED, f"this check cannot tell right from wrong here: {said}")
 
 
 def _source_side(checkpoint: Checkpoint, trust: bool) -> Side:

@@ -17,10 +17,10 @@ _DIGITS = {"float16": 11, "bfloat16": 8, "float32": 24}
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Values as stored; rounded to `dtype` first; or each `moved` as a rounding to it would.
+    """Values as stored; rounded to `dtype` first; or `moved` as one more rounding would.
 
     `dtype` is torch's name, or "keep" for the stored dtype. `moved` adds to each value a random
-    part of half a unit in its last place in `dtype`, the same in every run.
+    part of half a unit in its last place, the same in every run.
     """
 
     dtype: str | None = None
@@ -30,15 +30,16 @@ class Reading:
         """Rows `[start, stop)` of `tensor` in float32, in memory of their own."""
         import torch
 
-        if self.dtype is not None and not self.moved and tensor.dtype.is_float:
+        if self.dtype is not None and tensor.dtype.is_float:
             keep = self.dtype == "keep"
             tensor = cast(tensor, tensor.stored_dtype if keep else BY_NAME[self.dtype])
         values = tensor.read(start, stop).float()
-        if self.moved and self.dtype in _DIGITS:
+        digits = _DIGITS.get(tensor.dtype.name)
+        if self.moved and digits is not None:
             generator = torch.Generator().manual_seed(start)
             part = torch.rand(values.shape, generator=generator) * 2 - 1
             _, exponent = torch.frexp(values)
-            values += torch.ldexp(part, exponent - _DIGITS[self.dtype] - 1)
+            values += torch.ldexp(part, exponent - digits - 1)
         return values
 
     def whole(self, tensor: LazyTensor) -> torch.Tensor:

@@ -1,0 +1,193 @@
+"""Logits that were made with the real model, elsewhere: `verify --reference FILE.npz`.
+
+`mappings/README.md` has the lines that make such a file. It proves a mapping where transformers has
+no class for the LLM: the folder alone is run, on the file's prompt.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xtuner2llava.errors import CheckpointError, Fault, UsageError, raise_faults
+from xtuner2llava.sources.json_file import Json
+from xtuner2llava.verification.logits.compare import NOISE, WRONG, wrong_check
+from xtuner2llava.verification.logits.streams import (
+    FOLDER,
+    MOVED_FOLDER,
+    NUDGED_FOLDER,
+    REFERENCE,
+    Figures,
+    Prompt,
+    Side,
+    Stream,
+    run,
+)
+from xtuner2llava.verification.logits.values import Reading
+from xtuner2llava.verification.outcome import FAILED, OK, Check
+from xtuner2llava.verification.outcome import REFERENCE as CHECK_NAME
+
+if TYPE_CHECKING:
+    import torch
+
+_SHOWN = "logits of a wrong model differ from the reference"
+_IMAGE = -200  # XTuner's and LLaVA's IMAGE_TOKEN_INDEX
+_MAX_BYTES = 1 << 30
+_ADVICE = "mappings/README.md has the lines that make such a file."
+# How many times further than one more rounding of every weight the folder may be: the file may come
+# from weights before they were rounded, or rounded otherwise.
+_ROUNDINGS = 4
+# `hf` has up to 64 rows more than the model that was trained, and padding.
+_MORE_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A prompt, and the logits of its last positions: (positions, vocabulary), float32."""
+
+    prompt: Prompt
+    logits: torch.Tensor
+
+
+def read_reference(path: Path) -> Reference:
+    """The arrays of the file. Raises `UsageError` with all that is wrong with them."""
+    import torch
+
+    arrays = _arrays(path)
+    faults: list[str] = []
+    ids = arrays.get("input_ids")
+    logits = arrays.get("logits")
+    if ids is None or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size < 2:
+        faults.append(f"input_ids is {_said(ids)}, expected whole numbers, (1, tokens)")
+    if logits is None or logits.dtype.kind != "f" or logits.dtype.itemsize < 4:
+        faults.append(f"logits is {_said(logits)}, expected float32, (positions, vocabulary)")
+    images = {k: arrays[k] for k in ("pixel_values", "image_features") if k in arrays}
+    faults += [
+        f"{key} is {_said(image)}, expected float32"
+        for key, image in images.items()
+        if image.dtype.kind != "f" or not 1 < image.ndim <= 4
+    ]
+    _raise(path, faults)
+    assert ids is not None and logits is not None  # noqa: S101 - a fault otherwise
+    row = [int(n) for n in ids.reshape(-1)]
+    places = [n for n, token in enumerate(row) if token == _IMAGE]
+    if len(places) > 1 or (ids.ndim == 2 and ids.shape[0] != 1):
+        faults.append("input_ids is not one prompt with at most one image (-200)")
+    if bool(places) is not bool(images):
+        faults.append("-200 in input_ids needs pixel_values or image_features, and they need it")
+    given = torch.from_numpy(logits).float()
+    if given.ndim == 3 and given.shape[0] == 1:
+        given = given[0]
+    if given.ndim != 2 or not given.numel() or not bool(given.isfinite().all()):
+        faults.append(f"logits is {_said(logits)}, expected finite (positions, vocabulary)")
+    _raise(path, faults)
+    cut = places[0] if places else len(row)
+    image = {key: torch.from_numpy(value).float() for key, value in images.items()}
+    pixels, features = image.get("pixel_values"), image.get("image_features")
+    if pixels is not None:
+        pixels, features = pixels.reshape(1, *pixels.shape[-3:]), None
+    if features is not None:
+        features = features.reshape(1, *features.shape[-2:])
+    return Reference(Prompt(row[:cut], row[cut + 1 :], pixels, features), given)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    """All arrays, unless they are too large for the memory that this may take; nothing pickled."""
+    import numpy
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > _MAX_BYTES:
+            raise UsageError(
+                f"holds {size:,} bytes, expected at most {_MAX_BYTES:,}",
+                where=str(path),
+                advice="Save the logits of the last positions only: logits[:, -64:].",
+            )
+        with numpy.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(
+            f"is not a file of numpy.savez ({error})", where=str(path), advice=_ADVICE
+        ) from error
+
+
+def _raise(path: Path, faults: list[str]) -> None:
+    raise_faults(UsageError, [Fault(str(path), what, _ADVICE) for what in faults])
+
+
+def _said(array: Any) -> str:
+    return "missing" if array is None else f"{array.dtype} {list(array.shape)}"
+
+
+def reference_checks(
+    side: Side,
+    reference: Reference,
+    *,
+    figures: dict[str, Json],
+    advance: Callable[[int], None],
+) -> Iterator[Check]:
+    """Runs the folder `side` on the prompt of `reference` and compares the logits."""
+    _fit(side, reference)
+    streams = [
+        Stream(FOLDER, side),
+        Stream(NUDGED_FOLDER, side, nudged=True),
+        Stream(MOVED_FOLDER, side, Reading(moved=True)),
+    ]
+    pairs = [(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)]
+    result = run(streams, reference.prompt, pairs, advance, given=reference.logits)
+    figures["reference"] = result.to_dict()
+    allowed, why = tolerance(result)
+    found = result.distance(REFERENCE, FOLDER)
+    shape = " x ".join(str(n) for n in reference.logits.shape)
+    said = f"{found} over {shape} logits; {allowed:.2g} is allowed: {why}"
+    yield Check(CHECK_NAME, OK if found.largest <= allowed else FAILED, said)
+    yield wrong_check(result, REFERENCE, WRONG * allowed, _SHOWN)
+
+
+def tolerance(result: Figures) -> tuple[float, str]:
+    """How far the logits may be from the given ones, and why.
+
+    The file's weights may not be rounded as the folder's are: so far as moving every weight by a
+    random part of half a unit in its last place takes the logits, several times.
+    """
+    noise = NOISE * result.distance(FOLDER, NUDGED_FOLDER).largest
+    rounding = _ROUNDINGS * result.distance(FOLDER, MOVED_FOLDER).largest
+    if noise > rounding:
+        return noise, f"{NOISE} times the noise of float32"
+    return rounding, f"{_ROUNDINGS} times what one more rounding of the weights changes"
+
+
+def _fit(side: Side, reference: Reference) -> None:
+    """Raises `CheckpointError` where the folder cannot be run on the prompt."""
+    prompt, language = reference.prompt, side.language
+    rows, hidden = language.weights[language.embedding].shape
+    length = len(prompt.before) + len(prompt.after)
+    faults = [f"input_ids has {n}, the folder has {rows} rows" for n in
+              sorted({*prompt.before, *prompt.after}) if not 0 <= n < rows]  # fmt: skip
+    if prompt.features is not None:
+        length += prompt.features.shape[1]
+        if prompt.features.shape[2] != hidden:
+            faults.append(f"image_features are {prompt.features.shape[2]} wide, not {hidden}")
+    if prompt.pixels is not None:
+        if not side.tower.config:
+            faults.append(
+                "pixel_values need the tower's config, which this format leaves to "
+                "mm_vision_tower: give --against CHECKPOINT, or save image_features instead"
+            )
+        edge, channels = (side.tower.config.get(k) for k in ("image_size", "num_channels"))
+        if side.tower.config and list(prompt.pixels.shape) != [1, channels or 3, edge, edge]:
+            faults.append(f"pixel_values are {list(prompt.pixels.shape)}, the tower takes {edge}")
+        patch = side.tower.config.get("patch_size")
+        if isinstance(edge, int) and isinstance(patch, int):
+            length += (edge // patch) ** 2
+    positions, columns = reference.logits.shape
+    if positions > length:
+        faults.append(f"logits have {positions} positions, the prompt has {length}")
+    head = language.weights[language.head].shape[0]
+    if not head - _MORE_ROWS <= columns <= head:
+        faults.append(f"logits have {columns} columns, the head has {head} rows")
+    raise_faults(CheckpointError, [Fault("--reference", what, _ADVICE) for what in faults])

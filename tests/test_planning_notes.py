@@ -76,6 +76,8 @@ def test_the_plan_as_json_names_what_is_made(checkpoints: Path) -> None:
         "tokenizer_config.json",
         "tokenizer.json",
         "special_tokens_map.json",
+        "chat_template.jinja",
+        "chat_template.json",
         "preprocessor_config.json",
         "processor_config.json",
     ]

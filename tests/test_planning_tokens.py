@@ -134,7 +134,9 @@ def test_a_llama_keeps_its_bos_token(checkpoints: Path) -> None:
         vision=checkpoints / "bases/vision_clip",
         vision_tower_name="openai/clip",
     )
-    assert not made.made_files and not notes_on_bos(made)
+    config = json.loads(made.made_files["tokenizer_config.json"]())
+    assert config["bos_token"] == "<s>"  # noqa: S105
+    assert not notes_on_bos(made)
     assert made.token_ids.bos == 1
 
 
@@ -145,6 +147,7 @@ def test_stop_words_of_the_training_end_a_turn(checkpoints: Path, tmp_path: Path
     made = make(checkpoints, llm, xtuner_config=config_file(tmp_path))
     assert made.generation_config == {
         "bos_token_id": END,
+        "do_sample": True,
         "eos_token_id": [STOP, END],
         "pad_token_id": END,
         "top_p": 0.5,

@@ -140,31 +140,6 @@ def test_a_conversion_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "because"),
-    [
-        (
-            {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"]},
-            "only transformers 5 knows TokenizersBackend",
-        ),
-        (
-            {"tokenizer_class": "LlamaTokenizer"},
-            "LlamaTokenizer of transformers 4 needs a tokenizer.model",
-        ),
-    ],
-)
-def test_a_class_that_transformers_4_cannot_make_is_replaced(
-    tmp_path: Path, config: dict[str, Any], because: str
-) -> None:
-    write(tmp_path, tokenizer={"model": {"vocab": {"a": 0}}}, tokenizer_config=config)
-    prepared = prepare_tokenizer(read_tokenizer(tmp_path), NOTHING)
-    written = json.loads(prepared.tokenizer.made["tokenizer_config.json"]())
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert written.get("additional_special_tokens") == config.get("extra_special_tokens")
-    assert "extra_special_tokens" not in written
-    assert because in prepared.notes[0]
-
-
-@pytest.mark.parametrize(
     "content",
     [
         "[]",

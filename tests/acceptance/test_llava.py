@@ -32,17 +32,6 @@ QWEN = ("qwen2_a_pretrain", "qwen2_d_lora_vislora", "qwen2_e_full_fullvis", "qwe
 Job = tuple[Path, str | Path, str]  # folder, case or folder of its reference.npz, how
 
 
-@pytest.fixture(scope="session")
-def llava_python() -> Path:
-    made = subprocess.run(
-        [Path(__file__).parent / "environment"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if made.returncode == 77:
-        pytest.skip("no Python from 3.10 to 3.12, which the transformers that LLaVA pins need")
-    assert made.returncode == 0, "the environment could not be made, see above"
-    return Path(made.stdout.strip())
-
-
 def run_llava(python: Path, checkpoints: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """One result for each job, see `run_llava.py`; a single process, as it takes long to start."""
     given = [

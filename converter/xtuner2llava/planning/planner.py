@@ -52,7 +52,13 @@ from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, with_config
+from xtuner2llava.tokenizers import (
+    FAST,
+    MadeFile,
+    Tokenizer,
+    readable_tokenizer,
+    with_config,
+)
 from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import plan_shards
 
@@ -193,6 +199,7 @@ class _Planner:
                 else None
             )
         )
+        tokenizer = attempt(lambda: self._readable(tokenizer))
         images = attempt(lambda: image_processor_of(checkpoint, found))
         tower_name = attempt(lambda: self._tower_name(images))
         translated = attempt(
@@ -238,6 +245,14 @@ class _Planner:
             layer,
             depth,
         )
+
+    def _readable(self, tokenizer: Tokenizer | None) -> Tokenizer | None:
+        """`tokenizer` as the programs that the format is for load it."""
+        if tokenizer is None:
+            return None
+        prepared = readable_tokenizer(tokenizer, self._options.format)
+        self._found.note(*prepared.notes)
+        return prepared.tokenizer
 
     def _prepare(self, parts: _Parts) -> _Prepared:
         """All that follows from parts without faults, and needs no tensors."""

@@ -1,7 +1,8 @@
 """Tokenizers as files: read, edited, and converted without transformers and without remote code."""
 
 from xtuner2llava.tokenizers.arguments import with_arguments
-from xtuner2llava.tokenizers.conversion import Prepared, TokenizerRules, prepare_tokenizer
+from xtuner2llava.tokenizers.compatibility import readable_tokenizer, tokenizer_faults
+from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer
 from xtuner2llava.tokenizers.editing import (
     with_config,
     with_made,
@@ -17,6 +18,7 @@ from xtuner2llava.tokenizers.pieces import (
     strips_after,
     with_bos_added,
 )
+from xtuner2llava.tokenizers.prepared import Prepared
 from xtuner2llava.tokenizers.tokenizer import FAST, MadeFile, Tokenizer, read_tokenizer
 
 __all__ = [
@@ -29,8 +31,10 @@ __all__ = [
     "prefix_space",
     "prepare_tokenizer",
     "read_tokenizer",
+    "readable_tokenizer",
     "special_texts",
     "strips_after",
+    "tokenizer_faults",
     "with_arguments",
     "with_bos_added",
     "with_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from xtuner2llava.errors import CorruptFileError
 
@@ -51,4 +52,30 @@ def merges(
                 advice="Is this the tokenizer of a language model?",
             )
         found.append((token, (parts[0], parts[1]) if len(parts) == 2 else None))
+    return found
+
+
+def unreachable(tokens: Sequence[str], pairs: Sequence[tuple[str, ...]]) -> list[str]:
+    """Those of `tokens` that byte-pair encoding never makes of their own text.
+
+    `pairs` are the merges, first the one that is done first. Empty where it would take longer than
+    some ten seconds to find out.
+    """
+    ranks = {pair: rank for rank, pair in enumerate(pairs)}
+    found: list[str] = []
+    steps = 0
+    for token in tokens:
+        parts = list(token)
+        while len(parts) > 1:
+            steps += len(parts)
+            neighbours = list(pairwise(parts))
+            best = min(neighbours, key=lambda pair: ranks.get(pair, len(ranks)))
+            if best not in ranks or steps > _MAX_STEPS:
+                break
+            place = neighbours.index(best)
+            parts[place : place + 2] = ["".join(best)]
+        if steps > _MAX_STEPS:
+            return []
+        if len(parts) > 1:
+            found.append(token)
     return found

@@ -7,26 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import MappingError, UnsupportedError
-from xtuner2llava.sources.json_file import Json, text
-from xtuner2llava.tokenizers.editing import with_config, without_keys
+from xtuner2llava.sources.json_file import text
+from xtuner2llava.tokenizers.compatibility import KNOWN_CLASSES
 from xtuner2llava.tokenizers.llama import MODEL, from_sentencepiece
+from xtuner2llava.tokenizers.prepared import Prepared
 from xtuner2llava.tokenizers.qwen2 import from_tiktoken
-from xtuner2llava.tokenizers.tokenizer import FAST, Tokenizer
+from xtuner2llava.tokenizers.tokenizer import Tokenizer
 
 # A range of tokens in a name, such as `<|extra_{0..204}|>`.
 _RANGE = re.compile(r"\{(\d{1,6})\.\.(\d{1,6})\}", re.ASCII)
 _MAX_SPECIAL_TOKENS = 10_000
-_FAST_CLASS = "PreTrainedTokenizerFast"
-# Classes of transformers 4.37 whose folders may carry an `auto_map` all the same: it is ignored.
-_LOCAL = frozenset(
-    name + suffix
-    for name in (
-        "BertTokenizer BloomTokenizer CodeGenTokenizer CodeLlamaTokenizer CohereTokenizer "
-        "GPT2Tokenizer GPTNeoXTokenizer GemmaTokenizer LlamaTokenizer PreTrainedTokenizer "
-        "Qwen2Tokenizer T5Tokenizer XLMRobertaTokenizer"
-    ).split()
-    for suffix in ("", "Fast")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +59,6 @@ class TokenizerRules:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A tokenizer that transformers loads by itself, and what was done for that."""
-
-    tokenizer: Tokenizer
-    notes: tuple[str, ...] = ()
-
-
 def prepare_tokenizer(
     tokenizer: Tokenizer,
     rules: TokenizerRules,
@@ -110,32 +92,11 @@ def prepare_tokenizer(
         return Prepared(made, (f"{source} was written as the files of a {became}.", *notes))
     remote = tokenizer.config.get("auto_map")
     code = remote.get("AutoTokenizer") if isinstance(remote, dict) else None
-    if code is not None and named not in _LOCAL:
+    if code is not None and named not in KNOWN_CLASSES:
         raise UnsupportedError(
             f"its tokenizer {named} is code of the model's repository, which LLaVA never runs",
             where=str(folder),
             advice="Give --llm a folder with the tokenizer of a class in transformers, or a family "
             "file with --mapping whose `tokenizer` says what to convert.",
         )
-    return _readable(tokenizer)
-
-
-def _readable(tokenizer: Tokenizer) -> Prepared:
-    """`tokenizer` with a class that transformers 4.37 and 5 both have and both can make here."""
-    named = tokenizer.config.get("tokenizer_class")
-    if FAST not in tokenizer.files:
-        return Prepared(tokenizer)
-    if named == "TokenizersBackend":
-        why = "only transformers 5 knows TokenizersBackend"
-    elif named == "LlamaTokenizer" and MODEL not in tokenizer.files:
-        why = "LlamaTokenizer of transformers 4 needs a tokenizer.model"
-    else:
-        return Prepared(tokenizer)
-    changes: dict[str, Json] = {"tokenizer_class": _FAST_CLASS}
-    extra = tokenizer.config.get("extra_special_tokens")
-    if isinstance(extra, list):
-        # The name before transformers 5, where the other one held a table.
-        tokenizer = without_keys(tokenizer, ["extra_special_tokens"])
-        changes["additional_special_tokens"] = extra
-    note = f"tokenizer_class is written as {_FAST_CLASS}, because {why}."
-    return Prepared(with_config(tokenizer, changes), (note,))
+    return Prepared(tokenizer)

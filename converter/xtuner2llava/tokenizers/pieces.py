@@ -47,6 +47,11 @@ def prefix_space(tokenizer: Tokenizer) -> PrefixSpace | None:
     for step in _steps(content.get("normalizer"), "normalizers"):
         if step.get("type") == "Prepend" and step.get("prepend") == _SPACE:
             return PrefixSpace(everywhere=True, doubled=True)
+        pattern = step.get("pattern")
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        # What `compatibility` writes in place of a Metaspace.
+        if isinstance(regex, str) and regex.startswith(rf"\A(?!{_SPACE}"):
+            return PrefixSpace(everywhere=regex == rf"\A(?!{_SPACE})", doubled=False)
     for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
         if step.get("type") == "Metaspace":
             # Before tokenizers 0.15 there was a flag in place of the scheme.

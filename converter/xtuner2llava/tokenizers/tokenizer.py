@@ -7,7 +7,7 @@ of a stranger's folder is more than reading it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -101,17 +101,27 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         inside(folder, name)
     config = read_json(folder / CONFIG) if CONFIG in files else {}
     special_map = read_json(folder / SPECIAL_MAP) if SPECIAL_MAP in files else {}
-    ids: dict[str, int] = {}
-    if FAST in files:
-        ids.update(_fast_ids(folder / FAST))
-    elif "vocab.json" in files:
-        ids.update(integers(read_json(folder / "vocab.json")))
-    elif "tokenizer.model" in files:
-        ids.update(read_sentencepiece(folder / "tokenizer.model").ids)
+    ids = _fast_ids(folder / FAST) if FAST in files else _slow_ids(folder, files)
     if ADDED in files:
         ids.update(integers(read_json(folder / ADDED)))
     ids.update((token.text, token.id) for token in decoder_tokens(config))
     return Tokenizer(folder, files, {}, ids, config, special_map)
+
+
+def slow_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the files from which transformers makes a slow tokenizer, without added ones.
+
+    The files of a tokenizer that is made lie nowhere yet: then there are none.
+    """
+    return _slow_ids(tokenizer.folder, tokenizer.copied)
+
+
+def _slow_ids(folder: Path, files: Sequence[str]) -> dict[str, int]:
+    if "vocab.json" in files:
+        return integers(read_json(folder / "vocab.json"))
+    if "tokenizer.model" in files:
+        return read_sentencepiece(folder / "tokenizer.model").ids
+    return {}
 
 
 def decoder_tokens(config: Mapping[str, Json]) -> list[AddedToken]:

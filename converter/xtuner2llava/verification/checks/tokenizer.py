@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from xtuner2llava.errors import ConversionError
 from xtuner2llava.sources.json_file import Json
+from xtuner2llava.tokenizers import read_tokenizer, tokenizer_faults
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import SKIPPED, WARNING, Check
 
@@ -37,7 +39,7 @@ def tokenizer_checks(out: OutFolder) -> Iterator[Check]:
     rows = out.layout.text.get("vocab_size")
     size = rows if isinstance(rows, int) else 0
     ids: Mapping[str, int] = tokenizer.get_vocab()
-    faults = []
+    faults = list(_not_for_all(out))
     highest = max(ids.values(), default=-1)
     if highest >= size or len(tokenizer) > size:
         faults.append(
@@ -60,6 +62,14 @@ def tokenizer_checks(out: OutFolder) -> Iterator[Check]:
             f"it is {bos}: a prompt that begins with it loses the first token of every chunk after "
             "an image (LLaVA `mm_utils.py`, tokenizer_image_token)",
         )
+
+
+def _not_for_all(out: OutFolder) -> Iterator[str]:
+    """What the versions that the format is for do not load, which is not the one that is here."""
+    try:
+        yield from tokenizer_faults(read_tokenizer(out.path), out.layout.format)
+    except ConversionError as error:
+        yield from (fault.what for fault in error.faults)
 
 
 def load_tokenizer(source: Path, model_type: Json) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
+from pathlib import PurePath
 
 from blake3 import blake3
 
@@ -165,7 +166,7 @@ def _part(part: Part) -> dict[str, Json]:
             "alpha_pattern": dict(used.alpha_pattern),
             "use_rslora": used.use_rslora,
             "use_dora": used.use_dora,
-            "recorded_in": published_text(used.where),
+            "recorded_in": PurePath(used.where).name,
         }
     return record
 

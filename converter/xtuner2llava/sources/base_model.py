@@ -105,7 +105,7 @@ def open_streamed(part: str, given: str | None, recorded: str | None, folder: Pa
 
 def read_config(part: str, folder: Path) -> ModelConfig:
     """The config of the base model in `folder`. Raises `CheckpointError` if it cannot be used."""
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         adapter = (folder / "adapter_config.json").is_file()
         raise UnsupportedError(
             "a LoRA adapter, not a base model" if adapter else "has no config.json, as models do",

@@ -108,7 +108,7 @@ def test_a_base_that_is_not_there_is_named_with_the_flag(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     outlook = foresee(llm="/nowhere/at/all")
     assert not outlook.is_possible
-    assert "--llm" in str(outlook.targets[0].faults[0])
+    assert "Hub repo id with llm" in str(outlook.targets[0].faults[0])
 
 
 def test_something_that_is_no_config_is_an_error(tmp_path: Path) -> None:

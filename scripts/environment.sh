@@ -18,18 +18,17 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null; then
 
 # make_environment FOLDER PYTHON CONSTRAINTS TORCH REQUIREMENTS...: installs the requirements.
 # Where the requirement TORCH cannot be met, some other torch is taken that the requirements allow.
-# A finished environment holds a stamp over the interpreter, the place, the constraints and what was
-# asked for; while it is the same, nothing is done. $NO_DEPENDENCIES are packages whose own
+# A finished environment holds a stamp over the interpreter, the constraints, what was asked for and,
+# where that is the checkout itself, its place; while it is the same, nothing is done. $NO_DEPENDENCIES are packages whose own
 # dependencies are not wanted.
 make_environment() {
   local folder=$1 python=$2 constraints=$3 torch=$4 stamp
   shift 4
   stamp=$({
     "$python" -VV
-    pwd -P
     echo "$torch" "$@" "${NO_DEPENDENCIES:-}"
     cat "$constraints"
-    case " $* " in *" -e . "*) cat pyproject.toml ;; esac
+    case " $* " in *" -e . "*) pwd -P && cat pyproject.toml ;; esac
   } | cksum)
   if [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ]; then return; fi
 

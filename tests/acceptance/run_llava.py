@@ -8,6 +8,11 @@ of `mm_vision_tower` lead to the towers. Standard input: a JSON list of jobs, ea
 Standard output: a JSON list of results in the same order, each either {"error": text} or
 
     {"class": name, "differences": {name of logits: largest difference}, "generated": [token, …]}
+
+A job with a "picture" and a "prompt" in place of the reference is asked, through LLaVA's own image
+and prompt functions. Its result is
+
+    {"ids": [token, …], "pixels": [sum, sum of absolute values], "tokens": [token, …]}
 """
 
 from __future__ import annotations
@@ -22,13 +27,14 @@ import numpy
 import torch
 import transformers
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import get_model_name_from_path
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from PIL import Image
 from safetensors.torch import load_file
 
-NEW_TOKENS = 4
+NEW_TOKENS = 12
 TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."
 CLASSES = {kind.__name__: kind for kind in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)}
@@ -155,6 +161,29 @@ HOW = {
 }
 
 
+def ask(job):
+    """The first tokens of an answer, as LLaVA's `eval/run_llava.py` asks."""
+    folder = job["folder"]
+    config = transformers.PretrainedConfig.from_dict(
+        json.loads((Path(folder) / "config.json").read_text())
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=False)
+    processor = transformers.CLIPImageProcessor.from_pretrained(config.mm_vision_tower)
+    pixels = process_images([Image.open(job["picture"]).convert("RGB")], processor, config)
+    ids = tokenizer_image_token(
+        job["prompt"], tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt"
+    ).unsqueeze(0)
+    loaded = HOW[job["how"]](folder)
+    loaded.model.generation_config.eos_token_id = None
+    with torch.inference_mode():
+        generated = loaded.generate(ids, pixels)[0].tolist()
+    return {
+        "ids": ids[0].tolist(),
+        "pixels": [pixels.sum().item(), pixels.abs().sum().item()],
+        "tokens": generated[1:],  # the first is the bos token
+    }
+
+
 def run(job):
     reference = numpy.load(job["reference"])
     ids = torch.from_numpy(reference["input_ids"])
@@ -180,7 +209,7 @@ def main():
     for job in json.load(sys.stdin):
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                results.append(run(job))
+                results.append(ask(job) if "prompt" in job else run(job))
         except Exception as error:
             results.append({"error": f"{type(error).__name__}: {error}"})
     json.dump(results, sys.stdout)

@@ -8,9 +8,13 @@ from xtuner2llava.planning.chat_template import Marks, chat_template
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.tokenizers import (
+    FAST,
+    MODEL,
     MadeFile,
     Tokenizer,
+    keeps_spaces,
     prefix_space,
+    read_sentencepiece,
     special_texts,
     strips_after,
     with_bos_added,
@@ -81,7 +85,27 @@ def with_trained_bos(tokenizer: Tokenizer, recipe: Recipe | None, findings: Find
             f"The tokenizer adds its bos token '{bos}' to a prompt now: the base's does not, and "
             "XTuner trained with it."
         )
+    findings.note(slow_tokenizer_note(tokenizer))
     return changed
+
+
+def slow_tokenizer_note(tokenizer: Tokenizer) -> str | None:
+    """What official LLaVA, which reads tokenizer.model, drops of a prompt; None if nothing.
+
+    `transformers`' AutoTokenizer gave training the tokenizer.json (haotian-liu/LLaVA
+    `llava/model/builder.py`, use_fast=False).
+    """
+    if {FAST, MODEL} - {*tokenizer.files} or MODEL not in tokenizer.copied:
+        return None
+    if not read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces:
+        return None
+    if keeps_spaces(tokenizer):
+        return (
+            f"Official LLaVA tokenizes with {MODEL}, which drops repeated spaces, line feeds, and "
+            f"white space at either end of a text; training kept them, with {FAST}. A prompt "
+            "lacks those tokens there; the format hf keeps them."
+        )
+    return None
 
 
 def trained_tokens(tokenizer: Tokenizer, recipe: Recipe | None) -> tuple[str | None, str | None]:

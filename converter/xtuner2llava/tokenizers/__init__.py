@@ -11,25 +11,31 @@ from xtuner2llava.tokenizers.editing import (
     without_files,
     without_keys,
 )
+from xtuner2llava.tokenizers.llama import MODEL
 from xtuner2llava.tokenizers.pieces import (
     PrefixSpace,
+    keeps_spaces,
     prefix_space,
     special_texts,
     strips_after,
     with_bos_added,
 )
 from xtuner2llava.tokenizers.prepared import Prepared
+from xtuner2llava.tokenizers.sentencepiece_model import read_sentencepiece
 from xtuner2llava.tokenizers.tokenizer import FAST, MadeFile, Tokenizer, read_tokenizer
 
 __all__ = [
     "FAST",
+    "MODEL",
     "MadeFile",
     "PrefixSpace",
     "Prepared",
     "Tokenizer",
     "TokenizerRules",
+    "keeps_spaces",
     "prefix_space",
     "prepare_tokenizer",
+    "read_sentencepiece",
     "read_tokenizer",
     "readable_tokenizer",
     "special_texts",

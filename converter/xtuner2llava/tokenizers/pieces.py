@@ -62,6 +62,13 @@ def prefix_space(tokenizer: Tokenizer) -> PrefixSpace | None:
     return None
 
 
+def keeps_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether tokenizer.json keeps repeated spaces and those at the end of a text."""
+    content = tokenizer.read(FAST) or {}
+    steps = _steps(content.get("normalizer"), "normalizers")
+    return all(step.get("type") in ("Prepend", "Replace") for step in steps)
+
+
 def adds_bos(tokenizer: Tokenizer) -> bool:
     """Whether `tokenizer` puts its bos token before each text."""
     named = str(tokenizer.config.get("tokenizer_class", "")).removesuffix("Fast")

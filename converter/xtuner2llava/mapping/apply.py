@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.expand import Step
-from xtuner2llava.mapping.fold import Folded, TensorFaults, fold, shortened, unnumbered
-from xtuner2llava.mapping.names import nearest
+from xtuner2llava.mapping.fold import Folded, Suggestions, TensorFaults, fold, shortened, unnumbered
 from xtuner2llava.tensors import (
     FLOAT32,
     Columns,
@@ -23,8 +22,6 @@ from xtuner2llava.tensors import (
     split,
     unstack,
 )
-
-_MAX_SUGGESTIONS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,31 +158,27 @@ def _resize(step: Step, source: LazyTensor) -> LazyTensor:
 
 def _missing(missing: Sequence[tuple[Step, str]], unused: Sequence[Folded]) -> list[Fault]:
     """Faults for sources that are not there, each with the unused name most like it."""
-    texts = {folded.template: str(folded) for folded in unused}
-    meant: dict[str, str] = {}
+    meant = Suggestions({folded.template: str(folded) for folded in unused})
     faults = TensorFaults()
     for step, name in missing:
-        template = unnumbered(name)
-        if template not in meant and len(meant) < _MAX_SUGGESTIONS:
-            near = nearest(template, list(texts))
-            meant[template] = f"Did you mean {texts[near]}?" if near else ""
+        near = meant.near(name)
         if step.verb == "move":
             what = "is the beginning of no tensor's name"
         else:
             what = f"is not in the checkpoint, `{step.verb}` needs it"
-        faults.add(step.where, name, what, meant.get(template, ""))
+        faults.add(step.where, name, what, f"Did you mean {near}?" if near else "")
     return faults.faults()
 
 
 def _unused(
     unused: Sequence[Folded], missing: Sequence[tuple[Step, str]], where: str
 ) -> list[Fault]:
-    wanted = {unnumbered(name): step.where for step, name in missing}
+    wanted = Suggestions({unnumbered(name): step.where for step, name in missing})
     faults = []
-    for index, folded in enumerate(unused):
-        near = nearest(folded.template, list(wanted)) if index < _MAX_SUGGESTIONS else None
+    for folded in unused:
+        near = wanted.near(folded.template)
         advice = "Write a rule for it, or `drop` it with a reason."
         if near:
-            advice = f"{wanted[near]} asks for a name like it."
+            advice = f"{near} asks for a name like it."
         faults.append(Fault(where, f"{folded} is in the checkpoint, and no rule takes it", advice))
     return shortened(faults)

@@ -98,7 +98,7 @@ class Limit:
         """That the result depends on `what`, which is the user's word for it and has no proof."""
         return cls(
             f"Exact if {what} is right; its logits were not compared. "
-            "`verify --logits --reference FILE.npz` compares them with those of the trained model.",
+            "`verify OUT --reference FILE.npz` compares them with the trained model's.",
             if_right=what,
         )
 

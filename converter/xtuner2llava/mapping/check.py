@@ -6,11 +6,8 @@ from collections.abc import Mapping
 
 from xtuner2llava.errors import Fault
 from xtuner2llava.mapping.apply import Origin
-from xtuner2llava.mapping.fold import TensorFaults, fold, shortened, unnumbered
-from xtuner2llava.mapping.names import nearest
+from xtuner2llava.mapping.fold import Suggestions, TensorFaults, fold, shortened
 from xtuner2llava.mapping.plain_class import Expected, PlainClass
-
-_MAX_SUGGESTIONS = 10
 
 
 def check_against_class(
@@ -69,14 +66,11 @@ def _wrong_shape(
 def _lacking(
     plain: PlainClass, expected: Mapping[str, Expected], lacking: list[str], extra: list[str]
 ) -> list[Fault]:
-    texts = {folded.template: str(folded) for folded in fold(extra)}
-    meant: dict[str, str] = {}
+    meant = Suggestions({folded.template: str(folded) for folded in fold(extra)})
     faults = TensorFaults()
     for name in lacking:
-        template = unnumbered(name)
-        if template not in meant and len(meant) < _MAX_SUGGESTIONS:
-            near = nearest(template, list(texts))
-            meant[template] = f"{texts[near]} is like it, and not expected." if near else ""
+        near = meant.near(name)
         what = f"is missing: {plain.architecture} has it and no rule makes it"
-        faults.add(expected[name].where, name, what, meant.get(template, ""))
+        advice = f"{near} is like it, and not expected." if near else ""
+        faults.add(expected[name].where, name, what, advice)
     return faults.faults()

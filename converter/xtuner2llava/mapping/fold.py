@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault
+from xtuner2llava.mapping.names import nearest
 
 _MAX_FAULTS = 40
+# Each of them is a comparison with every name.
+_MAX_SUGGESTIONS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +94,18 @@ def shortened(faults: Sequence[Fault]) -> list[Fault]:
         return unique
     more = Fault("", f"and {len(unique) - _MAX_FAULTS:,} more faults of this kind")
     return [*unique[:_MAX_FAULTS], more]
+
+
+class Suggestions:
+    """What `texts` say of the template most like a name; for ten kinds of names."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts = texts
+        self._found: dict[str, str | None] = {}
+
+    def near(self, name: str) -> str | None:
+        template = unnumbered(name)
+        if template not in self._found and len(self._found) < _MAX_SUGGESTIONS:
+            near = nearest(template, list(self._texts))
+            self._found[template] = self._texts[near] if near else None
+        return self._found.get(template)

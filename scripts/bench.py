@@ -1,4 +1,4 @@
-"""Times `xtuner2llava convert` against `cp`, `dd`, SHA-256, and loading everything with torch.
+"""Times `xtuner2llava convert` against `cp`, `dd`, BLAKE3, and loading everything with torch.
 
     python scripts/bench.py --size 2GB [--stored float32] [--dtype keep] [--runs 5]
     python scripts/bench.py --size 6GB --layout zero3 [--ranks 8]
@@ -8,10 +8,11 @@
 It makes a Llama-shaped checkpoint of that size, with a small CLIP tower: `iter_1.pth` as mmengine
 writes it, a DeepSpeed ZeRO-3 directory, or LoRA on every linear layer of a base LLM of that size,
 which is timed against the bare matrix products and, if it is installed, PEFT's merge.
-Each run takes the contenders in turn; each starts from a warm page cache after `sync`, and those
-that write end with their output flushed. `convert` is the command line in a fresh process, so that
-starting Python counts. SHA-256 of the output, which `convert` computes, is a contender because it
-can be the slowest part: a processor without instructions for it takes longer than the disk.
+Each run takes the contenders in turn, so that what else the machine does falls on all of them; the
+first is not counted. Each starts from a warm page cache after `sync`, and those that write end with
+their output flushed. Ratios are to the baseline of the same run: median, lowest and highest.
+`convert` is the command line in a fresh process, so that starting Python counts. BLAKE3 of the
+output, which `convert` computes, is a contender too.
 Memory is the largest resident set of the process, CPU its user and system time; read and written
 are its `rchar` and `wchar` of /proc/self/io for each byte of the output. Needs about three times
 the size of free disk, in DIR, and leaves nothing there.
@@ -38,7 +39,7 @@ UNITS = {"MB": 10**6, "GB": 10**9}
 CP, DD, SHA, CONVERT, NO_VERIFY = (
     "cp and sync",
     "dd: read all, write all",
-    "SHA-256 of the output",
+    "BLAKE3 of the output",
     "convert",
     "convert --no-verify",
 )
@@ -75,13 +76,14 @@ os.sync()
 """
 
 # As many files at a time as there are cores, as `convert` does.
-SHA256 = """
-import hashlib, os, sys
+BLAKE3 = """
+import os, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from blake3 import blake3
 
 def digest(path):
-    found, view = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    found, view = blake3(), memoryview(bytearray(1 << 19))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(view):
             found.update(view[:count])
@@ -149,8 +151,9 @@ class Run:
 class Measured:
     """One contender: medians over the runs, in seconds and bytes.
 
-    `ratio` is the median of the ratios to the baseline of the same run; `read` and `written` are
-    bytes for each byte of the output.
+    `ratio` is the median of the ratios to the baseline of the same run, of `ratios` the lowest and
+    highest; `cpu_ratio` is that of CPU seconds. `read` and `written` are bytes for each byte of the
+    output.
     """
 
     name: str
@@ -160,6 +163,8 @@ class Measured:
     peak_bytes: int
     bytes_per_second: float
     ratio: float
+    ratios: tuple[float, float]
+    cpu_ratio: float
     read: float
     written: float
 
@@ -180,6 +185,7 @@ def main() -> None:
             "dtype": options.dtype,
             "runs": options.runs,
             "cores": len(os.sched_getaffinity(0)),
+            "processor": processor(),
             "baseline": baseline(runs),
             "contenders": [asdict(measured) for measured in summarise(runs, written)],
         }
@@ -191,19 +197,22 @@ def main() -> None:
     measured = summarise(runs, written)
     times = "x " + baseline(runs).split()[0].rstrip(":")
     if options.markdown:
-        print(f"| {written / 1e9:.1f} GB, {options.runs} runs | seconds | {times} | read | written "
-              "| peak memory |\n|---|---|---|---|---|---|")  # fmt: skip
+        print(f"| {written / 1e9:.1f} GB, {options.runs} runs | seconds | {times} | CPU s | read "
+              "| written | peak memory |\n|---|---|---|---|---|---|---|")  # fmt: skip
     else:
         print(f"{written / 1e9:.2f} GB written, {options.runs} runs, medians (best)")
-        print(f"{'':28}{'seconds':>16}{'MB/s':>8}{times:>7}{'CPU s':>8}{'peak MB':>9}"
-              f"{'read':>7}{'written':>9}")  # fmt: skip
+        print(f"{'':28}{'seconds':>16}{'MB/s':>8}{times:>7}{'(range)':>13}"
+              f"{'CPU s':>8}{'x CPU':>7}{'peak MB':>9}{'read':>7}{'written':>9}")  # fmt: skip
     for m in measured:
+        low, high = m.ratios
         if options.markdown:
-            print(f"| {m.name} | {m.seconds:.1f} | {m.ratio:.2f} | {m.read:.2f} | "
-                  f"{m.written:.2f} | {m.peak_bytes / 1e6:.0f} MB |")  # fmt: skip
+            print(f"| {m.name} | {m.seconds:.1f} | {m.ratio:.2f} ({low:.2f} to {high:.2f}) | "
+                  f"{m.cpu_seconds:.1f} | {m.read:.2f} | {m.written:.2f} | "
+                  f"{m.peak_bytes / 1e6:.0f} MB |")  # fmt: skip
         else:
             print(f"{m.name:28}{m.seconds:8.2f} ({m.best_seconds:5.2f})"
-                  f"{m.bytes_per_second / 1e6:8.0f}{m.ratio:7.2f}{m.cpu_seconds:8.2f}"
+                  f"{m.bytes_per_second / 1e6:8.0f}{m.ratio:7.2f}"
+                  f"{f'({low:.2f}-{high:.2f})':>13}{m.cpu_seconds:8.2f}{m.cpu_ratio:7.2f}"
                   f"{m.peak_bytes / 1e6:9.0f}{m.read:7.2f}{m.written:9.2f}")  # fmt: skip
 
 
@@ -253,7 +262,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
              'mkdir "$0"; dd if=/dev/zero of="$0/zeros" bs=1M iflag=count_bytes count="$1" '
              'conv=fsync; shift; for file; do dd if="$file" of=/dev/null bs=1M; done',
              out, written, *inputs],
-        SHA: [sys.executable, "-c", SHA256, reference],
+        SHA: [sys.executable, "-c", BLAKE3, reference],
         CONVERT: convert,
         NO_VERIFY: [*convert, "--no-verify"],
         NAIVE_NAME: [sys.executable, "-c", NAIVE, work, out, options.dtype],
@@ -267,7 +276,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
         if name != PEFT_NAME or importlib.util.find_spec("peft")
     ]
     found: dict[str, list[Run]] = {name: [] for name in names}
-    for number in range(options.runs):
+    for number in range(options.runs + 1):
         for name in names:
             for path in outputs if name in (CP, SHA) else inputs:
                 read(path)
@@ -277,11 +286,12 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
                 # Only the products count, not the start of torch.
                 seconds = json.loads((out / "products.json").read_text())["seconds"]
                 run = replace(run, seconds=seconds)
-            found[name].append(run)
+            if number:
+                found[name].append(run)
             if name == NAIVE_NAME and number == 0:
                 check_same(out, reference)
             shutil.rmtree(out, ignore_errors=True)
-            talk(f"run {number + 1}: {name}: {run.seconds:.2f} s")
+            talk(f"run {number}: {name}: {run.seconds:.2f} s, {run.cpu_seconds:.2f} CPU s")
     return found
 
 
@@ -335,17 +345,27 @@ def counts() -> tuple[int, int]:
     return int(values["rchar"]), int(values["wchar"])
 
 
+def processor() -> str:
+    """Its model, and the instructions that the contenders' speed depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    known = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = known.get("flags", known.get("Features", "")).split()
+    shown = [flag for flag in flags if flag.startswith(("sha", "avx", "pclmul", "crc32", "asimd"))]
+    return f"{known.get('model name', 'unknown')} ({' '.join(shown)})"
+
+
 def baseline(runs: dict[str, list[Run]]) -> str:
     """What the others are compared with: `cp` where it was measured, else the first."""
     return CP if CP in runs else next(iter(runs))
 
 
 def summarise(runs: dict[str, list[Run]], written: int) -> list[Measured]:
-    base = [run.seconds for run in runs[baseline(runs)]]
+    base = runs[baseline(runs)]
     result = []
     for name, values in runs.items():
         seconds = statistics.median(run.seconds for run in values)
-        ratios = [run.seconds / other for run, other in zip(values, base, strict=True)]
+        pairs = list(zip(values, base, strict=True))
+        ratios = [run.seconds / other.seconds for run, other in pairs]
         result.append(
             Measured(
                 name,
@@ -355,6 +375,8 @@ def summarise(runs: dict[str, list[Run]], written: int) -> list[Measured]:
                 max(run.peak_bytes for run in values),
                 written / seconds,
                 statistics.median(ratios),
+                (min(ratios), max(ratios)),
+                statistics.median(run.cpu_seconds / other.cpu_seconds for run, other in pairs),
                 statistics.median(run.read_bytes for run in values) / written,
                 statistics.median(run.written_bytes for run in values) / written,
             )

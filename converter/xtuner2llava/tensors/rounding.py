@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # Elements in work at a time. They stay in a processor's cache, and torch does so many without
@@ -75,7 +76,7 @@ def _round_twice(source: torch.Tensor, target: torch.Tensor, narrowing: _Narrowi
     import torch
 
     # In memory that is used again: new memory for each chunk costs more than the rounding.
-    size = min(_CHUNK, source.numel())
+    size = -(-min(_CHUNK, source.numel()) // 8) * 8
     buffer = torch.empty(size, dtype=torch.float32)
     spare, one, other = np.empty(size, np.int32), np.empty(size, np.bool_), np.empty(size, np.bool_)
     pending: list[np.ndarray] = []
@@ -90,13 +91,25 @@ def _round_twice(source: torch.Tensor, target: torch.Tensor, narrowing: _Narrowi
         if narrowing.smallest:
             np.bitwise_and(bits, 0x7FFFFFFF, out=masked)
             doubtful |= np.less(masked, narrowing.smallest, out=other[:count])
-        pending.append(np.flatnonzero(doubtful) + start)
+        pending.append(_places(one, count) + start)
         waiting += len(pending[-1])
         # Usually few in all, but where a weight is zero, every element.
         if waiting >= _CHUNK or start + count == source.numel():
             where = torch.from_numpy(np.concatenate(pending))
             target[where] = _by_odd(source[where], target.dtype)
             pending, waiting = [], 0
+
+
+def _places(flags: np.ndarray, count: int) -> np.ndarray:
+    """Where the first `count` of `flags` are true; looked for eight at a time, as few are."""
+    import numpy as np
+
+    end = -(-count // 8) * 8
+    flags[count:end] = False
+    eights = np.flatnonzero(flags[:end].view(np.uint64))
+    places = (eights[:, None] * 8 + np.arange(8)).reshape(-1)
+    found: np.ndarray = places[flags[places]]
+    return found
 
 
 def _by_odd(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import wraps
 from inspect import Signature, signature
+from keyword import iskeyword
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -193,13 +194,19 @@ def _in_python(fault: Fault) -> Fault:
 
 
 def _name(found: re.Match[str]) -> str:
-    name = found[2].replace("-", "_")
+    name = _field(found[2])
     return name if name in _FIELDS and not found[3] else found[0]
+
+
+def _field(flag: str) -> str:
+    """The field of a flag without its dashes; `for_` of `for`, which is a keyword of Python."""
+    name = flag.replace("-", "_")
+    return f"{name}_" if iskeyword(name) else name
 
 
 def _assignment(found: re.Match[str]) -> str:
     """`overwrite=True` for `--overwrite`, `dtype="keep"` for `--dtype keep`, else the name."""
-    name, word = found[2].replace("-", "_"), found[3]
+    name, word = _field(found[2]), found[3]
     if name not in _FIELDS:
         return found[0]
     rest = "" if word is None else f" {word}"

@@ -72,9 +72,9 @@ def _flag(each: Field[Any]) -> Callable[[Function], Function]:
     if each.type is bool:
         declared = f"{name}/--no-{name[2:]}" if default else name
         attributes |= {"is_flag": True, "show_default": bool(default)}
-        return option(data["group"], declared, **attributes)
+        return option(data["group"], declared, each.name, **attributes)
     known, kinds = choices(each.type), members(each.type)
     numeric = next((kind for kind in (int, float) if kind in kinds), str)
     attributes["type"] = click.Choice(known) if known else numeric
     attributes["metavar"] = data["metavar"] or None
-    return option(data["group"], name, show_default=default is not None, **attributes)
+    return option(data["group"], name, each.name, show_default=default is not None, **attributes)

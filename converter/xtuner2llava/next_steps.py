@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xtuner2llava.planning.plan import Plan
+from xtuner2llava.programs import PROGRAMS
 
 
 def folder_name_warnings(planned: Plan, out: str) -> tuple[str, ...]:
@@ -25,8 +26,8 @@ def next_steps(planned: Plan) -> tuple[str, ...]:
             "Load it with transformers: LlavaForConditionalGeneration.from_pretrained and "
             "AutoProcessor.from_pretrained; README.md has the lines.",
         )
-    becomes = planned.mapping.becomes
-    who = "LLaVA" if becomes in ("llama", "mistral") else "LLaVA-NeXT"
+    is_next = not PROGRAMS["llava"].takes(planned.mapping.becomes)
+    who = PROGRAMS["llava-next" if is_next else "llava"].title
     return (
         f"Load it with {who}: load_pretrained_model(path, None, folder_name); README.md has the "
         "lines.",

@@ -15,6 +15,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from xtuner2llava.errors import Fault, UsageError, raise_faults
+from xtuner2llava.programs import PROGRAMS
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -29,6 +30,9 @@ Format: TypeAlias = Literal["llava", "hf"]
 ModelType: TypeAlias = Literal["official", "llava"]
 Dtype: TypeAlias = Literal["auto", "keep", "float16", "bfloat16", "float32"]
 Weights: TypeAlias = Literal["master", "module"]
+ProgramName: TypeAlias = Literal[
+    "llava", "llava-next", "transformers", "vllm", "sglang", "lmdeploy"
+]
 
 INPUT, OUTPUT, EXACTNESS = "Input", "Output", "Exactness"
 SPEED, HUB, TALK = "Speed and memory", "Hub", "Talk"
@@ -157,10 +161,29 @@ class Options(InspectOptions):
         "5GB", OUTPUT, "Most bytes of tensors in a file, as the Hub counts them.", metavar="SIZE",
         size=True,
     )  # fmt: skip
+    for_: ProgramName | None = option(
+        None, OUTPUT, "Sets --format and --model-type for that program, and says what it does not "
+        "load.", decides=False,
+    )  # fmt: skip
     stream_base: bool = option(
         False, SPEED, "Read the base LLM's safetensors from the Hub as they are needed; nothing is "
         "stored.", decides=False,
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.for_ is None:
+            return
+        program = PROGRAMS[self.for_]
+        faults = []
+        for name, default in (("format", "llava"), ("model_type", "official")):
+            value, wanted = getattr(self, name), getattr(program, name)
+            if value not in (default, wanted):
+                faults.append(
+                    Fault(flag(name), f"is {value!r}, and {program.title} reads {wanted!r}")
+                )
+            object.__setattr__(self, name, wanted)
+        raise_faults(UsageError, faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +305,7 @@ def defaults() -> dict[str, Any]:
 
 def flag(name: str) -> str:
     """The flag of a field on the command line."""
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def choices(annotation: object) -> tuple[str, ...]:

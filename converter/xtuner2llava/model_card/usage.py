@@ -6,13 +6,10 @@ from collections.abc import Iterator
 
 from xtuner2llava.model_card.prompt import QUESTION, Prompt
 from xtuner2llava.planning.plan import Plan
+from xtuner2llava.programs import PROGRAMS
 
 _LLAVA = "[LLaVA](https://github.com/haotian-liu/LLaVA)"
 _NEXT = "[LLaVA-NeXT](https://github.com/LLaVA-VL/LLaVA-NeXT)"
-# Which of the two has a class for what the LLM became (`llava/model/__init__.py` of each).
-_IN_LLAVA = ("llama", "mistral")
-# sglang `python/sglang/srt/models/llava.py`.
-_IN_SGLANG = ("llama", "qwen2", "mistral")
 
 
 def usage(plan: Plan, prompt: Prompt | None) -> Iterator[str]:
@@ -27,7 +24,7 @@ def usage(plan: Plan, prompt: Prompt | None) -> Iterator[str]:
 
 def _official(plan: Plan, text: str) -> Iterator[str]:
     name = plan.suggested_name
-    is_next = plan.mapping.becomes not in _IN_LLAVA
+    is_next = not PROGRAMS["llava"].takes(plan.mapping.becomes)
     yield f"With {_NEXT if is_next else f'{_LLAVA} or {_NEXT}'}:"
     yield from ("", "```python", "import torch", "from PIL import Image")
     yield "from llava.constants import IMAGE_TOKEN_INDEX"
@@ -75,7 +72,7 @@ def _name_rule(plan: Plan) -> str:
 def _sglang(plan: Plan) -> Iterator[str]:
     tower = str(plan.config.get("mm_vision_tower")).lower()
     fits = (
-        plan.mapping.becomes in _IN_SGLANG
+        PROGRAMS["sglang"].takes(plan.mapping.becomes)
         and plan.config.get("mm_projector_type") == "mlp2x_gelu"
         and ("clip" in tower or "siglip" in tower)
     )

@@ -32,6 +32,7 @@ from xtuner2llava.planning.processor import (
     padding_note,
     processor_files,
 )
+from xtuner2llava.planning.programs import check_program
 from xtuner2llava.planning.tokens import (
     generation_tokens,
     tokenizer_to_write,
@@ -199,6 +200,7 @@ class _Planner:
                 else None
             )
         )
+        attempt(lambda: check_program(options.for_, family))
         tokenizer = attempt(lambda: self._readable(tokenizer))
         images = attempt(lambda: image_processor_of(checkpoint, found))
         tower_name = attempt(lambda: self._tower_name(images))

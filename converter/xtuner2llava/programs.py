@@ -1,0 +1,45 @@
+"""Programs that load LLaVA models: which output each reads, and which LLM classes it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`classes` are the plain LLM classes that it has for its format; None: all of the format."""
+
+    title: str
+    format: Literal["llava", "hf"]
+    model_type: Literal["official", "llava"]
+    classes: tuple[str, ...] | None = None
+
+    def takes(self, becomes: str) -> bool:
+        """Whether it loads an LLM of the class `becomes`."""
+        return self.classes is None or becomes in self.classes
+
+
+# haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT `llava/model/__init__.py`; sglang
+# `python/sglang/srt/models/llava.py`, which refuses the format hf; vLLM
+# `vllm/model_executor/models/llava.py`; lmdeploy `lmdeploy/pytorch/models/llava.py`.
+PROGRAMS: Mapping[str, Program] = {
+    "llava": Program("LLaVA", "llava", "official", ("llama", "mistral")),
+    "llava-next": Program(
+        "LLaVA-NeXT", "llava", "official", ("llama", "mistral", "mixtral", "qwen2")
+    ),
+    "transformers": Program("transformers", "hf", "official"),
+    "vllm": Program("vLLM", "hf", "official"),
+    "sglang": Program("SGLang", "llava", "llava", ("llama", "mistral", "qwen2")),
+    "lmdeploy": Program("LMDeploy", "hf", "official"),
+}
+
+
+def loaders(format: str, model_type: str, becomes: str) -> list[str]:
+    """The programs, by name, that load this output."""
+    return [
+        name
+        for name, program in PROGRAMS.items()
+        if (program.format, program.model_type) == (format, model_type) and program.takes(becomes)
+    ]

@@ -141,7 +141,6 @@ def test_keys_left_out_mean_what_they_mean_there() -> None:
         ("internlm2", {"bias": True}, "has biases"),
         ("internlm3", {"bias": True}, "has biases"),
         ("internlm3", {"qkv_bias": True}, "has biases"),
-        ("internlm3", {"head_dim": 32}, "not of 32"),
         ("phi3", {"partial_rotary_factor": 0.75}, r"a part \(0.75\) of each head"),
         ("phi3", {"head_dim": 32}, "not of 32"),
         ("qwen_early", {"apply_residual_connection_post_layernorm": True}, "after the norm"),
@@ -159,6 +158,14 @@ def test_values_that_a_target_cannot_express(
     CATALOGUE.families[kind].translate_config(config)
     with pytest.raises(MappingError, match=because):
         CATALOGUE.families[kind].translate_config({**config, **change})
+
+
+def test_heads_of_another_size_are_for_hf() -> None:
+    config = config_of("internlm3", head_dim=32, rope_scaling=None)
+    family, formats = CATALOGUE.families["internlm3"], CATALOGUE.formats
+    assert family.translate_config(config, formats["hf"]).values["head_dim"] == 32
+    with pytest.raises(MappingError, match=r"transformers 4\.37\.2 has heads of .*, not of 32"):
+        family.translate_config(config, formats["llava"])
 
 
 @pytest.mark.parametrize(

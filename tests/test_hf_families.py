@@ -29,6 +29,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
     "gemma": ("gemma", {}),
     "qwen2_moe": ("qwen2_moe", {}),
+    # What transformers 4.37 does not read: the hidden size is 64, for 4 heads.
+    "llama_head_dim": ("llama", {"head_dim": 24, "num_key_value_heads": 2}),
+    "llama_mlp_bias": ("llama", {"mlp_bias": True, "attention_bias": True}),
+    "mistral_head_dim": ("mistral", {"head_dim": 8, "sliding_window": None}),
+    "mixtral_head_dim": ("mixtral", {"head_dim": 24}),
+    "qwen2_head_dim": ("qwen2", {"head_dim": 24, "tie_word_embeddings": True}),
 }
 # Families that become one of these classes by rules of their own.
 CASES |= {kind: (kind, {}) for kind in KINDS if kind not in {known for known, _ in CASES.values()}}
@@ -91,6 +97,33 @@ def test_a_tied_head_needs_the_config_to_say_so(checkpoints: Path, tmp_path: Pat
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(AssertionError, match="lm_head"):
         huggingface.load(out)
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "versions"),
+    [
+        ("llama_head_dim", "head_dim", ">=4.45"),
+        ("llama_mlp_bias", "mlp_bias", ">=4.41"),
+        ("mistral_head_dim", "head_dim", ">=4.43"),
+        ("mixtral_head_dim", "head_dim", ">=4.47"),
+        ("qwen2_head_dim", "head_dim", ">=4.48"),
+    ],
+)
+def test_what_only_later_versions_read_is_for_hf_with_these_versions(
+    checkpoints: Path, tmp_path: Path, case: str, key: str, versions: str
+) -> None:
+    source, trained = make(case, tmp_path, checkpoints)
+    made = plan(trained.checkpoint, format="hf", **trained.bases)
+    assert (made.verdict.kind, made.verdict.transformers) == ("exact", (versions,))
+    assert made.config["text_config"][key] == source.config[key]  # type: ignore[index, call-overload]
+    assert sum(note.endswith("this model.") or "MLP" in note for note in made.notes) == 1
+    with pytest.raises(PlanError, match=r"of transformers 4\.37\.2 has .*the format hf can have"):
+        plan(trained.checkpoint, **trained.bases)
+    # Without the key the same tensors are refused in every format.
+    config = json.loads((trained.bases["llm"] / "config.json").read_text())
+    del config[key]
+    (trained.bases["llm"] / "config.json").write_text(json.dumps(config))
+    assert "self_attn.q_proj" in faults_of(trained) or "mlp.gate_proj.bias" in faults_of(trained)
 
 
 # What it cannot hold

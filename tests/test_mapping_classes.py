@@ -57,11 +57,16 @@ def apart(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         ("llama", {}),
         ("llama", {"num_key_value_heads": 2, "attention_bias": True}),
         ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+        ("llama", {"head_dim": 6, "num_key_value_heads": 2, "attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
         ("qwen2", {"num_key_value_heads": 4}),
         ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
         ("mistral", {"num_key_value_heads": 4}),
+        ("qwen2", {"num_key_value_heads": 2, "head_dim": 6}),
         ("mistral", {"num_key_value_heads": 2}),
+        ("mistral", {"num_key_value_heads": 2, "head_dim": 6}),
         ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 3}),
+        ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 3, "head_dim": 6}),
     ],
 )
 def test_names_and_shapes_are_those_of_transformers(name: str, change: dict[str, Any]) -> None:

@@ -234,11 +234,18 @@ def test_missing_and_impossible_sizes_are_named() -> None:
         ("mixtral", {"head_dim": 16}, "not of 16"),
     ],
 )
-def test_what_a_class_cannot_be(name: str, change: dict[str, object], because: str) -> None:
-    family = CATALOGUE.families[name]
-    family.translate_config({**SIZES, "head_dim": 4, "mlp_bias": False, "layer_types": ["full"]})
+def test_what_a_class_cannot_be_in_4_37(name: str, change: dict[str, object], because: str) -> None:
+    family, llava = CATALOGUE.families[name], CATALOGUE.formats["llava"]
+    fits = {**SIZES, "head_dim": 4, "mlp_bias": False, "layer_types": ["full"]}
+    made = family.translate_config(fits, llava).values
+    assert not {"head_dim", "mlp_bias"} & {*made}
     with pytest.raises(MappingError, match=because):
-        family.translate_config({**SIZES, **change})
+        family.translate_config({**SIZES, **change}, llava)
+    if "layer_types" not in change:
+        hf = CATALOGUE.formats["hf"]
+        values = family.translate_config({**SIZES, **change}, hf).values
+        assert change.items() <= values.items()
+        assert [limit.is_bounded for limit in hf.class_limits(name, values)] == [True]
 
 
 @pytest.mark.parametrize(

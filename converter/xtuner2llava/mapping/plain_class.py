@@ -7,6 +7,8 @@ with any version of it. A test holds the files against the real classes.
     config.required    keys without which nothing can be said
     config.default     the value that the config class takes for a key that is missing
     config.when_null   the value it takes for a key that is null, as an expression
+    config.optional    keys that only later versions read, and the value that each has, as an
+                       expression, where it is left out: written where it has another one
     config.checked     keys of other versions, or of other classes: read by `require`, never written
     config.require     what holds for every config of this class
     dims               names for sizes, for the shapes below
@@ -23,7 +25,7 @@ from typing import Annotated
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.caveats import Requirement, failures, read_requirements
 from xtuner2llava.mapping.expand import literal_steps
-from xtuner2llava.mapping.expressions import Environment, Expression, show
+from xtuner2llava.mapping.expressions import Environment, Expression, same, show
 from xtuner2llava.mapping.fold import shortened
 from xtuner2llava.mapping.rules import Entry, read_shapes
 from xtuner2llava.mapping.schema import Reader
@@ -57,6 +59,7 @@ class PlainClass:
     required: tuple[str, ...]
     default: Mapping[str, object]
     when_null: Mapping[str, Expression]
+    optional: Mapping[str, Expression]
     checked: tuple[str, ...]
     requirements: tuple[Requirement, ...]
     dims: Mapping[str, Expression]
@@ -71,13 +74,14 @@ class PlainClass:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """`keys`, and those that are only checked."""
-        return (*self.keys, *self.checked)
+        """`keys`, and those that are optional or only checked."""
+        return (*self.keys, *self.optional, *self.checked)
 
     def complete(self, values: Mapping[str, object]) -> tuple[dict[str, object], list[Fault]]:
         """`values` with every key of the class, and a fault for each that it cannot be.
 
-        Keys that the class does not have are left out; `checked` ones are only checked.
+        Keys that the class does not have are left out, and `optional` ones that say what is so
+        without them; `checked` ones are only checked.
         """
         config = {key: values[key] for key in self.required if key in values}
         config |= {key: values.get(key, default) for key, default in self.default.items()}
@@ -103,6 +107,10 @@ class PlainClass:
                 except MappingError as error:
                     faults.extend(error.faults)
         try:
+            for key, expression in self.optional.items():
+                value = values.get(key)
+                if value is not None and not same(value, expression.value(config)):
+                    config[key] = value
             environment = self.environment(config)
         except MappingError as error:
             return config, [*faults, *error.faults]
@@ -110,8 +118,9 @@ class PlainClass:
         return config, [*faults, *failures(self.requirements, {**extra, **environment})]
 
     def environment(self, config: Mapping[str, object]) -> Environment:
-        """The names that its expressions know: config keys and `dims`."""
-        return with_dims(config, self.dims)
+        """The names that its expressions know: config keys, optional ones too, and `dims`."""
+        left_out = {k: value for k, value in self.optional.items() if config.get(k) is None}
+        return with_dims(config, {**left_out, **self.dims})
 
     def tied_names(self, config: Mapping[str, object]) -> dict[str, str]:
         """Tensors that need not be written, and the one that each is the same as."""
@@ -151,6 +160,7 @@ class _ConfigKeys:
     required: tuple[str, ...] = ()
     default: Mapping[str, object] = field(default_factory=dict)
     when_null: Mapping[str, Expression] = field(default_factory=dict)
+    optional: Mapping[str, Expression] = field(default_factory=dict)
     checked: tuple[str, ...] = ()
     require: Annotated[tuple[Requirement, ...], read_requirements] = ()
 
@@ -182,6 +192,7 @@ def read_class(document: Document) -> PlainClass:
         file.config.required,
         file.config.default,
         file.config.when_null,
+        file.config.optional,
         file.config.checked,
         file.config.require,
         file.dims,

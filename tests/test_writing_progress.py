@@ -46,7 +46,7 @@ def tensors(tmp_path: Path) -> dict[str, LazyTensor]:
 
 
 def write(out: Path, tensors: dict[str, LazyTensor], **options: Any) -> Written:
-    with OutputFolder(out, "same", resume=True) as folder:
+    with OutputFolder(out, "same") as folder:
         written = write_shards(folder, plan_shards(tensors).shards, **options)
         folder.publish()
     return written

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from xtuner2llava.errors import OutputError, PlanError
+from xtuner2llava.errors import CorruptFileError, OutputError, PlanError
 from xtuner2llava.tensors import FileRange
 from xtuner2llava.tensors.files import cut, read_into
 from xtuner2llava.writing.blocks import AHEAD, blocks, stored_ranges, working_bytes
@@ -143,7 +143,8 @@ def write_shard(
                 checker.finish()  # What is written may still be right, and worth keeping.
             checker.drop()
             flusher.drop()
-            if not isinstance(error, PlanError):  # Then there is nothing to go on with.
+            # With other values, or another source, it would be another conversion.
+            if not isinstance(error, (PlanError, CorruptFileError)):
                 with suppress(OutputError):
                     writer.flush(record_it=True)
             raise

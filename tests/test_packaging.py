@@ -65,12 +65,21 @@ def test_the_wheel_carries_code_mappings_and_the_typing_marker(wheel: Path) -> N
     assert names == code | {f"xtuner2llava/{path}" for path in SHIPPED} | {"xtuner2llava/py.typed"}
 
 
-def test_dependencies_are_the_declared_few() -> None:
-    requirements = importlib.metadata.requires("xtuner2llava")
+def test_the_wheel_brings_the_licence(installed: Path) -> None:
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    assert distribution.metadata["License-Expression"] == "Apache-2.0"
+    (text,) = installed.glob("xtuner2llava-*.dist-info/licenses/LICENSE")
+    assert text.read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_dependencies_are_the_declared_few(installed: Path) -> None:
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    requirements = distribution.requires
     assert requirements is not None
     always = [text for text in requirements if "extra ==" not in text]
     names = [re.split(r"[^\w-]", text)[0].lower().replace("_", "-") for text in always]
     assert sorted(names) == [
+        "blake3",
         "click",
         "huggingface-hub",
         "pyyaml",

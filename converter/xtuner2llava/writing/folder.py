@@ -27,7 +27,13 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from xtuner2llava.errors import ConversionError, OutputError, PlanError, UsageError
+from xtuner2llava.errors import (
+    ConversionError,
+    CorruptFileError,
+    OutputError,
+    PlanError,
+    UsageError,
+)
 from xtuner2llava.tensors import FileRange, SourceFile
 from xtuner2llava.tensors.files import read_into
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors, flush_directory, write_all
@@ -114,6 +120,10 @@ class OutputFolder:
                 if isinstance(error, ConversionError):
                     shutil.rmtree(self._aside, ignore_errors=True)
                 return
+            if isinstance(error, CorruptFileError):
+                # What was copied of a damaged file, or of one that changed meanwhile, may be wrong;
+                # finished files were compared with their sources as a whole.
+                shutil.rmtree(self._progress, ignore_errors=True)
             # Other values can only come from other options, so there is nothing to go on with.
             if error is not None and self._has_work() and not isinstance(error, PlanError):
                 self.kept = self.path

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TypeVar
 
 # Called with (bytes done, bytes in all), from one thread at a time.
@@ -87,13 +88,21 @@ class Work:
                     pass
             except BaseException:
                 self.stop()
-                # Ctrl-C may come while a thread is started, and the pool then knows nothing of it.
-                with self._idle:
-                    self._idle.wait_for(lambda: self._running == 0)
+                self._await_idle()
                 raise
         if self._failures:
             raise min(self._failures, key=lambda failure: failure[0])[1]
         return [future.result() for future in futures]
+
+    def _await_idle(self) -> None:
+        """Returns when no job runs any more, however often Ctrl-C is pressed meanwhile.
+
+        It may come while a thread is started, and the pool then knows nothing of that.
+        """
+        while True:
+            with suppress(KeyboardInterrupt), self._idle:
+                self._idle.wait_for(lambda: self._running == 0)
+                return
 
     def guarded(self, place: int, job: Callable[[Item], Result], item: Item) -> Result:
         """`job(item)`; its error stops all the work and is remembered as that of item `place`."""

@@ -32,6 +32,7 @@ from xtuner2llava.options import (
     Options,
     PushOptions,
     SourceOptions,
+    TryOptions,
     VerifyOptions,
     check_argument,
 )
@@ -274,6 +275,37 @@ def push(out: str, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> No
         from xtuner2llava.rendering import render_pushed
 
         _say(render_pushed(pushed))
+
+
+@main.command("try", cls=flags.GroupedCommand)
+@_argument("out")
+@_argument("image")
+@click.argument("question", required=False)
+@flags.takes(TryOptions)
+@_talk
+def try_model(
+    out: str, image: str, question: str | None, as_json: bool, quiet: bool, **given: Any
+) -> None:
+    """Ask the converted model in OUT a QUESTION about the picture IMAGE.
+
+    It is asked with the prompt that it was trained with, and answers greedily, here, on a GPU if
+    there is one. A QUESTION with <image> in it is the whole prompt.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from xtuner2llava.answering import QUESTION, answer, memory_needed
+    from xtuner2llava.rendering import size
+
+    folder = Path(out)
+    if not quiet:
+        _say(f"Loading {size(memory_needed(folder))} of weights into memory.", err=True)
+    options = flags.collect(TryOptions, given)
+    if not as_json:
+        options = replace(options, on_text=lambda text: click.echo(text, nl=False))
+    found = answer(folder, Path(image), question or QUESTION, options)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        click.echo()
 
 
 @main.command(cls=flags.GroupedCommand)

@@ -285,6 +285,17 @@ class VerifyOptions(SourceOptions, WatchedOptions):
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class TryOptions(CheckedOptions):
+    """How a converted model is asked."""
+
+    max_new_tokens: int = option(256, OUTPUT, "The most tokens of an answer.", metavar="N")
+    device: str | None = option(
+        None, SPEED, "A device of torch.", metavar="NAME", unset="cuda where there is one, else cpu"
+    )
+    on_text: Callable[[str], None] | None = None
+
+
 def decided(options: Options) -> dict[str, Any]:
     """What was chosen of what decides the output, by flag; the defaults are left out."""
     return {

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from xtuner2llava.model_card import CARD_NAME
 from xtuner2llava.options import Options, decided, defaults
+from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.published import published_name, published_text
 from xtuner2llava.sources import Fingerprint, Part
@@ -70,7 +71,11 @@ def provenance(
             name: published_name(str(value)) if isinstance(value, str | PathLike) else value
             for name, value in decided(options).items()
         },
-        "chat": {"template": plan.chat.template, "stop_words": list(plan.chat.stop_words)},
+        "chat": {
+            "template": plan.chat.template,
+            "prompt": prompt_text(plan.chat.prompt, "{question}") if plan.chat.prompt else None,
+            "stop_words": list(plan.chat.stop_words),
+        },
         "shards": shard_list,
         "files": {n: {"blake3": blake3(data).hexdigest()} for n, data in sorted(files.items())},
         "dropped": dropped,

@@ -322,7 +322,7 @@ def test_a_base_without_safetensors_is_not_streamed(
     hub.add("qwen/bin", files)
     text = fault(client, names, tmp_path / "llava-qwen", llm="qwen/bin", stream_base=True)
     assert "qwen/bin: has no safetensors" in text
-    assert "Leave --stream-base out" in text
+    assert "Leave stream_base=True out" in text  # As the caller knows it
 
 
 def test_a_local_base_is_read_where_it_lies(

@@ -18,7 +18,7 @@ from xtuner2llava.errors import CorruptFileError, UnsupportedError
 from xtuner2llava.sources.hub import hub_faults, is_worth_another_try, repository_at
 from xtuner2llava.sources.safetensors_file import START_BYTES, header_length, parse_header
 from xtuner2llava.sources.weights import Fingerprint, Weights, open_shards
-from xtuner2llava.tensors import DType, LazyTensor, Shape
+from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape
 from xtuner2llava.tensors.stored import from_bytes
 
 if TYPE_CHECKING:
@@ -187,6 +187,9 @@ class Remote(LazyTensor):
 
     def leaves(self) -> Iterator[LazyTensor]:
         yield self
+
+    def extents(self) -> tuple[FileRange, ...]:
+        return ()  # Of the files here.
 
     def flat(self) -> LazyTensor:
         shape = (math.prod(self.shape),)

@@ -113,7 +113,7 @@ def _ask_llava(out: OutFolder, picture: Any, question: str, device: str) -> _Ask
     if settings.is_file():
         llm.generation_config = transformers.GenerationConfig.from_pretrained(out.path)
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out.path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out.path, config=llm.config)
     prompt = question if IMAGE in question else _prompt(out, question)
     before, _, after = prompt.partition(IMAGE)
     pixels = _pixels(out, picture).to(device, dtype)

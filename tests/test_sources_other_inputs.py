@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from builders.base import llm_base, vision_base
 from builders.pth import config_text, projector, save_pth
 from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UsageError
+from xtuner2llava.hub.download import is_reference, local_path
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.sources import open_checkpoint
-from xtuner2llava.sources.hub import is_reference, local_path
 from xtuner2llava.sources.opening import open_contents
 
 HEAD = "llm.lm_head.weight"

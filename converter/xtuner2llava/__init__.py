@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from xtuner2llava.hub import Pushed
+    from xtuner2llava.hub.upload import Pushed
     from xtuner2llava.inspection import Inspection
     from xtuner2llava.planning.plan import Plan
     from xtuner2llava.report import Report
@@ -66,7 +66,7 @@ __all__ = [
 # command line answers at once.
 _MODULES = {
     "api": ("convert", "inspect", "plan", "push", "verify"),
-    "hub": ("Pushed",),
+    "hub.upload": ("Pushed",),
     "inspection": ("Inspection",),
     "planning.plan": ("Plan",),
     "report": ("Report",),

@@ -29,7 +29,7 @@ from xtuner2llava.options import (
 )
 
 if TYPE_CHECKING:
-    from xtuner2llava.hub import Pushed
+    from xtuner2llava.hub.upload import Pushed
     from xtuner2llava.inspection import Inspection
     from xtuner2llava.planning.plan import Plan
     from xtuner2llava.report import Report

@@ -43,7 +43,7 @@ from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
     # Imported where they are used: most conversions start sooner without them.
-    from xtuner2llava.hub import Destination, Pushed, Upload
+    from xtuner2llava.hub.upload import Destination, Pushed, Upload
     from xtuner2llava.inspection import Inspection
 
 
@@ -76,7 +76,7 @@ def _destination(options: ConvertOptions) -> Destination | None:
     publishing = (options.push_to_hub, options.revision, options.commit_message)
     if not (options.private or options.low_disk or any(v is not None for v in publishing)):
         return None
-    from xtuner2llava import hub
+    from xtuner2llava.hub import push as hub
 
     destination = hub.choose_destination(options)
     if destination is not None:
@@ -103,7 +103,7 @@ class _Work:
             return None
         pushed: Pushed | None = None
         if self.destination is not None:
-            from xtuner2llava import hub
+            from xtuner2llava.hub import push as hub
 
             with self.timer.stage("upload"):
                 pushed = hub.push_folder(
@@ -122,9 +122,10 @@ class _Work:
             folder = stack.enter_context(self._folder())
             upload: Upload | None = None
             if self.destination is not None and options.low_disk:
-                from xtuner2llava import hub
+                from xtuner2llava.hub import push as hub
+                from xtuner2llava.hub.upload import open_upload
 
-                upload = stack.enter_context(hub.Upload(self.destination))
+                upload = stack.enter_context(open_upload(self.destination))
                 upload.check_card(self.small[CARD_NAME].decode("utf-8"))
             with timer.stage("write"):
                 written = write_shards(
@@ -147,7 +148,7 @@ class _Work:
                 else:
                     pushed = hub.publish_small_files(upload, folder.path)
         if self.destination is not None and pushed is None:
-            from xtuner2llava import hub
+            from xtuner2llava.hub import push as hub
 
             with timer.stage("upload"):
                 pushed = hub.publish_converted(
@@ -216,12 +217,11 @@ class _Work:
 
 def push(out: PathOrText, repo_id: str, options: PushOptions) -> Pushed:
     """Publishes the folder `out`, see `api.push`."""
-    from xtuner2llava import hub
+    from xtuner2llava.hub.push import push_folder
+    from xtuner2llava.hub.upload import Destination
 
-    destination = hub.Destination.of(repo_id, options)
-    return hub.push_folder(
-        Path(out), destination, jobs=options.jobs, on_progress=options.on_progress
-    )
+    destination = Destination.of(repo_id, options)
+    return push_folder(Path(out), destination, jobs=options.jobs, on_progress=options.on_progress)
 
 
 def plan(checkpoint: PathOrText, options: Options) -> Plan:

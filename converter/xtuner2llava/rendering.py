@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from xtuner2llava.hub.destination import Pushed
+from xtuner2llava.hub.upload import Pushed
 from xtuner2llava.inspection import Inspection
 from xtuner2llava.mapping import fold
 from xtuner2llava.planning.plan import Plan

@@ -11,7 +11,7 @@ from xtuner2llava.planning.plan import Plan
 from xtuner2llava.sources.json_file import Json
 
 if TYPE_CHECKING:
-    from xtuner2llava.hub import Pushed
+    from xtuner2llava.hub.upload import Pushed
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,126 +8,141 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from xtuner2llava.errors import ConversionError, HubError, UsageError
-from xtuner2llava.hub.counting import CallbackError
-from xtuner2llava.sources.hub import TRANSIENT, http_status, is_worth_another_try, network_errors
 
 _T = TypeVar("_T")
-_TRIES = 3
+_MAX_WAIT = 8.0  # seconds between two tries
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+_READ = "log in with `hf auth login` or set HF_TOKEN."
 _AGAIN = "Run the same command again: what the Hub has already is not sent again."
 # 412 is a commit by somebody else in between.
 CONFLICT = 412
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
 @contextmanager
-def hub_errors(where: str) -> Iterator[None]:
-    """Turns what a call to the Hub raises into a `HubError` (or `UsageError`) about `where`.
+def hub_errors(where: str, kind: type[ConversionError] = HubError) -> Iterator[None]:
+    """Turns what a call to the Hub raises into an error about `where`.
 
-    What came from our own callbacks is raised as it was, even if huggingface_hub wrapped it.
+    That is a `HubError` (`UsageError` for a name that no repository can have), or `kind`: for calls
+    that only read, `CheckpointError`. What is not a failure of the Hub is raised as it was.
     """
     try:
         yield
     except ConversionError:
         raise
     except Exception as error:
-        cause = innermost(error)
-        if isinstance(cause, CallbackError):
-            raise cause.error from None
-        translated = _translated(cause, where)
-        if translated is None:
+        from huggingface_hub.errors import HFValidationError
+
+        cause = root_cause(error)
+        said = _said(cause, reading=kind is not HubError)
+        if said is None:
             raise
-        raise translated from error
+        invalid = isinstance(cause, HFValidationError) and kind is HubError
+        what, advice = said
+        raise (UsageError if invalid else kind)(what, where=where, advice=advice) from error
 
 
-def persistently(call: Callable[[], _T]) -> _T:
-    """What `call` gives, asked a few times where the network or the server fails.
+def with_retries(call: Callable[[], _T], tries: int = 3) -> _T:
+    """What `call` gives, asked `tries` times where the network or the server fails.
 
     huggingface_hub tries again itself, but not everywhere, and older versions in fewer places.
     """
-    for attempt in range(1, _TRIES):
+    for attempt in range(1, tries):
         try:
             return call()
         except Exception as error:
-            if not is_worth_another_try(innermost(error)):
+            if not is_transient(root_cause(error)):
                 raise
-            time.sleep(attempt)
+            time.sleep(min(_MAX_WAIT, attempt))
     return call()
 
 
-def innermost(error: Exception) -> Exception:
+def root_cause(error: Exception) -> Exception:
     """What huggingface_hub wrapped as "Error while uploading" (`_upload_lfs_files`)."""
     while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
-def _translated(error: Exception, where: str) -> ConversionError | None:
-    """The error for a user; None for what is no failure of the Hub."""
+def http_status(error: BaseException) -> int | None:
+    """The status that the Hub answered with; None if `error` is not about an answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    return int(getattr(error.response, "status_code", 0)) or None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether there was no answer, or one that says to come again."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, (FileNotFoundError, PermissionError, OfflineModeIsEnabled)):
+        return False
+    status = http_status(error)
+    return _is_of_network(error) if status is None else status in _TRANSIENT
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """The HTTP library is requests, httpx or httpx2, by the version of huggingface_hub, whose own
+    error has that library's as its base. The client of all threads is closed where one of them
+    cannot connect."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    closed = isinstance(error, RuntimeError) and "client has been closed" in str(error)
+    return closed or isinstance(error, (OSError, *HfHubHTTPError.__bases__))
+
+
+def _said(error: Exception, *, reading: bool) -> tuple[str, str] | None:
+    """What happened and what to do; None for what is not a failure of the Hub."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     if isinstance(error, HFValidationError):
-        return UsageError(
-            f"is no name for a repository ({_first_line(error)})",
-            where=where,
-            advice="Expected owner/name, of letters, digits, '-', '_' and '.'.",
-        )
+        what = f"is no name for a repository ({first_line})"
+        return what, "Expected owner/name, of letters, digits, '-', '_' and '.'."
     if isinstance(error, GatedRepoError):
         what = "is gated: its owner grants access on its page"
-        return HubError(what, where=where, advice="Ask for access there.")
+        return what, f"Ask for access there, then {_READ}" if reading else "Ask for access there."
     if isinstance(error, RevisionNotFoundError):
-        return HubError("has no such revision", where=where, advice="Check the name.")
+        return "has no such revision", "Check the name."
     if isinstance(error, RepositoryNotFoundError):
-        return HubError(
-            "is no repository that this token can see",
-            where=where,
-            advice=f"Check the spelling of the owner. {LOG_IN}",
-        )
+        advice = f"Check the spelling; for a private one, {_READ}"
+        what = "is no repository on the Hub that this token can see"
+        return what, advice if reading else f"Check the spelling of the owner. {LOG_IN}"
+    if isinstance(error, LocalEntryNotFoundError):
+        what = "is neither in the local cache nor can the Hub be reached"
+        return what, "Download it where there is a network, and give its folder."
     status = http_status(error)
     if status is not None:
-        said = str(getattr(error, "server_message", None) or "") or _first_line(error)
-        return HubError(
-            f"the Hub answered {status}: {said[:500]}", where=where, advice=_advice(status)
-        )
+        server = str(getattr(error, "server_message", None) or "") or first_line
+        return f"the Hub answered {status}: {server[:500]}", _advice(status, reading=reading)
     if isinstance(error, ValueError) and "README.md" in str(error):
-        return HubError(
-            f"the Hub does not take the model card: {' '.join(str(error).split())[:500]}",
-            where="README.md",
-            advice="Mend the lines between the --- of README.md, or of the --card-template.",
-        )
-    if isinstance(error, network_errors()) or _is_of_a_closed_client(error):
-        return HubError(
-            f"the Hub cannot be reached ({type(error).__name__}: {_first_line(error)})",
-            where=where,
-            advice=_AGAIN,
-        )
+        what = f"the Hub does not take the model card: {' '.join(str(error).split())[:500]}"
+        return what, "Fix the lines between the --- of README.md, or of the --card-template."
+    again = "Run the same command again." if reading else _AGAIN
+    if _is_of_network(error):
+        return f"the Hub cannot be reached ({type(error).__name__}: {first_line})", again
     # Malformed answers are ValueErrors there.
-    if isinstance(error, ValueError):
-        return HubError(f"failed ({_first_line(error)})", where=where, advice=_AGAIN)
-    return None
+    return (f"failed ({first_line})", again) if isinstance(error, ValueError) else None
 
 
-def _is_of_a_closed_client(error: Exception) -> bool:
-    """huggingface_hub closes the client of all threads where one of them cannot connect."""
-    return isinstance(error, RuntimeError) and "client has been closed" in str(error)
-
-
-def _advice(status: int) -> str:
+def _advice(status: int, *, reading: bool) -> str:
     if status == 401:
-        return f"The token is not valid. {LOG_IN}"
-    if status == 403:
+        return (
+            f"The token is not valid: {_READ}" if reading else f"The token is not valid. {LOG_IN}"
+        )
+    if status == 403 and not reading:
         return "The token may not write there: make one that may, or give an owner that is yours."
     if status == CONFLICT:
         return "Others commit to it at the same time. Run the same command again."
-    if status in TRANSIENT:
-        return _AGAIN
+    if status in _TRANSIENT:
+        return "Run the same command again." if reading else _AGAIN
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

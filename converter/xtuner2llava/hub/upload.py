@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import HubError, VerificationError
-from xtuner2llava.hub.counting import Progress, addition
-from xtuner2llava.hub.destination import Destination, Pushed
-from xtuner2llava.hub.errors import CONFLICT, LOG_IN, hub_errors, innermost, persistently
+from xtuner2llava.hub.errors import (
+    CONFLICT,
+    LOG_IN,
+    http_status,
+    hub_errors,
+    is_transient,
+    root_cause,
+    with_retries,
+)
 from xtuner2llava.model_card import (
     CARD_NAME,
     is_generated,
     with_extra_keys,
     with_front_matter_of,
 )
-from xtuner2llava.sources.hub import http_status, is_worth_another_try
+from xtuner2llava.options import PushOptions
+from xtuner2llava.sources.json_file import Json
 from xtuner2llava.version import version
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd
     from huggingface_hub.hf_api import RepoFile
 
 _MAIN = "main"
@@ -38,27 +44,68 @@ _OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetens
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
-    """A file as the commit will have it; `sha256` and git's `blob_id` in hexadecimal digits."""
+class Destination:
+    """A model repository `owner/name`, or `name` of the user whose token it is.
 
-    size: int
-    sha256: str
-    blob_id: str | None
+    It is made if it does not exist, and only then is `private` asked. `revision` is a branch, which
+    is made too; None is the default branch.
+    """
+
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    commit_message: str | None = None
 
     @classmethod
-    def of(cls, data: bytes) -> _Sent:
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
-        return cls(len(data), hashlib.sha256(data).hexdigest(), git.hexdigest())
+    def of(cls, repo_id: str, options: PushOptions) -> Destination:
+        return cls(repo_id, options.private, options.revision, options.commit_message)
 
-    def is_same(self, found: RepoFile) -> bool:
-        lfs = found.lfs
-        if lfs is not None:
-            return bool(lfs.sha256 == self.sha256)
-        return found.size == self.size and self.blob_id in (None, found.blob_id)
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A finished publication: `commit` is the full id of the commit that has all `files`.
+
+    `removed` are weight files of an earlier model that the commit took away; `nbytes` is the size
+    of all files, of which only those were sent that the Hub did not have.
+    """
+
+    repo_id: str
+    revision: str
+    commit: str
+    link: str
+    files: tuple[str, ...]
+    nbytes: int
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        values = asdict(self)
+        nbytes = values.pop("nbytes")
+        lists = {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
+        return {**values, "bytes": nbytes, **lists}
+
+
+@contextmanager
+def open_upload(destination: Destination) -> Iterator[Upload]:
+    """An upload, during which huggingface_hub shows no bars of its own."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    were_shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield Upload(destination)
+    finally:
+        if were_shown:
+            enable_progress_bars()
 
 
 class Upload:
-    """Files on their way into the repository `destination`; `with` makes that if need be.
+    """Files on their way into the repository `destination`, which is made if need be.
 
     Nothing is visible there before `commit`. What was sent by an earlier attempt is not sent again:
     the Hub's storage knows files by their content. Raises `HubError`, and `UsageError` for a name
@@ -66,48 +113,24 @@ class Upload:
     """
 
     def __init__(self, destination: Destination) -> None:
-        self.repo_id = destination.repo_id
+        from huggingface_hub import HfApi, get_token
+
         self._destination = destination
         self._branch = destination.revision or _MAIN
         self._operations: dict[str, CommitOperationAdd] = {}
-        self._sent: dict[str, _Sent] = {}
         self._notes: list[str] = []
-        self._lock = threading.Lock()
-        self._bars_were_shown = False
-
-    def __enter__(self) -> Upload:
-        from huggingface_hub import HfApi, get_token
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            are_progress_bars_disabled,
-            disable_progress_bars,
-        )
-
-        with hub_errors(self.repo_id):
+        with hub_errors(destination.repo_id):
             if get_token() is None:
                 raise HubError("needs a token, and there is none", where="the Hub", advice=LOG_IN)
-            self._api: HfApi = HfApi(library_name="xtuner2llava", library_version=version())
-            made = persistently(
+            self._api = HfApi(library_name="xtuner2llava", library_version=version())
+            made = with_retries(
                 lambda: self._api.create_repo(
-                    self.repo_id, private=self._destination.private, exist_ok=True
+                    destination.repo_id, private=destination.private, exist_ok=True
                 )
             )
             self.repo_id = made.repo_id
             # A new branch is made with the commit; until then the default one stands for it.
             self._has_branch = self._head() is not None
-        self._bars_were_shown = not are_progress_bars_disabled()
-        disable_progress_bars()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
-
-        if self._bars_were_shown:
-            enable_progress_bars()
 
     @property
     def link(self) -> str:
@@ -136,35 +159,36 @@ class Upload:
                 raise ValueError(f"README.md: {'; '.join(messages)}")
             hf_raise_for_status(answer)
 
-    def send(
-        self,
-        path: Path,
-        name: str,
-        *,
-        advance: Callable[[int], None] = lambda count: None,
-    ) -> None:
+    def send(self, path: Path, name: str) -> None:
         """Sends the file at `path`, which is not needed any more when this returns.
 
-        The Hub says what it has; only the rest is read and sent. `advance` is told the bytes.
-        Several threads may send at once.
+        The Hub says what it has; only the rest is read and sent. Several threads may send at once.
         """
-        size = path.stat().st_size
-        progress = Progress(size, advance)
+        from huggingface_hub import CommitOperationAdd
+
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+        size = operation.upload_info.size
+        revision = self._branch if self._has_branch else None
         with hub_errors(f"{self.repo_id}: {name}"):
-            operation = addition(path, name, progress)
-            persistently(lambda: self._preupload(operation))
-            sent = _Sent(size, operation.upload_info.sha256.hex(), None)
-            if operation.path_or_fileobj != b"":  # Plain: the commit itself has the content.
-                sent = self._take_in(operation, path)
-            self._remember(name, operation, sent)
-            progress.finish()
+            with_retries(
+                lambda: self._api.preupload_lfs_files(self.repo_id, [operation], revision=revision)
+            )
+        if operation.path_or_fileobj == b"":  # The Hub has it.
+            self._operations[name] = operation
+        elif size <= _MAX_PLAIN_BYTES:
+            self.add(name, path.read_bytes())
+        else:
+            raise HubError(
+                f"the Hub does not take {name} as a large file",
+                where=self.repo_id,
+                advice="Do its .gitattributes and .gitignore leave out *.safetensors?",
+            )
 
     def add(self, name: str, data: bytes) -> None:
         """Adds a small file to the commit."""
         from huggingface_hub import CommitOperationAdd
 
-        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=data)
-        self._remember(name, operation, _Sent.of(data))
+        self._operations[name] = CommitOperationAdd(path_in_repo=name, path_or_fileobj=data)
 
     def commit(self) -> Pushed:
         """Makes all files visible at once, and checks that the Hub shows what was sent.
@@ -176,10 +200,10 @@ class Upload:
         with hub_errors(self.repo_id):
             commit, removed = self._commit(message)
             there = self._files(commit)
-        wrong = [n for n, s in self._sent.items() if n not in there or not s.is_same(there[n])]
+        wrong = self._missing(there)
         if wrong:
             raise VerificationError(
-                f"the Hub shows another content of {', '.join(sorted(wrong)[:5])} at {commit}",
+                f"the Hub shows another content of {', '.join(wrong[:5])} at {commit}",
                 where=self.repo_id,
                 advice="Push again; if it stays so, look whether its .gitignore names them.",
             )
@@ -188,33 +212,11 @@ class Upload:
             revision=self._branch,
             commit=commit,
             link=self.link,
-            files=tuple(sorted(self._sent)),
-            nbytes=sum(sent.size for sent in self._sent.values()),
+            files=tuple(sorted(self._operations)),
+            nbytes=sum(op.upload_info.size for op in self._operations.values()),
             removed=tuple(removed),
             notes=tuple(self._notes),
         )
-
-    def _preupload(self, operation: CommitOperationAdd) -> None:
-        revision = self._branch if self._has_branch else None
-        self._api.preupload_lfs_files(self.repo_id, [operation], revision=revision)
-
-    def _take_in(self, operation: CommitOperationAdd, path: Path) -> _Sent:
-        """Reads a file that the Hub does not take as a large one, for the commit."""
-        if path.stat().st_size > _MAX_PLAIN_BYTES:
-            raise HubError(
-                f"the Hub does not take {operation.path_in_repo} as a large file",
-                where=self.repo_id,
-                advice="Do its .gitattributes and .gitignore leave out *.safetensors?",
-            )
-        data = path.read_bytes()
-        operation.path_or_fileobj = data
-        return _Sent.of(data)
-
-    def _remember(self, name: str, operation: CommitOperationAdd | None, sent: _Sent) -> None:
-        with self._lock:
-            self._sent[name] = sent
-            if operation is not None:
-                self._operations[name] = operation
 
     def _commit(self, message: str) -> tuple[str, list[str]]:
         """The commit that has everything, and what it removed."""
@@ -226,18 +228,16 @@ class Upload:
             head = self._head()
             there = self._files(head) if head is not None else {}
             self._respect_card(there, head)
-            stale = [n for n in sorted(there) if _OLD_WEIGHTS.fullmatch(n) and n not in self._sent]
-            if head is not None and not stale and self._is_there(there):
+            stale = [
+                name
+                for name in sorted(there)
+                if _OLD_WEIGHTS.fullmatch(name) and name not in self._operations
+            ]
+            missing = self._missing(there)
+            if head is not None and not stale and not missing:
                 return head, stale
-            gone = [n for n in self._sent if n not in self._operations and not self._has(there, n)]
-            if gone:
-                raise HubError(
-                    f"{', '.join(gone[:5])} changed there meanwhile",
-                    where=self.repo_id,
-                    advice="Run the same command again.",
-                )
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                *(op for name, op in self._operations.items() if not self._has(there, name)),
+                *(self._operations[name] for name in missing),
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ]
             try:
@@ -252,9 +252,9 @@ class Upload:
                 return done.oid, stale
             except Exception as error:
                 # It sends what is small and yet a large file, such as tokenizer.model.
-                cause = innermost(error)
+                cause = root_cause(error)
                 conflict = http_status(cause) == CONFLICT
-                if attempt == _TRIES or not (conflict or is_worth_another_try(cause)):
+                if attempt == _TRIES or not (conflict or is_transient(cause)):
                     raise
                 if not conflict:
                     time.sleep(attempt)
@@ -265,7 +265,7 @@ class Upload:
         from huggingface_hub.errors import RevisionNotFoundError
 
         try:
-            found = persistently(lambda: self._api.model_info(self.repo_id, revision=self._branch))
+            found = with_retries(lambda: self._api.model_info(self.repo_id, revision=self._branch))
         except RevisionNotFoundError:
             return None
         return found.sha
@@ -277,18 +277,20 @@ class Upload:
             tree = self._api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
             return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-        return persistently(files)
+        return with_retries(files)
 
-    def _has(self, there: Mapping[str, RepoFile], name: str) -> bool:
-        return name in there and self._sent[name].is_same(there[name])
-
-    def _is_there(self, there: Mapping[str, RepoFile]) -> bool:
-        return all(self._has(there, name) for name in self._sent)
+    def _missing(self, there: Mapping[str, RepoFile]) -> list[str]:
+        """The files that are not `there` with the content that was sent."""
+        return sorted(
+            name
+            for name, operation in self._operations.items()
+            if name not in there or not _is_same(operation, there[name])
+        )
 
     def _respect_card(self, there: Mapping[str, RepoFile], head: str | None) -> None:
         """Leaves the text that somebody wrote on the Hub as it is, and all metadata there."""
         ours = self._operations.get(CARD_NAME)
-        if ours is None or CARD_NAME not in there or self._has(there, CARD_NAME):
+        if ours is None or CARD_NAME not in there or _is_same(ours, there[CARD_NAME]):
             return
         with ours.as_file() as file:
             text = file.read().decode()
@@ -304,5 +306,15 @@ class Upload:
         if merged is not None:
             self.add(CARD_NAME, merged.encode("utf-8"))
             return
-        del self._operations[CARD_NAME], self._sent[CARD_NAME]
+        del self._operations[CARD_NAME]
         self._notes.append("README.md on the Hub is somebody's own, and stays as it is.")
+
+
+def _is_same(operation: CommitOperationAdd, found: RepoFile) -> bool:
+    """Whether the Hub shows the content that is sent; it states git's id of small files."""
+    if found.lfs is not None:
+        return bool(found.lfs.sha256 == operation.upload_info.sha256.hex())
+    with operation.as_file() as file:
+        data = file.read()
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return git.hexdigest() == found.blob_id

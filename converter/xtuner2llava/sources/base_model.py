@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CheckpointError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.hub.download import fetch_model, is_reference, local_path
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
-from xtuner2llava.sources.hub import fetch_model, is_reference, local_path
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
-from xtuner2llava.sources.remote_model import open_remote
 from xtuner2llava.sources.weights import (
     Fingerprint,
     Weights,
@@ -99,6 +98,8 @@ def open_streamed(part: str, given: str | None, recorded: str | None, folder: Pa
 
     `folder` is where `find_base` put its small files.
     """
+    from xtuner2llava.hub.stream import open_remote
+
     opened = open_remote(str(given if given is not None else recorded), folder)
     return _checked(part, folder, opened, str(folder))
 

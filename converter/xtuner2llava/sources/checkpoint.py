@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.hub.download import local_path
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.recipe import Recipe, shown
 from xtuner2llava.sources.adapter import Adapter, is_adapted, merge, read_adapter, share_in
@@ -21,7 +22,6 @@ from xtuner2llava.sources.base_model import (
     read_config,
 )
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
-from xtuner2llava.sources.hub import local_path
 from xtuner2llava.sources.json_file import text
 from xtuner2llava.sources.lora_settings import LoraSettings, settle
 from xtuner2llava.sources.model_config import ModelConfig

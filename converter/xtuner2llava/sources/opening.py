@@ -7,11 +7,11 @@ from os import fspath
 from pathlib import Path
 
 from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError
+from xtuner2llava.hub.download import fetch_checkpoint, is_reference, local_path
 from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.recipe import Recipe
 from xtuner2llava.sources.checkpoint import Checkpoint, gather
 from xtuner2llava.sources.contents import PROJECTOR, Contents, contents_of_state
-from xtuner2llava.sources.hub import fetch_checkpoint, is_reference, local_path
 from xtuner2llava.sources.other_inputs import (
     not_there,
     unknown_folder,

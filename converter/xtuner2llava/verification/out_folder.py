@@ -11,9 +11,9 @@ from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.verification.layout import Layout, read_layout
 from xtuner2llava.verification.outcome import Check
 from xtuner2llava.verification.shard_header import HeaderEntry, ShardHeader, read_shard_header
+from xtuner2llava.writing.out_record import RECORD_NAME
 
 INDEX = "model.safetensors.index.json"
-RECORD = "conversion.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,9 @@ def open_out(path: Path) -> tuple[OutFolder | None, list[Check]]:
     except ConversionError as error:
         checks.append(Check.failed("config.json", error))
     try:
-        record = read_json(path / RECORD)
+        record = read_json(path / RECORD_NAME)
     except ConversionError as error:
-        checks.append(Check.failed(RECORD, error))
+        checks.append(Check.failed(RECORD_NAME, error))
     if layout is None:
         return None, checks
     shards = {file.name: read_shard_header(file) for file in sorted(path.glob("*.safetensors"))}

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from xtuner2llava.verification.out_folder import INDEX, RECORD, OutFolder
+from xtuner2llava.verification.out_folder import INDEX, OutFolder
 from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Check, joined
+from xtuner2llava.writing.out_record import RECORD_NAME
 
 # Written by the converter; all others are copies of what the base models came with.
-_OURS = ("config.json", "generation_config.json", "README.md", RECORD, INDEX)
+_OURS = ("config.json", "generation_config.json", "README.md", RECORD_NAME, INDEX)
 # Their words are no sentences: "/home" may be a token.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 _MAX_BYTES = 64 << 20

@@ -9,8 +9,9 @@ from pathlib import Path
 from blake3 import blake3
 
 from xtuner2llava.sources.json_file import Json
-from xtuner2llava.verification.out_folder import RECORD, OutFolder
+from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import SKIPPED, Check
+from xtuner2llava.writing.out_record import RECORD_NAME
 
 _BLOCK_BYTES = 512 << 10
 # What a clone or a download from the Hub adds.
@@ -25,7 +26,7 @@ def record_checks(out: OutFolder, advance: Callable[[int], None]) -> Iterator[Ch
     shards = out.record.get("shards")
     files = out.record.get("files")
     if not isinstance(shards, list) or not isinstance(files, dict):
-        yield Check("checksums", SKIPPED, f"{RECORD} has no list of shards and files")
+        yield Check("checksums", SKIPPED, f"{RECORD_NAME} has no list of shards and files")
         return
     yield _shards(out.path, shards, advance)
     faults = []
@@ -39,10 +40,14 @@ def record_checks(out: OutFolder, advance: Callable[[int], None]) -> Iterator[Ch
             faults.append(f"{name} {change}")
     fine = f"{len(files)} files are as written"
     yield Check.of("checksums of small files", faults, fine)
-    known = {*files, RECORD, *(s["file"] for s in shards if isinstance(s, dict) and "file" in s)}
+    known = {
+        *files,
+        RECORD_NAME,
+        *(s["file"] for s in shards if isinstance(s, dict) and "file" in s),
+    }
     strange = [p.name for p in out.files() if p.name not in known and p.name not in _FOREIGN]
-    said = [f"{name} is not named in {RECORD}" for name in strange]
-    yield Check.of("no other files", said, f"{RECORD} names them all")
+    said = [f"{name} is not named in {RECORD_NAME}" for name in strange]
+    yield Check.of("no other files", said, f"{RECORD_NAME} names them all")
     yield Check.of("record and config", list(_contradictions(out)), "the record is of this model")
 
 
@@ -73,13 +78,13 @@ def _shards(folder: Path, shards: list[Json], advance: Callable[[int], None]) ->
         values: Mapping[str, Json] = shard if isinstance(shard, dict) else {}
         name, size = values.get("file"), values.get("bytes")
         if not isinstance(name, str) or Path(name).name != name:
-            faults.append(f"{RECORD} names the shard {name!r}")
+            faults.append(f"{RECORD_NAME} names the shard {name!r}")
             continue
         path = folder / name
         if not path.is_file():
             faults.append(f"{name} is not there")
         elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size:,} bytes, {RECORD} says {size}")
+            faults.append(f"{name} has {path.stat().st_size:,} bytes, {RECORD_NAME} says {size}")
         elif change := difference(path, shard, advance):
             faults.append(f"{name} {change}")
         else:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import glob
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from xtuner2llava.errors import CheckpointError, ConversionError
-from xtuner2llava.sources.small_file import read_small
+from xtuner2llava.errors import CheckpointError
+from xtuner2llava.hub.errors import hub_errors, is_transient
 
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _SMALL = re.compile(
@@ -39,7 +37,6 @@ _FILES = tuple(
 _OUTPUT_FOLDERS = ("work_dir", "work_dirs")
 _OUTPUT = re.compile(r"(iter|epoch)_\d+\w*")
 _MAX_REF_BYTES = 256
-TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
 def local_path(text: str) -> Path:
@@ -59,7 +56,8 @@ def local_path(text: str) -> Path:
     main = path / "refs" / "main"
     names = sorted(entry.name for entry in (path / "snapshots").iterdir())
     if main.is_file():
-        commit = read_small(main, _MAX_REF_BYTES).decode("utf-8", "replace").strip()
+        with main.open("rb") as file:
+            commit = file.read(_MAX_REF_BYTES).decode("utf-8", "replace").strip()
         if commit in names:
             return path / "snapshots" / commit
         what = f"refs/main names the snapshot '{commit[:40]}', which is not there"
@@ -134,89 +132,6 @@ def repository_at(reference: str, folder: Path) -> str:
     return f"{match['repo']}@{folder.name}"
 
 
-def network_errors() -> tuple[type[Exception], ...]:
-    """The base classes of what the HTTP library raises: requests before huggingface_hub 1.0, then
-    httpx and httpx2. It is loaded when it matters, and which one it is need not be known."""
-    kinds: list[type[Exception]] = [OSError]
-    for library, name in (
-        ("requests", "RequestException"),
-        ("httpx", "HTTPError"),
-        ("httpx2", "HTTPError"),
-    ):
-        kind = getattr(sys.modules.get(library), name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            kinds.append(kind)
-    return tuple(kinds)
-
-
-def http_status(error: BaseException) -> int | None:
-    """The status that the Hub answered with; None if `error` is not about an answer."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not isinstance(error, HfHubHTTPError):
-        return None
-    return int(getattr(error.response, "status_code", 0)) or None
-
-
-def is_worth_another_try(error: BaseException) -> bool:
-    """Whether there was no answer, or one that says to come again."""
-    if isinstance(error, (FileNotFoundError, PermissionError)) or _is_offline(error):
-        return False
-    status = http_status(error)
-    return isinstance(error, network_errors()) if status is None else status in TRANSIENT
-
-
-@contextmanager
-def hub_faults(reference: str) -> Iterator[None]:
-    """Turns what reading from the Hub raises into a `CheckpointError` about `reference`."""
-    # Imported here: it takes a quarter of a second, and most conversions are of local files.
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError as error:
-        what = "is gated: its owner grants access on its page"
-        advice = "Ask for access there, then log in with `hf auth login` or set HF_TOKEN."
-        raise CheckpointError(what, where=reference, advice=advice) from error
-    except RevisionNotFoundError as error:
-        what = "has no such revision"
-        raise CheckpointError(what, where=reference, advice="Check the name.") from error
-    except RepositoryNotFoundError as error:
-        what = "is no repository on the Hub that this token can see"
-        advice = "Check the spelling; for a private one, log in with `hf auth login`."
-        raise CheckpointError(what, where=reference, advice=advice) from error
-    except HFValidationError as error:
-        raise CheckpointError("is no Hub repo id", where=reference) from error
-    except LocalEntryNotFoundError as error:
-        what = "is neither in the local cache nor can the Hub be reached"
-        advice = "Download it where there is a network, and give its folder."
-        raise CheckpointError(what, where=reference, advice=advice) from error
-    except HfHubHTTPError as error:
-        said = str(getattr(error, "server_message", None) or "") or _first_line(error)
-        status = http_status(error)
-        advice = "The token is not valid: log in with `hf auth login`." if status == 401 else ""
-        what = f"cannot be fetched: the Hub answered {status}: {said}"
-        raise CheckpointError(what, where=reference, advice=advice) from error
-    except ConversionError:
-        raise
-    except Exception as error:
-        if not isinstance(error, (ValueError, *network_errors())):
-            raise
-        what = f"cannot be fetched from the Hub ({type(error).__name__}: {_first_line(error)})"
-        raise CheckpointError(what, where=reference) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 def _fetch(reference: str, choose: Callable[[Sequence[str]], Sequence[str]], always: str) -> Path:
     """The snapshot with those files of the repository that `choose` takes.
 
@@ -225,33 +140,20 @@ def _fetch(reference: str, choose: Callable[[Sequence[str]], Sequence[str]], alw
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise CheckpointError("is no Hub repo id", where=reference)
-    with hub_faults(reference):
+    repo, revision = match["repo"], match["revision"]
+    with hub_errors(reference, CheckpointError):
         from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import OfflineModeIsEnabled
 
         try:
-            info = HfApi().model_info(match["repo"], revision=match["revision"])
+            info = HfApi().model_info(repo, revision=revision)
         except Exception as error:
-            if not _is_offline(error) and not is_worth_another_try(error):
+            if not isinstance(error, OfflineModeIsEnabled) and not is_transient(error):
                 raise
-            return Path(
-                snapshot_download(
-                    match["repo"],
-                    revision=match["revision"],
-                    allow_patterns=[always],
-                    local_files_only=True,
-                )
+            cached = snapshot_download(
+                repo, revision=revision, allow_patterns=[always], local_files_only=True
             )
-        names = [sibling.rfilename for sibling in info.siblings or ()]
-        return Path(
-            snapshot_download(
-                match["repo"],
-                revision=match["revision"],
-                allow_patterns=[glob.escape(name) for name in choose(names)],
-            )
-        )
-
-
-def _is_offline(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    return isinstance(error, OfflineModeIsEnabled)
+            return Path(cached)
+        chosen = choose([sibling.rfilename for sibling in info.siblings or ()])
+        patterns = [glob.escape(name) for name in chosen]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))

@@ -10,8 +10,8 @@ from pathlib import Path
 from xtuner2llava.errors import Fault, OutputError, UsageError, VerificationError, raise_faults
 from xtuner2llava.model_card import CARD_NAME
 from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.writing.out_record import RECORD_NAME, recorded_names
 
-RECORD_NAME = "conversion.json"
 _ADVICE = "Convert again; of all files, only README.md may be edited."
 # Checks of `verify` that are made here in another way: README.md may be edited, files that no
 # conversion wrote are not published, and it is the repository's name that counts.
@@ -22,24 +22,20 @@ _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class PublishableFolder:
     """The files to publish, by name; `others` are small.
 
-    `strange` are files that no conversion wrote.
+    `unknown` are files that no conversion wrote.
     """
 
     folder: Path
     shards: tuple[str, ...]
     others: tuple[str, ...]
-    strange: tuple[str, ...]
-
-    def size(self, name: str) -> int:
-        """Bytes."""
-        return (self.folder / name).stat().st_size
+    unknown: tuple[str, ...]
 
 
-def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
-    """The contents of `folder`, if `verify` finds nothing wrong with it.
+def check_folder(folder: Path, advance: Callable[[int, int], None]) -> PublishableFolder:
+    """The files of `folder`, if `verify` finds nothing wrong with it.
 
     README.md may have been edited since. `advance(done, total)` counts bytes of shards. Raises
     `UsageError` for a folder that no conversion wrote, `VerificationError` with all that is wrong.
@@ -51,9 +47,9 @@ def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
             advice="Give a folder that `xtuner2llava convert` wrote.",
         )
     record = read_json(folder / RECORD_NAME)
-    shards = _named(record.get("shards"))
-    files = record.get("files")
+    recorded, files = recorded_names(record), record.get("files")
     small = files if isinstance(files, dict) else {}
+    shards = tuple(sorted(recorded - {*small, RECORD_NAME}))
     if not shards or not small:
         raise UsageError(f"names no files in {RECORD_NAME}", where=str(folder))
     faults: list[Fault] = []
@@ -66,9 +62,9 @@ def check_folder(folder: Path, advance: Callable[[int, int], None]) -> Contents:
     if not faults:
         faults += _verification_faults(folder, advance)
     raise_faults(VerificationError, faults)
-    known = {*shards, *small, RECORD_NAME, CARD_NAME}
+    known = recorded | {CARD_NAME}
     others = tuple(sorted((known & present) - {*shards}))
-    return Contents(folder, shards, others, tuple(sorted(present - known)))
+    return PublishableFolder(folder, shards, others, tuple(sorted(present - known)))
 
 
 def _verification_faults(folder: Path, advance: Callable[[int, int], None]) -> list[Fault]:
@@ -84,12 +80,6 @@ def _verification_faults(folder: Path, advance: Callable[[int, int], None]) -> l
         for check in found.with_result(FAILED)
         if check.name not in _NOT_OURS
     ]
-
-
-def _named(value: Json) -> tuple[str, ...]:
-    """The shards of the record."""
-    listed = value if isinstance(value, list) else []
-    return tuple(str(e["file"]) for e in listed if isinstance(e, dict) and "file" in e)
 
 
 def _differences(folder: Path, shards: tuple[str, ...], small: dict[str, Json]) -> list[Fault]:

@@ -1,0 +1,136 @@
+"""Base models on the Hub, read by HTTP range: nothing of their weights is stored.
+
+huggingface_hub's file system does the requests, so that tokens, endpoints and redirects are what
+they are everywhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsupportedError
+from xtuner2llava.hub.download import repository_at
+from xtuner2llava.hub.errors import hub_errors, with_retries
+from xtuner2llava.sources.safetensors_file import START_BYTES, header_length, parse_header
+from xtuner2llava.sources.weights import Fingerprint, Weights, open_shards
+from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape
+from xtuner2llava.tensors.stored import from_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+# What is fetched past the end of what is asked for, as each request takes a tenth of a second to be
+# answered: small tensors lie between large ones, and are read in the order in which they lie.
+_AHEAD_BYTES = 8 << 20
+
+
+def open_remote(reference: str, folder: Path) -> Weights:
+    """The safetensors of the model `reference`, whose small files lie in `folder`.
+
+    Headers only are read. The tensors have no file ranges; each `read` fetches bounded parts.
+    Raises `CheckpointError` where the Hub does not give them.
+    """
+    # The folder is that of a commit: the files must be of the same.
+    repository = repository_at(reference, folder)
+    index = folder / _INDEX
+    files = remote_files(repository)
+    if index.is_file():
+        return open_shards(index, lambda name: _open_file(repository, name, files))
+    if _SINGLE in files:
+        return _open_file(repository, _SINGLE, files)
+    raise UnsupportedError(
+        "has no safetensors, which alone can be read piece by piece",
+        where=reference,
+        advice="Leave --stream-base out: then its .bin files are downloaded.",
+    )
+
+
+def remote_files(repository: str) -> dict[str, int]:
+    """Sizes of the repository's files in bytes."""
+    from huggingface_hub import HfFileSystem
+
+    with hub_errors(repository, CheckpointError):
+        entries: list[Any] = with_retries(lambda: HfFileSystem().ls(repository, detail=True))
+    return {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
+
+
+def _open_file(repository: str, name: str, files: dict[str, int]) -> Weights:
+    if name not in files:
+        raise CorruptFileError(f"has no file '{name}', which its index names", where=repository)
+    size = files[name]
+    file = RemoteFile(f"{repository}/{name}", ahead=0)
+    start = bytes(file.read(0, min(START_BYTES, size)))
+    length = header_length(start, size, file.path)
+    header = bytes(file.read(START_BYTES, length))
+    file = RemoteFile(file.path)
+    tensors: dict[str, LazyTensor] = {
+        entry.name: Remote(entry.name, entry.dtype, entry.shape, file, entry.offset)
+        for entry in parse_header(header, size, file.path).entries
+    }
+    return Weights(tensors, (Fingerprint(name, size, hashlib.sha256(header).hexdigest()),))
+
+
+class RemoteFile:
+    """A file of a repository at one commit. Threads may read it at once."""
+
+    def __init__(self, path: str, ahead: int = _AHEAD_BYTES) -> None:
+        self.path = path
+        self._ahead = ahead
+        self._own = threading.local()
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """`length` bytes from `offset` on; raises `CheckpointError`, after some tries."""
+        with hub_errors(self.path, CheckpointError):
+            data = bytearray(with_retries(lambda: self._read(offset, length)))
+        if len(data) != length:
+            raise CorruptFileError(
+                f"the Hub gives {len(data):,} of {length:,} bytes from byte {offset:,} on",
+                where=self.path,
+            )
+        return data
+
+    def _read(self, offset: int, length: int) -> bytes:
+        from huggingface_hub import HfFileSystem
+
+        # A position, and what was read ahead, belong to a thread.
+        if not hasattr(self._own, "file"):
+            self._own.file = HfFileSystem().open(
+                self.path,
+                "rb",
+                cache_type="readahead" if self._ahead else "none",
+                block_size=self._ahead or None,
+            )
+        self._own.file.seek(offset)
+        return bytes(self._own.file.read(length))
+
+
+class Remote(LazyTensor):
+    """A row-major tensor at byte `offset` of a file that is not here."""
+
+    def __init__(
+        self, name: str, dtype: DType, shape: Shape, file: RemoteFile, offset: int
+    ) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self._file, self._offset = file, offset
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        place = self._offset + start * self.row_bytes
+        data = self._file.read(place, (stop - start) * self.row_bytes)
+        return from_bytes(data, self.dtype, (stop - start, *self.row_shape))
+
+    def leaves(self) -> Iterator[LazyTensor]:
+        yield self
+
+    def extents(self) -> tuple[FileRange, ...]:
+        return ()  # Of the files here.
+
+    def flat(self) -> LazyTensor:
+        shape = (math.prod(self.shape),)
+        return Remote(self.name, self.dtype, shape, self._file, self._offset)

@@ -41,7 +41,7 @@ IMAGES = {"size": 336, "crop_size": 336, "resample": 3}
     ("given", "recorded", "tower", "images", "expected"),
     [
         ("openai/my-clip", NAME, TINY, {}, "openai/my-clip"),  # the user's word counts
-        ("/mnt/clip", None, TINY, {}, "/mnt/clip"),
+        (f"{NAME}/", None, LARGE_336, IMAGES, NAME),
         (NAME, None, TINY, {}, NAME),  # LLaVA fails with it, and does not compute something else
         (None, NAME, LARGE_336, IMAGES, NAME),
         (None, "openai/clip-foo", TINY, {}, "openai/clip-foo"),
@@ -76,6 +76,12 @@ def test_a_path_of_this_machine_is_never_published(recorded: str | None) -> None
     assert recorded is None or recorded not in str(error.value)
 
 
+@pytest.mark.parametrize("given", ["/mnt/clip", "~/clip", "C:\\models\\clip"])
+def test_a_path_of_one_machine_is_no_name_either(given: str) -> None:
+    with pytest.raises(UsageError, match="is a path of one machine, which must not be published"):
+        vision_tower_name(given, None, TINY, {})
+
+
 def test_what_was_put_in_its_place_is_said() -> None:
     note = vision_tower_name(None, "/home/me/clip", LARGE_336, IMAGES).note
     assert note is not None and NAME in note and "a path is recorded" in note
@@ -85,7 +91,8 @@ def test_what_was_put_in_its_place_is_said() -> None:
     assert vision_tower_name(NAME, "/home/me/clip", LARGE_336, IMAGES).note is None
 
 
-@pytest.mark.parametrize("name", ["vinid/plip", "bases/sub/clip", "model/clip", "openclip/x"])
+@pytest.mark.parametrize("name", ["vinid/plip", "bases/sub/clip", "model/clip",
+                                  "openclip/x", "openai_weights/clip", "openai/a/b"])  # fmt: skip
 def test_a_name_that_llava_does_not_know_is_said(name: str) -> None:
     for given, recorded in ((name, None), (None, name)):
         found = vision_tower_name(given, recorded, TINY, {})

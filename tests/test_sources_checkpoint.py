@@ -291,6 +291,25 @@ def test_a_frozen_part_is_what_the_run_started_from(workshop: Workshop) -> None:
     assert values(opened.visual_encoder) == {TOWER_BIAS: [5.0, 6.0]}
 
 
+@pytest.mark.parametrize(
+    "trained", [{"freeze_llm": False}, {"llm_lora": {"r": 1, "lora_alpha": 1}}]
+)
+def test_a_part_that_was_trained_and_is_missing(
+    trained: dict[str, Any], workshop: Workshop, tmp_path: Path
+) -> None:
+    """The base in its place would be another model, without a word."""
+    path = workshop.save({}, workshop.config(**trained))
+    for choice in ({}, {"llm": workshop.llm}):
+        fault = only_fault(workshop.open(path, **choice))
+        assert "config trains the LLM, and the checkpoint holds nothing of it" in fault.what
+        assert fault.where == str(path)
+    # The trained LLM may have been taken out of it, or merged.
+    opened = workshop.open(path, llm=llm_base(tmp_path / "merged", {HEAD: TRAINED}))
+    assert opened.faults == ()
+    assert values(opened.llm) == {HEAD: TRAINED.tolist()}
+    assert "the weights of --llm" in opened.notes[0]
+
+
 @pytest.mark.parametrize("state", ["missing", "damaged"])
 def test_a_start_that_cannot_be_read_is_said(state: str, workshop: Workshop) -> None:
     earlier = workshop.folder / "stage1.pth"

@@ -300,6 +300,16 @@ def test_a_part_that_is_there_without_its_weights_is_not_taken_for_frozen(
     assert "Is the download complete?" in caught.value.faults[0].advice
 
 
+def test_an_adapter_at_top_level_belongs_into_a_folder(folder: Folder) -> None:
+    save_adapter(folder.path / "llm_adapter", "model.q")
+    for path in (folder.path / "llm_adapter").iterdir():
+        path.rename(folder.path / path.name)
+    (folder.path / "llm_adapter").rmdir()
+    with pytest.raises(CheckpointError, match="at top level, and nothing says of which part") as e:
+        folder.open()
+    assert "belongs in llm_adapter/" in e.value.faults[0].advice
+
+
 def test_tensors_beside_the_state_dict_are_named(tmp_path: Path) -> None:
     ema = {"llm.lm_head.weight": torch.ones(1)}
     path = save_pth(tmp_path / "iter_2.pth", {}, ema_state_dict=ema, optimizer={"state": ema})

@@ -33,6 +33,7 @@ def config_text(
     visual_encoder_lora: Mapping[str, Any] | None = None,
     pretrained_pth: object = None,
     quantized: bool = False,
+    freeze_llm: bool = True,
 ) -> str:
     """The text of an XTuner config; LoRA settings are the keywords of `peft.LoraConfig`."""
     extra = ""
@@ -45,7 +46,7 @@ def config_text(
     return _CONFIG.format(
         llm=llm,
         vision=vision,
-        freeze_llm=llm_lora is not None,
+        freeze_llm=freeze_llm,
         freeze_visual_encoder=True,
         llm_extra=", quantization_config=dict(load_in_4bit=True)" if quantized else "",
         extra=extra,

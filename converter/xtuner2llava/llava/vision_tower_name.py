@@ -89,8 +89,8 @@ def well_known(tower: Mapping[str, Json], processor: Mapping[str, Json]) -> str 
 
 
 def is_known_to_llava(name: str) -> bool:
-    """Whether both builders take the name wherever they run, whatever lies there."""
-    return name.startswith(("openai", "laion")) or "ShareGPT4V" in name
+    """Whether both builders take the name wherever they run, and it can be a repository."""
+    return _HUB_ID.fullmatch(name) is not None or "ShareGPT4V" in name
 
 
 def _given(name: str, tower: Mapping[str, Json], processor: Mapping[str, Json]) -> VisionTowerName:
@@ -101,6 +101,7 @@ def _given(name: str, tower: Mapping[str, Json], processor: Mapping[str, Json]) 
             where="--vision-tower-name",
             advice=_ADVICE,
         )
+    name = name.rstrip("/")  # The Hub has no such names.
     if name not in PUBLISHED:
         return VisionTowerName(name, None if is_known_to_llava(name) else _unknown(name))
     differences = PUBLISHED[name].differences(tower, processor)

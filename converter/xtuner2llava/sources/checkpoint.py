@@ -191,6 +191,8 @@ class _Gathering:
             self._note_own_base(part, full, adapter, home, recorded)
             return replace(result, tensors=merged, origin=f"{what} on the checkpoint's own weights")
         will_be_trained = self._before_training and self._will_be_trained(part)
+        if part not in contents.adapters and not self._before_training:
+            self._require_frozen(part, recorded)
         adapted = is_adapted(contents.adapters.get(part, {}))
         name = name or folder.name
         try:
@@ -348,6 +350,28 @@ class _Gathering:
         if part == LLM:
             return recipe.llm_lora is not None or not recipe.freeze_llm
         return recipe.visual_encoder_lora is not None or not recipe.freeze_visual_encoder
+
+    def _require_frozen(self, part: str, recorded: RecordedBase) -> None:
+        """Says that a part is not in the checkpoint, although the XTuner config trained it.
+
+        Raises `UnsupportedError`, unless the user gave another model than the base: the trained
+        one, merged or taken out of the checkpoint before.
+        """
+        given, flag = self._options.base(part), FLAGS[part]
+        try:
+            if self._recipe is None or not self._will_be_trained(part):
+                return
+        except ConversionError:
+            return  # What cannot be read says nothing.
+        what = f"XTuner config trains the {TITLES[part]}, and the checkpoint holds nothing of it"
+        if given is None or _model_name(given) == _model_name(recorded.name):
+            raise UnsupportedError(
+                f"the {what}",
+                where=str(self._contents.path),
+                advice=f"Is it complete, and the config that of this run? If the trained "
+                f"{TITLES[part]} lies elsewhere, give it with {flag}.",
+            )
+        self.notes.append(f"The {what}: the weights of {flag} '{given}' are used as trained.")
 
     def inexact(self) -> tuple[str, ...]:
         """Why the LLM is near to the trained one, and not the same."""

@@ -104,6 +104,12 @@ class _Folder:
             self._unread += unread_weights(path, None, ())
             return in_folder, home
         loose = [name for name in unread_weights(path, None, ()) if name.endswith(_LOADABLE)]
+        if at_top is None and (adapters := [n for n in loose if n.startswith("adapter_model")]):
+            raise UnsupportedError(
+                f"holds {adapters[0]} at top level, and nothing says of which part",
+                where=str(path),
+                advice=f"An adapter of the LLM, with its {_ADAPTER}, belongs in {ADAPTERS[LLM]}/.",
+            )
         if at_top is not None or loose:
             return self._weights(path, "model", "pytorch_model"), path
         config = path / "config.json"

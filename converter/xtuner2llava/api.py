@@ -153,6 +153,9 @@ def verify(out: str | PathLike[str], options: VerifyOptions) -> Verification:
     mapping of your own or a class that transformers does not have: `mappings/README.md` has the
     lines that make one. Where they agree too, the verdict says exact.
 
+    `out` may also be the Hub repo id, `owner/name`, of a published model: its small files, headers
+    and sizes are checked as they are there, and checksums where the Hub states the same kind.
+
     With dtype "auto", the dtype is what `conversion.json` says; give one to hold the folder to it.
     The folder says its format, model type and vision tower itself. Damage to `out` makes checks
     that failed. Raises `ConversionError` for a call that makes no sense, and for a checkpoint that

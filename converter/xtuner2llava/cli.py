@@ -314,7 +314,11 @@ def try_model(
 @_talk
 @click.pass_context
 def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Check the folder OUT: by itself, against its checkpoint, and at work."""
+    """Check the folder OUT: by itself, against its checkpoint, and at work.
+
+    OUT may also be the Hub repo id, owner/name, of a model that push published: then its small
+    files, headers and sizes are checked there, and no tensor is downloaded.
+    """
     options = flags.collect(VerifyOptions, given)
     # Configs of LLaVA are not transformers' own, of which it would warn.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -14,7 +14,7 @@ from pathlib import Path
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.hub.errors import hub_errors, is_transient
 
-_REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _SMALL = re.compile(
     r"[^/]+\.(json|tiktoken|jinja)|tokenizer\.model|merges\.txt|vocab\.txt|xtuner_config\.py"
 )
@@ -78,7 +78,7 @@ def is_reference(text: str) -> bool:
     A path is told by a file's ending, by a first component that is a folder here, and by the names
     that mmengine and XTuner give.
     """
-    match = _REFERENCE.fullmatch(text)
+    match = REFERENCE.fullmatch(text)
     if match is None or Path(text).exists() or text.lower().endswith(_FILES):
         return False
     parts = match["repo"].split("/")
@@ -126,7 +126,7 @@ def _needed(names: Sequence[str], home: str, *, weights: bool) -> list[str]:
 
 def repository_at(reference: str, folder: Path) -> str:
     """The repository of `reference` at the commit whose files lie in `folder`, a snapshot."""
-    match = _REFERENCE.fullmatch(reference)
+    match = REFERENCE.fullmatch(reference)
     if match is None:
         raise CheckpointError("is no Hub repo id", where=reference)
     return f"{match['repo']}@{folder.name}"
@@ -137,7 +137,7 @@ def _fetch(reference: str, choose: Callable[[Sequence[str]], Sequence[str]], alw
 
     Where the Hub cannot be asked, the snapshot that is in the cache and has at least `always`.
     """
-    match = _REFERENCE.fullmatch(reference)
+    match = REFERENCE.fullmatch(reference)
     if match is None:
         raise CheckpointError("is no Hub repo id", where=reference)
     repo, revision = match["repo"], match["revision"]

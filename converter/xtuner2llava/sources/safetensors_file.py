@@ -20,7 +20,7 @@ from xtuner2llava.tensors.files import read_ranges
 
 # The format's own limit is 100 MB, which may describe more tensors than memory is worth. This is
 # for some 300,000, and the largest models have a few thousand in a file.
-_MAX_HEADER_BYTES = 32_000_000
+MAX_HEADER_BYTES = 32_000_000
 # A file begins with so many bytes that say how long its header is.
 START_BYTES = 8
 
@@ -81,9 +81,9 @@ def header_length(start: bytes, size: int, where: str) -> int:
             where=where,
             advice="Run `git lfs pull` in its repository.",
         )
-    if _MAX_HEADER_BYTES < length <= size - START_BYTES:
+    if MAX_HEADER_BYTES < length <= size - START_BYTES:
         raise CorruptFileError(
-            f"its header claims {length:,} bytes, expected at most {_MAX_HEADER_BYTES:,}",
+            f"its header claims {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
             where=where,
             advice="If it is a model all the same, save it in more and smaller shards.",
         )

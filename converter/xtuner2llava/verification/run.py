@@ -8,12 +8,13 @@ logits   both models run on one picture and prompt            logits/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import ConversionError, UsageError
+from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UsageError
+from xtuner2llava.hub.download import is_reference
 from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.verification.checks.config_checks import config_checks
@@ -44,6 +45,9 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
             where="--logits",
             advice="Give --against CHECKPOINT, or --reference FILE.npz.",
         )
+    repository = fspath(out)
+    if "/" in repository and not Path(out).exists() and is_reference(repository):
+        return _verify_published(repository, options)
     on_progress, against = options.on_progress, options.against
     folder, checks = open_out(Path(out))
     figures: dict[str, Json] = {}
@@ -67,15 +71,42 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     return Verification(Path(out), tuple(checks), figures)
 
 
+def _verify_published(repository: str, options: VerifyOptions) -> Verification:
+    """The same of a model on the Hub, as far as its small files and its headers tell."""
+    given = {"--against": options.against, "--reference": options.reference}
+    for flag, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"reads every tensor, and {repository} is not a folder here",
+                where=flag,
+                advice=f"Download it (`hf download {repository}`), and give its folder.",
+            )
+    from xtuner2llava.hub.published import published_copy
+
+    try:
+        with published_copy(repository) as copy:
+            folder, checks = open_out(copy.path)
+            if folder is not None:
+                checks += _by_itself(folder, options.on_progress, copy.sha256)
+                checks += _as_asked(folder, options)
+            return Verification(Path(repository), tuple(checks), {"commit": copy.commit})
+    except CheckpointError as error:
+        faults = [Fault(f.where, f"is not a folder here; on the Hub, it {f.what}", f.advice)
+                  for f in error.faults]  # fmt: skip
+        raise type(error).from_faults(faults) from error
+
+
 # Without these being right, the tensors cannot be read.
 _NEEDED = ("config.json", "safetensors headers")
 
 
-def _by_itself(folder: OutFolder, on_progress: OnProgress | None) -> list[Check]:
+def _by_itself(
+    folder: OutFolder, on_progress: OnProgress | None, published: Mapping[str, str] | None = None
+) -> list[Check]:
     total = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     checks = [*structure_checks(folder), *config_checks(folder), *tokenizer_checks(folder)]
     checks += [*name_checks(folder), privacy_check(folder)]
-    return [*checks, *record_checks(folder, _counter(on_progress, "checksums", total))]
+    return [*checks, *record_checks(folder, _counter(on_progress, "checksums", total), published)]
 
 
 def _as_asked(folder: OutFolder, options: VerifyOptions) -> Iterator[Check]:

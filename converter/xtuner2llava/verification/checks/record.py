@@ -8,6 +8,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from xtuner2llava.model_card import CARD_NAME
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import SKIPPED, Check
@@ -18,19 +19,30 @@ _BLOCK_BYTES = 512 << 10
 _FOREIGN = (".gitattributes", ".gitignore")
 
 
-def record_checks(out: OutFolder, advance: Callable[[int], None]) -> Iterator[Check]:
+def record_checks(
+    out: OutFolder,
+    advance: Callable[[int], None],
+    published: Mapping[str, str] | None = None,
+) -> Iterator[Check]:
     """Checks of all files against `conversion.json`; reads everything once.
 
-    `advance` is told the bytes that were read.
+    `advance` is told the bytes that were read. Of a published model, `published` are the SHA-256
+    that the Hub states of large files; its tensors are not read, and its card may be edited there.
     """
     shards = out.record.get("shards")
     files = out.record.get("files")
     if not isinstance(shards, list) or not isinstance(files, dict):
         yield Check("checksums", SKIPPED, f"{RECORD_NAME} has no list of shards and files")
         return
-    yield _shards(out.path, shards, advance)
+    yield (
+        _shards(out.path, shards, advance)
+        if published is None
+        else _published_shards(out.path, shards, published)
+    )
     faults = []
     for name, recorded in files.items():
+        if published is not None and name == CARD_NAME:
+            continue
         path = out.path / name
         if Path(name).name != name:
             faults.append(f"{name!r} is no plain file name")
@@ -38,7 +50,8 @@ def record_checks(out: OutFolder, advance: Callable[[int], None]) -> Iterator[Ch
             faults.append(f"{name} is not there")
         elif change := difference(path, recorded):
             faults.append(f"{name} {change}")
-    fine = f"{len(files)} files are as written"
+    whole = "" if published is None else f", {CARD_NAME} aside"
+    fine = f"{len(files)} files are as written{whole}"
     yield Check.of("checksums of small files", faults, fine)
     known = {
         *files,
@@ -74,23 +87,49 @@ def difference(
 def _shards(folder: Path, shards: list[Json], advance: Callable[[int], None]) -> Check:
     faults = []
     total = 0
+    for name, shard, fault in _sized(folder, shards):
+        if fault is not None:
+            faults.append(fault)
+        elif change := difference(folder / name, dict(shard), advance):
+            faults.append(f"{name} {change}")
+        else:
+            total += (folder / name).stat().st_size
+    fine = f"{len(shards)} files, {total:,} bytes, are as written"
+    return Check.of("checksums of shards", faults, fine)
+
+
+def _published_shards(folder: Path, shards: list[Json], stated: Mapping[str, str]) -> Check:
+    """As `_shards`, where the Hub states checksums and the files themselves are not here."""
+    title = "checksums of shards"
+    sized = list(_sized(folder, shards))
+    faults = [fault for _, _, fault in sized if fault is not None]
+    written = {name: shard.get("sha256") for name, shard, _ in sized if "sha256" in shard}
+    for name, digest in written.items():
+        if name in stated and stated[name] != digest:
+            faults.append(f"{name} is not what was written: the Hub's sha256 is {stated[name]}")
+    if faults or (sized and written.keys() == {name for name, _, _ in sized} <= stated.keys()):
+        return Check.of(title, faults, f"{len(shards)} files are as written, the Hub states")
+    what = f"{RECORD_NAME} has BLAKE3, and the Hub states SHA-256"
+    return Check(title, SKIPPED, f"{what}: sizes are right; verify a download to compare content")
+
+
+def _sized(
+    folder: Path, shards: list[Json]
+) -> Iterator[tuple[str, Mapping[str, Json], str | None]]:
+    """Each shard of the record, and what is wrong with its name or its size."""
     for shard in shards:
         values: Mapping[str, Json] = shard if isinstance(shard, dict) else {}
         name, size = values.get("file"), values.get("bytes")
         if not isinstance(name, str) or Path(name).name != name:
-            faults.append(f"{RECORD_NAME} names the shard {name!r}")
+            yield "", values, f"{RECORD_NAME} names the shard {name!r}"
             continue
         path = folder / name
+        fault = None
         if not path.is_file():
-            faults.append(f"{name} is not there")
+            fault = f"{name} is not there"
         elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size:,} bytes, {RECORD_NAME} says {size}")
-        elif change := difference(path, shard, advance):
-            faults.append(f"{name} {change}")
-        else:
-            total += path.stat().st_size
-    fine = f"{len(shards)} files, {total:,} bytes, are as written"
-    return Check.of("checksums of shards", faults, fine)
+            fault = f"{name} has {path.stat().st_size:,} bytes, {RECORD_NAME} says {size}"
+        yield name, values, fault
 
 
 def _contradictions(out: OutFolder) -> Iterator[str]:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.recipe import Recipe, Reference, Table, Unknown, Value, linear_rope_factor
 from xtuner2llava.sources import ModelConfig
 from xtuner2llava.sources.json_file import Json, integer
 from xtuner2llava.sources.model_config import in_437_vocabulary
+from xtuner2llava.training_config import (
+    Reference,
+    Table,
+    TrainingConfig,
+    Unknown,
+    Value,
+    linear_rope_factor,
+)
 
 
-def trained_llm_config(config: ModelConfig, recipe: Recipe | None) -> dict[str, Json]:
+def trained_llm_config(config: ModelConfig, recipe: TrainingConfig | None) -> dict[str, Json]:
     """The LLM's config in 4.37 vocabulary, as training used it.
 
     XTuner passes further arguments of `model.llm` on to `from_pretrained`, where they override the

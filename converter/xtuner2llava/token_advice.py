@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
 from xtuner2llava.mapping import Family
-from xtuner2llava.recipe import Recipe, Table
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers import Tokenizer
+from xtuner2llava.training_config import Table, TrainingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Advice:
 
 
 def token_advice(
-    recipe: Recipe,
+    recipe: TrainingConfig,
     family: Family,
     base: Tokenizer,
     written: Tokenizer,
@@ -44,7 +44,7 @@ def token_advice(
 class _Advising:
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: TrainingConfig,
         family: Family,
         base: Tokenizer,
         written: Tokenizer,

@@ -23,7 +23,6 @@ from xtuner2llava.errors import ConversionError
 from xtuner2llava.inspection import inspect_checkpoint
 from xtuner2llava.mapping import Catalogue, check_file
 from xtuner2llava.options import InspectOptions, SourceOptions
-from xtuner2llava.recipe import Recipe
 from xtuner2llava.rendering import render_inspection, render_plan
 from xtuner2llava.sources import open_checkpoint, open_training
 from xtuner2llava.sources.adapter import LoraSettings
@@ -35,6 +34,7 @@ from xtuner2llava.sources.torch_file import TorchFile
 from xtuner2llava.sources.weights import open_weights, tensor_references
 from xtuner2llava.tokenizers import read_tokenizer, with_special_token, with_tokens
 from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer
+from xtuner2llava.training_config import TrainingConfig
 
 # The shipped mappings do not change: parsing them for each input would be most of the work.
 _SHIPPED = Catalogue.shipped()
@@ -264,7 +264,7 @@ def _recipe(data: bytes, folder: Path) -> None:
     path = folder / "config.py"
     path.write_bytes(data)
     try:
-        recipe = Recipe.from_file(path)
+        recipe = TrainingConfig.from_file(path)
     except ConversionError:
         open_training(path)
         raise

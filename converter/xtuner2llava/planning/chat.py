@@ -6,7 +6,6 @@ from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.mapping import PromptTemplate
 from xtuner2llava.planning.chat_template import Marks, chat_template
 from xtuner2llava.planning.findings import Findings
-from xtuner2llava.recipe import Recipe
 from xtuner2llava.tokenizers import (
     FAST,
     MODEL,
@@ -23,6 +22,7 @@ from xtuner2llava.tokenizers import (
     without_files,
     without_keys,
 )
+from xtuner2llava.training_config import TrainingConfig
 
 _KEY = "chat_template"
 _JINJA, _JSON = "chat_template.jinja", "chat_template.json"
@@ -31,7 +31,7 @@ _JINJA, _JSON = "chat_template.jinja", "chat_template.json"
 def with_trained_chat(
     tokenizer: Tokenizer,
     template: PromptTemplate | None,
-    recipe: Recipe | None,
+    recipe: TrainingConfig | None,
     findings: Findings,
     *,
     with_processor: bool,
@@ -73,7 +73,9 @@ def with_trained_chat(
     return with_made(tokenizer, files)
 
 
-def with_trained_bos(tokenizer: Tokenizer, recipe: Recipe | None, findings: Findings) -> Tokenizer:
+def with_trained_bos(
+    tokenizer: Tokenizer, recipe: TrainingConfig | None, findings: Findings
+) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
     XTuner puts the token before a turn even where the tokenizer adds none, as Yi's.
@@ -108,7 +110,9 @@ def slow_tokenizer_note(tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def trained_tokens(tokenizer: Tokenizer, recipe: Recipe | None) -> tuple[str | None, str | None]:
+def trained_tokens(
+    tokenizer: Tokenizer, recipe: TrainingConfig | None
+) -> tuple[str | None, str | None]:
     """The bos and eos tokens that XTuner put around turns.
 
     Qwen's tokenizers have no bos there (InternLM/xtuner `xtuner/dataset/utils.py`,

@@ -11,7 +11,6 @@ from xtuner2llava.mapping import Catalogue, Family, PromptTemplate
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.plan import Chat
 from xtuner2llava.planning.training_tokenizer import plain_arguments
-from xtuner2llava.recipe import Recipe, Table
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers import (
     Tokenizer,
@@ -21,6 +20,7 @@ from xtuner2llava.tokenizers import (
     with_special_token,
     with_tokens,
 )
+from xtuner2llava.training_config import Table, TrainingConfig
 
 _DROPS = (
     "LLaVA drops the first token of each text after an image where a prompt begins with the bos "
@@ -31,7 +31,7 @@ _DROPS = (
 def tokenizer_to_write(
     tokenizer: Tokenizer,
     family: Family,
-    recipe: Recipe | None,
+    recipe: TrainingConfig | None,
     given_bos: str | None,
     findings: Findings,
 ) -> Tokenizer:
@@ -90,7 +90,7 @@ def generation_tokens(
     catalogue: Catalogue,
     family: Family,
     tokenizer: Tokenizer,
-    recipe: Recipe | None,
+    recipe: TrainingConfig | None,
     given_bos: str | None,
     base_generation: Mapping[str, Json],
     base_config: Mapping[str, Json],
@@ -177,7 +177,7 @@ def vocabulary_faults(
 
 
 def prompt_template(
-    catalogue: Catalogue, family: Family, recipe: Recipe | None, findings: Findings
+    catalogue: Catalogue, family: Family, recipe: TrainingConfig | None, findings: Findings
 ) -> PromptTemplate | None:
     """The prompt template of the training, else the one that the LLM's family is known for."""
     recorded = recipe.prompt_template if recipe is not None else None

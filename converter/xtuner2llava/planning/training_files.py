@@ -18,11 +18,11 @@ from xtuner2llava.planning.processor import (
     loadable_image_processor,
     read_image_processor,
 )
-from xtuner2llava.recipe import Loaded, Recipe, Value, shown
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import VISUAL_ENCODER
 from xtuner2llava.sources.json_file import Json, integer
 from xtuner2llava.tokenizers import MadeFile
+from xtuner2llava.training_config import Loaded, TrainingConfig, Value, shown
 
 # Auto classes take the class that the file names.
 _AUTO = ("AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor")
@@ -114,7 +114,7 @@ def find_folder(reference: str) -> Path:
 
 
 def _elsewhere(
-    loaded: Loaded, recipe: Recipe, own: Path, findings: Findings
+    loaded: Loaded, recipe: TrainingConfig, own: Path, findings: Findings
 ) -> tuple[Mapping[str, Json], Path | None] | None:
     """The image processor of another folder than the tower's; None where it is the tower's."""
     named = loaded.path

@@ -10,11 +10,11 @@ from pathlib import Path
 from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.training_files import find_folder
-from xtuner2llava.recipe import WITHOUT_IDS, Recipe, Table, Value, shown
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import LLM
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers import Tokenizer, read_tokenizer
+from xtuner2llava.training_config import WITHOUT_IDS, Table, TrainingConfig, Value, shown
 
 FLAG = "--tokenizer"
 _SAVED = (
@@ -76,7 +76,7 @@ def training_tokenizer(
     return TrainingTokenizer(named, is_base=False)
 
 
-def plain_arguments(recipe: Recipe) -> dict[str, Json]:
+def plain_arguments(recipe: TrainingConfig) -> dict[str, Json]:
     """The arguments of the config's tokenizer that decide ids, those that can be followed."""
     found = {}
     for key, value in recipe.tokenizer.arguments.items():
@@ -93,7 +93,7 @@ def _is_plain(key: str, value: Value) -> bool:
     return isinstance(value, (bool, int, float, str))
 
 
-def _not_followed(recipe: Recipe) -> list[str]:
+def _not_followed(recipe: TrainingConfig) -> list[str]:
     """The arguments that decide ids in a way that is not followed here."""
     return [
         key if key in _NOT_FOLLOWED else f"{key} = {shown(value)}"
@@ -104,7 +104,7 @@ def _not_followed(recipe: Recipe) -> list[str]:
     ]
 
 
-def _note_arguments(recipe: Recipe, findings: Findings) -> None:
+def _note_arguments(recipe: TrainingConfig, findings: Findings) -> None:
     left = _not_followed(recipe)
     if left:
         findings.note(
@@ -113,7 +113,7 @@ def _note_arguments(recipe: Recipe, findings: Findings) -> None:
         )
 
 
-def _check_arguments(recipe: Recipe) -> None:
+def _check_arguments(recipe: TrainingConfig) -> None:
     """Raises `PlanError` where the config alone does not say which tokens there are."""
     faults = [
         Fault(f"{recipe.where}, tokenizer", f"'{text}' cannot be followed exactly", _SAVED)
@@ -142,7 +142,7 @@ def _files(folder: Path) -> list[Path]:
     return [*folder.glob("tokenizer*"), *folder.glob("vocab.*"), *folder.glob("*.tiktoken")]
 
 
-def _named(recipe: Recipe) -> Tokenizer | None:
+def _named(recipe: TrainingConfig) -> Tokenizer | None:
     """The tokenizer of another folder than the LLM's that the config names; None if it does not."""
     path = recipe.tokenizer.path
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.hub.download import local_path
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.recipe import Recipe, shown
 from xtuner2llava.sources.adapter import Adapter, is_adapted, merge, read_adapter, share_in
 from xtuner2llava.sources.base_model import (
     FLAGS,
@@ -28,6 +27,7 @@ from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.weights import Fingerprint, find_weights
 from xtuner2llava.sources.xtuner_folder import ADAPTERS
 from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.training_config import TrainingConfig, shown
 
 _ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
 # How near a share must be to 0 or 1 to say that an adapter is in a base's weights, or is not.
@@ -64,7 +64,7 @@ class Checkpoint:
     """
 
     contents: Contents
-    recipe: Recipe | None
+    recipe: TrainingConfig | None
     llm: Part
     visual_encoder: Part
     projector: Part
@@ -82,7 +82,7 @@ OpenPretrained = Callable[[str], Contents | None]
 
 def gather(
     contents: Contents,
-    recipe: Recipe | None,
+    recipe: TrainingConfig | None,
     options: SourceOptions,
     open_pretrained: OpenPretrained,
     *,
@@ -129,7 +129,7 @@ class _Gathering:
     def __init__(
         self,
         contents: Contents,
-        recipe: Recipe | None,
+        recipe: TrainingConfig | None,
         options: SourceOptions,
         open_pretrained: OpenPretrained,
         stream_base: bool,
@@ -239,7 +239,7 @@ class _Gathering:
             self.faults.extend(error.faults)
         try:
             if recipe is not None and own is not None and own[1] != recipe.where:
-                Recipe.from_text(*own).check_model()
+                TrainingConfig.from_text(*own).check_model()
         except UnsupportedError as error:
             self.faults.extend(error.faults)
         except ConversionError:

@@ -9,7 +9,6 @@ from pathlib import Path
 from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError
 from xtuner2llava.hub.download import fetch_checkpoint, is_reference, local_path
 from xtuner2llava.options import PathOrText, SourceOptions
-from xtuner2llava.recipe import Recipe
 from xtuner2llava.sources.checkpoint import Checkpoint, gather
 from xtuner2llava.sources.contents import PROJECTOR, Contents, contents_of_state
 from xtuner2llava.sources.other_inputs import (
@@ -27,6 +26,7 @@ from xtuner2llava.sources.weights import (
 )
 from xtuner2llava.sources.xtuner_folder import is_xtuner_folder, open_xtuner_folder
 from xtuner2llava.sources.zero_directory import MASTER, open_zero_directory, zero_directory
+from xtuner2llava.training_config import TrainingConfig
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
@@ -54,9 +54,9 @@ def open_checkpoint(
         raise CheckpointError(what, where=reference[:200]) from error
     recipe = None
     if options.xtuner_config is not None:
-        recipe = Recipe.from_file(Path(options.xtuner_config))
+        recipe = TrainingConfig.from_file(Path(options.xtuner_config))
     elif contents.config is not None:
-        recipe = Recipe.from_text(*contents.config)
+        recipe = TrainingConfig.from_text(*contents.config)
     return gather(
         contents,
         recipe,
@@ -72,7 +72,7 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
 
     Its projector has no tensors yet. Raises `CheckpointError` for what is not a config.
     """
-    recipe = Recipe.from_file(path)
+    recipe = TrainingConfig.from_file(path)
     contents = Contents(Path(path), "XTuner config, before training", {}, ())
     return gather(
         contents,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.recipe import Reference, Table, Unknown, Value, dotted, read_python
+from xtuner2llava.training_config import Reference, Table, Unknown, Value, dotted, read_python
 
 
 def read(text: str) -> Table:
@@ -194,6 +194,7 @@ def test_templates_of_mmengine_stay_text() -> None:
         "def f(a=model.clear()): pass",
         "from somewhere import *",
         "from .somewhere import model",
+        "try:\n  from somewhere import *\nexcept ImportError:\n  pass",
         "exec('model = 3')",
         "globals()['model'] = 3",
         "match 3:\n  case model: pass",

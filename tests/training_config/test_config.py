@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import CheckpointError, UnsupportedError
-from xtuner2llava.recipe import Loaded, Recipe, Reference, Table, UsedValue
+from xtuner2llava.training_config import Loaded, Reference, Table, TrainingConfig, UsedValue
 
 CONFIG = """\
 from mmengine.hooks import CheckpointHook
@@ -153,15 +153,15 @@ train_dataloader = dict(
 """
 
 
-def recipe(text: str) -> Recipe:
-    return Recipe.from_text(text, "config.py")
+def recipe(text: str) -> TrainingConfig:
+    return TrainingConfig.from_text(text, "config.py")
 
 
-def of_model(arguments: str, rest: str = "") -> Recipe:
+def of_model(arguments: str, rest: str = "") -> TrainingConfig:
     return recipe(f"model = dict(type='xtuner.model.LLaVAModel', {arguments})\n{rest}")
 
 
-def of_dataset(arguments: str, before: str = "") -> Recipe:
+def of_dataset(arguments: str, before: str = "") -> TrainingConfig:
     return of_model("", f"{before}\ntrain_dataloader = dict(dataset=dict({arguments}))")
 
 
@@ -169,7 +169,7 @@ def test_resolved_is_what_reading_the_config_gives() -> None:
     file, stored = recipe(CONFIG), recipe(RESOLVED)
     plain = [
         name
-        for name, kind in vars(Recipe).items()
+        for name, kind in vars(TrainingConfig).items()
         if isinstance(kind, property)
         and name not in ("model", "used", "llm_lora", "visual_encoder_lora")
     ]
@@ -454,9 +454,9 @@ def test_quantization_keeps_names_as_they_stand() -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_text("\ufeff" + CONFIG.replace("Be brief.", "简短回答。"), encoding="utf-8")
-    assert Recipe.from_file(path).system == "简短回答。"
+    assert TrainingConfig.from_file(path).system == "简短回答。"
     path.write_bytes(CONFIG.replace("\n", "\r\n").encode())
-    assert recipe(CONFIG).used == Recipe.from_file(str(path)).used
+    assert recipe(CONFIG).used == TrainingConfig.from_file(str(path)).used
 
 
 def test_what_is_no_config_file(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_what_is_no_config_file(tmp_path: Path) -> None:
         (Path("a\0b"), "cannot be read"),
     ]:
         with pytest.raises(CheckpointError, match=what):
-            Recipe.from_file(path)
+            TrainingConfig.from_file(path)
 
 
 LORA = "from peft import LoraConfig, AdaLoraConfig\nfrom mine import Llm\n"

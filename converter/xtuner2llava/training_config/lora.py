@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.recipe.section import Section
-from xtuner2llava.recipe.values import Value
+from xtuner2llava.training_config.section import Section
+from xtuner2llava.training_config.values import Value
 
 # Their values do not change which weights the adapter stands for.
 _WITHOUT_EFFECT = ("lora_dropout", "task_type", "inference_mode")
@@ -26,7 +26,7 @@ _READ = (
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoraRecipe:
+class LoraArguments:
     """The arguments of `peft.LoraConfig` for one part of the model.
 
     Defaults are those of PEFT (peft/tuners/lora/config.py, the same in 0.11 and today). Each

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 Key: TypeAlias = "str | int | float | bool | None"
 Value: TypeAlias = (
     "Key | Reference | Unknown | Table | list[Value] | tuple[Value, ...] | frozenset[Key]"
 )
 
+ANY_NAME = "*"  # not an identifier, so it cannot clash
 _SHOWN_CHARACTERS = 80
 _SHOWN_KEYS = 8
 _DOTTED_CHARACTERS = 1000
@@ -30,6 +31,14 @@ class Unknown:
 
     reason: str
     line: int
+
+
+class UnreadableError(Exception):
+    """An expression whose value is not known, and why."""
+
+    def __init__(self, why: Unknown | str) -> None:
+        self.unknown = why if isinstance(why, Unknown) else None
+        super().__init__(why.reason if isinstance(why, Unknown) else why)
 
 
 class Table(dict[Key, "Value"]):
@@ -70,9 +79,29 @@ def dotted(value: Value) -> str | None:
     return None
 
 
-def is_scalar(value: Value) -> bool:
+def is_scalar(value: Value) -> TypeGuard[Key]:
     """Whether `value` can be a key: nothing that holds other values, no name, not unknown."""
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def known(value: Value) -> Value:
+    """`value`, which must not be `Unknown`. Raises `UnreadableError`."""
+    if isinstance(value, Unknown):
+        raise UnreadableError(value)
+    return value
+
+
+def scalar(value: Value) -> Key:
+    """`value`, which must be one that can be a key. Raises `UnreadableError`."""
+    if is_scalar(value := known(value)):
+        return value
+    raise UnreadableError(f"a {type(value).__name__} is not read here")
+
+
+def limit(size: int, most: int) -> None:
+    """Raises `UnreadableError` where `size` is more than `most`."""
+    if size > most:
+        raise UnreadableError("it is larger than any config needs")
 
 
 def shown(value: Value) -> str:

@@ -9,8 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.recipe.section import Section
-from xtuner2llava.recipe.values import Table, Unknown, Value, dotted, is_scalar, shown
+from xtuner2llava.training_config.section import Section
+from xtuner2llava.training_config.values import Table, Unknown, Value, dotted, is_scalar, shown
 
 _T = TypeVar("_T")
 _PATH = "pretrained_model_name_or_path"
@@ -63,7 +63,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingData:
-    """What the datasets, the tokenizer and the EvaluateChatHook say; see `Recipe` for each field.
+    """What the datasets, the tokenizer and the EvaluateChatHook say; see `TrainingConfig` for each.
 
     What cannot be read is None here and a sentence in `notes`: no conversion fails for it.
     """

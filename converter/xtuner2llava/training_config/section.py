@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.recipe.scope import ANY_NAME
-from xtuner2llava.recipe.values import Key, Table, Unknown, Value, dotted, shown
+from xtuner2llava.training_config.values import ANY_NAME, Key, Table, Unknown, Value, dotted, shown
 
 _RESOLVED = (
     "Name a config that says it as a constant with --xtuner-config FILE.py: the text that mmengine "

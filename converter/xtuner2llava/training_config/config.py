@@ -15,12 +15,11 @@ from xtuner2llava.errors import (
     UnsupportedError,
     raise_faults,
 )
-from xtuner2llava.recipe.lora import LoraRecipe
-from xtuner2llava.recipe.python_data import TEXT_LIMIT, read_python
-from xtuner2llava.recipe.scope import ANY_NAME
-from xtuner2llava.recipe.section import Section
-from xtuner2llava.recipe.training_data import Evaluation, Loaded, TrainingData, UsedValue
-from xtuner2llava.recipe.values import Table, Unknown, Value, dotted, shown
+from xtuner2llava.training_config.datasets import Evaluation, Loaded, TrainingData, UsedValue
+from xtuner2llava.training_config.evaluator import TEXT_LIMIT, read_python
+from xtuner2llava.training_config.lora import LoraArguments
+from xtuner2llava.training_config.section import Section
+from xtuner2llava.training_config.values import ANY_NAME, Table, Unknown, Value, dotted, shown
 
 _TEXT_SHOWN = 200  # characters
 _PATH = "pretrained_model_name_or_path"
@@ -57,7 +56,7 @@ _LIBRARIES = ("transformers", "modelscope")  # modelscope hands transformers' cl
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Recipe:
+class TrainingConfig:
     """The parts of an XTuner config that a conversion needs; nothing of it was ever run.
 
     Paths are as written in the config. A property raises `CheckpointError`, with the line and what
@@ -72,7 +71,7 @@ class Recipe:
     data: TrainingData = field(repr=False)
 
     @classmethod
-    def from_text(cls, text: str, where: str) -> Recipe:
+    def from_text(cls, text: str, where: str) -> TrainingConfig:
         """Reads the text of a config; `where` names it in errors. Raises `CheckpointError`."""
         config = Section(read_python(text, where), "", where)
         model = config.table.get("model", config.table.get(ANY_NAME))
@@ -83,7 +82,7 @@ class Recipe:
         return cls(where, config, TrainingData.of(config))
 
     @classmethod
-    def from_file(cls, path: str | PathLike[str]) -> Recipe:
+    def from_file(cls, path: str | PathLike[str]) -> TrainingConfig:
         """Reads a config file of at most 4 MiB, in UTF-8. Raises `CheckpointError`."""
         return cls.from_text(_text_of(Path(path)), str(path))
 
@@ -201,14 +200,14 @@ class Recipe:
         return self.model.positive("max_position_embeddings", 1)
 
     @property
-    def llm_lora(self) -> LoraRecipe | None:
+    def llm_lora(self) -> LoraArguments | None:
         section = self.model.section("llm_lora")
-        return LoraRecipe(section) if section else None
+        return LoraArguments(section) if section else None
 
     @property
-    def visual_encoder_lora(self) -> LoraRecipe | None:
+    def visual_encoder_lora(self) -> LoraArguments | None:
         section = self.model.section("visual_encoder_lora")
-        return LoraRecipe(section) if section else None
+        return LoraArguments(section) if section else None
 
     @property
     def image_aspect_ratio(self) -> str | None:

@@ -1,0 +1,32 @@
+"""XTuner's training config, read as data."""
+
+from xtuner2llava.training_config.config import TrainingConfig
+from xtuner2llava.training_config.datasets import (
+    WITHOUT_IDS,
+    Evaluation,
+    Loaded,
+    TrainingData,
+    UsedValue,
+)
+from xtuner2llava.training_config.evaluator import read_python
+from xtuner2llava.training_config.lora import LoraArguments
+from xtuner2llava.training_config.rope import linear_rope_factor
+from xtuner2llava.training_config.values import Reference, Table, Unknown, Value, dotted, shown
+
+__all__ = [
+    "WITHOUT_IDS",
+    "Evaluation",
+    "Loaded",
+    "LoraArguments",
+    "Reference",
+    "Table",
+    "TrainingConfig",
+    "TrainingData",
+    "Unknown",
+    "UsedValue",
+    "Value",
+    "dotted",
+    "linear_rope_factor",
+    "read_python",
+    "shown",
+]

@@ -103,33 +103,33 @@ def test_without_downloads_weights_on_the_hub_are_a_fault(
         return cached
 
     monkeypatch.setattr("xtuner2llava.sources.base_model.fetch_model", fetch)
-    path = workshop.save({}, config_text("somebody/llm", str(workshop.folder / "clip")))
+    path = workshop.save({}, config_text("somebody/model", str(workshop.folder / "clip")))
     opened = open_checkpoint(str(path), base_weights=False)
     assert fetched == [False]
     (fault,) = opened.faults
-    assert fault.where == "somebody/llm"
+    assert fault.where == "somebody/model"
     assert "not in the local cache" in fault.what
 
 
 def test_bases_that_are_missing_are_told_both(workshop: Workshop, tmp_path: Path) -> None:
-    path = workshop.save({}, config_text("./no/llm", "./no/clip"))
+    path = workshop.save({}, config_text("./no/model", "./no/tower"))
     opened = workshop.open(path)
     assert [(f.where, f.what, f.advice) for f in opened.faults] == [
         (
             str(path),
-            "the base LLM './no/llm', as the XTuner config names it, is not a folder here "
-            f"(looked for in {Path.cwd()})",
+            "the base LLM './no/model', as the XTuner config names it, is not a folder here "
+            f"(looked for in {Path.cwd()} and beside the checkpoint)",
             "Give the base model's folder or Hub repo id with --llm.",
         ),
         (
             str(path),
-            "the base vision tower './no/clip', as the XTuner config names it, is not a folder "
-            f"here (looked for in {Path.cwd()})",
+            "the base vision tower './no/tower', as the XTuner config names it, is not a folder "
+            f"here (looked for in {Path.cwd()} and beside the checkpoint)",
             "Give the base model's folder or Hub repo id with --vision.",
         ),
     ]
     assert (opened.llm.origin, opened.llm.tensors) == ("not available", {})
-    assert (opened.llm.trained, opened.llm.name) == (False, "./no/llm")
+    assert (opened.llm.trained, opened.llm.name) == (False, "./no/model")
     opened = workshop.open(path, llm="./neither", vision=str(workshop.clip))
     assert str(only_fault(opened)).startswith("--llm: the base LLM './neither' is not a folder")
 
@@ -345,10 +345,10 @@ def test_an_xtuner_folder_brings_its_own_configs(workshop: Workshop, tmp_path: P
     save_base(folder / "visual_encoder", CLIP, {TOWER_BIAS: torch.zeros(2)})
     (folder / "projector").mkdir()
     save_file({"model.0.weight": BASE}, folder / "projector" / "model.safetensors")
-    (folder / "xtuner_config.py").write_text(config_text("./no/llm", "./no/clip"))
+    (folder / "xtuner_config.py").write_text(config_text("./no/model", "./no/tower"))
     opened = workshop.open(folder)
     assert opened.faults == ()
-    assert (opened.llm.folder, opened.llm.name) == (folder, "./no/llm")
+    assert (opened.llm.folder, opened.llm.name) == (folder, "./no/model")
     assert values(opened.visual_encoder) == {TOWER_BIAS: [0.0, 0.0]}
     # A folder that the user gives has the say over config and tokenizer, not over the weights.
     opened = workshop.open(folder, llm=str(workshop.llm))

@@ -272,12 +272,12 @@ def test_a_base_that_is_nowhere_says_whose_it_is_and_where_it_was_looked_for(
     assert llm == Fault(
         str(path),
         "the base LLM 'org/llm', as the XTuner config names it, is not a folder here (looked for "
-        f"in {Path.cwd()}); org/llm cannot be reached",
+        f"in {Path.cwd()} and beside the checkpoint); org/llm cannot be reached",
         "Try later. Give the base model's folder or Hub repo id with --llm.",
     )
     assert tower.what == (
         "the base vision tower '/data/clip', as the XTuner config names it, is not a folder here "
-        "(looked for there)"
+        "(looked for there and beside the checkpoint)"
     )
     assert "with --vision" in tower.advice
 

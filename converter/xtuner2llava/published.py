@@ -43,10 +43,12 @@ def hub_id(name: str | None, folder: Path | None) -> str | None:
 
 def cached_id(folder: Path | None) -> str | None:
     """The Hub id of a folder in the Hub's cache; None for any other."""
-    for part, following in pairwise(folder.parts) if folder is not None else ():
-        match = _CACHED.fullmatch(part)
-        if match is not None and following == "snapshots":
-            return f"{match[1]}/{match[2]}"
+    # A link into the cache is how users name a snapshot.
+    for path in (folder, folder.resolve()) if folder is not None else ():
+        for part, following in pairwise(path.parts):
+            match = _CACHED.fullmatch(part)
+            if match is not None and following == "snapshots":
+                return f"{match[1]}/{match[2]}"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.published import hub_id
@@ -29,13 +29,24 @@ _ORDER = (
 _MAX_YAML_BYTES = 64 << 10
 _MAX_BRACKETS = 1000
 _MAX_CARD_BYTES = 4 << 20
+# Published training data by the names of its files, which XTuner's configs take as they are
+# (configs/llava; docs/zh_cn/user_guides/dataset_prepare.md).
+_DATASETS = {
+    "blip_laion_cc_sbu_558k.json": "liuhaotian/LLaVA-Pretrain",
+    "llava_instruct_150k.json": "liuhaotian/LLaVA-Instruct-150K",
+    "llava_v1_5_mix665k.json": "liuhaotian/LLaVA-Instruct-150K",
+    "share-captioner_coco_lcs_sam_1246k_1107.json": "Lin-Chen/ShareGPT4V",
+    "sharegpt4v_instruct_gpt4-vision_cap100k.json": "Lin-Chen/ShareGPT4V",
+    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json": "Lin-Chen/ShareGPT4V",
+}
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 _NAME = re.compile(r"[\w .()/+-]{1,100}")
 
 
 def front_matter(plan: Plan) -> dict[str, Json]:
-    """The metadata of the output: what it is based on, and what of the base's card holds for it.
+    """The metadata of the output: what it is based on, what of the base's card holds for it, and
+    published data that it was trained on.
 
     An LLM's license binds what is made of it; so do its languages. The tower brings none.
     """
@@ -50,6 +61,11 @@ def front_matter(plan: Plan) -> dict[str, Json]:
         values["base_model"] = bases
         # Of several bases, the Hub would otherwise say that they were merged.
         values["base_model_relation"] = "finetune"
+    files = checkpoint.recipe.data_files if checkpoint.recipe is not None else ()
+    names = [PurePath(path).name for path in files]
+    datasets: list[Json] = [*dict.fromkeys(_DATASETS[n] for n in names if n in _DATASETS)]
+    if datasets:
+        values["datasets"] = datasets
     values["pipeline_tag"] = "image-text-to-text"
     if plan.mapping.format == "hf":
         # Official LLaVA folders are read by LLaVA's own code, which the Hub has no name for.

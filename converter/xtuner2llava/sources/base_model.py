@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.errors import CheckpointError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.errors import (
+    CheckpointError,
+    ConversionError,
+    Fault,
+    UnsupportedError,
+    raise_faults,
+)
 from xtuner2llava.hub.download import fetch_model, is_reference, local_path
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
@@ -33,10 +39,38 @@ class BaseWeights:
 
 @dataclass(frozen=True, slots=True)
 class RecordedBase:
-    """The name of a base model, and the record that it stands in: "the XTuner config"."""
+    """The name of a base model, and the record that it stands in: "the XTuner config".
+
+    `folder` has that name and lies beside the checkpoint, where no folder is at `name` itself.
+    """
 
     name: str | None
     record: str = "the XTuner config"
+    folder: Path | None = None
+
+    @property
+    def place(self) -> str | None:
+        """Where it is: a folder or a Hub repo id."""
+        return self.name if self.folder is None else str(self.folder)
+
+
+def find_beside(name: str, checkpoint: Path) -> Path | None:
+    """The folder of a model that is called as `name`'s last component, near `checkpoint`.
+
+    It is looked for next to the checkpoint, then next to the folder that holds the checkpoint;
+    `name` may be a path of the machine that trained, or a Hub repo id. None if it is in neither,
+    or if there is a folder at `name` itself.
+    """
+    try:
+        own = local_path(name)
+        last = own.name if own.is_absolute() else Path(name.partition("@")[0]).name
+        if own.is_dir() or last in ("", ".."):
+            return None
+        path = checkpoint.absolute()
+        near = [above / last for above in path.parents[:2]]
+        return next((f for f in near if f != path and (f / "config.json").is_file()), None)
+    except (ConversionError, OSError, ValueError):
+        return None
 
 
 def find_base(
@@ -45,11 +79,12 @@ def find_base(
     """The folder of the base model of `part`.
 
     `given` is the user's word, before which `recorded` does not count; either may be a folder
-    (relative to the working directory, as XTuner takes it) or a Hub repo id. `weights` says
-    whether they are needed too. Raises `ConversionError` if there is no such folder, and says whose
-    it is, who names it, and where it was looked for.
+    (relative to the working directory, as XTuner takes it) or a Hub repo id. A recorded one may
+    also lie beside the checkpoint. `weights` says whether they are needed too. Raises
+    `ConversionError` if there is no such folder, and says whose it is, who names it, and where it
+    was looked for.
     """
-    reference = given if given is not None else recorded.name
+    reference = given if given is not None else recorded.place
     flag, title = FLAGS[part], TITLES[part]
     if reference is None:
         raise UnsupportedError(
@@ -69,6 +104,8 @@ def find_base(
     if folder.is_file():
         raise UnsupportedError(f"{named} is a file, expected a folder", where=where, advice=advice)
     looked = f"looked for in {Path.cwd()}" if not folder.is_absolute() else "looked for there"
+    if given is None:
+        looked += " and beside the checkpoint"
     if not is_reference(reference):
         raise UnsupportedError(
             f"{named} is not a folder here ({looked})", where=where, advice=advice

@@ -15,6 +15,7 @@ from xtuner2llava.sources.base_model import (
     TITLES,
     RecordedBase,
     find_base,
+    find_beside,
     is_remote,
     open_base,
     open_streamed,
@@ -174,12 +175,20 @@ class _Gathering:
         home, full = contents.folders.get(part), contents.weights.get(part)
         if full is None and adapter is not None:
             full = adapter.own_base(where)
-        streamed = part == LLM and self._stream and is_remote(given, recorded.name)
+        streamed = part == LLM and self._stream and is_remote(given, recorded.place)
         if full is not None and home is not None and given is None:
             folder = home
         else:
             needed = full is None and self._base_weights and not streamed
             folder = find_base(part, given, recorded, contents.path, weights=needed)
+            if given is None and recorded.folder is not None:
+                near = "in the checkpoint's folder"
+                if folder.parent != contents.path.absolute().parent:
+                    near = "beside the checkpoint's folder"
+                self.notes.append(
+                    f"The base {TITLES[part]} is '{folder.name}' {near}: {recorded.record} names "
+                    f"'{recorded.name}', which is not a folder here. {FLAGS[part]} decides."
+                )
         config, name = read_config(part, folder), recorded.name or given
         if part == VISUAL_ENCODER:
             self._check_overrides(config)
@@ -196,7 +205,7 @@ class _Gathering:
         adapted = is_adapted(contents.adapters.get(part, {}))
         name = name or folder.name
         try:
-            base, origin = self._base_tensors(part, folder, name, recorded.name, adapted=adapted)
+            base, origin = self._base_tensors(part, folder, name, recorded.place, adapted=adapted)
         except _NotDownloadedError as error:
             self.faults.extend(error.faults)
             self.pending.extend(error.faults)
@@ -320,8 +329,8 @@ class _Gathering:
         """
         share: float | None = None
         try:
-            path = local_path(recorded.name or "")
-            if recorded.name and path.is_dir() and not (folder and path.samefile(folder)):
+            path = local_path(recorded.place or "")
+            if recorded.place and path.is_dir() and not (folder and path.samefile(folder)):
                 share = share_in(weights, open_base(part, path).tensors, adapter)
         except (ConversionError, OSError):
             return None
@@ -385,6 +394,12 @@ class _Gathering:
 
     def _recorded(self, part: str) -> RecordedBase:
         """What the XTuner config calls the part's base model, or else adapter_config.json."""
+        found = self._named(part)
+        if found.name is None:
+            return found
+        return replace(found, folder=find_beside(found.name, self._contents.path))
+
+    def _named(self, part: str) -> RecordedBase:
         settings = self._contents.settings.get(part)
         beside = RecordedBase(settings.base if settings else None, f"{ADAPTERS[part]}'s config")
         name: str | None = None

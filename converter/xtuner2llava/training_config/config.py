@@ -229,6 +229,11 @@ class TrainingConfig:
         return self.data.image_processor
 
     @property
+    def data_files(self) -> tuple[str, ...]:
+        """`data_path` of each dataset with images, where it can be read."""
+        return self.data.data_files
+
+    @property
     def tokenizer(self) -> Loaded:
         return self.data.tokenizer
 

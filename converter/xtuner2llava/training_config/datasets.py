@@ -81,6 +81,7 @@ class TrainingData:
     evaluation: Evaluation | None
     notes: tuple[str, ...]
     used: tuple[UsedValue, ...]
+    data_files: tuple[str, ...]
 
     @classmethod
     def of(cls, config: Section) -> TrainingData:
@@ -112,6 +113,7 @@ class _Reader:
             evaluation=self._evaluation(hook),
             notes=tuple(dict.fromkeys(self._notes)),
             used=tuple(self._used),
+            data_files=tuple(self._data_files(datasets)),
         )
 
     def _try(self, read: Callable[[str], _T], key: str) -> _T | None:
@@ -176,6 +178,13 @@ class _Reader:
                 todo += [inner] if inner else []
             elif _IMAGE_KEYS & section.table.keys():
                 yield section
+
+    @staticmethod
+    def _data_files(datasets: Iterable[Section]) -> Iterator[str]:
+        for section in datasets:
+            path = section.table.get("data_path")
+            if isinstance(path, str):
+                yield path
 
     def _parts(self, section: Section) -> Iterator[Section]:
         parts = self._try(section.value, "datasets")

@@ -1,7 +1,7 @@
-"""Writes the matrix in README.md: which models become which, and how exactly, as the tests found.
+"""Writes the tables of docs/compatibility.md: which models become which, and how exactly.
 
     python scripts/matrix.py             runs the tests behind it, and writes it
-    python scripts/matrix.py --check     says where README.md has other verdicts, and exits with 1
+    python scripts/matrix.py --check     says where the page has other verdicts, and exits with 1
     python scripts/matrix.py --results FILE    takes what `pytest --record-matrix FILE` wrote before
 
 Needs what the tests need, as in the environment of scripts/test. Differences of logits depend on
@@ -25,7 +25,7 @@ from xtuner2llava.mapping import Catalogue, Family
 from xtuner2llava.mapping.caveats import Caveat, Condition, Requirement
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/compatibility.md"
 BEGIN, END = "<!-- Made by scripts/matrix.py, from here -->\n", "<!-- to here -->\n"
 FORMATS = ("llava", "hf")
 TRAINING = ("frozen", "LoRA", "full")
@@ -62,13 +62,13 @@ def main() -> None:
             run_tests(file)
         results = read_results(file.read_text(encoding="utf-8").splitlines())
     made = matrix(results, Catalogue(ROOT / "mappings"))
-    before, old, after = parts(README.read_text(encoding="utf-8"))
+    before, old, after = parts(PAGE.read_text(encoding="utf-8"))
     if options.check:
         wrong = list(disagreements(old, made))
         for line in wrong:
             print(line)
-        sys.exit("README.md disagrees; scripts/matrix.py mends it." if wrong else 0)
-    README.write_text(before + made + after, encoding="utf-8")
+        sys.exit("docs/compatibility.md disagrees: run scripts/matrix.py." if wrong else 0)
+    PAGE.write_text(before + made + after, encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
 def run_tests(file: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--record-matrix", str(file)]
     if subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode:
-        sys.exit("The tests failed, see above; README.md stays as it is.")
+        sys.exit("The tests failed, see above; docs/compatibility.md stays as it is.")
 
 
 def read_results(lines: Iterable[str]) -> Results:
@@ -95,14 +95,14 @@ def parts(text: str) -> tuple[str, str, str]:
     before, begin, rest = text.partition(BEGIN)
     matrix, end, after = rest.partition(END)
     if not begin or not end:
-        sys.exit(f"README.md lacks the line {(END if begin else BEGIN).strip()}")
+        sys.exit(f"docs/compatibility.md lacks the line {(END if begin else BEGIN).strip()}")
     return before + begin, matrix, end + after
 
 
 def disagreements(old: str, new: str) -> Iterator[str]:
     """Lines that one of two matrices has and the other has not, numbers left out."""
     was, now = ([BOUND.sub("", line) for line in text.splitlines()] for text in (old, new))
-    yield from (f"in README.md only: {line}" for line in was if line not in now)
+    yield from (f"in the page only: {line}" for line in was if line not in now)
     yield from (f"by the tests: {line}" for line in now if line not in was)
 
 
@@ -123,7 +123,7 @@ def family_table(results: Results, catalogue: Catalogue) -> str:
                 f"{limit(c)} in `{format_}`" for c in (described.caveats if described else ())
             ]
         remarks += [f"{name}: {published(c.say.text)}" for c in family.caveats if not is_limit(c)]
-        link = f"[{name}](mappings/families/{name}.yaml)"
+        link = f"[{name}](../mappings/families/{name}.yaml)"
         architectures = ", ".join(f"`{a}`" for a in family.match.architectures)
         rows.append([link, architectures, *cells, "; ".join(limits) or "any length"])
     head = ["family", "architecture", *(f"`--format {format_}`" for format_ in FORMATS), "within"]
@@ -158,7 +158,7 @@ def training_table(results: Results, catalogue: Catalogue) -> str:
 
 
 def layout_name(layout: str) -> str:
-    """A layout as README.md has it."""
+    """A layout as the page has it."""
     if match := re.match(r"DeepSpeed (ZeRO-\d) directory", layout):
         return f"`iter_N.pth/` of {match[1]}"
     return {"iter .pth file": "`iter_N.pth`", "XTuner folder": "`iter_N_xtuner/`"}[layout]

@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--record-matrix",
         type=Path,
         metavar="FILE",
-        help="run only the tests behind README.md's matrix, and append what they find to FILE",
+        help="run only the tests behind docs/compatibility.md, and append what they find to FILE",
     )
 
 
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def measured(pytestconfig: pytest.Config) -> Measured:
-    """Takes down what README.md's matrix is made of."""
+    """Takes down what docs/compatibility.md is made of."""
     from reference.measured import Measured
 
     return Measured(pytestconfig.getoption("--record-matrix"))

@@ -453,8 +453,8 @@ generation: {pad: "<|extra_0|>"}
     ]
 
 
-def test_the_example_of_the_readme_works(tmp_path: Path) -> None:
-    text = (FOLDER / "README.md").read_text()
+def test_the_example_of_the_page_works(tmp_path: Path) -> None:
+    text = (FOLDER.parent / "docs/mappings.md").read_text()
     path = tmp_path / "lab.yaml"
     path.write_text(text.split("```yaml\n")[1].split("```")[0])
     assert check_file(path) == []

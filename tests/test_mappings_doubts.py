@@ -164,8 +164,8 @@ RENAMED = {
 
 
 def moe(folder: Path) -> tuple[Path, Source, dict[str, torch.Tensor]]:
-    """The README's mixture of experts: its mapping, the model, and the Mixtral that it is."""
-    text = (Path(__file__).parent.parent / "mappings/README.md").read_text()
+    """The page's mixture of experts: its mapping, the model, and the Mixtral that it is."""
+    text = (Path(__file__).parent.parent / "docs/mappings.md").read_text()
     path = folder / "lab-moe.yaml"
     path.write_text(text.split("```yaml\n")[2].split("```")[0])
     config = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 3, "rope_theta": 5000.0}

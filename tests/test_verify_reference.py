@@ -19,7 +19,7 @@ from reference.cases import CASES, Converted, read_reference
 from xtuner2llava import UsageError, convert, verify
 
 CHECK = "logits against the reference"
-README = Path(__file__).parents[1] / "mappings" / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/mappings.md"
 REMOTE = Path(__file__).parent / "data" / "remote_qwen"
 
 
@@ -48,9 +48,9 @@ def made(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[T
         trained.llm / "model.safetensors",
         {"format": "pt"},
     )
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    code = code.replace('"BASE"', repr(str(trained.llm)))
-    code = code.replace('"iter_N.pth"', repr(str(trained.checkpoint)))
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code = code.replace('"demo/base-qwen2"', repr(str(trained.llm)))
+    code = code.replace('"demo/iter_2.pth"', repr(str(trained.checkpoint)))
     ran = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,

@@ -150,7 +150,7 @@ def verify(out: str | PathLike[str], options: VerifyOptions) -> Verification:
     that were given to `convert`. With `logits` also: both models at work, layer by layer, in the
     memory of one layer. `trust_remote_code` lets the base model's own Python run for that, and
     nothing else does. `reference` is a file of logits that the real model's own code made, for a
-    mapping of your own or a class that transformers does not have: `mappings/README.md` has the
+    mapping of your own or a class that transformers does not have: `docs/mappings.md` has the
     lines that make one. Where they agree too, the verdict says exact.
 
     `out` may also be the Hub repo id, `owner/name`, of a published model: its small files, headers

@@ -277,7 +277,7 @@ class VerifyOptions(SourceOptions, WatchedOptions):
     )  # fmt: skip
     reference: PathOrText | None = option(
         None, EXACTNESS, "Also run OUT, layer by layer, and compare its logits with those that you "
-        "made with the real model. mappings/README.md says how.", metavar="FILE.npz",
+        "made with the real model. docs/mappings.md says how.", metavar="FILE.npz",
     )  # fmt: skip
     trust_remote_code: bool = option(
         False, EXACTNESS, "With --logits: run the base LLM's own Python, where transformers does "

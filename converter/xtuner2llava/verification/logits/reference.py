@@ -1,6 +1,6 @@
 """Logits that were made with the real model, elsewhere: `verify --reference FILE.npz`.
 
-`mappings/README.md` has the lines that make such a file. It proves a mapping where transformers has
+`docs/mappings.md` has the lines that make such a file. It proves a mapping where transformers has
 no class for the LLM: the folder alone is run, on the file's prompt.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _SHOWN = "logits of a wrong model differ from the reference"
 _IMAGE = -200  # XTuner's and LLaVA's IMAGE_TOKEN_INDEX
 _MAX_BYTES = 1 << 30
-_ADVICE = "mappings/README.md has the lines that make such a file."
+_ADVICE = "docs/mappings.md has the lines that make such a file."
 # How many times further than one more rounding of every weight the folder may be: the file may come
 # from weights before they were rounded, or rounded otherwise.
 _ROUNDINGS = 4

@@ -1,4 +1,4 @@
-"""README.md's matrix says of every family and every refusal what the mappings say.
+"""The tables of docs/compatibility.md say of every family and every refusal what the mappings say.
 
 The figures are of `scripts/matrix.py`, which runs the tests that measure them.
 """
@@ -21,15 +21,15 @@ from reference.measured import Measured
 from xtuner2llava.mapping import Catalogue
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
 CATALOGUE = Catalogue(ROOT / "mappings")
-FAMILY = re.compile(r"\| \[(\w+)\]\(mappings/families/(\w+)\.yaml\) \| (.+) \|")
+FAMILY = re.compile(r"\| \[(\w+)\]\(\.\./mappings/families/(\w+)\.yaml\) \| (.+) \|")
 EXACT = re.compile(r"exact, (0|≤ [1-9]e-\d+)")
 
 
-def faults(readme: str) -> Iterator[str]:
+def faults(page: str) -> Iterator[str]:
     """Where the text says something else than the mappings, read without the script."""
-    rows = [match for match in map(FAMILY.fullmatch, readme.splitlines()) if match]
+    rows = [match for match in map(FAMILY.fullmatch, page.splitlines()) if match]
     if [row[1] for row in rows] != [*CATALOGUE.families]:
         yield "other families"
     for row in rows:
@@ -44,7 +44,7 @@ def faults(readme: str) -> Iterator[str]:
             can = family.becomes.name in CATALOGUE.formats[format_].classes
             if not (EXACT.fullmatch(cell) if can else cell == "refused"):
                 yield f"{name}: {cell} in {format_}"
-    table = readme.partition("| refused | in | because |\n")[2].partition("<!--")[0]
+    table = page.partition("| refused | in | because |\n")[2].partition("<!--")[0]
     reasons = [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[1:]]
     every = [refusal.because.text for refusal in CATALOGUE.refusals.llms]
     every += [requirement.because.text for requirement in requirements("llava")]
@@ -63,11 +63,11 @@ def words(sentence: str) -> str:
 
 
 def test_it_says_what_the_mappings_say() -> None:
-    assert list(faults(README)) == []
+    assert list(faults(PAGE)) == []
 
 
 def row(of: str) -> str:
-    (found,) = [line for line in README.splitlines(keepends=True) if line.startswith(f"| [{of}]")]
+    (found,) = [line for line in PAGE.splitlines(keepends=True) if line.startswith(f"| [{of}]")]
     return found
 
 
@@ -87,8 +87,8 @@ def row(of: str) -> str:
     ],
 )
 def test_what_it_should_not_say_is_seen(old: str, new: str, fault: str) -> None:
-    assert old in README
-    assert fault in faults(README.replace(old, new))
+    assert old in PAGE
+    assert fault in faults(PAGE.replace(old, new))
 
 
 # The script
@@ -126,13 +126,13 @@ def matrix(script: ModuleType, results: list[dict[str, Any]]) -> str:
     return str(script.matrix(found, CATALOGUE))
 
 
-def test_it_makes_the_families_and_refusals_of_the_readme(script: ModuleType) -> None:
+def test_it_makes_the_families_and_refusals_of_the_page(script: ModuleType) -> None:
     made = matrix(script, made_up())
     assert "| LLM | tower |" in made
     assert "| full | frozen | `iter_N.pth` | exact, ≤ 2e-6 (yi) | exact, ≤ 2e-6 (yi) |" in made
-    differing = list(script.disagreements(script.parts(README)[1], made))
+    differing = list(script.disagreements(script.parts(PAGE)[1], made))
     # All but the training of real checkpoints, of which these results have only one.
-    training = re.compile(r"(in README.md only|by the tests): \| (frozen|LoRA|full) \| .+")
+    training = re.compile(r"(in the page only|by the tests): \| (frozen|LoRA|full) \| .+")
     assert [line for line in differing if not training.fullmatch(line)] == []
     assert len(differing) > 1
 
@@ -176,10 +176,10 @@ def test_the_script_fails_where_verdicts_differ(tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 1
-    assert "README.md disagrees" in ran.stderr
-    # The one checkpoint of these results is of no family in the README's table.
+    assert "docs/compatibility.md disagrees" in ran.stderr
+    # The one checkpoint of these results is of no family in the PAGE's table.
     assert "by the tests: | full | frozen | `iter_N.pth` | exact (yi) |" in ran.stdout
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == README
+    assert (ROOT / "docs/compatibility.md").read_text(encoding="utf-8") == PAGE
 
 
 def test_numbers_are_rounded_up(script: ModuleType) -> None:

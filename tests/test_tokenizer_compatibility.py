@@ -16,6 +16,7 @@ from builders.prepared_tokenizer import write_prepared
 from builders.saved_tokenizers import SAVED, expected, write_saved
 from xtuner2llava import ConversionError
 from xtuner2llava.tokenizers import read_tokenizer, readable_tokenizer, tokenizer_faults
+from xtuner2llava.tokenizers.protobuf import fields
 
 BPE = {"type": "BPE", "vocab": {"▁": 0, "a": 1, "▁a": 2, "<s>": 3}, "merges": [["▁", "a"]]}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
@@ -245,6 +246,79 @@ def test_classes_that_not_every_version_can_make(
         prepared = readable_tokenizer(read_tokenizer(folder), format_name)
         assert prepared.tokenizer.config["tokenizer_class"] == becomes
         assert len(prepared.notes) == (named != becomes)
+
+
+# Llama's without tokenizer.json, as lmsys/vicuna-7b-v1.5 is
+
+
+def without_fast(folder: Path, version: str, kind: str, checkpoints: Path, **config: Any) -> Path:
+    write_saved(folder, version, kind, checkpoints)
+    (folder / "tokenizer.json").unlink()
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "legacy", "same"),
+    [
+        ("4.57.1", "vicuna", False, True),
+        ("4.57.1", "vicuna", True, False),
+        # Before 4.41 there was one way to make it, that for `legacy`.
+        ("4.37.2", "phi3", True, True),
+        ("4.37.2", "phi3", False, False),
+    ],
+)
+def test_it_is_made_as_transformers_makes_it(
+    checkpoints: Path, tmp_path: Path, version: str, kind: str, legacy: bool, same: bool
+) -> None:
+    from tokenizers import Tokenizer
+
+    base = without_fast(tmp_path / "base", version, kind, checkpoints, legacy=legacy)
+    prepared = readable_tokenizer(read_tokenizer(base), "hf")
+    note = next(note for note in prepared.notes if "is made from tokenizer.model" in note)
+    assert ("do not begin a prompt with one" in note) == (not legacy)
+    out = write_prepared(prepared, tmp_path / "out")
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    found = [
+        [
+            text,
+            tokenizer.encode(text).ids,
+            tokenizer.encode(text, add_special_tokens=False).ids,
+        ]
+        for text, *_ in expected(version, kind)
+    ]
+    assert (found == [list(one) for one in expected(version, kind)]) == same
+    assert tokenizer_faults(read_tokenizer(out), "hf") == ()
+
+
+def test_that_it_is_not_there_is_a_fault_only_of_hf(checkpoints: Path, tmp_path: Path) -> None:
+    base = without_fast(tmp_path / "base", "4.40.2", "vicuna", checkpoints)
+    faults = tokenizer_faults(read_tokenizer(base), "hf")
+    assert any("is made from tokenizer.model" in fault for fault in faults)
+    assert tokenizer_faults(read_tokenizer(base), "llava") == ()
+
+
+def test_none_is_made_of_what_is_not_byte_pair_encoding(checkpoints: Path, tmp_path: Path) -> None:
+    base = without_fast(tmp_path / "base", "4.40.2", "vicuna", checkpoints, add_prefix_space=False)
+    path = base / "tokenizer.model"
+    # Without its TrainerSpec, a model is of unigrams.
+    path.write_bytes(b"".join(f.raw for f in fields(path.read_bytes()) if f.number != 2))
+    tokenizer = read_tokenizer(base)
+    assert readable_tokenizer(tokenizer, "hf").tokenizer is tokenizer
+
+
+@pytest.mark.parametrize(("value", "kept"), [(None, False), (True, False), (False, True)])
+def test_flags_for_which_slow_and_fast_differ(
+    checkpoints: Path, tmp_path: Path, value: bool | None, kept: bool
+) -> None:
+    base = write_saved(tmp_path / "base", "4.57.1", "vicuna", checkpoints)
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "add_prefix_space": value}))
+    for format_name in ("hf", "llava"):
+        prepared = readable_tokenizer(read_tokenizer(base), format_name)
+        config = prepared.tokenizer.config
+        assert ("add_prefix_space" in config) == (kept or format_name == "llava")
 
 
 # What `verify` says

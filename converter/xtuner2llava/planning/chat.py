@@ -94,18 +94,19 @@ def with_trained_bos(
 def slow_tokenizer_note(tokenizer: Tokenizer) -> str | None:
     """What official LLaVA, which reads tokenizer.model, drops of a prompt; None if nothing.
 
-    `transformers`' AutoTokenizer gave training the tokenizer.json (haotian-liu/LLaVA
+    `transformers`' AutoTokenizer gave training the tokenizer.json, or made one (haotian-liu/LLaVA
     `llava/model/builder.py`, use_fast=False).
     """
-    if {FAST, MODEL} - {*tokenizer.files} or MODEL not in tokenizer.copied:
+    named = str(tokenizer.config.get("tokenizer_class")).removesuffix("Fast")
+    if MODEL not in tokenizer.copied or (FAST not in tokenizer.files and named != "LlamaTokenizer"):
         return None
     if not read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces:
         return None
     if keeps_spaces(tokenizer):
         return (
             f"Official LLaVA tokenizes with {MODEL}, which drops repeated spaces, line feeds, and "
-            f"white space at either end of a text; training kept them, with {FAST}. A prompt "
-            "lacks those tokens there; the format hf keeps them."
+            f"white space at either end of a text; training kept them, with a fast tokenizer. A "
+            "prompt lacks those tokens there; the format hf keeps them."
         )
     return None
 

@@ -15,6 +15,7 @@ from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers.added_token import AddedToken
 from xtuner2llava.tokenizers.byte_pairs import unreachable
 from xtuner2llava.tokenizers.editing import with_config, with_made, without_files, without_keys
+from xtuner2llava.tokenizers.llama import MODEL, with_fast_file
 from xtuner2llava.tokenizers.prepared import Prepared
 from xtuner2llava.tokenizers.tokenizer import (
     ADDED,
@@ -30,6 +31,7 @@ from xtuner2llava.tokenizers.tokenizer import (
 )
 
 _FAST_CLASS = "PreTrainedTokenizerFast"
+_PREFIX = "add_prefix_space"
 # What each class of transformers 4 reads when it is the slow one.
 _FILES = {
     "LlamaTokenizer": ("tokenizer.model",),
@@ -97,6 +99,8 @@ def readable_tokenizer(tokenizer: Tokenizer, format_name: str) -> Prepared:
                     f"{'; '.join(changes)}."
                 )
             notes += _ignored_merges(content, format_name)
+    elif format_name == "hf":
+        result = _with_fast_of_model(tokenizer, notes)
     result = _with_table_of_extra_tokens(result, notes)
     result = _with_known_class(result, format_name, notes)
     return Prepared(result, tuple(notes))
@@ -280,6 +284,26 @@ def _with_flags(values: Mapping[str, Json], added: Mapping[str, AddedToken]) -> 
     return result if token is None else {**result, "normalized": token.normalized}
 
 
+def _with_fast_of_model(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
+    """`tokenizer` with the tokenizer.json that each transformers would make another way."""
+    if _slow_name(tokenizer) != "LlamaTokenizer" or MODEL not in tokenizer.files:
+        return tokenizer
+    result = with_fast_file(tokenizer)
+    if result is None:
+        return tokenizer
+    note = (
+        f"{FAST} is made from {MODEL}, as transformers 4.41 to 4.57 make it for a base without; "
+        "5 would make one with other ids."
+    )
+    if tokenizer.config.get("legacy") is False:
+        note += (
+            " A training with an earlier transformers kept a space at the start of a text, which "
+            "legacy false now drops: do not begin a prompt with one."
+        )
+    notes.append(note)
+    return result
+
+
 def _without_fast(tokenizer: Tokenizer, why: str, format_name: str) -> Tokenizer:
     """`tokenizer` without tokenizer.json, where its other files have the same ids."""
     name = _slow_name(tokenizer)
@@ -341,10 +365,16 @@ def _with_known_class(tokenizer: Tokenizer, format_name: str, notes: list[str]) 
 def _read_as_it_is(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
     """`tokenizer` without the flag for which tokenizer.json would not be read."""
     llama = _slow_name(tokenizer) in ("LlamaTokenizer", "CodeLlamaTokenizer")
-    if not llama or tokenizer.config.get("add_prefix_space") is not True:
+    if not llama or tokenizer.config.get(_PREFIX, False) not in (True, None):
         return tokenizer
+    if tokenizer.config[_PREFIX] is None:
+        # The fast classes of 4.57 save it so, and its slow ones take it for false.
+        notes.append(
+            f"{CONFIG} is written without {_PREFIX}: null, for which slow and fast differ."
+        )
+        return without_keys(tokenizer, [_PREFIX])
     notes.append(
-        f"{CONFIG} is written without add_prefix_space: for it, transformers 4.40 to 4.57 leave "
+        f"{CONFIG} is written without {_PREFIX}: for it, transformers 4.40 to 4.57 leave "
         f"{FAST} aside, and make another from tokenizer.model."
     )
-    return without_keys(tokenizer, ["add_prefix_space"])
+    return without_keys(tokenizer, [_PREFIX])

@@ -1,5 +1,6 @@
-"""SentencePiece tokenizers that remote code wraps, as LlamaTokenizer, which does the same.
+"""SentencePiece tokenizers as LlamaTokenizer, slow and fast.
 
+Remote code wraps some of them, and LlamaTokenizer does the same.
 InternLM2's is such a one: its slow tokenizer runs the SentencePiece model as it is, and so does
 LlamaTokenizer with `legacy`; its fast one is built as here (internlm/internlm2-chat-7b
 `tokenization_internlm2.py`, `tokenization_internlm2_fast.py`; transformers 4.37.2
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from xtuner2llava.errors import PlanError
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tokenizers.added_token import AddedToken
 from xtuner2llava.tokenizers.byte_pairs import merges
-from xtuner2llava.tokenizers.editing import added_tokens
+from xtuner2llava.tokenizers.editing import added_tokens, with_made
 from xtuner2llava.tokenizers.sentencepiece_model import (
     BPE,
     CONTROL,
@@ -82,6 +84,45 @@ def from_sentencepiece(
     known |= {token.text: token.id for token in everything}
     result = Tokenizer(tokenizer.folder, kept, made, known, config, tokenizer.special_map)
     return result, notes
+
+
+def with_fast_file(tokenizer: Tokenizer) -> Tokenizer | None:
+    """A LlamaTokenizer's files with the tokenizer.json that transformers makes where it is missing.
+
+    That is the one of LlamaTokenizerFast in transformers 4.41 to 4.57, which leaves the
+    normalization of tokenizer.model aside (`convert_slow_tokenizer.py`, LlamaConverter). None where
+    tokenizer.model is not byte-pair encoding. Raises `CorruptFileError`.
+    """
+    model = replace(
+        read_sentencepiece(tokenizer.folder / MODEL),
+        byte_fallback=True,
+        adds_dummy_prefix=tokenizer.config.get("add_prefix_space") is not False,
+        removes_extra_spaces=False,
+        escapes_spaces=True,
+        charsmap=b"",
+    )
+    if model.algorithm != BPE:
+        return None
+    texts = [piece.text for piece in model.pieces]
+    config: dict[str, Json] = {"add_bos_token": True, **tokenizer.config}
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {key: tokenizer.special(key) or text for key, text in defaults.items()}
+    added = sorted(added_tokens(tokenizer), key=lambda token: token.id)
+
+    def make() -> bytes:
+        content = _tokenizer_json(model, texts, added, config)
+        if config.get("legacy") is False:
+            scheme = "first" if model.adds_dummy_prefix else "never"
+            content["normalizer"] = None
+            content["pre_tokenizer"] = {
+                "type": "Metaspace",
+                "replacement": _SPACE,
+                "prepend_scheme": scheme,
+                "split": False,
+            }
+        return json_file(content)
+
+    return with_made(tokenizer, {FAST: make})
 
 
 def _config(

@@ -145,7 +145,7 @@ def test_checksums_that_the_hub_states_are_compared(
 def test_what_cannot_be_looked_at_is_said(hub: HubServer, client: Client, tmp_path: Path) -> None:
     missing = client.ask("verify", "ann/nothing")
     assert missing.error == "CheckpointError"
-    assert "ann/nothing: is not a folder here; on the Hub, it is no repository" in missing.text
+    assert "ann/nothing: is not a folder here, and is no repository" in missing.text
     hub.add("ann/gated-llava", {"config.json": b"{}"}, gated=True)
     hub.repos["ann/gated-llava"].readers.clear()
     against = client.ask("verify", "ann/gated-llava", against=tmp_path)

@@ -9,11 +9,12 @@ logits   both models run on one picture and prompt            logits/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UsageError
+from xtuner2llava.errors import CheckpointError, ConversionError, UsageError
 from xtuner2llava.hub.download import is_reference
 from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
 from xtuner2llava.sources.json_file import Json
@@ -91,8 +92,12 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
                 checks += _as_asked(folder, options)
             return Verification(Path(repository), tuple(checks), {"commit": copy.commit})
     except CheckpointError as error:
-        faults = [Fault(f.where, f"is not a folder here; on the Hub, it {f.what}", f.advice)
-                  for f in error.faults]  # fmt: skip
+        faults = [
+            replace(fault, what=f"is not a folder here, and {fault.what}")
+            if fault.where == repository
+            else fault
+            for fault in error.faults
+        ]
         raise type(error).from_faults(faults) from error
 
 

@@ -253,6 +253,13 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         "image processor",
         "crops to 336 pixels, 576 patches of 14; the tower has 16",
     ),
+    "preprocessor of a class that 4.37.2 lacks": (
+        lambda folder: set_keys(
+            folder / "preprocessor_config.json", image_processor_type="CLIPImageProcessorFast"
+        ),
+        "image processor",
+        "names CLIPImageProcessorFast, expected CLIPImageProcessor",
+    ),
     "tower named by a local path": (
         config(mm_vision_tower="/data/models/clip"),
         "mm_vision_tower",

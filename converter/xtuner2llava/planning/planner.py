@@ -9,6 +9,7 @@ from pathlib import Path
 from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
 from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
 from xtuner2llava.llava.generation import TokenIds, generation_config
+from xtuner2llava.llava.image_processor import PREPROCESSOR
 from xtuner2llava.llava.projector import depth_of
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.llava.vision_tower_name import vision_tower_name
@@ -27,11 +28,7 @@ from xtuner2llava.planning.language_model import (
 from xtuner2llava.planning.placement import in_dtype, place, unchecked_note
 from xtuner2llava.planning.plan import Chat, MappingInUse, Plan
 from xtuner2llava.planning.precision import config_dtype, dtype_to_write
-from xtuner2llava.planning.processor import (
-    PREPROCESSOR,
-    padding_note,
-    processor_files,
-)
+from xtuner2llava.planning.processor import padding_note, processor_files
 from xtuner2llava.planning.programs import check_program
 from xtuner2llava.planning.tokens import (
     generation_tokens,

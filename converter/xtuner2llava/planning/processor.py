@@ -6,13 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xtuner2llava.llava.config import json_bytes
-from xtuner2llava.llava.published_towers import PROCESSOR_KEYS
+from xtuner2llava.llava.image_processor import CLASS, PADDING_CLASS, PREPROCESSOR, PROCESSOR
 from xtuner2llava.sources.json_file import Json, read_json
 from xtuner2llava.tokenizers import MadeFile
-
-PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"
-_CLASS = "CLIPImageProcessor"
 
 
 def find_image_processor(folder: Path) -> Path:
@@ -34,24 +30,6 @@ def read_image_processor(path: Path) -> dict[str, Json]:
     return dict(inner) if isinstance(inner, dict) else values
 
 
-def loadable_image_processor(values: Mapping[str, Json]) -> tuple[dict[str, Json], str | None]:
-    """The settings as CLIPImageProcessor of transformers 4.37.2 to 5 loads them, and a note.
-
-    Without a note, `values` are such already. XTuner trains with `CLIPImageProcessor` whatever
-    class a base names, and later versions name one more for each way to compute the same
-    (`…Fast`, `…Pil`), which 4.37.2 refuses.
-    """
-    named = values.get("image_processor_type")
-    if named == _CLASS or (named is None and values.get("feature_extractor_type") is not None):
-        return dict(values), None
-    settings = {key: values[key] for key in PROCESSOR_KEYS if values.get(key) is not None}
-    why = f"the base names a {named}" if named is not None else "the base names no class"
-    return (
-        {**settings, "image_processor_type": _CLASS},
-        f"{PREPROCESSOR} is written for {_CLASS}, with which XTuner trains: {why}.",
-    )
-
-
 def processor_files(
     processor: str,
     settings: Mapping[str, Json],
@@ -70,12 +48,12 @@ def processor_files(
     """
     # Older bases, openai's too, name the class by a key that transformers 5 does not have.
     image_values: dict[str, Json] = {
-        "image_processor_type": _CLASS,
+        "image_processor_type": CLASS,
         **{key: value for key, value in settings.items() if key != "feature_extractor_type"},
         "processor_class": processor,
     }
     if aspect_ratio == "pad":
-        image_values |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        image_values |= {"image_processor_type": PADDING_CLASS, "do_pad": True}
         image_values.pop("_valid_processor_keys", None)
     processor_values: dict[str, Json] = {
         "image_token": image_token,
@@ -97,5 +75,5 @@ def padding_note(aspect_ratio: str | None) -> str | None:
     return (
         "Training padded images to squares, so the image processor is a LlavaImageProcessor with "
         "do_pad, and needs transformers 4.49 or later. For 4.45 to 4.48, pad images yourself with "
-        f"image_mean * 255 and set image_processor_type to {_CLASS} in {PREPROCESSOR}."
+        f"image_mean * 255 and set image_processor_type to {CLASS} in {PREPROCESSOR}."
     )

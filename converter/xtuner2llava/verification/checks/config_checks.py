@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping
 
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.llava.generation import valid_settings
+from xtuner2llava.llava.image_processor import (
+    PREPROCESSOR,
+    PROCESSOR,
+    image_processor_faults,
+    processor_faults,
+)
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.verification.layout import LLM, VISUAL_ENCODER
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import OK, SKIPPED, WARNING, Check
 from xtuner2llava.verification.plain_model import plain_config
-
-_IMAGE_PROCESSOR = "preprocessor_config.json"
 
 
 def config_checks(out: OutFolder) -> Iterator[Check]:
@@ -131,9 +135,9 @@ def _generation(out: OutFolder) -> _Found:
 
 def _image_processor(out: OutFolder) -> _Found:
     """The size that images are cut to against the number of positions of the tower."""
-    values = out.small_json(_IMAGE_PROCESSOR)
+    values = out.small_json(PREPROCESSOR)
     if not values:
-        return [f"{_IMAGE_PROCESSOR} is missing"], ""
+        return [f"{PREPROCESSOR} is missing"], ""
     crop = values.get("crop_size", values.get("size"))
     if isinstance(crop, dict):
         crop = crop.get("height", crop.get("shortest_edge"))
@@ -145,6 +149,10 @@ def _image_processor(out: OutFolder) -> _Found:
         for key in ("image_mean", "image_std")
         if key in values and not _is_colour(values[key])
     ]
+    faults += image_processor_faults(values)
+    if out.layout.format == "hf":
+        edge = patch[1].shape[-1] if patch is not None else None
+        faults += processor_faults(out.small_json(PROCESSOR), edge)
     if patch is None or positions is None or not isinstance(crop, int):
         return faults or SKIPPED, "the tower or the crop size is not there"
     edge = patch[1].shape[-1]

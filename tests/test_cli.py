@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -170,6 +171,45 @@ def test_a_mapping_is_checked_against_a_checkpoint(arguments: list[object], tmp_
     done = run("mappings", "check", mine, checkpoint, *options[:4])
     assert done.returncode == 1
     assert "self_attn.q_proj.bias" in done.stderr
+
+
+def test_a_mapping_that_fits_is_said_in_a_line(arguments: list[object], tmp_path: Path) -> None:
+    checkpoint, *options = arguments
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(run("mappings", "show", "qwen2").stdout)
+    done = run("mappings", "check", mine, checkpoint, *options[:4])
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{mine}: fits {checkpoint}: ")
+    as_json = run("mappings", "check", mine, checkpoint, *options[:4], "--json")
+    assert len(json.loads(as_json.stdout)["tensors"]) == 114
+
+
+def test_a_plan_is_a_line_for_each_way_and_the_tensors_are_asked_for(
+    arguments: list[object], checkpoints: Path
+) -> None:
+    checkpoint, options = checkpoints / "qwen2_d_lora_vislora/iter_2.pth", arguments[1:]
+    short = run("plan", checkpoint, *options).stdout
+    assert re.search(
+        r"\n  merged with LoRA +\d+ +[\d.]+ kB +llm_qwen2/\S+ and \S+iter_2.pth\n", short
+    )
+    assert re.search(r"\n  cast from float32 +4 +[\d.]+ kB +\S+iter_2.pth\n", short)
+    assert "q_proj" not in short
+    assert "model.layers.{0..2}.self_attn.q_proj.weight" in run(
+        "plan", checkpoint, *options, "--tensors"
+    ).stdout  # fmt: skip
+
+
+def test_the_demo_runs_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    first, second = run("demo", folder), run("demo", folder)
+    assert (first.returncode, second.returncode) == (0, 0), second.stderr
+    assert "verified bit for bit" in first.stdout
+    assert "already converted: nothing was written" in second.stdout
+    assert "With your own checkpoint" in second.stdout
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/iter_2.pth").write_bytes(b"mine")
+    assert run("demo", tmp_path / "mine").returncode == 1
+    assert (tmp_path / "mine/iter_2.pth").read_bytes() == b"mine"
 
 
 def test_help_answers_without_torch_or_transformers() -> None:

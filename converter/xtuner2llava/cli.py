@@ -37,7 +37,7 @@ from xtuner2llava.options import (
     check_argument,
 )
 from xtuner2llava.progress import ProgressBar
-from xtuner2llava.terminal import accept_any_text, printable, shortened
+from xtuner2llava.terminal import accept_any_text, columns, printable, shortened, wrapped
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -130,7 +130,7 @@ def _exit(ctx: click.Context, error: BaseException, status: int) -> None:
 
 
 def _say(text: str, *, err: bool = False) -> None:
-    click.echo(printable(text), err=err)
+    click.echo(wrapped(printable(text), columns(sys.stderr if err else sys.stdout)), err=err)
 
 
 def _tell_faults(error: ConversionError) -> None:
@@ -341,13 +341,14 @@ def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given:
 @main.command(cls=flags.GroupedCommand)
 @_argument("checkpoint")
 @flags.takes(Options)
+@flags.option(TALK, "--tensors", is_flag=True, help="Also show every tensor, by kind.")
 @_talk
-def plan(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def plan(checkpoint: str, tensors: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what convert would do; reads headers only, writes nothing."""
-    _show_plan(checkpoint, as_json, flags.collect(Options, given))
+    _show_plan(checkpoint, as_json, flags.collect(Options, given), tensors=tensors)
 
 
-def _show_plan(checkpoint: str, as_json: bool, options: Options) -> None:
+def _show_plan(checkpoint: str, as_json: bool, options: Options, *, tensors: bool = False) -> None:
     from xtuner2llava.conversion import plan as make
 
     made = make(checkpoint, options)
@@ -356,7 +357,7 @@ def _show_plan(checkpoint: str, as_json: bool, options: Options) -> None:
     else:
         from xtuner2llava.rendering import render_plan
 
-        _say(render_plan(made))
+        _say(render_plan(made, tensors=tensors))
 
 
 @main.command(cls=flags.GroupedCommand)
@@ -397,7 +398,7 @@ def mappings() -> None:
 def list_mappings(as_json: bool) -> None:
     """The shipped families and formats, and what each becomes."""
     from xtuner2llava.mapping import Catalogue
-    from xtuner2llava.rendering import table
+    from xtuner2llava.terminal import table
 
     catalogue = Catalogue.shipped()
     rows = [("family", n, f.becomes.architecture) for n, f in catalogue.families.items()]
@@ -436,7 +437,16 @@ def check_mapping(
     if checkpoint is not None:
         # Which name the tower is published under does not matter to the mapping.
         named = {**given, "mapping": file, "vision_tower_name": "the vision tower"}
-        _show_plan(checkpoint, as_json, flags.collect(Options, named))
+        options = flags.collect(Options, named)
+        if as_json:
+            _show_plan(checkpoint, as_json, options)
+            return
+        from xtuner2llava.conversion import plan as make
+
+        made = make(checkpoint, options)
+        if not quiet:
+            count = sum(tensor.component == "llm" for tensor in made.tensors)
+            _say(f"{file}: fits {checkpoint}: {count} tensors of {made.architecture}")
     elif not quiet:
         _say(f"{file}: no faults")
 

@@ -39,6 +39,11 @@ model = dict(
         type='transformers.CLIPVisionModel.from_pretrained'))
 train_dataloader = dict(dataset=llava_dataset)
 """
+_NEXT = """\
+With your own checkpoint, iter_N.pth or iter_N_xtuner/ of XTuner:
+  xtuner2llava inspect CHECKPOINT                    what it is, and what it can become
+  xtuner2llava convert CHECKPOINT OUT --for PROGRAM  PROGRAM: llava, llava-next, transformers, ...
+Give --llm and --vision if its base models are elsewhere than the training's config says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,14 @@ class DemoFiles:
 
 
 def make_demo_files(folder: Path) -> DemoFiles:
-    """Makes base models and `iter_2.pth` in `folder`, which must not exist or be empty."""
+    """Makes base models and `iter_2.pth` in `folder`, which must not exist or be empty.
+
+    A folder where it made them before is taken as it is.
+    """
+    files = DemoFiles(folder / "iter_2.pth", folder / "base-qwen2", folder / "base-clip")
+    # The checkpoint is written last.
+    if files.checkpoint.is_file() and files.llm.is_dir() and files.vision.is_dir():
+        return files
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
             "exists and is not empty", where=str(folder), advice="Give another folder."
@@ -59,7 +71,6 @@ def make_demo_files(folder: Path) -> DemoFiles:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 
-    files = DemoFiles(folder / "iter_2.pth", folder / "base-qwen2", folder / "base-clip")
     for path in (files.llm, files.vision):
         path.mkdir(parents=True)
     with torch.random.fork_rng():
@@ -130,7 +141,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> None:
     say(f"\n$ xtuner2llava convert {files.checkpoint} {out} --vision-tower-name {_TOWER}\n")
     report = convert(files.checkpoint, out, vision_tower_name=_TOWER)
     say(render_report(report))
-    say(f"\n{tree(out)}")
+    say(f"\n{tree(out)}\n\n{_NEXT}")
 
 
 def _write_config(folder: Path, values: dict[str, object]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from xtuner2llava.hub.upload import Pushed
 from xtuner2llava.inspection import Inspection
 from xtuner2llava.mapping import fold
-from xtuner2llava.planning.plan import Plan
+from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.report import Report
 from xtuner2llava.target import Target
+from xtuner2llava.terminal import table
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
@@ -31,41 +32,22 @@ def number(count: int) -> str:
     return str(count)
 
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Rows in aligned columns under a header."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    rule = ["─" * width for width in widths]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, rule, *rows)
-    )
-    return "\n".join(lines)
-
-
-def render_plan(plan: Plan) -> str:
-    """The plan as a table, one line for all layers of a kind."""
-    kinds: dict[tuple[str, str, str, str, str], list[str]] = {}
-    for planned in plan.tensors:
-        shape = str(list(planned.tensor.shape))
-        dtype = planned.tensor.dtype.name
-        key = (shape, dtype, planned.how, planned.component, planned.rule)
-        kinds.setdefault(key, []).append(planned.name)
-    rows = [
-        (folded.text, str(folded.count), *key)
-        for key, names in kinds.items()
-        for folded in fold(names)
-    ]
+def render_plan(plan: Plan, *, tensors: bool = False) -> str:
+    """The plan: its parts and what is done with them; with `tensors`, each kind of tensor."""
     shards = [(s.filename, str(len(s.entries)), size(s.size)) for s in plan.shards.shards]
-    checkpoint = plan.checkpoint
+    contents = plan.checkpoint.contents
     text = [
-        f"{checkpoint.contents.layout}: {checkpoint.contents.path}",
-        f"LLM {checkpoint.llm.origin}, vision tower {checkpoint.visual_encoder.origin}, "
-        f"projector {checkpoint.projector.origin}",
+        f"{contents.layout}: {contents.path}",
         f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.verdict}, "
         f"dtype {plan.dtype}",
         "",
-        table(rows, ("tensor", "count", "shape", "dtype", "how", "from", "rule")),
+        table(list(_parts(plan)), ("part", "tensors", "bytes", "from")),
         "",
+    ]
+    if tensors:
+        header = ("tensor", "count", "type", "how", "rule")
+        text += [table(list(_kinds(plan)), header), ""]
+    text += [
         table(shards, ("file", "tensors", "bytes")),
         f"and config.json, generation_config.json, {', '.join(plan.small_files)}, "
         "README.md, conversion.json",
@@ -73,6 +55,57 @@ def render_plan(plan: Plan) -> str:
         *_notes(plan.notes),
     ]
     return "\n".join(text)
+
+
+def _parts(plan: Plan) -> Iterable[tuple[str, str, str, str]]:
+    """A row for each part, and below it a row for all tensors that are made in the same way."""
+    checkpoint = plan.checkpoint
+    parts = {
+        "llm": checkpoint.llm,
+        "visual_encoder": checkpoint.visual_encoder,
+        "projector": checkpoint.projector,
+    }
+    groups: dict[str, dict[str, list[PlannedTensor]]] = {}
+    for planned in plan.tensors:
+        how = "copied" if planned.how == "copy" else planned.how
+        if planned.how == "compute":
+            how = "merged with LoRA" if "LoRA" in parts[planned.component].origin else "computed"
+        groups.setdefault(planned.component, {}).setdefault(how, []).append(planned)
+    for component, by_how in groups.items():
+        yield (
+            component,
+            *_amount([each for group in by_how.values() for each in group]),
+            parts[component].origin,
+        )
+        for how, group in by_how.items():
+            yield f"  {how}", *_amount(group), _files(group)
+
+
+def _amount(group: Sequence[PlannedTensor]) -> tuple[str, str]:
+    return str(len(group)), size(sum(planned.tensor.nbytes for planned in group))
+
+
+def _files(group: Sequence[PlannedTensor]) -> str:
+    """The files that the tensors are read from, each with the folder that it lies in."""
+    paths = dict.fromkeys(
+        piece.file.path for planned in group for piece in planned.tensor.extents()
+    )
+    names = ["/".join(path.parts[-2:]) for path in paths]
+    if len(names) > 2:
+        return f"{names[0]} and {len(names) - 1} more files"
+    return " and ".join(names)
+
+
+def _kinds(plan: Plan) -> Iterable[tuple[str, ...]]:
+    """A row for all layers of a kind of tensor."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for planned in plan.tensors:
+        tensor = planned.tensor
+        key = (f"{tensor.dtype.name} {list(tensor.shape)}", planned.how, planned.rule)
+        kinds.setdefault(key, []).append(planned.name)
+    for key, names in kinds.items():
+        for folded in fold(names):
+            yield folded.text, str(folded.count), *key
 
 
 def render_inspection(inspection: Inspection, name: str) -> str:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+import textwrap
+from collections.abc import Sequence
+from typing import TextIO
+
+_MIN_COLUMN = 10  # characters; a narrower column is hard to read
 
 
 def printable(text: str) -> str:
@@ -36,3 +42,56 @@ def accept_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def columns(stream: TextIO | None = None) -> int | None:
+    """How many characters a line of `stream` has, stdout if None; None where it is not a terminal.
+
+    Lines of a file or a pipe are not broken, so that `grep` finds what it looks for.
+    """
+    stream = sys.stdout if stream is None else stream
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """`text` with long lines broken at words, and what follows indented; as it is with None."""
+    if width is None:
+        return text
+    return "\n".join(
+        line if len(line) <= width else _broken(line, width) for line in text.split("\n")
+    )
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, width: int | None = None) -> str:
+    """Rows in aligned columns under a header, no wider than `width` or else the terminal.
+
+    The widest columns are broken at words until the table fits.
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    room = columns() if width is None else width
+    excess = 0 if room is None else sum(widths) + 2 * (len(widths) - 1) - room
+    while excess > 0 and max(widths) > _MIN_COLUMN:
+        widths[widths.index(max(widths))] -= 1
+        excess -= 1
+    lines = []
+    for row in (header, ["─" * width for width in widths], *rows):
+        cells = [
+            textwrap.wrap(cell, width, break_on_hyphens=False) if len(cell) > width else [cell]
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        for index in range(max(map(len, cells))):
+            line = (cell[index] if index < len(cell) else "" for cell in cells)
+            lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
+    return "\n".join(lines)
+
+
+def _broken(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -33,8 +33,12 @@ class Catalogue:
         self.classes: Mapping[str, PlainClass] = self._classes
 
     @classmethod
+    @cache
     def shipped(cls) -> Catalogue:
-        """The mappings of the installed package, or of the checkout that it runs from."""
+        """The mappings of the installed package, or of the checkout that it runs from.
+
+        The same one each time: each of its files is parsed once in a process.
+        """
         from importlib.resources import files
 
         installed = Path(str(files("xtuner2llava"))) / "mappings"

@@ -105,10 +105,16 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
         family=any_found.family.name if any_found.family is not None else None,
         recipe={used.name: used.value for used in recipe.used} if recipe else {},
         targets=tuple(targets.values()),
-        notes=tuple(note for note in checkpoint.notes if note not in checkpoint.inexact),
+        notes=tuple(note for note in _notes(checkpoint) if note not in checkpoint.inexact),
         advice=tuple(one.sentence for one in advice),
         lines=tuple(one.line for one in advice if one.line is not None),
     )
+
+
+def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What holds for every target."""
+    recipe = checkpoint.recipe
+    return (*checkpoint.notes, *(recipe.notes if recipe is not None else ()))
 
 
 def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) -> Target:
@@ -118,7 +124,8 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
     """
     if not found.faults:
         unseen = (f"By the configs alone: {f.where}: {f.what}" for f in found.pending)
-        notes = (note for note in found.notes if note not in checkpoint.notes)
+        said = _notes(checkpoint)
+        notes = (note for note in found.notes if note not in said)
         caveats = (*checkpoint.inexact, *notes, *unseen)
         return Target(found.format, found.architecture, found.verdict, caveats, ())
     if options.vision_tower_name is None and {f.where for f in found.faults} == {VISION_TOWER_KEY}:
@@ -140,7 +147,6 @@ def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
     recipe, family, config = checkpoint.recipe, found.family, found.llm_config
     if recipe is None:
         return
-    yield from (Advice(note) for note in recipe.notes)
     folder, base, tokenizer = checkpoint.llm.folder, found.base_tokenizer, found.tokenizer
     if family and config and base and tokenizer and folder:
         path = folder / "generation_config.json"

@@ -50,12 +50,25 @@ def value(expression: str, before: str = "") -> Value:
         ("True", True),
         ("~5", -6),
         ("list((1, 2))", [1, 2]),
+        ("tuple([1]) + tuple()", (1,)),
+        ("float('1.5') + float(1)", 2.5),
+        ("bool('') or bool(3)", True),
+        ("int('10', 2)", 2),
+        ("dict(a=1).copy()", {"a": 1}),
+        ("[1].copy()", [1]),
     ],
 )
 def test_constants_are_computed_as_python_does(expression: str, expected: object) -> None:
     found = value(expression)
     assert found == expected
     assert type(found) is type(expected) or isinstance(found, Table)
+
+
+def test_functions_that_are_imported() -> None:
+    assert value("join('a', 'b')", "from os.path import join") == "a/b"
+    assert value("os.path.join('a', '/b')", "import os") == "/b"
+    assert value("ConfigDict(a=1)", "from mmengine.config import ConfigDict") == {"a": 1}
+    assert isinstance(value("join('a', x)", "from os.path import join"), Unknown)
 
 
 def test_assignments_of_all_kinds() -> None:

@@ -190,15 +190,8 @@ class _Planner:
         )
         trained = attempt(lambda: training_tokenizer(checkpoint, options.tokenizer, found))
         base_tokenizer = trained.tokenizer if trained is not None else None
-        tokenizer = attempt(
-            lambda: (
-                tokenizer_to_write(base_tokenizer, family, self._recipe, options.bos_token, found)
-                if base_tokenizer and family
-                else None
-            )
-        )
+        tokenizer = attempt(lambda: self._tokenizer(base_tokenizer, family))
         attempt(lambda: check_program(options.for_, family))
-        tokenizer = attempt(lambda: self._readable(tokenizer))
         images = attempt(lambda: image_processor_of(checkpoint, found))
         tower_name = attempt(lambda: self._tower_name(images))
         translated = attempt(
@@ -216,16 +209,7 @@ class _Planner:
         if not checkpoint.before_training:
             attempt(lambda: check_projector_of(checkpoint, values))
         writes = attempt(lambda: writes_tower(checkpoint, options))
-        known = {} if llm.tensors else values or {}  # of tensors at fault, nothing is known
-        rows = model.rows if model is not None else known.get("vocab_size")
-        if isinstance(rows, int) and tokenizer is not None and trained is not None and values:
-            before = values.get("vocab_size")
-            faults = vocabulary_faults(tokenizer, rows, before, is_base=trained.is_base)
-            found.faults.extend(faults)
-            if rows != before:
-                found.note(
-                    f"The vocabulary has {rows} rows, as trained; the base's config says {before}."
-                )
+        self._check_rows(model, values, tokenizer, trained is not None and trained.is_base)
         recipe = self._recipe
         layer = attempt(lambda: -2 if recipe is None else recipe.visual_select_layer)
         depth = attempt(self._depth)
@@ -245,13 +229,36 @@ class _Planner:
             depth,
         )
 
-    def _readable(self, tokenizer: Tokenizer | None) -> Tokenizer | None:
-        """`tokenizer` as the programs that the format is for load it."""
-        if tokenizer is None:
+    def _tokenizer(self, base: Tokenizer | None, family: Family | None) -> Tokenizer | None:
+        """The tokenizer to write, as the programs that the format is for load it."""
+        if base is None or family is None:
             return None
-        prepared = readable_tokenizer(tokenizer, self._options.format)
-        self._found.note(*prepared.notes)
+        options, found = self._options, self._found
+        made = tokenizer_to_write(base, family, self._recipe, options.bos_token, found)
+        prepared = readable_tokenizer(made, options.format)
+        found.note(*prepared.notes)
         return prepared.tokenizer
+
+    def _check_rows(
+        self,
+        model: LanguageModel | None,
+        values: Mapping[str, object] | None,
+        tokenizer: Tokenizer | None,
+        is_base: bool,
+    ) -> None:
+        """Faults where the vocabulary has not the rows that the tokenizer needs."""
+        if tokenizer is None or not values:
+            return
+        before = values.get("vocab_size")
+        known = None if self._checkpoint.llm.tensors else before  # of tensors at fault, nothing is
+        rows = model.rows if model is not None else known
+        if isinstance(rows, int):
+            faults = vocabulary_faults(tokenizer, rows, before, is_base=is_base)
+            self._found.faults.extend(faults)
+            if rows != before:
+                self._found.note(
+                    f"The vocabulary has {rows} rows, as trained; the base's config says {before}."
+                )
 
     def _prepare(self, parts: _Parts) -> _Prepared:
         """All that follows from parts without faults, and needs no tensors."""
@@ -284,20 +291,7 @@ class _Planner:
             model.tensors.values() if model is not None else (),
             found,
         )
-        environment = {
-            **values,
-            "vision": {**tower_values(self._checkpoint), "name": parts.tower_name},
-            "xtuner": self._recipe_values(parts.layer),
-            "projector": {"depth": parts.depth},
-            "projector_type": f"mlp{parts.depth}x_gelu",
-            "tokens": tokens,
-            "writes": {"visual_encoder": parts.writes_tower},
-        }
-        if not parts.writes_tower:
-            found.note(
-                "The vision tower is not written: LLaVA takes it from mm_vision_tower; "
-                "LLaVA-NeXT computes NaN unless it is told to delay loading it."
-            )
+        environment = self._environment(parts, values, tokens)
         format_keys = format_.config(environment)
         generation, notes = generation_config(base_generation, ids)
         found.note(*notes)
@@ -318,6 +312,27 @@ class _Planner:
             tuple(copied),
             made,
         )
+
+    def _environment(
+        self, parts: _Parts, values: Mapping[str, object], tokens: Mapping[str, int]
+    ) -> dict[str, object]:
+        """What the expressions of a format know, see `Format.config`."""
+        assert parts.layer is not None  # noqa: S101
+        environment: dict[str, object] = {
+            **values,
+            "vision": {**tower_values(self._checkpoint), "name": parts.tower_name},
+            "xtuner": self._recipe_values(parts.layer),
+            "projector": {"depth": parts.depth},
+            "projector_type": f"mlp{parts.depth}x_gelu",
+            "tokens": tokens,
+            "writes": {"visual_encoder": parts.writes_tower},
+        }
+        if not parts.writes_tower:
+            self._found.note(
+                "The vision tower is not written: LLaVA takes it from mm_vision_tower; "
+                "LLaVA-NeXT computes NaN unless it is told to delay loading it."
+            )
+        return environment
 
     def _plan(self, parts: _Parts, prepared: _Prepared) -> Plan:
         """The whole plan."""

@@ -69,7 +69,8 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type, ...]]] = {
     "str": (str, _SCALAR),
     "tuple": (tuple, _LISTS),
 }
-FUNCTIONS = frozenset({"dict", "print", *_FUNCTIONS})
+_DICTS = frozenset({"dict", "mmengine.ConfigDict", "mmengine.config.ConfigDict"})
+FUNCTIONS = frozenset({*_DICTS, "print", *_FUNCTIONS})
 METHODS = frozenset(
     {(Table, name) for name in (".copy", ".get", ".update")}
     | {(list, name) for name in (".append", ".copy", ".extend")}
@@ -90,7 +91,7 @@ class Operations:
         """One of `FUNCTIONS`."""
         if name == "print":
             return None
-        if name == "dict":
+        if name in _DICTS:
             table = Table()
             self._update(table, positional, named)
             return table

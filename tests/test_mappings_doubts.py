@@ -16,8 +16,8 @@ from xtuner2llava import PlanError, convert, verify
 from xtuner2llava.cli import main
 from xtuner2llava.errors import MappingError
 from xtuner2llava.mapping import Catalogue, Family, check_file
+from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.planning.language_model import choose_family, translate
-from xtuner2llava.verdict import Verdict
 
 CATALOGUE = Catalogue(Path(__file__).parent.parent / "mappings")
 HF = CATALOGUE.formats["hf"]
@@ -129,11 +129,11 @@ def test_what_is_of_another_kind_or_computes_nothing_is_not(
 
 def test_a_mapping_of_ones_own_is_exact_if_it_is_right(tmp_path: Path) -> None:
     _, limits = translate(own(tmp_path), LAB, HF)
-    verdict = Verdict.of(limits)
+    verdict = Fidelity.of(limits)
     assert str(verdict) == "exact if lab.yaml is right; its logits were not compared"
     assert verdict.to_dict()["verdict"] == "exact_if_right"
     _, limits = translate(own(tmp_path), {**LAB, "rotary_base": 5}, HF)
-    assert str(Verdict.of(limits)) == "possible, not exact"
+    assert str(Fidelity.of(limits)) == "possible, not exact"
 
 
 def test_so_is_a_shipped_family_for_another_llm() -> None:
@@ -141,7 +141,7 @@ def test_so_is_a_shipped_family_for_another_llm() -> None:
     assert choose_family(CATALOGUE, "llama", llama, None).if_right is None
     other = {**llama, "architectures": ["LabForCausalLM"], "model_type": "lab"}
     family = choose_family(CATALOGUE, "llama", other, None)
-    assert str(Verdict.of(family.limits(other))) == (
+    assert str(Fidelity.of(family.limits(other))) == (
         "exact if family llama for this LLM is right; its logits were not compared"
     )
     with pytest.raises(MappingError, match="no family fits"):

@@ -136,14 +136,9 @@ def test_the_command_line_exits_with_the_verdict(checkpoints: Path) -> None:
     assert json.loads(done.stdout)["family"] == "qwen2"
 
 
-def test_what_cannot_be_read_of_the_config_is_said_once(checkpoints: Path, tmp_path: Path) -> None:
-    llm = write_llm_base(tmp_path / "llm", "llama3", checkpoints)
-    path = write_training_config(
-        tmp_path / "my_config.py",
-        llm,
-        vision=checkpoints / "bases/vision_clip",
-        prompt_template="llama3_chat",
-    )
+def test_what_cannot_be_read_of_the_config_is_said_once(foresee: Any, tmp_path: Path) -> None:
+    foresee()
+    path = tmp_path / "my_config.py"
     path.write_text(path.read_text() + "\ntrain_dataloader['dataset']['max_length'] = f()\n")
     found = inspect(path, vision_tower_name="openai/clip")
     said = [*found.notes, *found.advice, *(c for one in found.targets for c in one.caveats)]

@@ -14,15 +14,15 @@ import pytest
 from builders.llm_base import write_llm_base
 from builders.training_config import write_training_config
 from xtuner2llava import Inspection, inspect
-from xtuner2llava.verdict import Verdict
+from xtuner2llava.planning.fidelity import Fidelity
 
 Foresee = Callable[..., Inspection]
 LLAMA = "LlavaLlamaForCausalLM"
 QWEN = "LlavaQwenForCausalLM"
 EXACT, NOT_POSSIBLE, NOT_EXACT = (
-    Verdict("exact"),
-    Verdict("not_possible"),
-    Verdict("not_exact"),
+    Fidelity("exact"),
+    Fidelity("not_possible"),
+    Fidelity("not_exact"),
 )
 # What XTuner advised for LLMs without bos and eos tokens (InternLM/xtuner, issue 292).
 WORKAROUND = ", bos_token='<|im_start|>', eos_token='<|im_end|>'"
@@ -57,7 +57,7 @@ def foresee(written: Callable[..., Path]) -> Foresee:
     )
 
 
-def verdicts(outlook: Inspection) -> dict[str, Verdict]:
+def verdicts(outlook: Inspection) -> dict[str, Fidelity]:
     return {target.format: target.verdict for target in outlook.targets}
 
 
@@ -70,14 +70,19 @@ def of_llava(outlook: Inspection) -> Any:
     ("kind", "family", "architecture", "llava", "hf"),
     [
         ("internlm2", "internlm2", LLAMA, EXACT, EXACT),
-        ("phi3", "phi3", LLAMA, Verdict("exact_up_to", 2047), Verdict("exact_up_to", 2047)),
+        ("phi3", "phi3", LLAMA, Fidelity("exact_up_to", 2047), Fidelity("exact_up_to", 2047)),
         ("llama3", "llama", LLAMA, EXACT, EXACT),
         ("llama3_1", "llama", None, NOT_POSSIBLE, EXACT),
-        ("qwen", "qwen", QWEN, Verdict("exact_up_to", 256), Verdict("exact_up_to", 256)),
+        ("qwen", "qwen", QWEN, Fidelity("exact_up_to", 256), Fidelity("exact_up_to", 256)),
     ],
 )
 def test_the_family_and_the_verdict(
-    foresee: Foresee, kind: str, family: str, architecture: str | None, llava: Verdict, hf: Verdict
+    foresee: Foresee,
+    kind: str,
+    family: str,
+    architecture: str | None,
+    llava: Fidelity,
+    hf: Fidelity,
 ) -> None:
     outlook = foresee(kind)
     assert outlook.family == family
@@ -244,7 +249,7 @@ def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
     config = written("llama3", {"architectures": ["NobodysForCausalLM"], "model_type": "nobody"})
     outlook = inspect(config, mapping=mapping, vision_tower_name="openai/clip")
     assert outlook.family == "mine"
-    limit = Verdict("exact_if_right", 8192, if_right="mine.yaml")
+    limit = Fidelity("exact_if_right", 8192, if_right="mine.yaml")
     assert verdicts(outlook) == {"llava": limit, "hf": limit}
     command = [sys.executable, "-m", "xtuner2llava", "inspect", str(config), "--mapping"]
     done = subprocess.run(

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from xtuner2llava.errors import ConversionError
+from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import InspectOptions
 from xtuner2llava.planning import Assessment, assess
+from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.sources import Checkpoint, Part
 from xtuner2llava.sources.json_file import Json, read_json
-from xtuner2llava.target import Target
 from xtuner2llava.token_advice import Advice, token_advice
 
 _ANY_NAME = "openai/any"
@@ -32,6 +32,47 @@ class PartSummary:
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an input can become in a format: its class there, or the reasons why it cannot.
+
+    Where nothing but an option is missing, `needs` names it, `faults` say why, and `otherwise` is
+    the verdict once it is given.
+    """
+
+    format: str
+    architecture: str | None
+    verdict: Fidelity
+    caveats: tuple[str, ...]
+    faults: tuple[Fault, ...]
+    needs: str | None = None
+    otherwise: Fidelity | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        return self.verdict.is_possible
+
+    def __str__(self) -> str:
+        """One line, without caveats and faults."""
+        if self.needs is not None:
+            return f"{self.otherwise} once {self.needs} is given, as {self.architecture}"
+        become = f", as {self.architecture}" if self.is_possible else ""
+        return f"{self.verdict}{become}"
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        return {
+            "format": self.format,
+            "architecture": self.architecture,
+            "possible": self.is_possible,
+            **self.verdict.to_dict(),
+            "needs": self.needs,
+            "otherwise": None if self.otherwise is None else self.otherwise.to_dict(),
+            "caveats": list(self.caveats),
+            "faults": [str(fault) for fault in self.faults],
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from xtuner2llava.hub.upload import Pushed
-from xtuner2llava.inspection import Inspection
+from xtuner2llava.inspection import Inspection, Target
 from xtuner2llava.mapping import fold
 from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.report import Report
-from xtuner2llava.target import Target
 from xtuner2llava.terminal import table
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from xtuner2llava.llava.generation import TokenIds
 from xtuner2llava.mapping import Dropped, FolderName, MappingFile, PromptTemplate
+from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tokenizers import MadeFile
-from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import ShardPlan
 
 
@@ -91,7 +91,7 @@ class Plan:
     processor: str | None
     shards: ShardPlan
     folder_name: FolderName
-    verdict: Verdict
+    verdict: Fidelity
     notes: tuple[str, ...]
 
     @property

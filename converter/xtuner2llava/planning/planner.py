@@ -18,6 +18,7 @@ from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit, PlainCla
 from xtuner2llava.options import Options, parse_size
 from xtuner2llava.planning.chat import with_trained_bos, with_trained_chat
 from xtuner2llava.planning.configuration import config_json
+from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.language_model import (
     LanguageModel,
@@ -57,7 +58,6 @@ from xtuner2llava.tokenizers import (
     readable_tokenizer,
     with_config,
 )
-from xtuner2llava.verdict import Verdict
 from xtuner2llava.writing.shards import plan_shards
 
 
@@ -72,7 +72,7 @@ class Assessment:
 
     format: str
     architecture: str | None
-    verdict: Verdict
+    verdict: Fidelity
     faults: tuple[Fault, ...]
     pending: tuple[Fault, ...]
     notes: tuple[str, ...]
@@ -164,7 +164,7 @@ class _Planner:
         return Assessment(
             format=self._format.name,
             architecture=None if faults or family is None else self._class_of(family).architecture,
-            verdict=Verdict.of(parts.limits, inexact=checkpoint.inexact, faults=faults),
+            verdict=Fidelity.of(parts.limits, inexact=checkpoint.inexact, faults=faults),
             faults=faults,
             pending=checkpoint.pending,
             notes=found.notes,
@@ -384,7 +384,7 @@ class _Planner:
                 {p.name: p.tensor for p in tensors}, parse_size(self._options.max_shard_size)
             ),
             folder_name=self._class_of(model.family).folder_name,
-            verdict=Verdict.of(parts.limits, inexact=checkpoint.inexact),
+            verdict=Fidelity.of(parts.limits, inexact=checkpoint.inexact),
             notes=found.notes,
         )
 

@@ -16,9 +16,9 @@ from builders.families.models import KINDS
 from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import Fault, MappingError
+from xtuner2llava.inspection import Target
 from xtuner2llava.mapping import Catalogue, Limit, in_range
-from xtuner2llava.target import Target
-from xtuner2llava.verdict import Verdict
+from xtuner2llava.planning.fidelity import Fidelity
 
 CATALOGUE = Catalogue.shipped()
 
@@ -30,42 +30,42 @@ def limit(tokens: int | None = None, transformers: str | None = None) -> Limit:
 @pytest.mark.parametrize(
     ("limits", "other", "expected", "text"),
     [
-        ([], {}, Verdict("exact"), "exact"),
-        ([limit(9), limit(7), limit(8)], {}, Verdict("exact_up_to", 7), "exact up to 7 tokens"),
+        ([], {}, Fidelity("exact"), "exact"),
+        ([limit(9), limit(7), limit(8)], {}, Fidelity("exact_up_to", 7), "exact up to 7 tokens"),
         (
             [limit(None, ">=4.45")],
             {},
-            Verdict("exact", None, (">=4.45",)),
+            Fidelity("exact", None, (">=4.45",)),
             "exact with transformers >=4.45",
         ),
         (
             [limit(7), limit(9, ">=4.45"), limit(None, ">=4.45"), limit(None, "<5.4")],
             {},
-            Verdict("exact_up_to", 7, (">=4.45", "<5.4")),
+            Fidelity("exact_up_to", 7, (">=4.45", "<5.4")),
             "exact up to 7 tokens with transformers >=4.45, <5.4",
         ),
         (
             [Limit.unproven("a.yaml"), limit(7, ">=4.45")],
             {},
-            Verdict("exact_if_right", 7, (">=4.45",), "a.yaml"),
+            Fidelity("exact_if_right", 7, (">=4.45",), "a.yaml"),
             "exact up to 7 tokens with transformers >=4.45 if a.yaml is right; its logits were "
             "not compared",
         ),
-        ([Limit.unproven("a.yaml"), limit()], {}, Verdict("not_exact"), "possible, not exact"),
-        ([limit(7), limit()], {}, Verdict("not_exact"), "possible, not exact"),
-        ([limit(7)], {"inexact": ["why"]}, Verdict("not_exact"), "possible, not exact"),
+        ([Limit.unproven("a.yaml"), limit()], {}, Fidelity("not_exact"), "possible, not exact"),
+        ([limit(7), limit()], {}, Fidelity("not_exact"), "possible, not exact"),
+        ([limit(7)], {"inexact": ["why"]}, Fidelity("not_exact"), "possible, not exact"),
         (
             [limit()],
             {"inexact": ["why"], "faults": [Fault("x", "y")]},
-            Verdict("not_possible"),
+            Fidelity("not_possible"),
             "not possible, because",
         ),
     ],
 )
 def test_the_narrowest_limit_counts(
-    limits: list[Limit], other: dict[str, Any], expected: Verdict, text: str
+    limits: list[Limit], other: dict[str, Any], expected: Fidelity, text: str
 ) -> None:
-    verdict = Verdict.of(limits, **other)
+    verdict = Fidelity.of(limits, **other)
     assert verdict == expected
     assert str(verdict) == text
     assert verdict.is_possible is (expected.kind != "not_possible")
@@ -129,7 +129,7 @@ def test_a_limit_that_is_no_length_is_a_fault(tmp_path: Path, longest: object, w
 
 def test_a_caveat_without_a_limit_leaves_nothing_exact(tmp_path: Path) -> None:
     limits = own_family(tmp_path, "").limits({"hidden_size": 64})
-    assert Verdict.of(limits) == Verdict("not_exact")
+    assert Fidelity.of(limits) == Fidelity("not_exact")
 
 
 # Of whole checkpoints
@@ -152,36 +152,36 @@ def look(made: Trained) -> dict[str, Target]:
 @pytest.mark.parametrize(
     ("kind", "change", "llava", "hf"),
     [
-        ("llama", {}, Verdict("exact"), Verdict("exact")),
-        ("qwen", {}, Verdict("exact_up_to", 256), Verdict("exact_up_to", 256)),
-        ("qwen_early", {}, Verdict("exact_up_to", 256), Verdict("exact_up_to", 256)),
-        ("internlm", {}, Verdict("exact_up_to", 256), Verdict("exact_up_to", 256)),
-        ("internlm2", {}, Verdict("exact"), Verdict("exact")),
-        ("internlm2_early", {}, Verdict("exact_up_to", 256), Verdict("exact_up_to", 256)),
-        ("phi3", {}, Verdict("exact_up_to", 100), Verdict("exact_up_to", 100)),
-        ("phi3", {"sliding_window": None}, Verdict("exact"), Verdict("exact")),
-        ("baichuan2", {}, Verdict("exact"), Verdict("exact")),
-        ("mistral", {}, Verdict("exact_up_to", 8), Verdict("exact_up_to", 8)),
-        ("qwen3", {}, Verdict("not_possible"), Verdict("exact")),
-        ("llama_3_1", {}, Verdict("not_possible"), Verdict("exact")),
-        ("gemma", {}, Verdict("not_possible"), Verdict("exact", None, (">=4.38, <5.4",))),
+        ("llama", {}, Fidelity("exact"), Fidelity("exact")),
+        ("qwen", {}, Fidelity("exact_up_to", 256), Fidelity("exact_up_to", 256)),
+        ("qwen_early", {}, Fidelity("exact_up_to", 256), Fidelity("exact_up_to", 256)),
+        ("internlm", {}, Fidelity("exact_up_to", 256), Fidelity("exact_up_to", 256)),
+        ("internlm2", {}, Fidelity("exact"), Fidelity("exact")),
+        ("internlm2_early", {}, Fidelity("exact_up_to", 256), Fidelity("exact_up_to", 256)),
+        ("phi3", {}, Fidelity("exact_up_to", 100), Fidelity("exact_up_to", 100)),
+        ("phi3", {"sliding_window": None}, Fidelity("exact"), Fidelity("exact")),
+        ("baichuan2", {}, Fidelity("exact"), Fidelity("exact")),
+        ("mistral", {}, Fidelity("exact_up_to", 8), Fidelity("exact_up_to", 8)),
+        ("qwen3", {}, Fidelity("not_possible"), Fidelity("exact")),
+        ("llama_3_1", {}, Fidelity("not_possible"), Fidelity("exact")),
+        ("gemma", {}, Fidelity("not_possible"), Fidelity("exact", None, (">=4.38, <5.4",))),
         (
             "qwen2",
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            Verdict("not_possible"),
-            Verdict("exact", None, (">=4.45",)),
+            Fidelity("not_possible"),
+            Fidelity("exact", None, (">=4.45",)),
         ),
         (
             "mistral",
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            Verdict("not_possible"),
-            Verdict("exact_up_to", 8, (">=4.48",)),
+            Fidelity("not_possible"),
+            Fidelity("exact_up_to", 8, (">=4.48",)),
         ),
         (
             "llama",
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            Verdict("exact"),
-            Verdict("exact"),
+            Fidelity("exact"),
+            Fidelity("exact"),
         ),
     ],
 )
@@ -190,8 +190,8 @@ def test_the_verdict_on_a_checkpoint(
     tmp_path: Path,
     kind: str,
     change: dict[str, Any],
-    llava: Verdict,
-    hf: Verdict,
+    llava: Fidelity,
+    hf: Fidelity,
 ) -> None:
     found = look(trained(tmp_path, checkpoints, kind, **change))
     assert (found["llava"].verdict, found["hf"].verdict) == (llava, hf)
@@ -220,7 +220,7 @@ def test_an_llm_without_target_is_refused_for_each(checkpoints: Path, tmp_path: 
     config |= {"architectures": ["ChatGLMModel"], "model_type": "chatglm"}
     (made.llm / "config.json").write_text(json.dumps(config))
     for target in look(made).values():
-        assert target.verdict == Verdict("not_possible")
+        assert target.verdict == Fidelity("not_possible")
         assert "ChatGLM and GLM-4 rotate half of each head" in str(target.faults[0])
         assert "Train again on" in str(target.faults[0])
 
@@ -310,10 +310,10 @@ def test_a_mapping_of_the_users_own_has_its_say(checkpoints: Path, tmp_path: Pat
     )
     found = inspect(made.checkpoint, mapping=path, **made.bases)
     for target in found.targets:
-        assert target.verdict == Verdict("exact_if_right", 128, if_right="mine.yaml")
+        assert target.verdict == Fidelity("exact_if_right", 128, if_right="mine.yaml")
         assert str(target.verdict).startswith("exact up to 128 tokens if mine.yaml is right; its ")
         assert "It differs." in target.caveats
-    assert {target.verdict for target in look(made).values()} == {Verdict("exact")}
+    assert {target.verdict for target in look(made).values()} == {Fidelity("exact")}
 
 
 def test_a_plan_has_it_too(checkpoints: Path, tmp_path: Path) -> None:

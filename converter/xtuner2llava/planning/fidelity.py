@@ -14,8 +14,8 @@ Kind = Literal["exact", "exact_up_to", "exact_if_right", "not_exact", "not_possi
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a target is worth, whatever the sentences beside it say.
+class Fidelity:
+    """How near a target is to what was trained.
 
     `exact` is the trained function, but for rounding to the dtype that is written. `tokens` is the
     length of a sequence, images counted as their patches, within which it is exact; None without
@@ -36,8 +36,8 @@ class Verdict:
         *,
         inexact: Iterable[str] = (),
         faults: Iterable[Fault] = (),
-    ) -> Verdict:
-        """The verdict on a target with these caveats; `inexact` are reasons why it is only near."""
+    ) -> Fidelity:
+        """That of a target with these caveats; `inexact` are reasons why it is only near."""
         limits = tuple(limits)
         if tuple(faults):
             return cls("not_possible")

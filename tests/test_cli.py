@@ -148,7 +148,8 @@ def test_the_folder_name_is_checked(arguments: list[object], tmp_path: Path) -> 
 
 def test_mappings_are_listed_shown_and_checked(tmp_path: Path) -> None:
     listed = run("mappings", "list").stdout
-    assert "qwen2" in listed
+    assert re.search(r"\nfamily +qwen2 +Qwen 1.5, 2, 2.5 +Qwen2ForCausalLM\n", listed)
+    assert re.search(r"\nformat +hf +LlavaForConditionalGeneration\n", listed)
     assert "LlavaQwenForCausalLM" in listed
     shown = run("mappings", "show", "qwen2").stdout
     assert "becomes: qwen2" in shown

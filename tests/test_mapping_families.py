@@ -453,6 +453,12 @@ generation: {pad: "<|extra_0|>"}
     ]
 
 
+def test_every_shipped_family_names_its_llms() -> None:
+    named = [family.llms for family in CATALOGUE.families.values()]
+    assert all(named)
+    assert len(set(named)) == len(named)
+
+
 def test_the_example_of_the_page_works(tmp_path: Path) -> None:
     text = (FOLDER.parent / "docs/mappings.md").read_text()
     path = tmp_path / "lab.yaml"

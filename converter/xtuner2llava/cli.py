@@ -401,15 +401,18 @@ def list_mappings(as_json: bool) -> None:
     from xtuner2llava.terminal import table
 
     catalogue = Catalogue.shipped()
-    rows = [("family", n, f.becomes.architecture) for n, f in catalogue.families.items()]
-    rows += [
-        ("format", name, ", ".join(c.architecture for c in found.classes.values()))
-        for name, found in catalogue.formats.items()
+    rows = [
+        ("family", name, found.llms or "", found.becomes.architecture)
+        for name, found in catalogue.families.items()
     ]
+    for name, described in catalogue.formats.items():
+        classes = dict.fromkeys(c.architecture for c in described.classes.values())
+        rows.append(("format", name, "", ", ".join(classes)))
+    header = ("kind", "name", "llms", "becomes")
     if as_json:
-        _print_json([{"kind": kind, "name": n, "becomes": b} for kind, n, b in rows])
+        _print_json([dict(zip(header, row, strict=True)) for row in rows])
     else:
-        click.echo(table(rows, ("kind", "name", "becomes")))
+        _say(table(rows, header))
 
 
 @mappings.command("show")

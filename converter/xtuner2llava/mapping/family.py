@@ -99,6 +99,8 @@ class Family:
     names_read: frozenset[str]
     if_right: str | None = None
     """What its results depend on where only the user says so; None for one that is shipped."""
+    llms: str | None = None
+    """The models that it is for, as people call them."""
 
     @property
     def file(self) -> MappingFile:
@@ -205,6 +207,7 @@ def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
 @dataclass(frozen=True, slots=True)
 class _FamilyFile:
     family: str
+    llms: str | None = None
     extends: str | None = None
     becomes: str | None = None
     match: Match = field(default_factory=Match)
@@ -263,6 +266,7 @@ def read_family(
         file.caveats,
         (MappingFile(document.name, document.sha256),),
         frozenset(reader.names_read),
+        llms=file.llms,
     )
     family = family if parent is None else family.over(parent)
     return replace(family, files=(*family.files, plain.file))

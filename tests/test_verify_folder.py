@@ -27,6 +27,7 @@ from damage import (
 )
 from reference.cases import Converted
 from xtuner2llava import UsageError, verify
+from xtuner2llava.verification.checks import tokenizer as tokenizer_check
 
 INDEX = "model.safetensors.index.json"
 Damage = Callable[[Path], object]
@@ -428,9 +429,9 @@ def test_damage_to_shards(sharded: Path, tmp_path: Path, damage: str) -> None:
             "preprocessor_config.json is not what was written",
         ),
         (
-            lambda folder: (folder / "merges.txt").unlink(),
+            lambda folder: (folder / "special_tokens_map.json").unlink(),
             "checksums of small files",
-            "merges.txt is not there",
+            "special_tokens_map.json is not there",
         ),
         (
             lambda folder: (folder / "notes.txt").write_text("x"),
@@ -534,8 +535,29 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
         verify(tmp_path / "nothing")
 
 
+def test_a_tokenizer_that_cannot_be_loaded_here_is_still_counted(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5 reads tokenizer.model with protobuf, which may not be installed."""
+    folder = copy_of(converted("llama_e_full_fullvis", dtype="float16"), tmp_path)
+    (folder / "tokenizer.json").unlink()
+
+    def refuse(source: Path, model_type: object) -> Any:
+        raise ValueError("requires the protobuf library")
+
+    monkeypatch.setattr(tokenizer_check, "load_tokenizer", refuse)
+    monkeypatch.setattr(tokenizer_check, "_has_protobuf", lambda: False)
+    found = verify(folder).named("tokenizer")
+    assert found.result == "skipped" and "sentencepiece and protobuf" in found.detail
+    (folder / "added_tokens.json").write_text(json.dumps({"more": 10_000}))
+    found = verify(folder).named("tokenizer")
+    assert found.result == "FAILED" and "has ids up to 10000" in found.detail
+    monkeypatch.setattr(tokenizer_check, "_has_protobuf", lambda: True)
+    assert "does not load" in verify(folder).named("tokenizer").detail
+
+
 def test_logits_need_a_checkpoint(whole: Path) -> None:
-    told = r"^logits: needs the checkpoint[^\n]*\n *Give it with against=CHECKPOINT"
+    told = r"^logits: needs the checkpoint[^\n]*\n *Give against=CHECKPOINT"
     with pytest.raises(UsageError, match=told):
         verify(whole, logits=True)
 

@@ -227,7 +227,7 @@ def test_defaults_are_those_of_llavamodel_and_peft() -> None:
     assert (run.visual_select_layer, run.projector_depth) == (-2, 2)
     assert run.llm_path is run.vision_path is run.llm_type is run.vision_type is None
     assert (run.llm_torch_dtype, run.pretrained_pth, run.quantization) == (None, None, None)
-    assert (run.image_aspect_ratio, run.max_length, run.prompt_template) == (None, None, None)
+    assert (run.image_aspect_ratio, run.max_length, run.prompt_template) == ("pad", None, None)
     assert run.visual_encoder_lora is None
     lora = run.llm_lora
     assert lora is not None
@@ -384,7 +384,8 @@ def test_wrong_lora_values_are_said(arguments: str, name: str) -> None:
         ("dict(image_folder='a', pad_image_to_square=True), dict(type='text')", "pad", False),
         ("dict(dataset=dict(image_folder='a', pad_image_to_square=True))", "pad", False),
         ("dict(datasets=[dict(image_folder='a', pad_image_to_square=True)])", "pad", False),
-        ("dict(image_folder='a', pad_image_to_square=build())", None, True),
+        ("dict(image_folder='a', pad_image_to_square=build())", "pad", True),
+        ("dict(image_folder='a', pad_image_to_square=f()), dict(image_folder='b')", "pad", True),
         ("build(), dict(image_folder='a', pad_image_to_square=True)", "pad", True),
     ],
 )
@@ -431,10 +432,11 @@ def test_what_only_describes_never_fails() -> None:
         "prompt_template = build()\ntrain_dataloader = build()\ncustom_hooks = build()\n"
         "tokenizer = dict(bos_token=build())\nimage_processor = build()",
     )
-    assert (run.prompt_template, run.bos_token, run.image_aspect_ratio) == (None, None, None)
+    assert (run.prompt_template, run.bos_token, run.image_aspect_ratio) == (None, None, "pad")
     assert run.stop_words == ()
-    assert len(run.notes) == 4
-    assert all(note.startswith("config.py:") for note in run.notes)
+    assert len(run.notes) == 5
+    assert sum(note.startswith("config.py:") for note in run.notes) == 4
+    assert "`pad` is written" in " ".join(run.notes)
 
 
 def test_shared_and_endless_datasets_end() -> None:

@@ -486,8 +486,8 @@ class _Planner:
         if FAST not in tokenizer.files:
             self._found.note(
                 f"The base's tokenizer has no {FAST}, and transformers 5 loads LLaVA's from that, "
-                "or from tokenizer.model with sentencepiece installed. AutoTokenizer's "
-                "from_pretrained and save_pretrained make one for the base."
+                "or from tokenizer.model with sentencepiece and protobuf installed. "
+                "AutoTokenizer's from_pretrained and save_pretrained make one for the base."
             )
         recipe = self._recipe
         ratio = recipe.image_aspect_ratio if recipe is not None else "pad"

@@ -190,7 +190,13 @@ def prompt_template(
                 "no prompt can be given."
             )
         return catalogue.prompt_templates.get(recorded)
-    return catalogue.prompt_templates.get(family.chat.template or "")
+    usual = catalogue.prompt_templates.get(family.chat.template or "")
+    if usual is not None:
+        findings.note(
+            f"Nothing known names the prompt template of the training: {usual.name!r}, the usual "
+            "one of this LLM, is taken for it. --xtuner-config FILE.py names it."
+        )
+    return usual
 
 
 def _written_out(table: Table) -> PromptTemplate | None:

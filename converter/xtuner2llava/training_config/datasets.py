@@ -212,13 +212,19 @@ class _Reader:
         return None
 
     def _aspect_ratio(self, datasets: list[Section]) -> str | None:
-        padded = set()
+        padded = set[bool | None]()
         for dataset in datasets:
             value = self._try(dataset.flag, "pad_image_to_square")
+            padded.add(value)
             if value is not None:
-                padded.add(value)
                 self._use(dataset, "pad_image_to_square", value)
-        if len(padded) == 2:
+        if True not in padded and (None in padded or not datasets):
+            self._notes.append(
+                "Nothing known says whether training padded images to squares: `pad` is written, "
+                "as XTuner's own export does. Give --xtuner-config with a config that says it."
+            )
+            return "pad"
+        if {True, False} <= padded:
             self._notes.append(
                 "some datasets pad images to squares (pad_image_to_square) and some do not; "
                 "`pad` is what XTuner's own chat and evaluation do"

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def tokenizer_checks(out: OutFolder) -> Iterator[Check]:
         tokenizer = load_tokenizer(out.path, out.layout.text.get("model_type"))
     except Exception as error:
         if lacks_sentencepiece(out.path) and not (out.path / "tokenizer.json").is_file():
-            yield Check(name, SKIPPED, "loading it needs the package sentencepiece")
+            faults = [*_not_for_all(out), *_beyond_rows(out)]
+            fine = "loading it needs the packages sentencepiece and protobuf"
+            yield Check.of(name, faults, "") if faults else Check(name, SKIPPED, fine)
             return
         yield Check.of(name, [f"does not load: {type(error).__name__}: {error}"], "")
         return
@@ -72,6 +75,15 @@ def _not_for_all(out: OutFolder) -> Iterator[str]:
         yield from (fault.what for fault in error.faults)
 
 
+def _beyond_rows(out: OutFolder) -> Iterator[str]:
+    """Whether the files give ids that the embedding does not have, loaded or not."""
+    rows = out.layout.text.get("vocab_size")
+    with suppress(ConversionError):
+        highest = max(read_tokenizer(out.path).ids.values(), default=-1)
+        if isinstance(rows, int) and highest >= rows:
+            yield f"has ids up to {highest}, the embedding has {rows} rows"
+
+
 def load_tokenizer(source: Path, model_type: Json) -> Any:
     """The tokenizer of a folder, as transformers loads it without remote code.
 
@@ -107,8 +119,20 @@ def load_tokenizer(source: Path, model_type: Json) -> Any:
 
 
 def lacks_sentencepiece(folder: Path) -> bool:
-    """Whether the tokenizer in `folder` is one of SentencePiece, whose package is not here."""
-    return (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None
+    """Whether the tokenizer in `folder` is one of SentencePiece, and what reads it is not here.
+
+    transformers reads it by the package sentencepiece, from 5 on with protobuf.
+    """
+    if not (folder / "tokenizer.model").is_file():
+        return False
+    return find_spec("sentencepiece") is None or not _has_protobuf()
+
+
+def _has_protobuf() -> bool:
+    try:
+        return find_spec("google.protobuf") is not None
+    except ModuleNotFoundError:  # Not even `google`.
+        return False
 
 
 def _stop_words(out: OutFolder, ids: Mapping[str, int]) -> Iterator[str]:

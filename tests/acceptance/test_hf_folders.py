@@ -1,0 +1,104 @@
+"""Whole folders of the format hf load, and are saved again, in the oldest transformers and in this
+one, whichever transformers saved the base's tokenizer, with the same ids in both.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders.saved_tokenizers import DATA, write_saved
+from xtuner2llava import convert
+
+pytestmark = pytest.mark.acceptance
+
+CASES = {
+    "llama3": "llama_e_full_fullvis",
+    "phi3": "phi3_e_full_fullvis",
+    "qwen2": "qwen2_e_full_fullvis",
+    "vicuna": "llama_e_full_fullvis",
+}
+BASES = {"llama_e_full_fullvis": "llm_llama", "phi3_e_full_fullvis": "llm_phi3"}
+# The last is without its tokenizer.json.
+SAVED = [
+    *(("4.37.2", kind) for kind in ("llama3", "phi3", "qwen2")),
+    *(("4.57.1", kind) for kind in CASES),
+    *(("5.24.0", kind) for kind in CASES),
+    ("4.40.2", "vicuna"),
+]
+PICTURE = DATA.parent / "answers/wide.png"
+TEXTS = json.loads((DATA / "expected.json").read_text())["texts"]
+
+
+def write_base(folder: Path, version: str, kind: str, checkpoints: Path) -> Path:
+    write_saved(folder, version, kind, checkpoints)
+    base = checkpoints / "bases" / BASES.get(CASES[kind], "llm_qwen2")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copyfile(base / name, folder / name)
+    if (version, kind) == SAVED[-1]:
+        (folder / "tokenizer.json").unlink()
+    return folder
+
+
+def run(python: Path | str, folders: Sequence[Path]) -> list[Any]:
+    jobs = [{"folder": str(f), "texts": TEXTS, "picture": str(PICTURE)} for f in folders]
+    ran = subprocess.run(
+        [python, Path(__file__).with_name("run_hf.py")],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return list(json.loads(ran.stdout))
+
+
+def named(folder: Path, kind: str) -> None:
+    """The folder with another image processor."""
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_processor_type": kind}))
+
+
+def test_oldest_and_newest_make_the_same(
+    oldest_python: Path, checkpoints: Path, tmp_path: Path
+) -> None:
+    folders = []
+    for version, kind in SAVED:
+        base = write_base(tmp_path / f"{version}-{kind}", version, kind, checkpoints)
+        out = tmp_path / f"{version}-{kind}-hf"
+        convert(
+            checkpoints / CASES[kind] / "iter_2.pth",
+            out,
+            llm=base,
+            vision=checkpoints / "bases/vision_clip",
+            format="hf",
+            dtype="float32",
+        )
+        folders.append(out)
+    # The oldest lacks the image processor that pads: it says so, and loads all else.
+    (padded,) = run(oldest_python, folders[:1])
+    assert "Unrecognized image processor" in padded["error"]
+    for folder in folders:
+        named(folder, "CLIPImageProcessor")
+    # Without the tokenizer.json that was made, the newest makes another, or does not load.
+    wrong = tmp_path / "wrong"
+    shutil.copytree(folders[-1], wrong)
+    (wrong / "tokenizer.json").unlink()
+    *olds, old_wrong = run(oldest_python, [*folders, wrong])
+    *news, new_wrong = run(sys.executable, [*folders, wrong])
+    assert isinstance(old_wrong, list)
+    assert not isinstance(new_wrong, list) or new_wrong[0]["ids"] != old_wrong[0]["ids"]
+    for saved, old, new in zip(SAVED, olds, news, strict=True):
+        assert isinstance(old, list), (saved, old)
+        assert isinstance(new, list), (saved, new)
+        for first, again in (old, new):
+            assert again == first, saved
+        assert (new[0]["ids"], new[0]["prompt"]) == (old[0]["ids"], old[0]["prompt"]), saved
+        assert new[0]["logits"] == pytest.approx(old[0]["logits"], rel=1e-3), saved

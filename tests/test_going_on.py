@@ -192,3 +192,15 @@ def test_another_template_is_another_card(run: Convert, tmp_path: Path) -> None:
     template.write_text("Mine. {{ usage }}")
     with pytest.raises(OutputError, match=r"README\.md is not what it was"):
         run(card_template=template)
+
+
+def test_an_out_that_would_become_a_part_of_the_checkpoint(
+    inputs: Path, checkpoints: Path, tmp_path: Path
+) -> None:
+    """The next conversion would take it for the trained tower."""
+    folder = shutil.copytree(checkpoints / CASE / "iter_2_xtuner", tmp_path / "iter_2_xtuner")
+    given = {"llm": inputs / "llm", "vision": inputs / "vision", "vision_tower_name": "openai/x"}
+    with pytest.raises(OutputError, match="would be read as a part of the checkpoint"):
+        convert(folder, folder / "visual_encoder", **given)
+    assert not (folder / "visual_encoder").exists()
+    assert convert(folder, folder / "llava-qwen", **given).out == folder / "llava-qwen"

@@ -9,6 +9,7 @@ publish   OUT.partial becomes OUT, or a commit on the Hub             hub/
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtuner2llava.errors import OutputError
 from xtuner2llava.finished_output import FinishedOutput, finished_output
 from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.mapping import model_name
@@ -36,6 +38,7 @@ from xtuner2llava.provenance import describe, fingerprint, provenance, sources
 from xtuner2llava.report import Report
 from xtuner2llava.small_files import small_files, xtuner_config_file
 from xtuner2llava.sources import open_checkpoint, open_training
+from xtuner2llava.sources.xtuner_folder import PART_FOLDERS
 from xtuner2llava.ties import first_difference
 from xtuner2llava.version import version
 from xtuner2llava.writing import OutputFolder, Written, WrittenShard, write_shards
@@ -163,6 +166,13 @@ class _Work:
     def _folder(self) -> OutputFolder:
         planned, checkpoint = self.planned, self.planned.checkpoint
         parts = (checkpoint.llm, checkpoint.visual_encoder)
+        home, out = (Path(os.path.realpath(p)) for p in (checkpoint.contents.path, self.out))
+        if out.parent == home and out.name in PART_FOLDERS:
+            raise OutputError(
+                f"would be read as a part of the checkpoint {home.name}",
+                where=str(self.out),
+                advice="Choose another OUT.",
+            )
         record = provenance(planned, self.options, version(), self.small)
         described = describe(record, sources(planned))
         return OutputFolder(

@@ -115,5 +115,5 @@ def _transformers(plan: Plan, text: str) -> Iterator[str]:
         "had. Write it at the start of a prompt of your own, where this model has one."
     )
     yield ""
-    yield "vLLM, SGLang, llama.cpp and others read this format too."
+    yield "vLLM loads this folder too, and llama.cpp converts its text model."
     yield ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from xtuner2llava.writing.stage import Stage
 from xtuner2llava.writing.work import Stopped, Work
 
 
@@ -79,3 +80,21 @@ def test_no_job_begins_after_a_stop() -> None:
     with pytest.raises(Stopped):
         work.run(job, [0, 1])
     assert not job.began.is_set()
+
+
+def test_calls_behind_one_that_failed_are_not_made() -> None:
+    """They would record as right what was never looked at."""
+    made: list[int] = []
+
+    def call(number: int) -> None:
+        if number == 1:
+            raise ValueError
+        made.append(number)
+
+    with Stage("check", 4) as stage:
+        for number in range(4):
+            stage.put(call, number)
+        with pytest.raises(ValueError):
+            stage.finish()
+        stage.drop()
+    assert made == [0]

@@ -34,6 +34,7 @@ from xtuner2llava.writing.shards import Entry, Shard
 from xtuner2llava.writing.source_sums import RangeSum, SourceSums, add_bytes
 from xtuner2llava.writing.stage import Stage
 from xtuner2llava.writing.verify import WrittenFile
+from xtuner2llava.writing.work import Stopped
 
 # Copied at a time: enough that a call costs nothing, little enough that the caches still have most
 # of it when it is read back.
@@ -312,7 +313,7 @@ class _Writer:
             if self._verify:
                 if not proven:
                     self._file.require_same(entry, offset + done, self._read_again(pieces), found)
-                self._advance(len(found))
+                self._count(len(found))
         self._flush_in_time(length)
 
     def _read_again(self, pieces: Sequence[FileRange]) -> bytearray:
@@ -330,11 +331,11 @@ class _Writer:
     def _check_block(self, entry: Entry, offset: int, data: memoryview) -> None:
         with disk_errors(self._path):
             write_all(self._descriptor, data, offset)
-        self._advance(len(data))
+        self._count(len(data))
         self._digest.update(data)
         if self._verify:
             self._file.require_same(entry, offset, data)
-            self._advance(len(data))
+            self._count(len(data))
         self._flush_in_time(len(data))
 
     def _check_end(self, entry: Entry, tally: Tally, sums: Sequence[RangeSum]) -> None:
@@ -347,6 +348,12 @@ class _Writer:
             tuple(self._nonfinite),
             tuple(self._sums),
         )
+
+    def _count(self, count: int) -> None:
+        """Counts what is checked. Where the work is to end, the thread that copies ends it: what
+        it copied before is still looked at, and kept."""
+        with suppress(Stopped):
+            self._advance(count)
 
     def _flush_in_time(self, count: int) -> None:
         self._unflushed += count

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from types import TracebackType
 from typing import ParamSpec
 
@@ -14,14 +15,15 @@ Parameters = ParamSpec("Parameters")
 class Stage:
     """Makes calls in order in one thread, while the `with` block runs; at most `ahead` are pending.
 
-    What a call raises is raised by a later `put` or by `finish`. Leaving the block by an error
-    drops the calls that have not begun.
+    What a call raises is raised by a later `put` or by `finish`, and the calls behind it, which
+    build on it, are not made. Leaving the block by an error drops those that have not begun.
     """
 
     def __init__(self, name: str, ahead: int) -> None:
         self._thread = ThreadPoolExecutor(1, name)
         self._ahead = ahead
         self._pending: deque[Future[None]] = deque()
+        self._failed = False  # Of the thread alone.
 
     def __enter__(self) -> Stage:
         return self
@@ -43,7 +45,16 @@ class Stage:
         """Has `call(*arguments)` made; waits while too many are pending."""
         if len(self._pending) == self._ahead:
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(call, *arguments, **named))
+        self._pending.append(self._thread.submit(self._make, partial(call, *arguments, **named)))
+
+    def _make(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except BaseException:
+            self._failed = True
+            raise
 
     def drop(self) -> None:
         """Returns when the call that has begun is made; the others are not."""

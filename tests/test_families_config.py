@@ -275,18 +275,20 @@ def test_an_llm_without_an_exact_target_is_told_why(
 
 
 @pytest.mark.parametrize(
-    ("kind", "scaling"),
+    ("kind", "key", "value"),
     [
-        ("llama_3_1", KINDS["llama_3_1"].config["rope_scaling"]),
-        ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
-        ("mistral", {"type": "linear", "factor": 2.0}),
-        ("mixtral", {"type": "linear", "factor": 2.0}),
+        ("llama_3_1", "rope_scaling", KINDS["llama_3_1"].config["rope_scaling"]),
+        ("qwen2", "rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("mistral", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("mixtral", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("llama", "mlp_bias", True),
+        *((kind, "head_dim", 24) for kind in ("llama", "qwen2", "mistral", "mixtral")),
     ],
 )
-def test_rope_scaling_that_llava_would_lose(
-    kind: str, scaling: dict[str, Any], measured: Measured
+def test_what_llava_would_lose_is_refused_there(
+    kind: str, key: str, value: object, measured: Measured
 ) -> None:
-    config = config_of(kind, rope_scaling=scaling)
+    config = config_of(kind, **{key: value})
     family = CATALOGUE.detect(config, None)
     family.translate_config(config_of(kind, rope_scaling=None), LLAVA)
     with pytest.raises(MappingError, match="the format hf") as caught:

@@ -147,9 +147,9 @@ def test_the_experts_of_a_layer_are_not_interchangeable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "reason", "advice"),
     [
-        ("qwen3", "Qwen 3 has norms on q and k", "`--format hf`, which carries it"),
-        ("gemma", "no class for Gemma", "`--format hf`, which carries it"),
-        ("qwen2_moe", "no class for Qwen2-MoE", "`--format hf`, which carries it"),
+        ("qwen3", "Qwen 3 has norms on q and k", '`format="hf"`, which carries it'),
+        ("gemma", "no class for Gemma", '`format="hf"`, which carries it'),
+        ("qwen2_moe", "no class for Qwen2-MoE", '`format="hf"`, which carries it'),
         ("llama_3_1", "rope_scaling {type: 'llama3'", "Expected"),
     ],
 )

@@ -87,8 +87,8 @@ def _uses(node: ast.AST, names: dict[str, str]) -> Iterator[str]:
         name = _full_name(node.func, names)
         if name == "torch.load" and not _is_true(given.get("weights_only")):
             yield "torch.load without weights_only=True"
-        if name in ("numpy.load", "np.load") and "allow_pickle" in given:
-            yield "numpy.load with allow_pickle"
+        if name in ("numpy.load", "np.load") and not _is_false(given.get("allow_pickle")):
+            yield "numpy.load without allow_pickle=False"
         if name == "getattr" and len(node.args) > 1 and _full_name(node.args[0], names) in (
             "os", "builtins", "subprocess", "__builtins__"
         ):  # fmt: skip
@@ -120,6 +120,10 @@ def _is_forbidden(name: str) -> bool:
         or name.startswith(FORBIDDEN_STARTS)
         or any(".".join(modules[: i + 1]) in FORBIDDEN_MODULES for i in range(len(modules)))
     )
+
+
+def _is_false(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
 
 
 def _is_true(node: ast.expr | None) -> bool:
@@ -192,6 +196,7 @@ def test_the_code_of_a_model_runs_only_on_the_users_word() -> None:
         "import torch.jit",
         "import torch\ntorch.hub.load('x', 'y')",
         "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import numpy as np\nnp.load(f)",
         "AutoModel.from_pretrained(p, trust_remote_code=True)",
         "options = {'trust_remote_code': True}",
         "def load(path, trust_remote_code=True): ...",

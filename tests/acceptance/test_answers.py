@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from acceptance.test_llava import llava_python  # noqa: F401 - a fixture
 from reference.cases import CASES, Converted
 from reference.encode import IMAGE
 from xtuner2llava.mapping import Catalogue
@@ -124,7 +123,7 @@ def keep_spaces(tokenizer_model: Path) -> None:
 
 @pytest.mark.parametrize("case", ASKED)
 def test_llava_answers_as_xtuner(
-    llava_python: Path,  # noqa: F811
+    llava_python: Path,
     checkpoints: Path,
     converted: Converted,
     tmp_path: Path,
@@ -143,7 +142,7 @@ def test_llava_answers_as_xtuner(
 
 
 def test_a_tokenizer_model_that_drops_spaces_is_said(
-    llava_python: Path,  # noqa: F811
+    llava_python: Path,
     checkpoints: Path,
     converted: Converted,
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from reference.cases import Converted
     from reference.measured import Measured
+    from reference.seen import Seen
 
 # Workers share the cores, so one thread each is fastest. Read when torch is first imported, here
 # and in programs that tests start.
@@ -31,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="run only the tests behind docs/compatibility.md, and append what they find to FILE",
     )
+    parser.addoption(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="append to FILE what other programs did with converted folders",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,6 +54,14 @@ def measured(pytestconfig: pytest.Config) -> Measured:
     from reference.measured import Measured
 
     return Measured(pytestconfig.getoption("--record-matrix"))
+
+
+@pytest.fixture(scope="session")
+def seen(pytestconfig: pytest.Config) -> Seen:
+    """Takes down what the table of programs is made of."""
+    from reference.seen import Seen
+
+    return Seen(pytestconfig.getoption("--record"))
 
 
 @pytest.fixture(scope="session")

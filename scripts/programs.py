@@ -1,0 +1,119 @@
+"""Writes the table of docs/programs.md: which programs take which output, as tests found.
+
+    python scripts/programs.py            writes it from tests/consumers/results.jsonl
+    python scripts/programs.py --check    exits with 1 where the table is another
+
+`./scripts/test --consumers --record tests/consumers/results.jsonl` adds to these results what tests
+find, as does `--all`. Of two results for the same version and output, the later one stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner2llava.mapping import Catalogue
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests/consumers/results.jsonl"
+PAGE = ROOT / "docs/programs.md"
+BEGIN, END = "<!-- Made by scripts/programs.py, from here -->\n", "<!-- to here -->\n"
+TITLES = {
+    "llava": "LLaVA",
+    "llava-next": "LLaVA-NeXT",
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "llama.cpp": "llama.cpp",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `tests/reference/seen.py` wrote; `by` says how, where no test did."""
+
+    program: str
+    version: str
+    format: str
+    model_type: str
+    becomes: str
+    family: str
+    outcome: str
+    note: str = ""
+    by: str = ""
+
+    @property
+    def row(self) -> tuple[int, str, str]:
+        return [*TITLES].index(self.program), self.version, self.options
+
+    @property
+    def options(self) -> str:
+        also = " --model-type llava" if self.model_type == "llava" else ""
+        return f"--format {self.format}{also}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    options = parser.parse_args()
+    results = sorted(read(RESULTS), key=lambda result: (*result.row, result.family))
+    made = table(results, Catalogue(ROOT / "mappings"))
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    old, _, after = rest.partition(END)
+    if options.check:
+        sys.exit("docs/programs.md has another table; run scripts/programs.py" * (old != made))
+    lines = [json.dumps(values(result)) for result in results]
+    RESULTS.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")
+
+
+def read(file: Path) -> Iterable[Result]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = (Result(**json.loads(line)) for line in lines)
+    return {(*result.row, result.family): result for result in found}.values()
+
+
+def values(result: Result) -> Mapping[str, str]:
+    names = Result.__dataclass_fields__
+    return {name: getattr(result, name) for name in names if getattr(result, name)}
+
+
+def table(results: Iterable[Result], catalogue: Catalogue) -> str:
+    """A row for each program, version and output; a column for each class that an LLM becomes."""
+    classes = sorted({family.becomes.name for family in catalogue.families.values()})
+    rows: dict[tuple[int, str, str], list[Result]] = {}
+    for result in results:
+        rows.setdefault(result.row, []).append(result)
+    notes: dict[str, int] = {}
+    lines = [["program", "version", "output", *classes]]
+    for found in rows.values():
+        first = found[0]
+        cells = [cell([r for r in found if r.becomes == name], notes) for name in classes]
+        lines.append([TITLES[first.program], first.version, f"`{first.options}`", *cells])
+    lines.insert(1, ["---"] * len(lines[0]))
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + "\n" + "".join(f"{number}. {note}\n" for note, number in notes.items())
+
+
+def cell(found: list[Result], notes: dict[str, int]) -> str:
+    """Outcomes, with the families that they were seen with and the numbers of their notes."""
+    parts: dict[str, list[str]] = {}
+    for result in found:
+        parts.setdefault(outcome(result, notes), []).append(result.family)
+    return "; ".join(f"{said}: {', '.join(families)}" for said, families in parts.items())
+
+
+def outcome(result: Result, notes: dict[str, int]) -> str:
+    marks: Iterator[int] = (
+        notes.setdefault(note, len(notes) + 1) for note in (result.note, result.by) if note
+    )
+    said = {"ran": "ran", "loads": "loads", "refuses": "refuses"}[result.outcome]
+    return said + "".join(f" [{mark}]" for mark in marks)
+
+
+if __name__ == "__main__":
+    main()

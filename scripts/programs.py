@@ -1,4 +1,4 @@
-"""Writes the table of docs/programs.md: which programs take which output, as tests found.
+"""Writes the table of docs/compatibility.md: which programs take which output, as tests found.
 
     python scripts/programs.py            writes it from tests/consumers/results.jsonl
     python scripts/programs.py --check    exits with 1 where the table is another
@@ -20,7 +20,7 @@ from xtuner2llava.mapping import Catalogue
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests/consumers/results.jsonl"
-PAGE = ROOT / "docs/programs.md"
+PAGE = ROOT / "docs/compatibility.md"
 BEGIN, END = "<!-- Made by scripts/programs.py, from here -->\n", "<!-- to here -->\n"
 TITLES = {
     "llava": "LLaVA",
@@ -65,7 +65,7 @@ def main() -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     old, _, after = rest.partition(END)
     if options.check:
-        sys.exit("docs/programs.md has another table; run scripts/programs.py" * (old != made))
+        sys.exit("docs/compatibility.md has another table; run scripts/programs.py" * (old != made))
     lines = [json.dumps(values(result)) for result in results]
     RESULTS.write_text("\n".join([*lines, ""]), encoding="utf-8")
     PAGE.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")

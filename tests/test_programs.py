@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,3 +78,10 @@ def test_every_output_has_a_loader() -> None:
     assert loaders("llava", "official", "qwen2") == ["llava-next"]
     assert loaders("llava", "llava", "llama") == ["sglang"]
     assert loaders("hf", "official", "gemma") == ["transformers", "vllm", "lmdeploy"]
+
+
+def test_the_families_that_a_card_names_were_seen() -> None:
+    results = Path(__file__).parent / "consumers/results.jsonl"
+    seen = [json.loads(line) for line in results.read_text().splitlines()]
+    ran = {r["family"] for r in seen if (r["program"], r["outcome"]) == ("vllm", "ran")}
+    assert PROGRAMS["vllm"].seen == ran

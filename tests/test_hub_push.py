@@ -153,6 +153,25 @@ def test_convert_publishes_what_it_wrote(
     assert report["pushed"]["commit"] == repo.branches["main"]
 
 
+def test_convert_publishes_what_an_earlier_run_finished(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    """The same command with --push-to-hub: nothing is written again, and all of it is sent."""
+    case, out = "qwen2_e_full_fullvis/iter_2.pth", tmp_path / "llava-qwen-tiny"
+    given = {"vision_tower_name": "openai/clip-tiny", "max_shard_size": "200KB"}
+    client.call("convert", case, out, **given)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    report = client.call("convert", case, out, **given, push_to_hub="ann/llava-qwen-tiny")
+    assert report["already_converted"] is True
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    repo = hub.repos["ann/llava-qwen-tiny"]
+    assert repo.content() == content(out)
+    assert report["pushed"]["commit"] == repo.branches["main"]
+    again = client.call("convert", case, out, **given, push_to_hub="ann/llava-qwen-tiny")
+    assert again["already_converted"] is True
+    assert repo.content() == content(out)
+
+
 def test_uploads_in_parts(hub: HubServer, client: Client, out: Path) -> None:
     hub.chunk_bytes = 65536
     client.call("push", out, "ann/llava-qwen")

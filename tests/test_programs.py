@@ -10,8 +10,9 @@ import pytest
 
 from reference.cases import CASES
 from xtuner2llava import PlanError, UsageError, convert, plan
+from xtuner2llava.next_steps import next_steps
 from xtuner2llava.options import Options, ProgramName, flag
-from xtuner2llava.programs import PROGRAMS, loaders
+from xtuner2llava.programs import PROGRAMS
 
 
 def made(checkpoints: Path, case: str, **options: Any) -> Any:
@@ -74,10 +75,12 @@ def test_the_output_does_not_depend_on_how_it_was_asked_for(
         assert path.read_bytes() == (folders["b"] / path.name).read_bytes(), path.name
 
 
-def test_every_output_has_a_loader() -> None:
-    assert loaders("llava", "official", "qwen2") == ["llava-next"]
-    assert loaders("llava", "llava", "llama") == ["sglang"]
-    assert loaders("hf", "official", "gemma") == ["transformers", "vllm", "lmdeploy"]
+@pytest.mark.parametrize(
+    ("name", "said"), [("sglang", "SGLang"), ("llava-next", "LLaVA-NeXT"), ("vllm", "transformers")]
+)
+def test_the_next_step_is_for_what_was_asked(checkpoints: Path, name: str, said: str) -> None:
+    (step,) = next_steps(made(checkpoints, "qwen2_e_full_fullvis", for_=name))
+    assert f"with {said}:" in step
 
 
 def test_the_families_that_a_card_names_were_seen() -> None:

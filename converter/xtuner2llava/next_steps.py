@@ -26,6 +26,9 @@ def next_steps(planned: Plan) -> tuple[str, ...]:
             "Load it with transformers: LlavaForConditionalGeneration.from_pretrained and "
             "AutoProcessor.from_pretrained; README.md has the lines.",
         )
+    sglang = PROGRAMS["sglang"]
+    if planned.config["model_type"] == sglang.model_type and sglang.takes(planned.mapping.becomes):
+        return ("Serve it with SGLang: python -m sglang.launch_server --model-path OUT",)
     is_next = not PROGRAMS["llava"].takes(planned.mapping.becomes)
     who = PROGRAMS["llava-next" if is_next else "llava"].title
     return (

@@ -39,12 +39,3 @@ PROGRAMS: Mapping[str, Program] = {
     "sglang": Program("SGLang", "llava", "llava", ("llama", "mistral", "qwen2")),
     "lmdeploy": Program("LMDeploy", "hf", "official"),
 }
-
-
-def loaders(format: str, model_type: str, becomes: str) -> list[str]:
-    """The programs, by name, that load this output."""
-    return [
-        name
-        for name, program in PROGRAMS.items()
-        if (program.format, program.model_type) == (format, model_type) and program.takes(becomes)
-    ]

@@ -157,6 +157,7 @@ def test_killed_inside_a_shard_it_goes_on_with_what_is_missing(
             assert process.poll() is None, "it ended before it was killed"
         process.send_signal(signal.SIGKILL)
     held.release.set()
+    hub.wait_until_idle()  # The other job may have been sending.
     assert process.returncode == -signal.SIGKILL
     assert repo.branches == before
     assert repo.content() == {"figure.png": b"png"}
@@ -179,7 +180,8 @@ def test_a_failure_leaves_nothing_here_and_nothing_there(
     hub.fail("PUT /storage", status=400, skip=3)
     out = tmp_path / "llava-qwen-tiny"
     done = subprocess.run(
-        command(checkpoints, out),
+        # One job: another one would leave a part of its shard to go on from.
+        command(checkpoints, out, "--jobs", 1),
         env=environment(hub, tmp_path / "home"),
         capture_output=True,
         text=True,
@@ -189,6 +191,24 @@ def test_a_failure_leaves_nothing_here_and_nothing_there(
     assert "the Hub answered 400" in done.stderr
     assert "Traceback" not in done.stderr
     assert hub.repos[REPO].content() == {}
+    assert not list(tmp_path.glob("llava*"))
+
+
+def test_a_failure_keeps_the_part_of_another_job(
+    hub: HubServer, checkpoints: Path, local: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "llava-qwen-tiny"
+    partial = tmp_path / "llava-qwen-tiny.partial"
+    env = environment(hub, tmp_path / "home")
+    hub.fail("PUT /storage", status=400, skip=3)
+    done = subprocess.run(
+        command(checkpoints, out), env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert not out.exists()
+    assert partial.exists() == (f"What is done stays in {partial}" in " ".join(done.stderr.split()))
+    subprocess.run(command(checkpoints, out), env=env, check=True)
+    assert hub.repos[REPO].content() == content(local)
     assert not list(tmp_path.glob("llava*"))
 
 

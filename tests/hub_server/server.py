@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,6 +49,8 @@ class HubServer:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.before_put: Callable[[], None] = lambda: None
         self.lock = threading.RLock()
+        self._idle = threading.Condition()
+        self._connections = 0
         self._server = _Server(self)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
@@ -101,6 +104,23 @@ class HubServer:
         self.faults.append(fault)
         return fault
 
+    @contextmanager
+    def connection(self) -> Iterator[None]:
+        """Counts a connection that is open while the block runs."""
+        with self._idle:
+            self._connections += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._connections -= 1
+                self._idle.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Returns when all connections are closed: what a killed client sent has arrived."""
+        with self._idle:
+            assert self._idle.wait_for(lambda: self._connections == 0, timeout=60)
+
     def log(self, method: str, pattern: str = "") -> list[Request]:
         """The requests so far with that method whose path matches."""
         with self.lock:
@@ -115,6 +135,10 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, hub: HubServer) -> None:
         self.hub = hub
         super().__init__(("127.0.0.1", 0), _Handler)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        with self.hub.connection():
+            super().process_request_thread(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that are killed are part of the tests."""

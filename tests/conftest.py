@@ -38,6 +38,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="append to FILE what other programs did with converted folders",
     )
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write tests/golden/golden.json anew, of the tests that run",
+    )
+    parser.addoption(
+        "--golden-files",
+        type=lambda name: Path(name).absolute(),
+        metavar="DIR",
+        help="write the files that tests/golden/golden.json has the hashes of into DIR",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,29 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.mapping import Catalogue
+from xtuner2llava.programs import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests/consumers/results.jsonl"
 PAGE = ROOT / "docs/compatibility.md"
 BEGIN, END = "<!-- Made by scripts/programs.py, from here -->\n", "<!-- to here -->\n"
-TITLES = {
-    "llava": "LLaVA",
-    "llava-next": "LLaVA-NeXT",
-    "transformers": "transformers",
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "llama.cpp": "llama.cpp",
-}
+TITLES = {name: program.title for name, program in PROGRAMS.items()} | {"llama.cpp": "llama.cpp"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `tests/reference/seen.py` wrote; `by` says how, where no test did."""
+    """What `tests/reference/seen.py` wrote."""
 
     program: str
     version: str
@@ -44,7 +38,6 @@ class Result:
     family: str
     outcome: str
     note: str = ""
-    by: str = ""
 
     @property
     def row(self) -> tuple[int, str, str]:
@@ -59,16 +52,17 @@ class Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument("--page", type=Path, metavar="FILE", default=PAGE, help="with the table")
     options = parser.parse_args()
     results = sorted(read(RESULTS), key=lambda result: (*result.row, result.family))
     made = table(results, Catalogue(ROOT / "mappings"))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
     old, _, after = rest.partition(END)
     if options.check:
-        sys.exit("docs/compatibility.md has another table; run scripts/programs.py" * (old != made))
+        sys.exit("The page has another table; run scripts/programs.py." if old != made else 0)
     lines = [json.dumps(values(result)) for result in results]
     RESULTS.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    PAGE.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")
+    options.page.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")
 
 
 def read(file: Path) -> Iterable[Result]:
@@ -92,7 +86,11 @@ def table(results: Iterable[Result], catalogue: Catalogue) -> str:
     lines = [["program", "version", "output", *classes]]
     for found in rows.values():
         first = found[0]
-        cells = [cell([r for r in found if r.becomes == name], notes) for name in classes]
+        takes = PROGRAMS[first.program].takes if first.program in PROGRAMS else bool
+        cells = [
+            cell([r for r in found if r.becomes == name], notes) if takes(name) else "no class"
+            for name in classes
+        ]
         lines.append([TITLES[first.program], first.version, f"`{first.options}`", *cells])
     lines.insert(1, ["---"] * len(lines[0]))
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -100,19 +98,21 @@ def table(results: Iterable[Result], catalogue: Catalogue) -> str:
 
 
 def cell(found: list[Result], notes: dict[str, int]) -> str:
-    """Outcomes, with the families that they were seen with and the numbers of their notes."""
+    """Outcomes, with the numbers of their notes and the families that they were seen with, where
+    that is not the class alone.
+    """
     parts: dict[str, list[str]] = {}
     for result in found:
         parts.setdefault(outcome(result, notes), []).append(result.family)
+    if [*parts.values()] == [[result.becomes for result in found]]:
+        return next(iter(parts))
     return "; ".join(f"{said}: {', '.join(families)}" for said, families in parts.items())
 
 
 def outcome(result: Result, notes: dict[str, int]) -> str:
-    marks: Iterator[int] = (
-        notes.setdefault(note, len(notes) + 1) for note in (result.note, result.by) if note
-    )
-    said = {"ran": "ran", "loads": "loads", "refuses": "refuses"}[result.outcome]
-    return said + "".join(f" [{mark}]" for mark in marks)
+    if not result.note:
+        return result.outcome
+    return f"{result.outcome} [{notes.setdefault(result.note, len(notes) + 1)}]"
 
 
 if __name__ == "__main__":

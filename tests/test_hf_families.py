@@ -12,8 +12,9 @@ from builders.families.checkpoints import Trained, write_trained
 from builders.families.formulas import Formula
 from builders.families.models import KINDS, Source
 from reference import huggingface
-from reference.compose import Llava, read_tensors
+from reference.compose import read_tensors
 from reference.measured import Measured
+from reference.trained import compose_trained
 from xtuner2llava import PlanError, convert, plan
 from xtuner2llava.mapping import Catalogue, in_range
 
@@ -183,49 +184,13 @@ def test_what_to_do_about_padded_images_is_said(checkpoints: Path, tmp_path: Pat
 # With an image
 
 
-class Scaling:
-    """Gemma as every version up to 5.3 computes it: all embeddings times the root of their size."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def get_input_embeddings(self) -> Any:
-        return lambda ids: self._source.tensors["model.embed_tokens.weight"][ids]
-
-    def __call__(self, inputs_embeds: Any, use_cache: bool = False) -> Any:
-        import transformers
-
-        if not in_range(transformers.__version__, "<5.4"):
-            inputs_embeds = inputs_embeds * self._source.config["hidden_size"] ** 0.5
-        return self._source.model(inputs_embeds=inputs_embeds, use_cache=use_cache)
-
-
-def trained_model(source: Source, trained: Trained) -> Llava:
-    """What was trained, put together from the source's class and the files, not from an output."""
-    import torch
-    from transformers import CLIPVisionModel
-
-    state = torch.load(trained.checkpoint)["state_dict"]
-    layers: list[torch.nn.Module] = []
-    for place in ("0", "2"):
-        weight = state[f"projector.model.{place}.weight"]
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
-        linear.load_state_dict({"weight": weight, "bias": state[f"projector.model.{place}.bias"]})
-        layers += [linear, torch.nn.GELU()]
-    tower = CLIPVisionModel.from_pretrained(
-        trained.vision, torch_dtype=torch.float32, attn_implementation="eager"
-    )
-    model = Scaling(source) if source.config["model_type"] == "gemma" else source.model
-    return Llava(model, tower.eval(), torch.nn.Sequential(*layers[:-1]), -2)
-
-
 def difference_with_an_image(source: Source, trained: Trained, out: Path) -> float:
     import numpy
     import torch
 
     ids = numpy.array([[7, 300, 21, -200, 55, 131, 309, 2]])
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(2)).numpy()
-    reference = trained_model(source, trained)
+    reference = compose_trained(source, trained)
     expected = reference.logits(ids, pixels)
     found = huggingface.logits(huggingface.load(out), ids, pixels)
     assert len(expected) == len(found) == 7 + 16  # the image's patches are in it

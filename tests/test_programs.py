@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,7 +56,7 @@ def test_an_llm_that_a_program_does_not_have_is_refused(checkpoints: Path) -> No
     (fault,) = error.value.faults
     assert (fault.where, fault.what) == (
         "for_",
-        "LLaVA has no class for qwen2, which this LLM becomes",
+        "LLaVA has no class for Qwen2ForCausalLM, which this LLM becomes",
     )
     assert "llava-next" in fault.advice
     assert made(checkpoints, "llama_e_full_fullvis", for_="llava").architecture == (
@@ -88,3 +90,13 @@ def test_the_families_that_a_card_names_were_seen() -> None:
     seen = [json.loads(line) for line in results.read_text().splitlines()]
     ran = {r["family"] for r in seen if (r["program"], r["outcome"]) == ("vllm", "ran")}
     assert PROGRAMS["vllm"].seen == ran
+
+
+def test_the_table_of_programs_is_made_of_the_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    script = [sys.executable, root / "scripts/programs.py", "--check"]
+    assert subprocess.run(script, check=False).returncode == 0
+    page = tmp_path / "page.md"
+    text = (root / "docs/compatibility.md").read_text()
+    page.write_text(text.replace("| no class |", "| |", 1))
+    assert subprocess.run([*script, "--page", page], check=False).returncode == 1

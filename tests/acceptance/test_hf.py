@@ -1,110 +1,160 @@
-"""The format hf in the transformers of this environment: batches, chat pipeline, saved again."""
+"""The format hf in each transformers that it is for: it computes what was trained, answers what
+XTuner answered, also in a batch and in the chat pipeline, and is saved and loaded again.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from consumers.models import PICTURES
+from acceptance.environments import environment, run_hf
+from consumers.models import PICTURES, WEAK_GEMMA, WIDE, write_hf
 from reference.cases import Converted
 from reference.seen import Seen
 
 pytestmark = pytest.mark.acceptance
 
 SAME = 1e-5
-CASES = ("llama_e_full_fullvis", "qwen2_e_full_fullvis", "phi3_e_full_fullvis")
-QUESTIONS = {
-    "wide.png": "What is it?",
-    "tall.png": "Describe it.\nIn one  line, please",
-    "square.png": "Why?",
+ANSWERS = json.loads((PICTURES / "answers.json").read_text())
+ASKED = sorted({answer["case"] for answer in ANSWERS})
+OLDEST = "4.45.2"
+VERSIONS = (OLDEST, "4.57.1", "newest")
+# Those that XTuner's answers are not of.
+FAMILIES = tuple(kind for kind in WIDE if kind not in ("llama", "qwen2", "phi3"))
+# What the oldest does not take: a word of its error, and why.
+REFUSED = {
+    "qwen3": ("qwen3", "Qwen3 is new in transformers 4.51"),
+    "mixtral": ("output_router_logits", "its LLaVA cannot generate with a Mixtral"),
 }
+OLD_IMAGES = (
+    "trained on cropped pictures: it refuses LlavaImageProcessor, which pads them; it has no "
+    "image-text-to-text pipeline"
+)
 
 
-class Loaded:
-    """A folder with its processor, which generate six tokens for each question."""
-
-    def __init__(self, folder: Path) -> None:
-        from PIL import Image
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-        self.processor: Any = AutoProcessor.from_pretrained(folder)
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(folder).float().eval()
-        self.model.generation_config.eos_token_id = None
-        self.pictures = [Image.open(PICTURES / name).convert("RGB") for name in QUESTIONS]
-
-    def message(self, question: str, **image: Any) -> list[dict[str, Any]]:
-        content = [{"type": "image", **image}, {"type": "text", "text": question}]
-        return [{"role": "user", "content": content}]
-
-    def generate(self, *chosen: int) -> tuple[list[list[int]], list[Any]]:
-        """The tokens and the logits of the questions with these indices, in one batch."""
-        texts = [
-            self.processor.apply_chat_template(self.message(question), add_generation_prompt=True)
-            for question in QUESTIONS.values()
-        ]
-        inputs = self.processor(
-            images=[self.pictures[i] for i in chosen],
-            text=[texts[i] for i in chosen],
-            padding=True,
-            return_tensors="pt",
-        )
-        made = self.model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=6,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        new = made.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return new, [[step[i] for step in made.logits] for i in range(len(chosen))]
-
-    def batch_difference(self) -> float:
-        """The largest of logits, between three prompts in a batch and each alone."""
-        _, together = self.generate(0, 1, 2)
-        alone = [self.generate(i)[1][0] for i in range(3)]
-        return max(
-            (one[0] - two[0]).abs().max().item() for one, two in zip(together, alone, strict=True)
-        )
+def questions(case: str) -> list[dict[str, Any]]:
+    return [answer for answer in ANSWERS if answer["case"] == case]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_batch_pipeline_and_saved_again(
-    converted: Converted, tmp_path: Path, seen: Seen, case: str
-) -> None:
-    import transformers
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of transformers, and what it made of folders by name."""
 
-    folder = converted(case, format="hf", dtype="float32")
-    loaded = Loaded(folder)
-    assert loaded.batch_difference() < SAME
-    ((tokens,), _) = loaded.generate(0)
+    version: str
+    folders: dict[str, Path]
+    results: dict[str, dict[str, Any]]
 
-    pipe = transformers.pipeline(
-        "image-text-to-text", model=loaded.model, processor=loaded.processor
+    @property
+    def oldest(self) -> bool:
+        return self.version == OLDEST
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def made(
+    request: pytest.FixtureRequest,
+    checkpoints: Path,
+    converted: Converted,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Version]:
+    oldest = request.param == OLDEST
+    python: Path | str = sys.executable
+    if request.param != "newest":
+        python = environment(f"transformers-{request.param}")
+    home = tmp_path_factory.mktemp(request.param)
+    jobs = {}
+    for case in ASKED:
+        folder = converted(case, format="hf", dtype="float32")
+        if oldest:
+            jobs[case, "padded"] = {"folder": folder, **asking(case)}
+            config = home / f"{case}.py"
+            text = (checkpoints / case / "config.py").read_text()
+            config.write_text(text.replace("image_to_square=True", "image_to_square=False"))
+            folder = converted(case, format="hf", dtype="float32", xtuner_config=config)
+        reference = checkpoints / case / "reference.npz"
+        jobs[case, ""] = {"folder": folder, **asking(case), "reference": reference}
+    for kind in FAMILIES:
+        folder = write_hf(home / kind, kind, checkpoints, pad=not oldest)
+        reference = folder.with_name("reference.npz")
+        jobs[kind, ""] = {"folder": folder, **asking(ASKED[0]), "reference": reference}
+    wrong = shutil.copytree(jobs[ASKED[-1], ""]["folder"], home / "wrong")
+    change(wrong / "tokenizer_config.json", padding_side="right")
+    change(wrong / "preprocessor_config.json", image_mean=[0.5] * 3)
+    jobs["wrong", ""] = {**jobs[ASKED[-1], ""], "folder": wrong}
+    version, results = run_hf(python, [*jobs.values()])
+    names = ["-".join(filter(None, key)) for key in jobs]
+    yield Version(
+        version,
+        dict(zip(names, (job["folder"] for job in jobs.values()), strict=True)),
+        dict(zip(names, results, strict=True)),
     )
-    (answered,) = pipe(
-        text=loaded.message(QUESTIONS["wide.png"], image=loaded.pictures[0]),
-        max_new_tokens=6,
-        return_full_text=False,
-        generate_kwargs={"do_sample": False},
+    shutil.rmtree(home)
+
+
+def asking(case: str) -> dict[str, Any]:
+    asked = [
+        {"picture": PICTURES / answer["picture"], "question": answer["question"]}
+        for answer in questions(case)
+    ]
+    return {"questions": asked, "tokens": len(questions(case)[0]["tokens"])}
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def consistent(version: Version, name: str) -> dict[str, Any]:
+    """The result, which is the same alone, in a batch, in the pipeline, and saved and loaded."""
+    result = version.results[name]
+    assert "error" not in result, result["error"]
+    assert result["batch"] < SAME
+    assert result["saved"] == result["answers"]
+    assert result["pipeline"] == (None if version.oldest else result["answers"][0]["text"])
+    return result
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_it_answers_as_xtuner(made: Version, seen: Seen, case: str) -> None:
+    result = consistent(made, case)
+    assert result["reference"] < SAME
+    for answer, expected in zip(result["answers"], questions(case), strict=True):
+        assert answer["ids"] == expected["input_ids"]
+        if made.oldest and expected["picture"] != "square.png":  # XTuner padded the others
+            assert answer["pixels"] != pytest.approx(expected["pixels"], abs=0.05)
+            continue
+        assert answer["pixels"] == pytest.approx(expected["pixels"], abs=0.05)
+        assert answer["tokens"] == expected["tokens"]
+    if made.oldest:
+        assert "Unrecognized image processor" in made.results[f"{case}-padded"]["error"]
+    seen.ran("transformers", made.version, made.folders[case], OLD_IMAGES if made.oldest else "")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_it_computes_what_was_trained(made: Version, seen: Seen, kind: str) -> None:
+    folder = made.folders[kind]
+    if made.oldest and kind in REFUSED:
+        error, because = REFUSED[kind]
+        assert error in made.results[kind]["error"]
+        seen.refuses("transformers", made.version, folder, because)
+        return
+    result = consistent(made, kind)
+    if kind == "gemma" and not made.version.startswith("4."):
+        assert result["reference"] > 1000 * SAME
+        seen.loads("transformers", made.version, folder, WEAK_GEMMA)
+        return
+    assert result["reference"] < SAME
+    seen.ran("transformers", made.version, folder, OLD_IMAGES if made.oldest else "")
+
+
+def test_other_padding_and_pixels_are_seen(made: Version) -> None:
+    result = made.results["wrong"]
+    assert result["batch"] > 1000 * SAME
+    assert result["answers"][-1]["pixels"] != pytest.approx(
+        questions(ASKED[-1])[-1]["pixels"], abs=0.05
     )
-    text = loaded.processor.decode(tokens, skip_special_tokens=True)
-    assert answered["generated_text"].strip() == text.strip()
-
-    loaded.model.save_pretrained(tmp_path / "saved")
-    loaded.processor.save_pretrained(tmp_path / "saved")
-    assert Loaded(tmp_path / "saved").generate(0)[0] == [tokens]
-    seen.ran("transformers", transformers.__version__, folder)
-
-
-def test_prompts_padded_after_their_end_are_answered_otherwise(
-    converted: Converted, tmp_path: Path
-) -> None:
-    folder = tmp_path / "right"
-    shutil.copytree(converted("qwen2_e_full_fullvis", format="hf", dtype="float32"), folder)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "right"}))
-    assert Loaded(folder).batch_difference() > 1000 * SAME

@@ -20,6 +20,7 @@ from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS
 from reference.cases import Converted
 from reference.exchange import write_exchanged
+from reference.seen import Seen
 from reference.trained import write_reference
 from xtuner2llava import convert
 
@@ -70,7 +71,9 @@ def loaded(
 
 
 @pytest.mark.parametrize("case", (*LLAMA, *QWEN))
-def test_logits_are_xtuners(loaded: dict[tuple[str, str], dict[str, Any]], case: str) -> None:
+def test_logits_are_xtuners(
+    loaded: dict[tuple[str, str], dict[str, Any]], converted: Converted, seen: Seen, case: str
+) -> None:
     best = "logits_master32" if "zero" in case else "logits_f32"
     for dtype, tolerance in (("float16", FLOAT16), ("float32", FLOAT32)):
         result = loaded[case, dtype]
@@ -78,6 +81,8 @@ def test_logits_are_xtuners(loaded: dict[tuple[str, str], dict[str, Any]], case:
         expected = "LlavaLlamaForCausalLM" if case in LLAMA else "Qwen2ForCausalLM"
         assert result["class"] == expected
         assert result["differences"][best] < tolerance, dtype
+    if case in LLAMA:
+        seen.ran("llava", "1.2.2", converted(case, dtype="float32"))
 
 
 @pytest.mark.parametrize("case", (*LLAMA, *QWEN))
@@ -135,10 +140,15 @@ def mistrals(
     results = run_llava(llava_python, checkpoints, [*jobs.values()])
     for key, result in zip(jobs, results, strict=True):
         assert "error" not in result, (key, result["error"])
-    return dict(zip(jobs, results, strict=True))
+    return {
+        key: {**result, "folder": folder}
+        for (key, (folder, *_)), result in zip(jobs.items(), results, strict=True)
+    }
 
 
-def test_a_mistral_is_loaded_as_one(mistrals: dict[tuple[str, str], dict[str, Any]]) -> None:
+def test_a_mistral_is_loaded_as_one(
+    mistrals: dict[tuple[str, str], dict[str, Any]], seen: Seen
+) -> None:
     for how, tolerance in (("float16", FLOAT16), ("float32", FLOAT32), ("eager", FLOAT32)):
         result = mistrals["whole", how]
         assert result["class"] == "LlavaMistralForCausalLM"
@@ -148,6 +158,7 @@ def test_a_mistral_is_loaded_as_one(mistrals: dict[tuple[str, str], dict[str, An
     assert mistrals["whole", "wrong"]["differences"]["logits_f32"] > 10 * FLOAT16
     # The folder's name is what its loader goes by.
     assert mistrals["whole", "named otherwise"]["class"] == "LlavaLlamaForCausalLM"
+    seen.ran("llava", "1.2.2", mistrals["whole", "float32"]["folder"])
 
 
 def test_a_window_is_there_for_attention_that_heeds_it(

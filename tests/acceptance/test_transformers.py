@@ -29,21 +29,10 @@ IMAGE = -200
 BEGIN = "<|im_start|>"
 
 
-@pytest.fixture(scope="session")
-def python() -> Path:
-    made = subprocess.run(
-        [Path(__file__).parent / "environment"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if made.returncode == 77:
-        pytest.skip("no Python from 3.10 to 3.12, which the transformers that LLaVA pins need")
-    assert made.returncode == 0, "the environment could not be made, see above"
-    return Path(made.stdout.strip())
-
-
-def run(python: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+def run(llava_python: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
     """One result for each job, see `run_transformers.py`; none is an error."""
     ran = subprocess.run(
-        [python, Path(__file__).with_name("run_transformers.py")],
+        [llava_python, Path(__file__).with_name("run_transformers.py")],
         input=json.dumps(jobs, default=str),
         capture_output=True,
         text=True,
@@ -61,7 +50,7 @@ def run(python: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def loaded(
-    python: Path, checkpoints: Path, converted: Converted, tmp_path_factory: Any
+    llava_python: Path, checkpoints: Path, converted: Converted, tmp_path_factory: Any
 ) -> dict[str, dict[str, Any]]:
     """The results for all models, made in one process, as it takes long to start."""
     folders = {case: converted(case, format="hf", dtype="float32") for case in MODELS}
@@ -74,7 +63,7 @@ def loaded(
         for case, folder in folders.items()
     ]
     jobs.append({**jobs[-1], "folder": tied})
-    return dict(zip((*MODELS, "tied"), run(python, *jobs), strict=True))
+    return dict(zip((*MODELS, "tied"), run(llava_python, *jobs), strict=True))
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -93,14 +82,14 @@ def test_it_ties_the_head_of_a_tied_model(loaded: dict[str, dict[str, Any]]) -> 
 # Tokenizers
 
 
-def test_qwen_s_tokenizer_fast_and_slow(python: Path, tmp_path: Path) -> None:
+def test_qwen_s_tokenizer_fast_and_slow(llava_python: Path, tmp_path: Path) -> None:
     base = qwen_tokenizer.write_base(tmp_path / "base")
     folder = qwen_tokenizer.write_converted(base, tmp_path / "out")
     texts = list(qwen_tokenizer.texts(3000))
     oracle = qwen_tokenizer.oracle()
     expected = [oracle.encode(text) for text in texts]
     job = {"do": "tokenize", "folder": folder, "texts": texts}
-    fast, slow = run(python, {**job, "fast": True}, {**job, "fast": False})
+    fast, slow = run(llava_python, {**job, "fast": True}, {**job, "fast": False})
     assert (fast["class"], slow["class"]) == ("Qwen2TokenizerFast", "Qwen2Tokenizer")
     assert fast["length"] == slow["length"] == 151851
     assert fast["bos"] is slow["bos"] is None
@@ -114,14 +103,14 @@ def test_qwen_s_tokenizer_fast_and_slow(python: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", internlm2_tokenizer.NAMES)
-def test_internlm2_s_tokenizer_fast_and_slow(python: Path, tmp_path: Path, name: str) -> None:
+def test_internlm2_s_tokenizer_fast_and_slow(llava_python: Path, tmp_path: Path, name: str) -> None:
     model = (internlm2_tokenizer.DATA / f"{name}.model").read_bytes()
     base = internlm2_tokenizer.write_base(tmp_path / "base", model)
     folder = write_prepared(internlm2_tokenizer.prepare(base), tmp_path / "out")
     texts = [text for text, _ in internlm2_tokenizer.expected(name)]
     expected = [[1, *ids] for _, ids in internlm2_tokenizer.expected(name)]
     job = {"do": "tokenize", "folder": folder, "texts": texts}
-    fast, slow = run(python, {**job, "fast": True}, {**job, "fast": False})
+    fast, slow = run(llava_python, {**job, "fast": True}, {**job, "fast": False})
     assert (fast["class"], slow["class"]) == ("LlamaTokenizerFast", "LlamaTokenizer")
     # More tokens than rows would make LLaVA add random ones.
     assert fast["length"] == slow["length"] == 520
@@ -135,9 +124,9 @@ def test_internlm2_s_tokenizer_fast_and_slow(python: Path, tmp_path: Path, name:
 PROMPT = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def prompt_tokens(python: Path, folder: Path) -> list[dict[str, Any]]:
+def prompt_tokens(llava_python: Path, folder: Path) -> list[dict[str, Any]]:
     job = {"do": "image_token", "folder": folder, "prompt": PROMPT}
-    return run(python, {**job, "fast": True}, {**job, "fast": False})
+    return run(llava_python, {**job, "fast": True}, {**job, "fast": False})
 
 
 def make(checkpoints: Path, out: Path, **options: Any) -> Path:
@@ -153,21 +142,23 @@ def make(checkpoints: Path, out: Path, **options: Any) -> Path:
 
 
 def test_llava_keeps_every_token_of_a_prompt(
-    python: Path, checkpoints: Path, tmp_path: Path
+    llava_python: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
-    for result in prompt_tokens(python, make(checkpoints, tmp_path / "llava-qwen")):
+    for result in prompt_tokens(llava_python, make(checkpoints, tmp_path / "llava-qwen")):
         before, after = result["chunks"]
         assert result["ids"] == [*before, IMAGE, *after]
 
 
-def test_with_the_workaround_it_loses_one(python: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_with_the_workaround_it_loses_one(
+    llava_python: Path, checkpoints: Path, tmp_path: Path
+) -> None:
     folder = make(checkpoints, tmp_path / "llava-qwen", bos_token=BEGIN)
-    for result in prompt_tokens(python, folder):
+    for result in prompt_tokens(llava_python, folder):
         before, after = result["chunks"]
         assert result["ids"] == [*before, IMAGE, *after[1:]]
 
 
-def test_taken_off_it_keeps_them(python: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_taken_off_it_keeps_them(llava_python: Path, checkpoints: Path, tmp_path: Path) -> None:
     """A base whose tokenizer XTuner saved with the workaround."""
     llm = tmp_path / "base"
     shutil.copytree(checkpoints / "bases/llm_qwen2", llm)
@@ -182,7 +173,7 @@ def test_taken_off_it_keeps_them(python: Path, checkpoints: Path, tmp_path: Path
         vision=checkpoints / "bases/vision_clip",
         vision_tower_name="openai/clip",
     )
-    kept, lost = (prompt_tokens(python, folder)[0] for folder in (mended, spoiled))
+    kept, lost = (prompt_tokens(llava_python, folder)[0] for folder in (mended, spoiled))
     assert kept["chunks"] == lost["chunks"]
     before, after = kept["chunks"]
     assert kept["ids"] == [*before, IMAGE, *after]

@@ -45,7 +45,7 @@ llava_dataset = dict(
     dataset_map_fn=llava_map_fn,
     template_map_fn=dict(type=template_map_fn_factory, template={template}),
     max_length=max_length,
-    pad_image_to_square=True)
+    pad_image_to_square={pad})
 train_dataloader = dict(dataset=llava_dataset)
 custom_hooks = [
     dict(type=DatasetInfoHook, tokenizer=tokenizer),
@@ -73,6 +73,7 @@ def write_training_config(
     model_class: str = "LLaVAModel",
     tower_class: str = "CLIPVisionModel",
     more: str = "",
+    pad: bool = True,
 ) -> Path:
     """A config at `path`. Texts such as `tokenizer` are further arguments; `more` is more lines."""
     line = "" if prompt_template is None else f"prompt_template = PROMPT_TEMPLATE.{prompt_template}"
@@ -89,6 +90,7 @@ def write_training_config(
             hook="" if prompt_template is None and "prompt_template" in hook else hook,
             model_class=model_class,
             tower_class=tower_class,
+            pad=pad,
         )
     )
     return path

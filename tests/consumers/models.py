@@ -5,14 +5,18 @@ vLLM on CPU needs attention heads of 32 or wider; those of `tests/checkpoints` h
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS
 from builders.training_config import write_training_config
+from reference.trained import write_reference
 from xtuner2llava import convert
 
 if TYPE_CHECKING:
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 TOKENS = 8
 PICTURES = Path(__file__).parents[1] / "data/answers"
+# mappings/families/gemma.yaml
+WEAK_GEMMA = "Gemma sees pictures too weakly, as in transformers 5.4 and later"
 WIDE: Mapping[str, Mapping[str, Any]] = {
     "llama": {"num_key_value_heads": 1},
     "qwen2": {"num_key_value_heads": 1},
@@ -33,14 +39,19 @@ WIDE: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def write_hf(folder: Path, kind: str, checkpoints: Path) -> Path:
-    """A model of this kind, random, as XTuner leaves it, converted to the format hf in float32."""
+def write_hf(folder: Path, kind: str, checkpoints: Path, *, pad: bool = True) -> Path:
+    """A model of this kind, random, as XTuner leaves it, converted to the format hf in float32.
+
+    Beside it lies the `reference.npz` of what it computes. `pad` is how training made squares.
+    """
     source = KINDS[kind].make(folder / "source", num_attention_heads=2, **WIDE[kind])
     trained = write_trained(folder / "trained", source, checkpoints)
     template = "qwen_chat" if "qwen" in source.config["model_type"] else "vicuna"
+    write_reference(source, trained, numpy.array([[1, 300, 21, -200, 55, 131, 380, 7]]))
     config = write_training_config(
-        folder / "config.py", trained.llm, trained.vision, prompt_template=template
+        folder / "config.py", trained.llm, trained.vision, prompt_template=template, pad=pad
     )
+    shutil.move(trained.checkpoint.with_name("reference.npz"), folder)
     out = folder / "llava-hf"
     convert(
         trained.checkpoint,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from consumers.models import PICTURES, TOKENS, WIDE, Answer, Transformers, write_hf
+from consumers.models import PICTURES, TOKENS, WEAK_GEMMA, WIDE, Answer, Transformers, write_hf
 from reference.exchange import write_exchanged
 from reference.seen import Seen
 
@@ -108,7 +108,10 @@ def test_it_answers_as_transformers(
         answer = answers[kind][way]
         assert answer.ids == expected.ids, way
         assert answer.difference(expected) < LARGE.get(kind, SAME), way
-    seen.ran("vllm", version, folders[kind])
+    if kind == "gemma":  # as transformers, but that is not what was trained
+        seen.loads("vllm", version, folders[kind], WEAK_GEMMA)
+    else:
+        seen.ran("vllm", version, folders[kind])
 
 
 def test_gate_and_up_exchanged_is_seen(

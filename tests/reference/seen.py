@@ -4,7 +4,8 @@
      "outcome": "ran" or "loads" or "refuses", "note": …}
 
 "ran": it computed what the trained model computes; "loads": it took every tensor, and nothing was
-computed; "refuses": `note` says because of what. `becomes` is the LLM's plain class.
+computed, or something else; "refuses": `note` says because of what. `becomes` is the LLM's plain
+class.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ class Seen:
     def ran(self, program: str, version: str, folder: Path, note: str = "") -> None:
         """The program computes with `folder` what the model computes that it was made from."""
         self._write(program, version, folder, "ran", note)
+
+    def loads(self, program: str, version: str, folder: Path, note: str) -> None:
+        """The program takes every tensor of `folder`; `note` says what it does not compute."""
+        self._write(program, version, folder, "loads", note)
 
     def refuses(self, program: str, version: str, folder: Path, because: str) -> None:
         """The program says that it does not take `folder`."""

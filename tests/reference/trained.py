@@ -7,11 +7,29 @@ from typing import TYPE_CHECKING, Any
 from builders.families.checkpoints import Trained
 from builders.families.models import Source
 from reference.compose import Llava
+from xtuner2llava.mapping import in_range
 
 if TYPE_CHECKING:
     import numpy
 
 _PROJECTOR = "projector.model."
+
+
+class Scaling:
+    """Gemma as every version up to 5.3 computes it: all embeddings times the root of their size."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def get_input_embeddings(self) -> Any:
+        return lambda ids: self._source.tensors["model.embed_tokens.weight"][ids]
+
+    def __call__(self, inputs_embeds: Any, use_cache: bool = False) -> Any:
+        import transformers
+
+        if not in_range(transformers.__version__, "<5.4"):
+            inputs_embeds = inputs_embeds * self._source.config["hidden_size"] ** 0.5
+        return self._source.model(inputs_embeds=inputs_embeds, use_cache=use_cache)
 
 
 def compose_trained(source: Source, trained: Trained) -> Llava:
@@ -33,7 +51,8 @@ def compose_trained(source: Source, trained: Trained) -> Llava:
         torch.nn.Linear(second[1], second[0]),
     )
     projector.load_state_dict(weights)
-    return Llava(source.model, tower.eval(), projector.eval(), -2)
+    model = Scaling(source) if source.config["model_type"] == "gemma" else source.model
+    return Llava(model, tower.eval(), projector.eval(), -2)
 
 
 def write_reference(

@@ -14,7 +14,8 @@ def check_program(name: str | None, family: Family | None) -> None:
         return
     others = [other for other, program in PROGRAMS.items() if program.takes(family.becomes.name)]
     raise UnsupportedError(
-        f"{PROGRAMS[name].title} has no class for {family.becomes.name}, which this LLM becomes",
+        f"{PROGRAMS[name].title} has no class for {family.becomes.architecture}, which this LLM "
+        "becomes",
         where=flag("for_"),
         advice=f"Programs that have one: {', '.join(others)}.",
     )

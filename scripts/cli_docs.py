@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from xtuner2llava.cli import main
-from xtuner2llava.flags import grouped
+from xtuner2llava.cli.commands import main
+from xtuner2llava.cli.flags import grouped
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 HEAD = """\

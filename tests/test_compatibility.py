@@ -194,7 +194,7 @@ def test_only_tests_that_take_something_down_are_run(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "--record-matrix", str(file)]
     ran = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "tests/test_families_config.py"],
+        [*command, "-p", "no:cacheprovider", "tests/end_to_end/test_families_config.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from hub_server import HubServer
-from xtuner2llava.sources.allowlist import _ALLOWED
+from xtuner2llava.storage.allowlist import _ALLOWED
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

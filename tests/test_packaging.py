@@ -93,7 +93,7 @@ def test_dependencies_are_the_declared_few(installed: Path) -> None:
 LIST = """
 import xtuner2llava
 print(xtuner2llava.__file__, flush=True)
-from xtuner2llava.cli import main
+from xtuner2llava.cli.commands import main
 main(["mappings", "list", "--json"])
 """
 
@@ -113,7 +113,7 @@ def test_the_checkout_finds_its_mappings_from_anywhere(tmp_path: Path) -> None:
 
 COMMAND_LINE = """
 import contextlib, io, sys
-from xtuner2llava.cli import main
+from xtuner2llava.cli.commands import main
 status = None
 try:
     with contextlib.redirect_stdout(io.StringIO()):

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from xtuner2llava.hub.upload import Pushed
-    from xtuner2llava.inspection import Inspection
+    from xtuner2llava.inspection.inspection import Inspection
+    from xtuner2llava.metadata.report import Report
     from xtuner2llava.planning.plan import Plan
-    from xtuner2llava.report import Report
     from xtuner2llava.verification import Check, Verification
 
     __version__: str
@@ -67,9 +67,9 @@ __all__ = [
 _MODULES = {
     "api": ("convert", "inspect", "plan", "push", "verify"),
     "hub.upload": ("Pushed",),
-    "inspection": ("Inspection",),
+    "inspection.inspection": ("Inspection",),
     "planning.plan": ("Plan",),
-    "report": ("Report",),
+    "metadata.report": ("Report",),
     "verification": ("Check", "Verification"),
 }
 
@@ -77,7 +77,7 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     """PEP 562."""
     if name == "__version__":
-        from xtuner2llava.version import version
+        from xtuner2llava.metadata.version import version
 
         return version()
     if name not in __all__:

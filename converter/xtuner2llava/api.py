@@ -30,9 +30,9 @@ from xtuner2llava.options import (
 
 if TYPE_CHECKING:
     from xtuner2llava.hub.upload import Pushed
-    from xtuner2llava.inspection import Inspection
+    from xtuner2llava.inspection.inspection import Inspection
+    from xtuner2llava.metadata.report import Report
     from xtuner2llava.planning.plan import Plan
-    from xtuner2llava.report import Report
     from xtuner2llava.verification import Verification
 
 _P = ParamSpec("_P")

@@ -3,7 +3,7 @@
 open      the checkpoint and the base models as lazy tensors        sources/
 plan      what every output file will be                            planning/
 write     shards into OUT.partial, checksummed and verified         writing/
-describe  config, tokenizer, card, conversion.json                  llava/, provenance.py
+describe  config, tokenizer, card, conversion.json                  metadata/
 publish   OUT.partial becomes OUT, or a commit on the Hub             hub/
 """
 
@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import OutputError
-from xtuner2llava.finished_output import FinishedOutput, finished_output
-from xtuner2llava.llava.config import json_bytes
 from xtuner2llava.mapping import model_name
-from xtuner2llava.model_card import CARD_NAME, Template, model_card
-from xtuner2llava.next_steps import folder_name_warnings, next_steps
+from xtuner2llava.metadata import CARD_NAME, Template, model_card
+from xtuner2llava.metadata.finished_output import FinishedOutput, finished_output
+from xtuner2llava.metadata.next_steps import folder_name_warnings, next_steps
+from xtuner2llava.metadata.provenance import describe, fingerprint, provenance, sources
+from xtuner2llava.metadata.report import Report
+from xtuner2llava.metadata.small_files import small_files, xtuner_config_file
+from xtuner2llava.metadata.version import version
 from xtuner2llava.options import (
     ConvertOptions,
     InspectOptions,
@@ -32,22 +35,19 @@ from xtuner2llava.options import (
     PushOptions,
     parse_size,
 )
-from xtuner2llava.planning import make_plan
+from xtuner2llava.planning.llava_config import json_bytes
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.provenance import describe, fingerprint, provenance, sources
-from xtuner2llava.report import Report
-from xtuner2llava.small_files import small_files, xtuner_config_file
+from xtuner2llava.planning.planner import make_plan
+from xtuner2llava.planning.ties import first_difference
 from xtuner2llava.sources import open_checkpoint, open_training
 from xtuner2llava.sources.xtuner_folder import PART_FOLDERS
-from xtuner2llava.ties import first_difference
-from xtuner2llava.version import version
 from xtuner2llava.writing import OutputFolder, Written, WrittenShard, write_shards
 from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
     # Imported where they are used: most conversions start sooner without them.
     from xtuner2llava.hub.upload import Destination, Pushed, Upload
-    from xtuner2llava.inspection import Inspection
+    from xtuner2llava.inspection.inspection import Inspection
 
 
 def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) -> Report:
@@ -241,7 +241,7 @@ def plan(checkpoint: PathOrText, options: Options) -> Plan:
 
 def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, see `api.inspect`."""
-    from xtuner2llava.inspection import inspect_checkpoint
+    from xtuner2llava.inspection.inspection import inspect_checkpoint
 
     if Path(checkpoint).suffix == ".py":
         return inspect_checkpoint(open_training(checkpoint, options), options)

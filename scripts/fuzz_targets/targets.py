@@ -19,19 +19,19 @@ from typing import Any
 from fuzz_targets import models, mutation
 from fuzz_targets.inputs import dump, load, write_folder, zip_bytes
 from xtuner2llava import convert, inspect, plan
+from xtuner2llava.cli.rendering import render_inspection, render_plan
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.inspection import inspect_checkpoint
+from xtuner2llava.inspection.inspection import inspect_checkpoint
 from xtuner2llava.mapping import Catalogue, check_file
 from xtuner2llava.options import InspectOptions, SourceOptions
-from xtuner2llava.rendering import render_inspection, render_plan
 from xtuner2llava.sources import open_checkpoint, open_training
 from xtuner2llava.sources.adapter import LoraSettings
-from xtuner2llava.sources.json_file import parse_json
 from xtuner2llava.sources.model_config import in_437_vocabulary, read_model_config
-from xtuner2llava.sources.pickle_data import read_pickle
-from xtuner2llava.sources.safetensors_file import SafetensorsFile
-from xtuner2llava.sources.torch_file import TorchFile
-from xtuner2llava.sources.weights import open_weights, tensor_references
+from xtuner2llava.storage.json_file import parse_json
+from xtuner2llava.storage.pickle_reader import read_pickle
+from xtuner2llava.storage.safetensors_file import SafetensorsFile
+from xtuner2llava.storage.torch_file import TorchFile
+from xtuner2llava.storage.weights import open_weights, tensor_references
 from xtuner2llava.tokenizers import read_tokenizer, with_special_token, with_tokens
 from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer
 from xtuner2llava.training_config import TrainingConfig

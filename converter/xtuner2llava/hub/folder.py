@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import Fault, OutputError, UsageError, VerificationError, raise_faults
-from xtuner2llava.model_card import CARD_NAME
-from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.writing.out_record import RECORD_NAME, recorded_names
 
 _ADVICE = "Convert again; of all files, only README.md may be edited."

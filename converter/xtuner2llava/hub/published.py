@@ -15,7 +15,7 @@ from xtuner2llava.errors import CheckpointError, OutputError
 from xtuner2llava.hub.download import REFERENCE
 from xtuner2llava.hub.errors import hub_errors, with_retries
 from xtuner2llava.hub.stream import RemoteFile
-from xtuner2llava.sources.safetensors_file import MAX_HEADER_BYTES, START_BYTES
+from xtuner2llava.storage.safetensors_file import MAX_HEADER_BYTES, START_BYTES
 
 _WEIGHTS = ".safetensors"
 # The largest small file is a tokenizer of some 30 MB.

@@ -12,7 +12,7 @@ from xtuner2llava.hub.folder import PublishableFolder, check_folder
 from xtuner2llava.hub.upload import Destination, Pushed, Upload, open_upload
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import ConvertOptions, OnProgress
-from xtuner2llava.sources.json_file import read_json, text
+from xtuner2llava.storage.json_file import read_json, text
 from xtuner2llava.writing import WrittenShard
 from xtuner2llava.writing.out_record import RECORD_NAME
 from xtuner2llava.writing.work import Work

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsupportedError
 from xtuner2llava.hub.download import repository_at
 from xtuner2llava.hub.errors import hub_errors, with_retries
-from xtuner2llava.sources.safetensors_file import START_BYTES, header_length, parse_header
-from xtuner2llava.sources.weights import Fingerprint, Weights, open_shards
+from xtuner2llava.storage.safetensors_file import START_BYTES, header_length, parse_header
+from xtuner2llava.storage.weights import Fingerprint, Weights, open_shards
 from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape
 from xtuner2llava.tensors.stored import from_bytes
 

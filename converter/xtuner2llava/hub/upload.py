@@ -21,15 +21,15 @@ from xtuner2llava.hub.errors import (
     root_cause,
     with_retries,
 )
-from xtuner2llava.model_card import (
+from xtuner2llava.metadata import (
     CARD_NAME,
     is_generated,
     with_extra_keys,
     with_front_matter_of,
 )
+from xtuner2llava.metadata.version import version
 from xtuner2llava.options import PushOptions
-from xtuner2llava.sources.json_file import Json
-from xtuner2llava.version import version
+from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

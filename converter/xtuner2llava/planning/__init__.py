@@ -3,7 +3,3 @@
 Every tensor of the checkpoint is used once or dropped with a reason, every tensor of the plain
 class is made once with its shape, and everything that is wrong is said at once.
 """
-
-from xtuner2llava.planning.planner import Assessment, assess, make_plan
-
-__all__ = ["Assessment", "assess", "make_plan"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xtuner2llava.hf.config import nested_config, text_config, vision_config
-from xtuner2llava.llava.config import output_config
-from xtuner2llava.llava.generation import TokenIds
 from xtuner2llava.mapping import Format, PlainClass
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.planning.generation import TokenIds
+from xtuner2llava.planning.hf_config import nested_config, text_config, vision_config
+from xtuner2llava.planning.llava_config import output_config
+from xtuner2llava.storage.json_file import Json
 
 
 def config_json(

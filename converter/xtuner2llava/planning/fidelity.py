@@ -8,7 +8,7 @@ from typing import Literal
 
 from xtuner2llava.errors import Fault
 from xtuner2llava.mapping import Limit
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 
 Kind = Literal["exact", "exact_up_to", "exact_if_right", "not_exact", "not_possible"]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.hf.vocabulary import vocabulary_tensors
 from xtuner2llava.mapping import (
     Catalogue,
     Dropped,
@@ -22,10 +21,11 @@ from xtuner2llava.mapping import (
 )
 from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.hf_vocabulary import vocabulary_tensors
 from xtuner2llava.planning.plan import Tie
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.planning.ties import are_surely_different, are_surely_equal
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.ties import are_surely_different, are_surely_equal
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.llava.generation import TokenIds
 from xtuner2llava.mapping import Dropped, FolderName, MappingFile, PromptTemplate
 from xtuner2llava.planning.fidelity import Fidelity
+from xtuner2llava.planning.generation import TokenIds
 from xtuner2llava.sources import Checkpoint
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tokenizers import MadeFile
 from xtuner2llava.writing.shards import ShardPlan

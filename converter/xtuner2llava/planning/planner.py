@@ -7,30 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
-from xtuner2llava.hf.vocabulary import rows_for, vocabulary_tensors, with_rows
-from xtuner2llava.llava.generation import TokenIds, generation_config
-from xtuner2llava.llava.image_processor import PREPROCESSOR
-from xtuner2llava.llava.projector import depth_of
-from xtuner2llava.llava.vision_tower_name import KEY as VISION_TOWER_KEY
-from xtuner2llava.llava.vision_tower_name import vision_tower_name
-from xtuner2llava.llm_config import trained_llm_config
 from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit, PlainClass
 from xtuner2llava.options import Options, parse_size
 from xtuner2llava.planning.chat import with_trained_bos, with_trained_chat
 from xtuner2llava.planning.configuration import config_json
 from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.generation import TokenIds, generation_config
+from xtuner2llava.planning.hf_vocabulary import rows_for, vocabulary_tensors, with_rows
+from xtuner2llava.planning.image_processor import PREPROCESSOR
 from xtuner2llava.planning.language_model import (
     LanguageModel,
     choose_family,
     plain_config,
     plain_language_model,
 )
+from xtuner2llava.planning.llm_config import trained_llm_config
 from xtuner2llava.planning.placement import in_dtype, place, unchecked_note
 from xtuner2llava.planning.plan import Chat, MappingInUse, Plan
 from xtuner2llava.planning.precision import config_dtype, dtype_to_write
 from xtuner2llava.planning.processor import padding_note, processor_files
-from xtuner2llava.planning.programs import check_program
+from xtuner2llava.planning.program import check_program
+from xtuner2llava.planning.projector import depth_of
+from xtuner2llava.planning.published import cached_id
 from xtuner2llava.planning.tokens import (
     generation_tokens,
     tokenizer_to_write,
@@ -46,10 +45,11 @@ from xtuner2llava.planning.vision_tower import (
     tower_values,
     writes_tower,
 )
-from xtuner2llava.published import cached_id
+from xtuner2llava.planning.vision_tower_name import KEY as VISION_TOWER_KEY
+from xtuner2llava.planning.vision_tower_name import vision_tower_name
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tokenizers import (
     FAST,

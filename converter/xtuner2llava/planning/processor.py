@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from xtuner2llava.llava.config import json_bytes
-from xtuner2llava.llava.image_processor import CLASS, PADDING_CLASS, PREPROCESSOR, PROCESSOR
-from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.planning.image_processor import CLASS, PADDING_CLASS, PREPROCESSOR, PROCESSOR
+from xtuner2llava.planning.llava_config import json_bytes
+from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.tokenizers import MadeFile
 
 

@@ -1,21 +1,41 @@
-"""Whether the program that the output is for can load it."""
+"""Programs that load LLaVA models: which output each reads, and which LLM classes it has."""
 
 from __future__ import annotations
 
-from xtuner2llava.errors import UnsupportedError
-from xtuner2llava.mapping import Family
-from xtuner2llava.options import flag
-from xtuner2llava.programs import PROGRAMS
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 
-def check_program(name: str | None, family: Family | None) -> None:
-    """Raises `UnsupportedError` where the program has no class for what the LLM becomes."""
-    if name is None or family is None or PROGRAMS[name].takes(family.becomes.name):
-        return
-    others = [other for other, program in PROGRAMS.items() if program.takes(family.becomes.name)]
-    raise UnsupportedError(
-        f"{PROGRAMS[name].title} has no class for {family.becomes.architecture}, which this LLM "
-        "becomes",
-        where=flag("for_"),
-        advice=f"Programs that have one: {', '.join(others)}.",
-    )
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`classes` are the plain LLM classes that it has for its format; None: all of the format.
+
+    `seen` are the families that a test ran it with; docs/compatibility.md has versions.
+    """
+
+    title: str
+    format: Literal["llava", "hf"]
+    model_type: Literal["official", "llava"]
+    classes: tuple[str, ...] | None = None
+    seen: frozenset[str] = frozenset()
+
+    def takes(self, becomes: str) -> bool:
+        """Whether it loads an LLM of the class `becomes`."""
+        return self.classes is None or becomes in self.classes
+
+
+_VLLM = frozenset("internlm2 llama mistral mixtral phi3 qwen2 qwen2_moe qwen3".split())
+# haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT `llava/model/__init__.py`; sglang
+# `python/sglang/srt/models/llava.py`, which refuses the format hf; vLLM
+# `vllm/model_executor/models/llava.py`; lmdeploy `lmdeploy/pytorch/models/llava.py`.
+PROGRAMS: Mapping[str, Program] = {
+    "llava": Program("LLaVA", "llava", "official", ("llama", "mistral")),
+    "llava-next": Program(
+        "LLaVA-NeXT", "llava", "official", ("llama", "mistral", "mixtral", "qwen2")
+    ),
+    "transformers": Program("transformers", "hf", "official"),
+    "vllm": Program("vLLM", "hf", "official", seen=_VLLM),
+    "sglang": Program("SGLang", "llava", "llava", ("llama", "mistral", "qwen2")),
+    "lmdeploy": Program("LMDeploy", "hf", "official"),
+}

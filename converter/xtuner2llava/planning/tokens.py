@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from xtuner2llava.errors import Fault, UsageError
-from xtuner2llava.llava.generation import TokenIds, TokenTexts, token_ids
 from xtuner2llava.mapping import Catalogue, Family, PromptTemplate
 from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.generation import TokenIds, TokenTexts, token_ids
 from xtuner2llava.planning.plan import Chat
 from xtuner2llava.planning.training_tokenizer import plain_arguments
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import (
     Tokenizer,
     TokenizerRules,

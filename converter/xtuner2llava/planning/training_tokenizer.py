@@ -12,7 +12,7 @@ from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.training_files import find_folder
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import LLM
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import Tokenizer, read_tokenizer
 from xtuner2llava.training_config import WITHOUT_IDS, Table, TrainingConfig, Value, shown
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtuner2llava.errors import Fault, MappingError, PlanError, raise_faults
-from xtuner2llava.llava.projector import check_projector
 from xtuner2llava.mapping import PlainClass, check_against_class
 from xtuner2llava.options import Options
+from xtuner2llava.planning.projector import check_projector
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.contents import PROJECTOR
-from xtuner2llava.sources.json_file import integer, read_json
+from xtuner2llava.storage.json_file import integer, read_json
 
 # The plain class that every tower is.
 TOWER_CLASS = "clip_vision_model"

@@ -3,7 +3,7 @@
 from xtuner2llava.sources.checkpoint import Checkpoint, Part
 from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.opening import open_checkpoint, open_training
-from xtuner2llava.sources.weights import Fingerprint
+from xtuner2llava.storage.weights import Fingerprint
 
 __all__ = [
     "Checkpoint",

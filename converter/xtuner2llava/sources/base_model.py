@@ -16,7 +16,7 @@ from xtuner2llava.errors import (
 from xtuner2llava.hub.download import fetch_model, is_reference, local_path
 from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
-from xtuner2llava.sources.weights import (
+from xtuner2llava.storage.weights import (
     Fingerprint,
     Weights,
     find_weights,

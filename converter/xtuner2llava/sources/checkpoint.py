@@ -22,11 +22,11 @@ from xtuner2llava.sources.base_model import (
     read_config,
 )
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
-from xtuner2llava.sources.json_file import text
 from xtuner2llava.sources.lora_settings import LoraSettings, settle
 from xtuner2llava.sources.model_config import ModelConfig
-from xtuner2llava.sources.weights import Fingerprint, find_weights
 from xtuner2llava.sources.xtuner_folder import ADAPTERS
+from xtuner2llava.storage.json_file import text
+from xtuner2llava.storage.weights import Fingerprint, find_weights
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.training_config import TrainingConfig, shown
 

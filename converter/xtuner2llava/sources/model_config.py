@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.sources.json_file import Json, integer, read_json, text
+from xtuner2llava.storage.json_file import Json, integer, read_json, text
 
 # What transformers assumes of a CLIP vision tower whose config leaves it out
 # (transformers 4.37.2 `models/clip/configuration_clip.py`, `CLIPVisionConfig`).

@@ -18,14 +18,14 @@ from xtuner2llava.sources.other_inputs import (
     xtuner_folder_of,
 )
 from xtuner2llava.sources.pth_file import open_pth_file
-from xtuner2llava.sources.weights import (
+from xtuner2llava.sources.xtuner_folder import is_xtuner_folder, open_xtuner_folder
+from xtuner2llava.sources.zero_directory import MASTER, open_zero_directory, zero_directory
+from xtuner2llava.storage.weights import (
     find_weights,
     open_weights,
     unread_weights,
     weight_names,
 )
-from xtuner2llava.sources.xtuner_folder import is_xtuner_folder, open_xtuner_folder
-from xtuner2llava.sources.zero_directory import MASTER, open_zero_directory, zero_directory
 from xtuner2llava.training_config import TrainingConfig
 
 _SHARD = re.compile(r"-\d+-of-\d+\.")

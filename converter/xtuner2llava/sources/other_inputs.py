@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from xtuner2llava.errors import UnsupportedError, UsageError
-from xtuner2llava.sources.json_file import read_json, text
-from xtuner2llava.sources.small_file import read_small
 from xtuner2llava.sources.xtuner_folder import PART_FOLDERS, is_xtuner_folder
+from xtuner2llava.storage.json_file import read_json, text
+from xtuner2llava.storage.small_file import read_small
 
 # Multimodal models of XTuner's v1 trainer, which saves them whole (xtuner/v1/model/compose).
 _V1_MODELS = ("internvl", "intern_s1", "interns1", "qwen3_vl", "qwen3_5", "qwen2_5_vl")

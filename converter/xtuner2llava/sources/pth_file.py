@@ -10,9 +10,9 @@ from pathlib import Path
 
 from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.sources.contents import Contents, contents_of_state
-from xtuner2llava.sources.pickle_data import TensorReference, Value
-from xtuner2llava.sources.torch_file import TorchFile
-from xtuner2llava.sources.weights import Fingerprint, tensor_references
+from xtuner2llava.storage.pickle_reader import TensorReference, Value
+from xtuner2llava.storage.torch_file import TorchFile
+from xtuner2llava.storage.weights import Fingerprint, tensor_references
 
 # What mmengine's `save_checkpoint` writes; an optimizer's state is no weight.
 _TOP_LEVEL = ("meta", "state_dict", "message_hub", "optimizer", "param_schedulers")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, UnsupportedError
 from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
-from xtuner2llava.sources.json_file import read_json
 from xtuner2llava.sources.lora_settings import LoraSettings
-from xtuner2llava.sources.small_file import read_small
-from xtuner2llava.sources.weights import (
+from xtuner2llava.storage.json_file import read_json
+from xtuner2llava.storage.small_file import read_small
+from xtuner2llava.storage.weights import (
     Fingerprint,
     find_weights,
     open_weights,

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.contents import Contents, contents_of_state
-from xtuner2llava.sources.pickle_data import Record, TensorReference, Value
 from xtuner2llava.sources.pth_file import config_text, iteration
-from xtuner2llava.sources.small_file import inside, read_small
-from xtuner2llava.sources.torch_file import TorchFile
-from xtuner2llava.sources.weights import Fingerprint, tensor_references, unread_weights
+from xtuner2llava.storage.pickle_reader import Record, TensorReference, Value
+from xtuner2llava.storage.small_file import inside, read_small
+from xtuner2llava.storage.torch_file import TorchFile
+from xtuner2llava.storage.weights import Fingerprint, tensor_references, unread_weights
 from xtuner2llava.tensors import FileRange, LazyTensor, Shape, Stored
 from xtuner2llava.tensors.dtype import DType
 from xtuner2llava.tensors.files import cut, read_ranges, require_member

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.sources.json_file import Json, text
+from xtuner2llava.storage.json_file import Json, text
 
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.editing import NAMED, with_config, with_special_token, with_tokens
 from xtuner2llava.tokenizers.tokenizer import Tokenizer
 

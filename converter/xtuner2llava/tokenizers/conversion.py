@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import MappingError, UnsupportedError
-from xtuner2llava.sources.json_file import text
+from xtuner2llava.storage.json_file import text
 from xtuner2llava.tokenizers.compatibility import KNOWN_CLASSES
 from xtuner2llava.tokenizers.llama import MODEL, from_sentencepiece
 from xtuner2llava.tokenizers.prepared import Prepared

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.added_token import AddedToken
 from xtuner2llava.tokenizers.byte_pairs import merges
 from xtuner2llava.tokenizers.editing import added_tokens, with_made

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.editing import added_tokens, with_config, with_made
 from xtuner2llava.tokenizers.tokenizer import FAST, Tokenizer, json_file
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, PlanError, raise_faults
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.added_token import AddedToken
 from xtuner2llava.tokenizers.byte_pairs import merges
 from xtuner2llava.tokenizers.tiktoken_file import read_ranks

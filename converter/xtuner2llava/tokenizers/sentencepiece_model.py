@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.sources.small_file import read_small
+from xtuner2llava.storage.small_file import read_small
 from xtuner2llava.tokenizers.protobuf import field_bytes, fields
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, raise_faults
-from xtuner2llava.sources.small_file import read_small
+from xtuner2llava.storage.small_file import read_small
 
 _MAX_BYTES = 32 << 20  # Qwen's has 2.6 million
 _MAX_TOKENS = 1_000_000

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.sources.json_file import Json, integer, read_json, text
-from xtuner2llava.sources.small_file import inside
+from xtuner2llava.storage.json_file import Json, integer, read_json, text
+from xtuner2llava.storage.small_file import inside
 from xtuner2llava.tokenizers.added_token import AddedToken
 from xtuner2llava.tokenizers.sentencepiece_model import read_sentencepiece
 

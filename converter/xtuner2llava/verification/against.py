@@ -13,16 +13,16 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError
+from xtuner2llava.metadata.small_files import small_files
 from xtuner2llava.options import Options, VerifyOptions
-from xtuner2llava.planning import make_plan
 from xtuner2llava.planning.plan import Plan, PlannedTensor
-from xtuner2llava.small_files import small_files
+from xtuner2llava.planning.planner import make_plan
+from xtuner2llava.planning.ties import first_difference
 from xtuner2llava.sources import open_checkpoint
-from xtuner2llava.sources.json_file import Json
-from xtuner2llava.sources.safetensors_file import SafetensorsFile
+from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tensors.files import FileRange
-from xtuner2llava.ties import first_difference
 from xtuner2llava.verification.out_folder import INDEX, OutFolder
 from xtuner2llava.verification.outcome import TENSORS, Check
 from xtuner2llava.writing.blocks import blocks, position, working_bytes

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 
 LLM = "llm"
 VISUAL_ENCODER = "visual_encoder"

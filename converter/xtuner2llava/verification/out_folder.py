@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, UsageError
-from xtuner2llava.sources.json_file import Json, read_json
+from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.verification.layout import Layout, read_layout
 from xtuner2llava.verification.outcome import Check
 from xtuner2llava.verification.shard_header import HeaderEntry, ShardHeader, read_shard_header

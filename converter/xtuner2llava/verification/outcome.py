@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 
 OK = "ok"
 FAILED = "FAILED"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CorruptFileError, UnsupportedError
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from xtuner2llava.errors import CheckpointError, ConversionError, UsageError
 from xtuner2llava.hub.download import is_reference
 from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.checks.config_checks import config_checks
 from xtuner2llava.verification.checks.folder_name import name_checks
 from xtuner2llava.verification.checks.privacy import privacy_check

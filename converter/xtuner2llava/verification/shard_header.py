@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.sources.json_file import Json, parse_json
+from xtuner2llava.storage.json_file import Json, parse_json
 
 # Bytes of an element, and the rank among dtypes in a file (safetensors `src/tensor.rs`, `Dtype`).
 _ITEM_BYTES = {

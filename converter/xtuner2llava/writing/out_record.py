@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 
 RECORD_NAME = "conversion.json"
 TOOL = "xtuner2llava"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.llava.generation import valid_settings
-from xtuner2llava.llava.image_processor import (
+from xtuner2llava.planning.generation import valid_settings
+from xtuner2llava.planning.image_processor import (
     PREPROCESSOR,
     PROCESSOR,
     image_processor_faults,
     processor_faults,
 )
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.layout import LLM, VISUAL_ENCODER
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import OK, SKIPPED, WARNING, Check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from xtuner2llava.llava.vision_tower_name import is_known_to_llava
+from xtuner2llava.planning.vision_tower_name import is_known_to_llava
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Check
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from xtuner2llava.model_card import CARD_NAME
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import SKIPPED, Check
 from xtuner2llava.writing.out_record import RECORD_NAME

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import read_tokenizer, tokenizer_faults
 from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import SKIPPED, WARNING, Check

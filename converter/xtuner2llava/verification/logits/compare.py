@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
-from xtuner2llava.llm_config import trained_llm_config
+from xtuner2llava.planning.llm_config import trained_llm_config
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.sources import Checkpoint
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.verification.against import folder_tensors
 from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER

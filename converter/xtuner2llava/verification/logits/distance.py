@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:
     import torch

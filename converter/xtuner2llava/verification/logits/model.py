@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.verification.logits.layers import Layers, layer_tensors, one_layer_config
 from xtuner2llava.verification.logits.values import Reading

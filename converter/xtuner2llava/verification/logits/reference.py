@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError, Fault, UsageError, raise_faults
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.logits.compare import NOISE, WRONG, wrong_check
 from xtuner2llava.verification.logits.streams import (
     FOLDER,

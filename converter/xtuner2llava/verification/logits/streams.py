@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from xtuner2llava.sources.json_file import Json
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.logits.distance import Distance, Distances
 from xtuner2llava.verification.logits.model import LanguageModel, Tower
 from xtuner2llava.verification.logits.values import AS_STORED, Reading

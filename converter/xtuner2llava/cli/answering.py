@@ -1,0 +1,275 @@
+"""`xtuner2llava try`: what a converted model answers to a picture and a question.
+
+It needs transformers and Pillow only. A folder of the format `hf` is loaded as transformers loads
+it, with its processor and chat template. What official LLaVA does with one of the format `llava` is
+composed here: the tower, the projector, and the LLM that generates from embeddings
+(haotian-liu/LLaVA `llava/model/llava_arch.py`, `mm_utils.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xtuner2llava.errors import CorruptFileError, UnsupportedError, UsageError
+from xtuner2llava.options import TryOptions
+from xtuner2llava.planning.chat_template import IMAGE
+from xtuner2llava.planning.published_towers import PUBLISHED
+from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.verification.out_folder import OutFolder, open_out
+from xtuner2llava.verification.plain_model import plain_config
+
+if TYPE_CHECKING:
+    import torch
+
+QUESTION = "What is in this picture?"
+_BACKGROUND = 255  # LLaVA pads with the mean, in 8 bits
+_Tensors = dict[str, "torch.Tensor"]
+_OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`prompt` is what the model was given, without its bos token, `tokens` what it answered."""
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    device: str
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        return {
+            "prompt": self.prompt,
+            "answer": self.text,
+            "tokens": list(self.tokens),
+            "device": self.device,
+        }
+
+
+def memory_needed(folder: Path) -> int:
+    """The bytes of all tensors, which have to be in memory; activations come on top."""
+    return sum(entry.stop - entry.start for entry in _open(folder).tensors.values())
+
+
+def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Answer:
+    """What the model in `folder` says, greedily, to `question` about the picture `image`.
+
+    A question with `<image>` in it is taken as the whole prompt. Raises `ConversionError`.
+    """
+    import torch
+
+    out = _open(folder)
+    picture = _read_picture(image)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ask = _ask_transformers if out.layout.format == "hf" else _ask_llava
+    with torch.inference_mode():
+        prompt, tokenizer, generate = ask(out, picture, question, device)
+        streamer = _streamer(tokenizer, options.on_text)
+        made = generate(do_sample=False, max_new_tokens=options.max_new_tokens, streamer=streamer)
+    tokens = tuple(int(token) for token in made)
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    return Answer(prompt, text.strip(), tokens, device)
+
+
+_Asked = tuple[str, Any, Callable[..., "torch.Tensor"]]
+
+
+def _ask_transformers(out: OutFolder, picture: Any, question: str, device: str) -> _Asked:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(out.path)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(out.path, torch_dtype=_dtype(out))
+    model.to(device).eval()
+    prompt = question
+    if IMAGE not in question:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        conversation = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    inputs = inputs.to(device, _dtype(out))
+    start = inputs["input_ids"].shape[1]
+    return prompt, processor.tokenizer, lambda **how: model.generate(**inputs, **how)[0, start:]
+
+
+def _ask_llava(out: OutFolder, picture: Any, question: str, device: str) -> _Asked:
+    import torch
+    import transformers
+
+    dtype, config = _dtype(out), out.layout.config
+    parts = _parts(out)
+    # transformers 5 warns of the older word, even where it says nothing.
+    text = {k: v for k, v in out.layout.text.items() if k != "rope_scaling" or v is not None}
+    llm = _load(_llm_class(text), text, parts[LLM], dtype)
+    vision = {**_tower_config(out), "model_type": "clip_vision_model"}
+    tower = _load(transformers.CLIPVisionModel, vision, parts[VISUAL_ENCODER], dtype)
+    projector = _projector(parts[PROJECTOR], dtype)
+    for module in (llm, tower, projector):
+        module.to(device).eval()
+    settings = out.path / "generation_config.json"
+    if settings.is_file():
+        llm.generation_config = transformers.GenerationConfig.from_pretrained(out.path)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out.path, config=llm.config)
+    prompt = question if IMAGE in question else _prompt(out, question)
+    before, _, after = prompt.partition(IMAGE)
+    pixels = _pixels(out, picture).to(device, dtype)
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    seen = projector(states[config["mm_vision_select_layer"]][:, 1:])
+    embed = llm.get_input_embeddings()
+
+    def embedded(piece: str, *, first: bool) -> Any:
+        ids = tokenizer.encode(piece, add_special_tokens=first)
+        return embed(torch.tensor([ids], dtype=torch.long, device=device))
+
+    embeds = torch.cat([embedded(before, first=True), seen, embedded(after, first=False)], dim=1)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)
+    return (
+        prompt,
+        tokenizer,
+        lambda **how: llm.generate(inputs_embeds=embeds, attention_mask=mask, **how)[0],
+    )
+
+
+def _open(folder: Path) -> OutFolder:
+    out, checks = open_out(folder)
+    if out is None:
+        raise CorruptFileError(f"is not a converted folder: {checks[0].detail}", where=str(folder))
+    return out
+
+
+def _llm_class(text: Mapping[str, Json]) -> Any:
+    """The class of transformers that official LLaVA's derives from."""
+    import transformers
+
+    names = {
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "mixtral": "MixtralForCausalLM",
+    }
+    return getattr(transformers, names[str(text["model_type"])])
+
+
+def _dtype(out: OutFolder) -> torch.dtype:
+    import torch
+
+    named = getattr(torch, str(out.layout.dtype), None)
+    return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def _read_picture(path: Path) -> Any:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise UsageError(
+            "reading pictures needs Pillow, which is not installed",
+            where="try",
+            advice="Install it: pip install 'xtuner2llava[try]'",
+        ) from error
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UsageError(f"cannot be read as a picture ({error})", where=str(path)) from error
+
+
+def _prompt(out: OutFolder, question: str) -> str:
+    """The prompt of the training with `question`."""
+    chat = out.record.get("chat")
+    prompt = chat.get("prompt") if isinstance(chat, dict) else None
+    if not isinstance(prompt, str) or IMAGE not in prompt:
+        raise UnsupportedError(
+            "does not say which prompt the model was trained with",
+            where=str(out.path / "conversion.json"),
+            advice="Give the whole prompt, with <image> where the picture goes, as the question.",
+        )
+    return prompt.replace("{question}", question)
+
+
+def _parts(out: OutFolder) -> Mapping[str, _Tensors]:
+    """The tensors by component, under the names of the plain classes."""
+    from safetensors import safe_open
+
+    parts: dict[str, _Tensors] = {LLM: {}, VISUAL_ENCODER: {}, PROJECTOR: {}}
+    for name in out.shards:
+        with safe_open(out.path / name, framework="pt") as file:
+            for tensor in file.keys():  # noqa: SIM118 - it is not a dict
+                place = out.layout.place(tensor)
+                if place is not None:
+                    parts[place[0]][place[1]] = file.get_tensor(tensor)
+    if not parts[VISUAL_ENCODER]:
+        raise UnsupportedError(
+            "the vision tower's weights are not in this folder",
+            where=str(out.path),
+            advice="Convert with --include-vision-tower.",
+        )
+    return parts
+
+
+def _tower_config(out: OutFolder) -> Mapping[str, Json]:
+    """The config of the tower that `mm_vision_tower` names, as LLaVA looks it up."""
+    name = str(out.layout.config.get("mm_vision_tower"))
+    published = PUBLISHED.get(name)
+    if published is not None:
+        return published.config
+    if Path(name).is_dir():
+        values = read_json(Path(name) / "config.json")
+        inner = values.get("vision_config")
+        return inner if isinstance(inner, dict) else values
+    raise UnsupportedError(
+        f"mm_vision_tower is '{name}', whose config is not known here",
+        where=str(out.path / "config.json"),
+        advice="Give a folder of that name, or convert with --format hf, which holds the config.",
+    )
+
+
+def _load(kind: Any, values: Mapping[str, Json], tensors: _Tensors, dtype: torch.dtype) -> Any:
+    """A model of transformers with these config values and tensors, and no file of its own."""
+    config = plain_config(values)
+    return kind.from_pretrained(None, config=config, state_dict=tensors, torch_dtype=dtype)
+
+
+def _projector(tensors: _Tensors, dtype: torch.dtype) -> Any:
+    """Linear layers at even places, and a GELU between them."""
+    import torch
+
+    layers: list[torch.nn.Module] = []
+    places = sorted(int(name.removesuffix(".weight")) for name in tensors if "weight" in name)
+    for weight in (tensors[f"{place}.weight"] for place in places):
+        layers += [torch.nn.GELU()] if layers else []
+        layers.append(torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=dtype))
+    made = torch.nn.Sequential(*layers)
+    made.load_state_dict(tensors)
+    return made
+
+
+def _pixels(out: OutFolder, picture: Any) -> torch.Tensor:
+    """The picture as LLaVA's `process_images` prepares it."""
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(out.path)
+    if out.layout.config.get("image_aspect_ratio") == "pad":
+        side = max(picture.size)
+        colour = tuple(int(mean * _BACKGROUND) for mean in processor.image_mean)
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        picture = square
+    pixels: torch.Tensor = processor(picture, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def _streamer(tokenizer: Any, on_text: _OnText | None) -> Any:
+    if on_text is None:
+        return None
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if on_text is not None:
+                on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,207 @@
+"""Plans, inspections and reports as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from xtuner2llava.cli.terminal import table
+from xtuner2llava.hub.upload import Pushed
+from xtuner2llava.inspection.inspection import Inspection, Target
+from xtuner2llava.mapping import fold
+from xtuner2llava.metadata.report import Report
+from xtuner2llava.planning.plan import Plan, PlannedTensor
+
+_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+def size(count: float) -> str:
+    """A number of bytes, in decimal units as the Hub and disks count them."""
+    for factor, unit in _UNITS:
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(count: int) -> str:
+    """A number of parameters, such as 7.24B."""
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= factor:
+            return f"{count / factor:.2f}{unit}"
+    return str(count)
+
+
+def render_plan(plan: Plan, *, tensors: bool = False) -> str:
+    """The plan: its parts and what is done with them; with `tensors`, each kind of tensor."""
+    shards = [(s.filename, str(len(s.entries)), size(s.size)) for s in plan.shards.shards]
+    contents = plan.checkpoint.contents
+    text = [
+        f"{contents.layout}: {contents.path}",
+        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.verdict}, "
+        f"dtype {plan.dtype}",
+        "",
+        table(list(_parts(plan)), ("part", "tensors", "bytes", "from")),
+        "",
+    ]
+    if tensors:
+        header = ("tensor", "count", "type", "how", "rule")
+        text += [table(list(_kinds(plan)), header), ""]
+    text += [
+        table(shards, ("file", "tensors", "bytes")),
+        f"and config.json, generation_config.json, {', '.join(plan.small_files)}, "
+        "README.md, conversion.json",
+        *_dropped(plan),
+        *_notes(plan.notes),
+    ]
+    return "\n".join(text)
+
+
+def _parts(plan: Plan) -> Iterable[tuple[str, str, str, str]]:
+    """A row for each part, and below it a row for all tensors that are made in the same way."""
+    checkpoint = plan.checkpoint
+    parts = {
+        "llm": checkpoint.llm,
+        "visual_encoder": checkpoint.visual_encoder,
+        "projector": checkpoint.projector,
+    }
+    groups: dict[str, dict[str, list[PlannedTensor]]] = {}
+    for planned in plan.tensors:
+        how = "copied" if planned.how == "copy" else planned.how
+        if planned.how == "compute":
+            how = "merged with LoRA" if "LoRA" in parts[planned.component].origin else "computed"
+        groups.setdefault(planned.component, {}).setdefault(how, []).append(planned)
+    for component, by_how in groups.items():
+        yield (
+            component,
+            *_amount([each for group in by_how.values() for each in group]),
+            parts[component].origin,
+        )
+        for how, group in by_how.items():
+            yield f"  {how}", *_amount(group), _files(group)
+
+
+def _amount(group: Sequence[PlannedTensor]) -> tuple[str, str]:
+    return str(len(group)), size(sum(planned.tensor.nbytes for planned in group))
+
+
+def _files(group: Sequence[PlannedTensor]) -> str:
+    """The files that the tensors are read from, each with the folder that it lies in."""
+    paths = dict.fromkeys(
+        piece.file.path for planned in group for piece in planned.tensor.extents()
+    )
+    names = ["/".join(path.parts[-2:]) for path in paths]
+    if len(names) > 2:
+        return f"{names[0]} and {len(names) - 1} more files"
+    return " and ".join(names)
+
+
+def _kinds(plan: Plan) -> Iterable[tuple[str, ...]]:
+    """A row for all layers of a kind of tensor."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for planned in plan.tensors:
+        tensor = planned.tensor
+        key = (f"{tensor.dtype.name} {list(tensor.shape)}", planned.how, planned.rule)
+        kinds.setdefault(key, []).append(planned.name)
+    for key, names in kinds.items():
+        for folded in fold(names):
+            yield folded.text, str(folded.count), *key
+
+
+def render_inspection(inspection: Inspection, name: str) -> str:
+    """What an input is, and what it can become."""
+    rows = [
+        (
+            part,
+            summary.origin,
+            str(summary.tensors),
+            number(summary.parameters),
+            size(summary.nbytes),
+            ", ".join(summary.dtypes),
+            summary.base or "-",
+        )
+        for part, summary in inspection.parts.items()
+    ]
+    when = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
+    text = [
+        f"{name}: {inspection.layout}{when}",
+        "",
+        table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype", "base model")),
+        "",
+    ]
+    if inspection.family is not None:
+        text += [f"family {inspection.family}", ""]
+    text += _targets(inspection.targets)
+    text += _notes(inspection.notes)
+    text += _notes(inspection.advice)
+    if inspection.lines:
+        text += ["", "Add to the config:", *(f"  {line}" for line in inspection.lines)]
+    return "\n".join(text)
+
+
+def render_report(report: Report) -> str:
+    """What was done, and what to do next."""
+    total = sum(report.seconds.values())
+    checked = "verified bit for bit" if report.verified else "not verified"
+    if report.already_converted:
+        checked = "already converted: nothing was written"
+    shards = len(report.plan.shards.shards)
+    place = report.out if report.pushed is None or report.out else report.pushed.link
+    text = [
+        f"{place}: {report.plan.architecture}, {size(report.nbytes)} in {shards} "
+        f"{'shard' if shards == 1 else 'shards'}, {total:.1f} s, {checked}",
+    ]
+    if report.kept_bytes:
+        text.append(f"Kept from the interrupted run: {size(report.kept_bytes)} of the shards")
+    if report.already_converted and report.pushed is None:
+        text.append(
+            f"Names, sizes and small files are right; `xtuner2llava verify {report.out}` reads all."
+        )
+    for name, nan, infinite in report.nonfinite:
+        text.append(f"Warning: {name} has {nan} NaN and {infinite} infinite values, as the input.")
+    text += [f"Warning: {_indented(warning)}" for warning in report.warnings]
+    text += _notes(report.plan.notes)
+    if report.pushed is not None:
+        text += ["", render_pushed(report.pushed)]
+    text += ["", "Next:", *(f"  {_indented(step)}" for step in report.next_steps)]
+    return "\n".join(text)
+
+
+def render_pushed(pushed: Pushed) -> str:
+    """Where a model was published."""
+    text = [
+        f"{pushed.link}: {len(pushed.files)} files, {size(pushed.nbytes)}, commit "
+        f"{pushed.commit[:12]} on {pushed.revision}"
+    ]
+    if pushed.removed:
+        text.append(f"Weights of an earlier model were removed: {', '.join(pushed.removed)}")
+    return "\n".join([*text, *(f"Note: {note}" for note in pushed.notes)])
+
+
+def tree(folder: Path) -> str:
+    """The files of `folder` with their sizes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
+    return f"{folder}/\n" + table(rows, ("file", "bytes"))
+
+
+def _targets(targets: Iterable[Target]) -> Iterable[str]:
+    for target in targets:
+        yield f"{target.format}: {target}"
+        remarks = (*target.caveats, *(_indented(str(fault)) for fault in target.faults))
+        yield from (f"  - {remark}" for remark in remarks)
+
+
+def _dropped(plan: Plan) -> Iterable[str]:
+    reasons: dict[str, list[str]] = {}
+    for component, dropped in plan.dropped:
+        reasons.setdefault(dropped.because, []).append(f"{component}.{dropped.name}")
+    for reason, names in reasons.items():
+        yield f"left out: {', '.join(folded.text for folded in fold(names))}: {reason}"
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return ["", *(f"Note: {note}" for note in notes)] if notes else []
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")

@@ -1,1 +1,0 @@
-"""What LlavaForConditionalGeneration of transformers needs beside the tensors."""

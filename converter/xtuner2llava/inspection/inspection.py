@@ -1,0 +1,213 @@
+"""What an input is, a checkpoint or a config before training, as data: `xtuner2llava inspect`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from xtuner2llava.errors import ConversionError, Fault
+from xtuner2llava.inspection.token_advice import Advice, token_advice
+from xtuner2llava.mapping import Catalogue
+from xtuner2llava.options import InspectOptions
+from xtuner2llava.planning.fidelity import Fidelity
+from xtuner2llava.planning.planner import Assessment, assess
+from xtuner2llava.planning.vision_tower_name import KEY as VISION_TOWER_KEY
+from xtuner2llava.sources import Checkpoint, Part
+from xtuner2llava.storage.json_file import Json, read_json
+
+_ANY_NAME = "openai/any"
+
+
+@dataclass(frozen=True, slots=True)
+class PartSummary:
+    """One part of the model in numbers; `nbytes` as stored, `dtypes` by number of elements."""
+
+    origin: str
+    trained: bool
+    base: str | None
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an input can become in a format: its class there, or the reasons why it cannot.
+
+    Where nothing but an option is missing, `needs` names it, `faults` say why, and `otherwise` is
+    the verdict once it is given.
+    """
+
+    format: str
+    architecture: str | None
+    verdict: Fidelity
+    caveats: tuple[str, ...]
+    faults: tuple[Fault, ...]
+    needs: str | None = None
+    otherwise: Fidelity | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        return self.verdict.is_possible
+
+    def __str__(self) -> str:
+        """One line, without caveats and faults."""
+        if self.needs is not None:
+            return f"{self.otherwise} once {self.needs} is given, as {self.architecture}"
+        become = f", as {self.architecture}" if self.is_possible else ""
+        return f"{self.verdict}{become}"
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        return {
+            "format": self.format,
+            "architecture": self.architecture,
+            "possible": self.is_possible,
+            **self.verdict.to_dict(),
+            "needs": self.needs,
+            "otherwise": None if self.otherwise is None else self.otherwise.to_dict(),
+            "caveats": list(self.caveats),
+            "faults": [str(fault) for fault in self.faults],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found; nothing but headers and small files was read.
+
+    Of a config before training, `advice` are sentences for the user, and `lines` what should be
+    added to the config.
+    """
+
+    layout: str
+    iteration: int | None
+    parts: Mapping[str, PartSummary]
+    llm_architectures: tuple[str, ...]
+    family: str | None
+    recipe: Mapping[str, Json]
+    targets: tuple[Target, ...]
+    notes: tuple[str, ...]
+    advice: tuple[str, ...]
+    lines: tuple[str, ...]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether at least one format is."""
+        return any(target.is_possible for target in self.targets)
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON."""
+        return {
+            "layout": self.layout,
+            "iteration": self.iteration,
+            "parts": {
+                name: {
+                    "weights": part.origin,
+                    "trained": part.trained,
+                    "base": part.base,
+                    "tensors": part.tensors,
+                    "parameters": part.parameters,
+                    "bytes": part.nbytes,
+                    "dtypes": list(part.dtypes),
+                }
+                for name, part in self.parts.items()
+            },
+            "llm_architectures": list(self.llm_architectures),
+            "family": self.family,
+            "xtuner_config": dict(self.recipe),
+            "targets": [target.to_dict() for target in self.targets],
+            "notes": list(self.notes),
+            "advice": list(self.advice),
+            "lines": list(self.lines),
+        }
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspection:
+    """What `checkpoint` is, and what it can become with the base models that are here."""
+    contents, config, recipe = checkpoint.contents, checkpoint.llm.config, checkpoint.recipe
+    formats = Catalogue.shipped().formats
+    found = {name: assess(checkpoint, options.with_format(name)) for name in formats}
+    targets = {name: _target(checkpoint, options, one) for name, one in found.items()}
+    any_found = next(iter(found.values()))
+    advice = tuple(_advice(checkpoint, any_found)) if checkpoint.before_training else ()
+    return Inspection(
+        layout=contents.layout,
+        iteration=contents.iteration,
+        parts={
+            "llm": _summary(checkpoint.llm),
+            "visual_encoder": _summary(checkpoint.visual_encoder),
+            "projector": _summary(checkpoint.projector),
+        },
+        llm_architectures=config.architectures if config else (),
+        family=any_found.family.name if any_found.family is not None else None,
+        recipe={used.name: used.value for used in recipe.used} if recipe else {},
+        targets=tuple(targets.values()),
+        notes=tuple(note for note in _notes(checkpoint) if note not in checkpoint.inexact),
+        advice=tuple(one.sentence for one in advice),
+        lines=tuple(one.line for one in advice if one.line is not None),
+    )
+
+
+def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What holds for every target."""
+    recipe = checkpoint.recipe
+    return (*checkpoint.notes, *(recipe.notes if recipe is not None else ()))
+
+
+def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) -> Target:
+    """What becomes of `checkpoint` in a format, by its assessment.
+
+    Where only the tower's name is at fault, the rest is judged as if the user had given one.
+    """
+    if not found.faults:
+        unseen = (f"By the configs alone: {f.where}: {f.what}" for f in found.pending)
+        said = _notes(checkpoint)
+        notes = (note for note in found.notes if note not in said)
+        caveats = (*checkpoint.inexact, *notes, *unseen)
+        return Target(found.format, found.architecture, found.verdict, caveats, ())
+    if options.vision_tower_name is None and {f.where for f in found.faults} == {VISION_TOWER_KEY}:
+        named = replace(options, vision_tower_name=_ANY_NAME)
+        other = _target(checkpoint, named, assess(checkpoint, named.with_format(found.format)))
+        if other.is_possible:
+            return replace(
+                other,
+                verdict=found.verdict,
+                faults=found.faults,
+                needs="--vision-tower-name",
+                otherwise=other.verdict,
+            )
+    return Target(found.format, None, found.verdict, (), found.faults)
+
+
+def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
+    """What to change in a config before it trains."""
+    recipe, family, config = checkpoint.recipe, found.family, found.llm_config
+    if recipe is None:
+        return
+    folder, base, tokenizer = checkpoint.llm.folder, found.base_tokenizer, found.tokenizer
+    if family and config and base and tokenizer and folder:
+        path = folder / "generation_config.json"
+        generation: dict[str, Json] = {}
+        with suppress(ConversionError):
+            generation = read_json(path) if path.is_file() else {}
+        stop_words = Catalogue.shipped().stop_words
+        yield from token_advice(recipe, family, base, tokenizer, config, generation, stop_words)
+
+
+def _summary(part: Part) -> PartSummary:
+    elements: Counter[str] = Counter()
+    for tensor in part.tensors.values():
+        elements[tensor.stored_dtype.name] += math.prod(tensor.shape)
+    return PartSummary(
+        origin=part.origin,
+        trained=part.trained,
+        base=part.name,
+        tensors=len(part.tensors),
+        parameters=sum(elements.values()),
+        nbytes=sum(math.prod(t.shape) * t.stored_dtype.itemsize for t in part.tensors.values()),
+        dtypes=tuple(name for name, _ in elements.most_common()),
+    )

@@ -1,0 +1,153 @@
+"""What bos, eos, pad and stop words of an LLM mean for training it and for generating after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from xtuner2llava.mapping import Family
+from xtuner2llava.planning.generation import TokenIds, TokenTexts, token_ids
+from xtuner2llava.storage.json_file import Json
+from xtuner2llava.tokenizers import Tokenizer
+from xtuner2llava.training_config import Table, TrainingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A sentence for the user, and the line that should be added to the config, if any."""
+
+    sentence: str
+    line: str | None = None
+
+
+def token_advice(
+    recipe: TrainingConfig,
+    family: Family,
+    base: Tokenizer,
+    written: Tokenizer,
+    config: Mapping[str, Json],
+    generation: Mapping[str, Json],
+    templates: Mapping[str, Sequence[str]],
+) -> Iterator[Advice]:
+    """Advice for a training by `recipe`.
+
+    `base` is the tokenizer that trains, `written` what a conversion makes of it; `config` and
+    `generation` are the base's, and `templates` are the stop words of XTuner's prompt templates.
+    """
+    work = _Advising(recipe, family, base, written, templates)
+    ids = work.ids(config, generation)
+    yield from work.special_tokens(ids)
+    yield from work.template()
+    yield from work.stop_words(ids)
+
+
+class _Advising:
+    def __init__(
+        self,
+        recipe: TrainingConfig,
+        family: Family,
+        base: Tokenizer,
+        written: Tokenizer,
+        templates: Mapping[str, Sequence[str]],
+    ) -> None:
+        self._recipe, self._family, self._templates = recipe, family, templates
+        self._base, self._written = base, written
+
+    def ids(self, config: Mapping[str, Json], generation: Mapping[str, Json]) -> TokenIds:
+        named = self._family.generation
+        stops = self._of_template(self._recipe.prompt_template)
+        texts = TokenTexts(named.bos, named.eos, named.pad)
+        return token_ids(self._written, texts, stops, generation, config)
+
+    def special_tokens(self, ids: TokenIds) -> Iterator[Advice]:
+        recipe, named = self._recipe, self._family.generation
+        if self._base.special("bos_token") is None:
+            told = (
+                f"the converted config.json and generation_config.json will have {ids.bos}, so "
+                "LLaVA needs nothing more."
+                if ids.bos is not None
+                else "nothing says which one is meant, so LLaVA needs transformers 4.40 or later."
+            )
+            yield Advice(
+                "The tokenizer has no bos token. transformers before 4.40 generates from images "
+                f"only with a bos id; {told}"
+            )
+            # The hook gives `generate` the bos id of its tokenizer, over that of generation_kwargs
+            # (xtuner/engine/hooks/evaluate_chat_hook.py).
+            evaluation = recipe.evaluation
+            if evaluation is not None and evaluation.bos_token is None and named.bos is not None:
+                yield Advice(
+                    "EvaluateChatHook generates during training, with the bos id of its own "
+                    "tokenizer, which transformers before 4.40 need. Training does not use it.",
+                    f"tokenizer=dict(**tokenizer, bos_token={named.bos!r}),  # in EvaluateChatHook",
+                )
+        if recipe.bos_token not in (None, self._written.special("bos_token")):
+            harm = (
+                "LLaVA needs none there"
+                if recipe.bos_token == named.bos
+                else "in LLaVA it would make prompts lose tokens after an image"
+            )
+            yield Advice(
+                f"The config gives the tokenizer the bos token {recipe.bos_token!r}. Training does "
+                f"not use it; {harm}, so the converted tokenizer will be without it."
+            )
+        if self._base.special("eos_token") is None and recipe.eos_token is None:
+            # xtuner/dataset/utils.py, get_bos_eos_token_ids
+            yield Advice(
+                "The tokenizer has no eos token, and XTuner does not train without one.",
+                f"eos_token={named.eos[0]!r},  # in tokenizer" if named.eos else None,
+            )
+        if self._base.special("pad_token") is None:
+            pad = f"will have {ids.pad}" if ids.pad is not None else "will have none either"
+            yield Advice(
+                f"The tokenizer has no pad token. The converted generation_config.json {pad}; "
+                "batches need one, single prompts do not. The format hf adds one where needed."
+            )
+
+    def template(self) -> Iterator[Advice]:
+        """The prompt template of the LLM, where the config sets none."""
+        if self._recipe.prompt_template is not None:
+            return
+        wanted = self._family.chat.template
+        # A family may have members that speak otherwise, such as Phi-4 among Phi-3's.
+        if wanted is not None and self._has(self._family.chat.stop_words):
+            yield Advice(
+                f"No prompt template is set; this family's is {wanted}.",
+                f"prompt_template = PROMPT_TEMPLATE.{wanted}",
+            )
+            return
+        known = [name for name, words in self._templates.items() if self._has(words)]
+        yield Advice(
+            "No prompt template is set. XTuner's PROMPT_TEMPLATE has them by name; take that which "
+            "the LLM was tuned with.",
+            f"prompt_template = PROMPT_TEMPLATE.{known[0]}" if len(known) == 1 else None,
+        )
+
+    def stop_words(self, ids: TokenIds) -> Iterator[Advice]:
+        recipe = self._recipe
+        evaluation = recipe.evaluation
+        own = self._family.chat.stop_words
+        needed = self._of_template(recipe.prompt_template) or (own if self._has(own) else ())
+        if not needed:
+            return
+        if evaluation is not None and evaluation.prompt_template != "":
+            has = {*recipe.stop_words, *self._of_template(evaluation.prompt_template)}
+            missing = [word for word in needed if word not in has]
+            if missing:
+                yield Advice(
+                    f"EvaluateChatHook does not know the stop words {', '.join(missing)}: its "
+                    "answers would run on.",
+                    f"stop_words={missing!r},  # in EvaluateChatHook",
+                )
+        yield Advice(f"Turns end with {', '.join(needed)}: eos ids {list(ids.eos)}.")
+
+    def _has(self, words: Sequence[str]) -> bool:
+        """Whether all of `words` are tokens."""
+        return {*words} <= {*self._written.ids}
+
+    def _of_template(self, template: str | Table | None) -> tuple[str, ...]:
+        if isinstance(template, str):
+            return tuple(self._templates.get(template, ()))
+        words = template.get("STOP_WORDS") if template is not None else None
+        found = words if isinstance(words, (list, tuple)) else ()
+        return tuple(word for word in found if isinstance(word, str))

@@ -1,0 +1,182 @@
+"""The YAML between the `---` lines of a card: what the Hub files a model under."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+from xtuner2llava.planning.plan import Plan
+from xtuner2llava.planning.published import hub_id
+from xtuner2llava.storage.json_file import Json
+
+# As huggingface_hub finds it (`repocard.py`, REGEX_YAML_BLOCK), with the body apart.
+_BLOCK = re.compile(
+    r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL
+)
+_ORDER = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "base_model",
+    "base_model_relation",
+    "datasets",
+    "pipeline_tag",
+    "library_name",
+    "tags",
+)
+_MAX_YAML_BYTES = 64 << 10
+_MAX_BRACKETS = 1000
+_MAX_CARD_BYTES = 4 << 20
+# Published training data by the names of its files, which XTuner's configs take as they are
+# (configs/llava; docs/zh_cn/user_guides/dataset_prepare.md).
+_DATASETS = {
+    "blip_laion_cc_sbu_558k.json": "liuhaotian/LLaVA-Pretrain",
+    "llava_instruct_150k.json": "liuhaotian/LLaVA-Instruct-150K",
+    "llava_v1_5_mix665k.json": "liuhaotian/LLaVA-Instruct-150K",
+    "share-captioner_coco_lcs_sam_1246k_1107.json": "Lin-Chen/ShareGPT4V",
+    "sharegpt4v_instruct_gpt4-vision_cap100k.json": "Lin-Chen/ShareGPT4V",
+    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json": "Lin-Chen/ShareGPT4V",
+}
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual|code")
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
+_NAME = re.compile(r"[\w .()/+-]{1,100}")
+
+
+def front_matter(plan: Plan) -> dict[str, Json]:
+    """The metadata of the output: what it is based on, what of the base's card holds for it, and
+    published data that it was trained on.
+
+    An LLM's license binds what is made of it; so do its languages. The tower brings none.
+    """
+    checkpoint = plan.checkpoint
+    values: dict[str, Json] = {}
+    llm_id = hub_id(checkpoint.llm.name, checkpoint.llm.folder)
+    if checkpoint.llm.folder is not None:
+        values |= _inherited(checkpoint.llm.folder, llm_id)
+    tower_id = hub_id(checkpoint.visual_encoder.name, checkpoint.visual_encoder.folder)
+    bases: list[Json] = [name for name in dict.fromkeys((llm_id, tower_id)) if name is not None]
+    if bases:
+        values["base_model"] = bases
+        # Of several bases, the Hub would otherwise say that they were merged.
+        values["base_model_relation"] = "finetune"
+    files = checkpoint.recipe.data_files if checkpoint.recipe is not None else ()
+    names = [PurePath(path).name for path in files]
+    datasets: list[Json] = [*dict.fromkeys(_DATASETS[n] for n in names if n in _DATASETS)]
+    if datasets:
+        values["datasets"] = datasets
+    values["pipeline_tag"] = "image-text-to-text"
+    if plan.mapping.format == "hf":
+        # Official LLaVA folders are read by LLaVA's own code, which the Hub has no name for.
+        values["library_name"] = "transformers"
+    values["tags"] = ["llava", "xtuner", plan.mapping.becomes]
+    return values
+
+
+def split(text: str) -> tuple[str | None, str]:
+    """The YAML of a card, None where it has none, and the text after it."""
+    match = _BLOCK.match(text)
+    return (match["yaml"], text[match.end() :]) if match else (None, text)
+
+
+def parse(text: str) -> dict[str, Json]:
+    """The metadata that `text` spells. Raises `ValueError` where it is no plain YAML mapping."""
+    import yaml
+
+    if len(text) > _MAX_YAML_BYTES:
+        raise ValueError(f"has more than {_MAX_YAML_BYTES:,} characters")
+    # PyYAML takes time in the square of the depth.
+    if text.count("[") + text.count("{") > _MAX_BRACKETS:
+        raise ValueError(f"has more than {_MAX_BRACKETS} brackets")
+    try:
+        # References can make a few lines mean gigabytes; no card needs them.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("has YAML references (*)")
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError("is no mapping of names to values")
+    return values
+
+
+def dump(values: Mapping[str, Json]) -> str:
+    """The YAML of `values`, the usual keys first, between its `---` lines."""
+    import yaml
+
+    places = {key: place for place, key in enumerate(_ORDER)}
+    ordered = sorted(values, key=lambda key: (places.get(key, len(places)), key))
+    text = yaml.safe_dump(
+        {key: values[key] for key in ordered}, sort_keys=False, allow_unicode=True, width=1000
+    )
+    return f"---\n{text}---\n"
+
+
+def with_front_matter_of(theirs: str, ours: str) -> str | None:
+    """The card `ours` with all metadata of `theirs`; None unless `theirs` is nothing but metadata.
+
+    Such cards the Hub makes when a repository is created with a license.
+    """
+    yaml_text, body = split(theirs)
+    if yaml_text is None or body.strip():
+        return None
+    try:
+        return _with_metadata(ours, {**_metadata(ours), **parse(yaml_text)})
+    except ValueError:
+        return None
+
+
+def with_extra_keys(theirs: str, ours: str) -> str:
+    """The card `ours` with the metadata that only `theirs` has, such as datasets added by hand."""
+    try:
+        return _with_metadata(ours, {**_metadata(theirs), **_metadata(ours)})
+    except ValueError:
+        return ours
+
+
+def _metadata(card: str) -> dict[str, Json]:
+    return parse(split(card)[0] or "")
+
+
+def _with_metadata(card: str, values: Mapping[str, Json]) -> str:
+    return dump(values) + split(card)[1]
+
+
+def _inherited(folder: Path, llm_id: str | None) -> dict[str, Json]:
+    """License and languages of the base LLM, from the card beside its weights."""
+    path = folder / "README.md"
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
+            return {}
+        found = _metadata(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    values: dict[str, Json] = {}
+    licenses = found.get("license")
+    if isinstance(licenses, str) and _LICENSE.fullmatch(licenses):
+        values["license"] = licenses
+        name, link = found.get("license_name"), found.get("license_link")
+        if isinstance(name, str) and _NAME.fullmatch(name):
+            values["license_name"] = name
+        if isinstance(link, str) and (address := _address(link, llm_id)):
+            values["license_link"] = address
+    language = found.get("language")
+    listed = language if isinstance(language, list) else [language]
+    known: list[Json] = [x for x in listed if isinstance(x, str) and _LANGUAGE.fullmatch(x)]
+    if known:
+        values["language"] = known
+    return values
+
+
+def _address(link: str, llm_id: str | None) -> str | None:
+    """The base's license as an address that means the same from another repository."""
+    if re.fullmatch(r"https://[\w./%?=&#:+-]{1,300}", link):
+        return link
+    if llm_id is not None and re.fullmatch(r"\w[\w.-]{0,60}", link):
+        return f"https://huggingface.co/{llm_id}/blob/main/{link}"
+    return None

@@ -1,0 +1,191 @@
+"""`conversion.json`: where the output came from, without a path or name of this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from os import PathLike
+from pathlib import PurePath
+
+from blake3 import blake3
+
+from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.options import Options, decided, defaults
+from xtuner2llava.planning.chat_template import prompt_text
+from xtuner2llava.planning.plan import Plan
+from xtuner2llava.planning.published import published_name, published_text
+from xtuner2llava.sources import Fingerprint, Part
+from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.storage.json_file import Json
+from xtuner2llava.tensors import SourceFile
+
+# 2: BLAKE3 where 1 had SHA-256, and small files as objects, not as bare digests.
+SCHEMA = 2
+
+
+def provenance(
+    plan: Plan,
+    options: Options,
+    version: str,
+    files: Mapping[str, bytes],
+    shards: Sequence[tuple[str, int, str]] = (),
+    nonfinite: Sequence[tuple[str, int, int]] = (),
+) -> dict[str, Json]:
+    """The content of `conversion.json`; before anything is written, without shards and `nonfinite`.
+
+    `shards` are (file name, bytes, BLAKE3); `files` the small files as written; `nonfinite` the
+    tensors with NaN or infinite values, which the checkpoint already had: (name, NaN, infinite).
+    """
+    checkpoint = plan.checkpoint
+    parts = {
+        LLM: checkpoint.llm,
+        VISUAL_ENCODER: checkpoint.visual_encoder,
+        PROJECTOR: checkpoint.projector,
+    }
+    dropped: list[Json] = [
+        {"component": component, "name": d.name, "because": d.because}
+        for component, d in plan.dropped
+    ]
+    shard_list: list[Json] = [
+        {"file": name, "bytes": size, "blake3": digest} for name, size, digest in shards
+    ]
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "xtuner2llava", "version": version},
+        "checkpoint": {
+            "layout": checkpoint.contents.layout,
+            "iteration": checkpoint.contents.iteration,
+            "files": _files(checkpoint.contents.files),
+        },
+        "parts": {name: _part(part) for name, part in parts.items()},
+        "base_files": _files(checkpoint.base_files),
+        "mapping": {
+            "family": plan.mapping.family,
+            "becomes": plan.mapping.becomes,
+            "format": plan.mapping.format,
+            "files": [{"name": f.name, "sha256": f.sha256} for f in plan.mapping.files],
+        },
+        **plan.verdict.to_dict(),
+        "dtype": plan.dtype,
+        "options": {
+            name: published_name(str(value)) if isinstance(value, str | PathLike) else value
+            for name, value in decided(options).items()
+        },
+        "chat": {
+            "template": plan.chat.template,
+            "prompt": prompt_text(plan.chat.prompt, "{question}") if plan.chat.prompt else None,
+            "stop_words": list(plan.chat.stop_words),
+        },
+        "shards": shard_list,
+        "files": {n: {"blake3": blake3(data).hexdigest()} for n, data in sorted(files.items())},
+        "dropped": dropped,
+        "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in nonfinite],
+        "notes": [published_text(note) for note in plan.notes],
+        "xtuner_config": _recipe(plan),
+    }
+
+
+def plan_identity(plan: Plan, version: str) -> str:
+    """Text that differs whenever other tensors would be written."""
+    lines = [version, plan.dtype, *(f"{f.name} {f.sha256}" for f in plan.mapping.files)]
+    checkpoint = plan.checkpoint
+    for file in (*checkpoint.contents.files, *checkpoint.base_files):
+        lines.append(f"{file.name} {file.size} {file.digest}")
+    # A header says nothing of the data behind it, so the time of the last change must do.
+    lines += sorted(f"{file.path.name} {file.mtime_ns}" for file in sources(plan))
+    lines += [checkpoint.llm.origin, checkpoint.visual_encoder.origin]
+    lines += [f"{p.name} {p.component} {','.join(p.sources)} {p.rule}" for p in plan.tensors]
+    return "\n".join(lines)
+
+
+def sources(plan: Plan) -> set[SourceFile]:
+    """The files that tensors are read from."""
+    return {piece.file for planned in plan.tensors for piece in planned.tensor.extents()}
+
+
+def describe(record: Mapping[str, Json], times: Collection[SourceFile] = ()) -> dict[str, str]:
+    """What a `conversion.json` says of what decides the bytes, each by what it is called.
+
+    README.md is not among it unless it is made from the user's template: it may be edited, and says
+    whether the output was verified. With the `times` of inputs, it holds for this machine only.
+    """
+    found = {"the version of xtuner2llava": _text(record, "tool")}
+    chosen = record.get("options")
+    options = chosen if isinstance(chosen, dict) else {}
+    checkpoint = record.get("checkpoint")
+    inputs: dict[str, list[str]] = {}
+    for listed in (_items(checkpoint, "files"), record.get("base_files")):
+        for entry in listed if isinstance(listed, list) else ():
+            if isinstance(entry, dict):
+                mark = f"{entry.get('bytes')} {entry.get('digest')}"
+                inputs.setdefault(f"the input {entry.get('name')}", []).append(mark)
+    for file in sorted(times, key=lambda file: file.path):
+        mark = f"{file.path} {file.size} {file.mtime_ns}"
+        inputs.setdefault(f"the input {file.path.name}", []).append(mark)
+    files = record.get("files")
+    small = {name: json.dumps(d, sort_keys=True) for name, d in files.items()} if isinstance(
+        files, dict) else {}  # fmt: skip
+    if "--card-template" not in options:
+        small.pop(CARD_NAME, None)
+    rest = ("parts", "mapping", "dtype", "dropped", "notes", "xtuner_config")
+    return {
+        **found,
+        **{name: str(value) for name, value in {**defaults(), **options}.items()},
+        **{name: ", ".join(marks) for name, marks in inputs.items()},
+        **{f"{key} in conversion.json": _text(record, key) for key in rest},
+        **small,
+    }
+
+
+def outcome(described: Mapping[str, str]) -> dict[str, str]:
+    """What counts of `describe`: not how options are spelled, but what follows from them."""
+    return {k: v for k, v in described.items() if not k.startswith("--") or k == "--weights"}
+
+
+def fingerprint(plan: Plan, version: str, described: Mapping[str, str]) -> str:
+    """A hash that differs whenever the files of OUT would be others."""
+    lines = [plan.shards.fingerprint(plan_identity(plan, version))]
+    lines += sorted(f"{key} {value}" for key, value in outcome(described).items())
+    return blake3("\n".join(lines).encode()).hexdigest()
+
+
+def _items(value: Json, key: str) -> Json:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _text(record: Mapping[str, Json], key: str) -> str:
+    return json.dumps(record.get(key), sort_keys=True)
+
+
+def _part(part: Part) -> dict[str, Json]:
+    record: dict[str, Json] = {
+        "weights": published_text(part.origin),
+        "trained": part.trained,
+        "base": published_name(part.name) if part.name is not None else None,
+    }
+    if part.adapter is not None and part.adapter.settings is not None:
+        used = part.adapter.settings
+        record["lora"] = {
+            "ranks": list(part.adapter.ranks),
+            "alpha": used.alpha,
+            "alpha_pattern": dict(used.alpha_pattern),
+            "use_rslora": used.use_rslora,
+            "use_dora": used.use_dora,
+            "recorded_in": PurePath(used.where).name,
+        }
+    return record
+
+
+def _files(files: Sequence[Fingerprint]) -> list[Json]:
+    return [{"name": f.name, "bytes": f.size, "digest": f.digest} for f in files]
+
+
+def _recipe(plan: Plan) -> Json:
+    """What was read from the XTuner config, its paths made publishable."""
+    recipe = plan.checkpoint.recipe
+    if recipe is None:
+        return None
+    return {
+        used.name: published_name(used.value) if isinstance(used.value, str) else used.value
+        for used in recipe.used
+    }

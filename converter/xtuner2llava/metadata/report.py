@@ -1,0 +1,67 @@
+"""What a conversion did, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xtuner2llava.planning.plan import Plan
+from xtuner2llava.storage.json_file import Json
+
+if TYPE_CHECKING:
+    from xtuner2llava.hub.upload import Pushed
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished conversion.
+
+    `files` are all files of `out` with their sizes in bytes, `blake3` those of the shards,
+    `seconds` the wall time of each stage, `nonfinite` the tensors whose NaN or infinite values the
+    checkpoint already had (name, NaN, infinite), `warnings` and `next_steps` sentences for the
+    user. `out` is None where the shards were published and not kept; `pushed` says where to.
+
+    `resumed` are the shards that an interrupted run had finished, `kept_bytes` the bytes of shards
+    that it had written. `already_converted` says that `out` was finished before, that its names,
+    sizes and small files were checked, and that nothing was written; `verified` is about this run.
+    """
+
+    out: Path | None
+    plan: Plan
+    files: Mapping[str, int]
+    blake3: Mapping[str, str]
+    seconds: Mapping[str, float]
+    verified: bool
+    resumed: tuple[str, ...]
+    nonfinite: tuple[tuple[str, int, int], ...]
+    warnings: tuple[str, ...]
+    next_steps: tuple[str, ...]
+    pushed: Pushed | None = None
+    already_converted: bool = False
+    kept_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict[str, Json]:
+        """The same as JSON, with what the plan says."""
+        return {
+            "out": None if self.out is None else str(self.out),
+            "files": dict(self.files),
+            "bytes": self.nbytes,
+            "blake3": dict(self.blake3),
+            "seconds": dict(self.seconds),
+            "already_converted": self.already_converted,
+            "verified": self.verified,
+            "resumed": list(self.resumed),
+            "kept_bytes": self.kept_bytes,
+            "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in
+                          self.nonfinite],
+            "warnings": list(self.warnings),
+            "next_steps": list(self.next_steps),
+            "pushed": None if self.pushed is None else self.pushed.to_dict(),
+            "plan": self.plan.to_dict(),
+        }  # fmt: skip

@@ -1,0 +1,62 @@
+"""The config that the LLM was trained with: its base's, with what the training run changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xtuner2llava.errors import PlanError
+from xtuner2llava.sources import ModelConfig
+from xtuner2llava.sources.model_config import in_437_vocabulary
+from xtuner2llava.storage.json_file import Json, integer
+from xtuner2llava.training_config import (
+    Reference,
+    Table,
+    TrainingConfig,
+    Unknown,
+    Value,
+    linear_rope_factor,
+)
+
+
+def trained_llm_config(config: ModelConfig, recipe: TrainingConfig | None) -> dict[str, Json]:
+    """The LLM's config in 4.37 vocabulary, as training used it.
+
+    XTuner passes further arguments of `model.llm` on to `from_pretrained`, where they override the
+    config, and turns LLaVAModel's `max_position_embeddings` into a linear `rope_scaling`
+    (InternLM/xtuner `xtuner/model/llava.py`, `_prepare_for_long_context_training`).
+    """
+    values: dict[str, Json] = dict(config.values)
+    if recipe is None:
+        return values
+    for key, value in recipe.llm_overrides.items():
+        if key.startswith("_"):
+            continue
+        values[key] = _json(value, f"{recipe.where}, model.llm.{key}")
+    values = in_437_vocabulary(values)
+    longest = recipe.max_position_embeddings
+    if longest is not None:
+        scaling = values.get("rope_scaling")
+        before = scaling.get("factor") if isinstance(scaling, dict) else None
+        factor = linear_rope_factor(
+            longest,
+            integer(values, "max_position_embeddings"),
+            before if isinstance(before, (int, float)) else 1,
+        )
+        if factor is not None:
+            values["rope_scaling"] = {"type": "linear", "factor": factor}
+    return values
+
+
+def _json(value: Value, where: str) -> Json:
+    """A value of an XTuner config, where it can stand in a model's config."""
+    if isinstance(value, Table):
+        entries: Mapping[object, Value] = dict(value.items())
+        return {str(key): _json(entry, where) for key, entry in entries.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(entry, where) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Reference):
+        return value.path.rpartition(".")[2]
+    what = value.reason if isinstance(value, Unknown) else "it is no value of a config"
+    raise PlanError(f"cannot be read as data: {what}", where=where)

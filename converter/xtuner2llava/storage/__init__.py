@@ -1,0 +1,1 @@
+"""File formats as byte ranges: torch zip files, pickles, safetensors, JSON. Knows no XTuner."""

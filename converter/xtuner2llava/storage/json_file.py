@@ -1,0 +1,75 @@
+"""JSON files of strangers: bounded in size and depth, no duplicate keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from xtuner2llava.errors import CorruptFileError
+from xtuner2llava.storage.small_file import read_small
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+_MAX_BYTES = 64 << 20
+_MAX_DEPTH = 64
+
+
+def read_json(path: Path) -> dict[str, Json]:
+    """The object in the file `path`; raises `CorruptFileError` if it is none."""
+    return parse_json(read_small(path, _MAX_BYTES), str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Json]:
+    """The object that `data` spells; raises `CorruptFileError` with the line for anything else."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"is not UTF-8 (byte {error.start:,})", where=where) from error
+    except json.JSONDecodeError as error:
+        raise CorruptFileError(
+            f"is not JSON: {error.msg}", where=f"{where}:{error.lineno}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"is not usable JSON: {error}", where=where) from error
+    if not isinstance(value, dict):
+        raise CorruptFileError("is not a JSON object", where=where)
+    if _depth(value) > _MAX_DEPTH:
+        raise CorruptFileError("is not usable JSON: nested too deeply", where=where)
+    return value
+
+
+def integer(values: Mapping[str, Json], key: str) -> int | None:
+    """The integer under `key`; None if there is none or it is something else."""
+    value = values.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def text(values: Mapping[str, Json], key: str) -> str | None:
+    """The text under `key`; None if there is none or it is something else."""
+    value = values.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _depth(value: dict[str, Json]) -> int:
+    """How many containers lie in each other: what shows a value in a message is recursive."""
+    depth = 0
+    level: list[dict[str, Json] | list[Json]] = [value]
+    while level and depth <= _MAX_DEPTH:
+        depth += 1
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, (dict, list))
+        ]
+    return depth
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key '{twice[:100]}' stands there twice")
+    return result

@@ -1,0 +1,236 @@
+"""Files of `torch.save`, opened as data: names, shapes and file ranges, without torch.
+
+The format is a zip whose entries are stored uncompressed: `{root}/data.pkl` is a pickle that
+refers to storages, `{root}/data/{key}` are their bytes (pytorch/pytorch
+`caffe2/serialize/inline_container.cc`, `torch/serialization.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.storage.pickle_reader import TensorReference, Value, read_pickle
+from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember, view_of_storage
+from xtuner2llava.tensors.files import read_ranges
+
+# Far above the largest seen (70B with optimizer state and message hub: some megabytes).
+_MAX_PICKLE_BYTES = 256 << 20
+# About a hundred bytes a storage.
+_MAX_DIRECTORY_BYTES = 32 << 20
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+
+
+class _DirectoryReader(io.FileIO):
+    """What `zipfile` reads a directory from: it would take whatever size the file claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"its directory has {size:,} bytes")
+        return super().read(_MAX_DIRECTORY_BYTES if size is None or size < 0 else size) or b""
+
+
+class TorchFile:
+    """An open `torch.save` file: its value, and its tensors on demand."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the zip directory and the pickle of `path`, and no tensor.
+
+        Raises `CorruptFileError`, `UnsafeFileError` for a pickle that wants more than data, and
+        `UnsupportedError` for what is no zip of `torch.save`.
+        """
+        self.file = SourceFile.of(path)
+        self._limits: dict[str, int] = {}
+        self._entries = self._read_directory()
+        self._root = self._find_root()
+        self._storages: dict[str, FileRange] = {}
+        order = self._small_entry("byteorder")
+        if order not in (b"", b"little"):
+            raise UnsupportedError(
+                f"its byte order is {order[:20].decode('ascii', 'replace')!r}, expected 'little'",
+                where=str(path),
+            )
+        self.value: Value = read_pickle(self._small_entry("data.pkl"), f"{path} (data.pkl)")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the name, size and CRC-32 of each entry, as the zip directory states them."""
+        lines = (f"{e.filename} {e.file_size} {e.CRC:08x}\n" for e in self._entries.values())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def tensors(self, references: Mapping[str, TensorReference]) -> dict[str, LazyTensor]:
+        """Lazy tensors for `references`, which this file's value holds; all faults at once."""
+        tensors: dict[str, LazyTensor] = {}
+        faults: list[Fault] = []
+        for name, reference in references.items():
+            try:
+                tensors[name] = self._tensor(name, reference)
+            except ValueError as error:
+                faults.append(Fault(f"{self.file.path}, tensor {name}", str(error)))
+        raise_faults(CorruptFileError, faults)
+        return tensors
+
+    def _tensor(self, name: str, reference: TensorReference) -> LazyTensor:
+        storage = self._storage(reference.storage.key)
+        claimed = reference.storage.elements * reference.storage.dtype.itemsize
+        if claimed > storage.length:
+            raise ValueError(
+                f"its storage should have {claimed:,} bytes, the file has {storage.length:,}"
+            )
+        return view_of_storage(
+            name,
+            reference.storage.dtype,
+            reference.shape,
+            storage,
+            reference.strides,
+            reference.offset,
+        )
+
+    def _storage(self, key: str) -> FileRange:
+        if key not in self._storages:
+            self._storages[key] = self._range_of(f"data/{key}")
+        return self._storages[key]
+
+    def _read_directory(self) -> dict[str, zipfile.ZipInfo]:
+        path = self.file.path
+        try:
+            with _DirectoryReader(path) as stream, zipfile.ZipFile(stream) as archive:
+                entries, end = archive.infolist(), archive.start_dir
+        # Besides its own error, zipfile lets through what a damaged directory makes it stumble on.
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            ValueError,
+            NotImplementedError,
+            OverflowError,
+            struct.error,
+        ) as error:
+            raise _not_a_zip(path, error) from error
+        found: dict[str, zipfile.ZipInfo] = {}
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x1:
+                raise CorruptFileError(
+                    f"entry '{entry.filename}' is compressed or encrypted; torch stores them plain",
+                    where=str(path),
+                )
+            if entry.filename in found:
+                raise CorruptFileError(f"two entries '{entry.filename}'", where=str(path))
+            found[entry.filename] = entry
+        self._reject_overlaps(entries, end)
+        return found
+
+    def _reject_overlaps(self, entries: list[zipfile.ZipInfo], directory: int) -> None:
+        """Sets how far each entry may reach: to the next one, or to the zip's directory."""
+        end, last = 0, ""
+        for entry in sorted(entries, key=lambda entry: entry.header_offset):
+            if entry.header_offset < end:
+                raise CorruptFileError(
+                    f"entries '{last}' and '{entry.filename}' overlap", where=str(self.file.path)
+                )
+            self._limits[last] = entry.header_offset
+            end, last = entry.header_offset + _LOCAL_HEADER.size + entry.file_size, entry.filename
+        if end > directory:
+            raise CorruptFileError(
+                f"entry '{last}' ends beyond the data, which has {directory:,} bytes",
+                where=str(self.file.path),
+                advice="The file is truncated; copy or download it again.",
+            )
+        self._limits[last] = directory
+
+    def _find_root(self) -> str:
+        roots = [name.removesuffix("/data.pkl") for name in self._entries if name.count("/") == 1
+                 and name.endswith("/data.pkl")]  # fmt: skip
+        if len(roots) != 1:
+            found = f"{len(roots)} data.pkl" if roots else "no data.pkl"
+            raise UnsupportedError(
+                f"a zip, but not one that torch.save wrote ({found} in it)",
+                where=str(self.file.path),
+            )
+        return roots[0]
+
+    def _small_entry(self, name: str) -> bytes:
+        """The bytes of a metadata entry; empty if the file has none."""
+        entry = self._entries.get(f"{self._root}/{name}")
+        if entry is None:
+            return b""
+        if entry.file_size > _MAX_PICKLE_BYTES:
+            raise CorruptFileError(
+                f"its {name} has {entry.file_size:,} bytes, more than any checkpoint needs",
+                where=str(self.file.path),
+            )
+        data = bytes(read_ranges([self._range_of(name)]))
+        if entry.CRC and zlib.crc32(data) != entry.CRC:
+            raise CorruptFileError(
+                f"its {name} does not match its checksum",
+                where=str(self.file.path),
+                advice="The file is damaged; copy or download it again.",
+            )
+        return data
+
+    def _range_of(self, name: str) -> FileRange:
+        """Where the data of an entry lies: behind its local header, whose length varies."""
+        entry = self._entries.get(f"{self._root}/{name}")
+        if entry is None:
+            raise CorruptFileError(f"has no entry '{name}'", where=str(self.file.path))
+        expected = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        size = _LOCAL_HEADER.size + len(expected)
+        header = bytes(read_ranges([FileRange(self.file, entry.header_offset, size)]))
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+        offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if (
+            signature != b"PK\x03\x04"
+            or name_length != len(expected)
+            or header[_LOCAL_HEADER.size :] != expected
+            or offset + entry.file_size > self._limits[entry.filename]
+        ):
+            raise CorruptFileError(
+                f"entry '{entry.filename}' is not where the directory says",
+                where=str(self.file.path),
+                advice="The file is truncated; copy or download it again.",
+            )
+        member = ZipMember(entry.filename, offset, entry.file_size, entry.CRC)
+        return FileRange(self.file, offset, entry.file_size, member)
+
+
+def _not_a_zip(path: Path, error: Exception) -> UnsupportedError | CorruptFileError:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(64)
+    except OSError as failure:
+        return CorruptFileError(f"cannot be read ({failure.strerror})", where=str(path))
+    again = "Copy or download it again."
+    if not start:
+        return CorruptFileError("is empty", where=str(path), advice=again)
+    if start.startswith(b"version https://git-lfs"):
+        return UnsupportedError(
+            "a git-lfs pointer, not the file itself",
+            where=str(path),
+            advice="Run `git lfs pull` in its repository.",
+        )
+    if start.startswith(b"PK"):
+        return CorruptFileError(
+            f"starts as a checkpoint of torch.save but its end is missing ({error})",
+            where=str(path),
+            advice="The file is truncated; copy or download it again.",
+        )
+    if _LEGACY_MAGIC in start:
+        return UnsupportedError(
+            "the format that torch.save wrote before version 1.6 (no zip)",
+            where=str(path),
+            advice="Save it again where it is trusted: torch.save(torch.load(path), new_path).",
+        )
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        what = "a web page, such as a site's answer in place of the file"
+        return UnsupportedError(what, where=str(path), advice=again)
+    if start[8:10] == b'{"':
+        what = "a safetensors file alone, which does not say whose its tensors are"
+        advice = "Give the folder that it lies in."
+        return UnsupportedError(what, where=str(path), advice=advice)
+    return UnsupportedError(f"no checkpoint of torch.save ({error})", where=str(path))

@@ -1,0 +1,192 @@
+"""Folders of weights as `save_pretrained` leaves them: safetensors or `.bin`, whole or sharded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.storage.json_file import read_json
+from xtuner2llava.storage.pickle_reader import TensorReference, Value
+from xtuner2llava.storage.safetensors_file import SafetensorsFile
+from xtuner2llava.storage.small_file import inside
+from xtuner2llava.storage.torch_file import TorchFile
+from xtuner2llava.tensors import LazyTensor
+
+_QUANTISED = re.compile(
+    r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\.|\.SCB$|\.weight_format$"
+    r"|\.(?:qweight|qzeros|g_idx)$"
+)
+# What lies beside weights and is none of them: the states of optimizers and trainers.
+_OF_TRAINERS = re.compile(r"optimizer|scheduler|scaler|rng_state|training_args|random_states")
+_WEIGHT_FILES = frozenset(
+    ".safetensors .bin .pth .pt .ckpt .distcp .gguf .h5 .msgpack .npz".split()
+)
+# The largest models that are published have a few hundred.
+_MAX_SHARDS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What identifies a weight file without reading its data.
+
+    `digest` is the sha256 of a safetensors header, or of the names, sizes and CRC-32 sums of a
+    zip's entries; `size` is in bytes.
+    """
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Lazy tensors by name, and the files that they lie in."""
+
+    tensors: Mapping[str, LazyTensor]
+    files: tuple[Fingerprint, ...]
+
+
+def find_weights(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> Path | None:
+    """The index or weight file that `from_pretrained` would take in `folder`, if there is one."""
+    safetensors, torch_stem = stems[0], stems[-1]
+    for name in (
+        f"{safetensors}.safetensors",
+        f"{safetensors}.safetensors.index.json",
+        f"{torch_stem}.bin",
+        f"{torch_stem}.bin.index.json",
+    ):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def weight_names(path: Path) -> frozenset[str]:
+    """The names of the tensors in a weight file, or in the shards that an index names."""
+    if not path.name.endswith(".index.json"):
+        return frozenset(open_weight_file(path).tensors)
+    weight_map = read_json(path).get("weight_map")
+    return frozenset(weight_map) if isinstance(weight_map, dict) else frozenset()
+
+
+def unread_weights(folder: Path, read: Path | None, files: tuple[Fingerprint, ...]) -> list[str]:
+    """The names of weight files in `folder` other than the `files` that `read` is or names."""
+    known = {file.name for file in files} | {read.name if read is not None else ""}
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in known
+        and (entry.suffix in _WEIGHT_FILES or entry.name.endswith(".index.json"))
+        and not _OF_TRAINERS.match(entry.name)
+    )
+
+
+def open_weights(path: Path) -> Weights:
+    """All tensors of a weight file, or of the shards that an index names; headers only are read."""
+    if not path.name.endswith(".index.json"):
+        return open_weight_file(path)
+
+    def open_shard(name: str) -> Weights:
+        shard = inside(path.parent, name)
+        if not shard.is_file():
+            raise CorruptFileError(
+                f"names the shard '{name}', which is not there",
+                where=str(path),
+                advice="Copy or download the missing file.",
+            )
+        return open_weight_file(shard)
+
+    return open_shards(path, open_shard)
+
+
+def open_weight_file(path: Path) -> Weights:
+    """All tensors of one safetensors or `torch.save` file."""
+    inside(path.parent, path.name)
+    if path.suffix == ".safetensors":
+        opened = SafetensorsFile(path)
+        mark = Fingerprint(path.name, opened.file.size, opened.header_sha256)
+        return Weights(opened.tensors, (mark,))
+    torch_file = TorchFile(path)
+    tensors = torch_file.tensors(tensor_references(torch_file.value, str(path)))
+    return Weights(tensors, (Fingerprint(path.name, torch_file.file.size, torch_file.digest),))
+
+
+def tensor_references(value: Value, where: str) -> dict[str, TensorReference]:
+    """The tensors of a state dict; raises `UnsupportedError` if `value` is none.
+
+    Beside tensors, it may hold nothing else: what cannot be read would be left out.
+    """
+    if not isinstance(value, dict):
+        raise UnsupportedError(
+            f"holds a {type(value).__name__}, expected a state dict of tensors", where=where
+        )
+    tensors: dict[str, TensorReference] = {}
+    others: list[str] = []
+    for name, tensor in value.items():
+        if isinstance(name, str) and isinstance(tensor, TensorReference):
+            tensors[name] = tensor
+        elif tensor is not None:
+            others.append(f"{str(name)[:100]} ({type(tensor).__name__})")
+    if tensors and others:
+        what = f"holds {len(others)} entries that are no tensors, such as {others[0]}"
+        raise UnsupportedError(what, where=where, advice="Expected a state dict of tensors alone.")
+    return tensors
+
+
+def quantised(tensors: Mapping[str, LazyTensor]) -> str | None:
+    """What is quantised among `tensors`, which are no weights then but codes; None if nothing is.
+
+    The names are those that bitsandbytes (`functional.py`, QuantState; SCB), GPTQ and AWQ save.
+    """
+    marks = [n for n in tensors if _QUANTISED.search(n)]
+    codes = {n for n, t in tensors.items() if n.endswith(".weight") and not t.dtype.is_float}
+    modules = codes | {_QUANTISED.split(n)[0].removesuffix(".weight") + ".weight" for n in marks}
+    if not modules:
+        return None
+    others = f" and {len(modules) - 1:,} more" if len(modules) > 1 else ""
+    return f"holds quantised weights such as '{min(modules)}'{others}"
+
+
+def open_shards(index: Path, open_shard: Callable[[str], Weights]) -> Weights:
+    """The tensors of all the shards that `index` names, each opened by its name.
+
+    Raises `CorruptFileError` with all that is wrong.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise CorruptFileError("has no 'weight_map' of names to files", where=str(index))
+    by_shard: dict[str, list[str]] = {}
+    for tensor, shard in weight_map.items():
+        by_shard.setdefault(str(shard), []).append(tensor)
+    if len(by_shard) > _MAX_SHARDS:
+        raise CorruptFileError(
+            f"names {len(by_shard):,} shards, expected at most {_MAX_SHARDS:,}", where=str(index)
+        )
+    tensors: dict[str, LazyTensor] = {}
+    files: list[Fingerprint] = []
+    faults: list[Fault] = []
+    for shard, names in sorted(by_shard.items()):
+        try:
+            weights = open_shard(shard)
+        except CorruptFileError as error:
+            faults.extend(error.faults)
+            continue
+        files.extend(weights.files)
+        missing = [name for name in names if name not in weights.tensors]
+        surplus = [name for name in weights.tensors if weight_map.get(name) != shard]
+        if missing or surplus:
+            faults.append(
+                Fault(
+                    str(index.parent / shard),
+                    f"its tensors are not those that {index.name} lists: "
+                    f"{len(missing)} missing {missing[:3]}, {len(surplus)} too many {surplus[:3]}",
+                    "The shards are of different models or versions; copy or download them again.",
+                )
+            )
+        tensors.update(weights.tensors)
+    raise_faults(CorruptFileError, faults)
+    return Weights(tensors, tuple(files))

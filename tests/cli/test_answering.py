@@ -1,0 +1,108 @@
+"""`xtuner2llava try` answers as XTuner's own model did, in both formats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from reference.cases import Converted
+from xtuner2llava import ConversionError
+from xtuner2llava.cli.answering import answer, memory_needed
+from xtuner2llava.cli.commands import main
+from xtuner2llava.options import TryOptions
+
+DATA = Path(__file__).parents[1] / "data/answers"
+ANSWERS = json.loads((DATA / "answers.json").read_text())
+
+
+@pytest.fixture
+def in_checkpoints(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `mm_vision_tower: bases/…` leads to a tower's config."""
+    monkeypatch.chdir(checkpoints)
+
+
+def ask(folder: Path, picture: str, question: str, **options: Any) -> Any:
+    return answer(folder, DATA / picture, question, TryOptions(max_new_tokens=12, **options))
+
+
+def first_of(case: str, picture: str) -> Any:
+    return next(a for a in ANSWERS if (a["case"], a["picture"]) == (case, picture))
+
+
+@pytest.mark.parametrize("format", ["llava", "hf"])
+@pytest.mark.parametrize(
+    ("case", "picture"),
+    [("qwen2_d_lora_vislora", "wide.png"), ("qwen2_e_full_fullvis", "tall.png")],
+)
+def test_the_answer_is_that_of_xtuner(
+    in_checkpoints: None, converted: Converted, case: str, picture: str, format: str
+) -> None:
+    folder = converted(case, format=format, dtype="float32")
+    asked = first_of(case, picture)
+    pieces: list[str] = []
+    found = ask(folder, picture, asked["question"], on_text=pieces.append)
+    count = len(found.tokens)  # It ends at the first eos token, which the reference goes beyond.
+    assert count >= 2
+    assert list(found.tokens) == asked["tokens"][:count]
+    assert "".join(pieces).strip() == found.text
+    assert ask(folder, picture, found.prompt).tokens == found.tokens
+    other = "wide.png" if picture == "tall.png" else "tall.png"
+    assert ask(folder, other, asked["question"]).tokens != found.tokens
+
+
+def test_the_command_streams_the_answer(in_checkpoints: None, converted: Converted) -> None:
+    folder = converted("qwen2_e_full_fullvis", format="hf", dtype="float32")
+    words = ["try", str(folder), str(DATA / "square.png"), "--max-new-tokens", "4"]
+    talked = CliRunner().invoke(main, words)
+    assert talked.exit_code == 0, talked.output
+    told = CliRunner().invoke(main, [*words, "--json", "-q"])
+    values = json.loads(told.stdout)
+    assert len(values["tokens"]) == 4
+    assert talked.stdout.strip() == values["answer"]
+    assert "of weights into memory" in talked.stderr
+    assert memory_needed(folder) == pytest.approx(
+        (folder / "model.safetensors").stat().st_size, rel=0.05
+    )
+
+
+@pytest.mark.parametrize("format", ["llava", "hf"])
+def test_what_cannot_be_asked_is_an_error(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    folder = converted("qwen2_e_full_fullvis", format=format, dtype="float32")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ConversionError, match="cannot be read as a picture"):
+        answer(folder, tmp_path / "text.png", "What?", TryOptions())
+    with pytest.raises(ConversionError, match="cannot be read as a picture"):
+        answer(folder, tmp_path / "missing.png", "What?", TryOptions())
+    with pytest.raises(ConversionError, match="is not a converted folder"):
+        answer(tmp_path, DATA / "wide.png", "What?", TryOptions())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(ConversionError, match=r"pip install 'xtuner2llava\[try\]'"):
+            ask(folder, "wide.png", "What?")
+
+
+def test_a_llava_folder_without_what_it_needs_says_so(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "llava-qwen"
+    shutil.copytree(converted("qwen2_e_full_fullvis", dtype="float32"), folder)
+    monkeypatch.chdir(tmp_path)  # `bases/…` leads nowhere from here
+    with pytest.raises(ConversionError, match="whose config is not known here"):
+        ask(folder, "wide.png", "What?")
+    record = json.loads((folder / "conversion.json").read_text())
+    assert record["chat"]["prompt"].count("{question}") == 1
+    record["chat"]["prompt"] = None
+    (folder / "conversion.json").write_text(json.dumps(record))
+    config = json.loads((folder / "config.json").read_text())
+    config["mm_vision_tower"] = str(Path(__file__).parents[1] / "checkpoints/bases/vision_clip")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match="which prompt the model was trained with"):
+        ask(folder, "wide.png", "What?")

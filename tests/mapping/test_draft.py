@@ -1,0 +1,281 @@
+"""`mappings draft`: a starter that a person completes, for an LLM of invented names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builders.families import formulas
+from builders.families.checkpoints import Trained, write_trained
+from builders.families.models import KINDS, SIZES, Source, random_tensors
+from reference.compose import compose
+from xtuner2llava import PlanError, convert, plan
+from xtuner2llava.cli.commands import main
+from xtuner2llava.mapping import Catalogue, draft
+
+CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")
+SIZES_OF_LAB = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "ffn": 96}
+LAB_CONFIG: dict[str, Any] = {
+    "architectures": ["LabForCausalLM"],
+    "model_type": "lab",
+    **SIZES_OF_LAB,
+    "vocab_size": 400,
+    "max_seq_len": 256,
+    "norm_eps": 1e-5,
+    "rotary_base": 5000,
+    "activation": "swiglu",
+    "secret_sauce": True,
+    "torch_dtype": "float32",
+}
+INVENTED = {
+    "model.embed_tokens.weight": "table.token_embedding.weight",
+    "model.norm.weight": "top_norm.weight",
+    "lm_head.weight": "readout.weight",
+    "self_attn.q_proj.weight": "mix.to_query.weight",
+    "self_attn.k_proj.weight": "mix.to_key.weight",
+    "self_attn.v_proj.weight": "mix.to_value.weight",
+    "self_attn.o_proj.weight": "mix.merge.weight",
+    "mlp.gate_proj.weight": "think.gate.weight",
+    "mlp.up_proj.weight": "think.lift.weight",
+    "mlp.down_proj.weight": "think.down.weight",
+    "input_layernorm.weight": "norm_before_mix.weight",
+    "post_attention_layernorm.weight": "norm_before_think.weight",
+}
+
+
+def invented(name: str) -> str:
+    if not name.startswith("model.layers."):
+        return INVENTED[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blocks.{layer}.{INVENTED[rest]}"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> tuple[Source, Trained]:
+    """A Llama that nobody has heard of, whose tensors and config keys have names of its own."""
+    config = {**SIZES, "num_key_value_heads": 2, "rope_theta": 5000}
+    kind = KINDS["internlm3"]
+    assert kind.shapes is not None
+    tensors = random_tensors(kind.shapes(config))
+    model = formulas.Formula(formulas.internlm3, config, tensors, kind.embedding)
+    source = Source(LAB_CONFIG, {invented(n): t for n, t in tensors.items()}, model)
+    folder = tmp_path_factory.mktemp("lab")
+    trained = write_trained(
+        folder, replace(source, config={**LAB_CONFIG, "n_embd": 64}), checkpoints
+    )
+    return source, trained
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_new_family_by_yaml_alone(lab: tuple[Source, Trained], tmp_path: Path) -> None:
+    import numpy
+    import torch
+
+    source, trained = lab
+    with pytest.raises(PlanError, match="no family fits") as caught:
+        plan(trained.checkpoint, **trained.bases)
+    assert "xtuner2llava mappings draft CHECKPOINT" in str(caught.value)
+
+    text = run("mappings", "draft", trained.checkpoint, "--llm", trained.llm)
+    path = tmp_path / "my-llm.yaml"
+    path.write_text(text)
+    assert run("mappings", "check", path) == f"{path}: no faults\n"
+    assert "becomes: llama" in text
+    # It recognised all but three, and says which: an up alone tells that `gate` may be no gate.
+    with pytest.raises(PlanError) as caught:
+        plan(trained.checkpoint, mapping=path, **trained.bases)
+    said = str(caught.value)
+    for name in ("mix.merge", "think.gate", "think.lift"):
+        assert f"blocks.{{0..1}}.{name}.weight` (2 tensors) is in the checkpoint" in said
+    assert (
+        "Nothing makes: self_attn.o_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight" in text
+    )
+
+    for comment, line in (
+        (
+            "# - rename: {mix.merge.weight: }",
+            "- rename: {mix.merge.weight: self_attn.o_proj.weight}",
+        ),
+        (
+            "# - rename: {think.gate.weight: }",
+            "- rename: {think.gate.weight: mlp.gate_proj.weight}",
+        ),
+        ("# - rename: {think.lift.weight: }", "- rename: {think.lift.weight: mlp.up_proj.weight}"),
+    ):
+        assert text.count(comment) == 1
+        text = text.replace(comment, line)
+    path.write_text(text)
+    named = ("--vision-tower-name", trained.bases["vision_tower_name"], "--mapping", path)
+    bases = ("--llm", trained.llm, "--vision", trained.vision)
+    assert "LlavaLlamaForCausalLM" in run("plan", trained.checkpoint, *bases, *named)
+
+    out = tmp_path / "llava-lab"
+    convert(trained.checkpoint, out, mapping=path, dtype="float32", **trained.bases)
+    ids = numpy.array([[7, 300, 21, -200, 55, 131, 399, 2]])
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(2)).numpy()
+    made = compose(out, trained.vision)
+    expected = replace(made, language_model=source.model).logits(ids, pixels)
+    assert (made.logits(ids, pixels) - expected).abs().max().item() < 1e-5
+
+
+def drafted(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> str:
+    """The draft, which `check` must accept."""
+    text = draft(config, shapes, CATALOGUE)
+    path = folder / "my-llm.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert CATALOGUE.check(path) == [], text
+    return text
+
+
+def test_keys_of_the_config_are_found_under_other_names(tmp_path: Path) -> None:
+    shapes = {invented(n): s for n, s in _llama_shapes(2).items()}
+    lines = drafted(LAB_CONFIG, shapes, tmp_path).splitlines()
+    config = lines[lines.index("config:") :]
+    assert config[1:13] == [
+        "  keep: [vocab_size]",
+        "  derive:",
+        "    hidden_size: d_model",
+        "    intermediate_size: ffn",
+        "    num_hidden_layers: n_layers",
+        "    num_attention_heads: n_heads",
+        "    num_key_value_heads: n_kv_heads",
+        "    max_position_embeddings: max_seq_len",
+        "    rms_norm_eps: norm_eps",
+        "    rope_theta: rotary_base * 1.0",
+        "  set:",
+        "    hidden_act: silu    # activation is 'swiglu'",
+    ]
+    assert '  #   "secret_sauce": true' in config
+    assert not any("torch_dtype" in line for line in config)
+
+
+def _llama_shapes(kv_heads: int) -> dict[str, tuple[int, ...]]:
+    shapes = KINDS["internlm3"].shapes
+    assert shapes is not None
+    return shapes({**SIZES, "num_key_value_heads": kv_heads})
+
+
+def test_sizes_that_no_key_tells_are_read_off_the_tensors(tmp_path: Path) -> None:
+    shapes = {invented(n): s for n, s in _llama_shapes(4).items()}
+    text = drafted({"n_heads": 4, "wide": 192}, shapes, tmp_path)
+    assert "    hidden_size: 64    # from the tensors' shapes" in text
+    assert "    num_key_value_heads: n_heads\n" in text
+    text = drafted({"n_heads": 4, "d_ff": 192}, shapes, tmp_path)
+    assert "    intermediate_size: d_ff // 2\n" in text
+    text = drafted({}, shapes, tmp_path)
+    assert "    num_attention_heads: 0    # required, and not in the config: say it" in text
+
+
+def test_fused_tensors_are_split(tmp_path: Path) -> None:
+    shapes = KINDS["internlm2"].shapes
+    assert shapes is not None
+    config = {**SIZES, "num_key_value_heads": 2, "model_type": "mine"}
+    text = drafted(config, shapes(config), tmp_path)
+    assert "      - split: attention.wqkv.weight    # [128, 64]\n" in text
+    assert "        sizes: [queries, keys, keys]\n" in text
+    assert "# `deinterleave` with groups: num_key_value_heads" in text
+    assert "# and slots: [num_attention_heads // num_key_value_heads * head, head, head]" in text
+    assert "  keys: num_key_value_heads * head\n" in text
+    fused = {
+        name.replace("mlp.gate_proj", "mlp.gate_up_proj"): (192, 64)
+        if "gate_proj" in name
+        else shape
+        for name, shape in _llama_shapes(2).items()
+        if "up_proj" not in name
+    }
+    text = drafted(config, fused, tmp_path)
+    assert "        into: [mlp.gate_proj.weight, mlp.up_proj.weight]\n" in text
+    assert "        sizes: [inner, inner]\n" in text
+    assert "Nothing makes" not in text
+
+
+def test_the_nearest_class_goes_by_biases_and_norms(tmp_path: Path) -> None:
+    shapes = _llama_shapes(2)
+    config = {**SIZES, "num_key_value_heads": 2, "model_type": "mine"}
+    biases = {f"model.layers.{i}.self_attn.{p}_proj.bias": (64 if p in "qo" else 32,)
+              for i in (0, 1) for p in "qkvo"}  # fmt: skip
+    norms = {f"model.layers.{i}.self_attn.{p}_norm.weight": (16,) for i in (0, 1) for p in "qk"}
+    assert "becomes: llama\n" in drafted(config, shapes, tmp_path)
+    text = drafted(config, shapes | biases, tmp_path)
+    assert "becomes: llama\n" in text
+    assert "    attention_bias: true    # of q, k, v and o\n" in text
+    without_o = {n: s for n, s in biases.items() if "o_proj" not in n}
+    text = drafted(config, shapes | without_o, tmp_path)
+    assert "becomes: qwen2\n" in text
+    assert "    sliding_window: null    # the class would have one\n" in text
+    text = drafted(config, shapes | norms, tmp_path)
+    assert "becomes: qwen3\n" in text
+    assert "    head_dim: 16    # from the tensors' shapes\n" in text
+
+
+def test_what_differs_between_layers_is_left_to_people(tmp_path: Path) -> None:
+    shapes = _llama_shapes(2) | {
+        "model.layers.1.adapter.weight": (8, 64),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": (8,),
+        "model.rotary.inv_freq": (8,),
+        "model.layers.0.mlp.down_proj.weight": (64, 98),
+    }
+    text = drafted({**SIZES, "model_type": "mine"}, shapes, tmp_path)
+    assert "      # - rename: {adapter.weight: }    # [8, 64], in 1 of 2 layers\n" in text
+    assert "{mlp.down_proj.weight: }    # its shape differs between layers\n" in text
+    assert '  - {drop: "**.inv_freq", because: a buffer that is rebuilt}\n' in text
+    assert "rename: {self_attn.rotary_emb.inv_freq" not in text
+
+
+def test_a_known_family_needs_no_mapping(tmp_path: Path) -> None:
+    config = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    text = drafted(config, _llama_shapes(2), tmp_path)
+    assert text.startswith("# The shipped family llama fits this LLM, and no mapping is needed.")
+    assert text.endswith("schema: 1\nfamily: my-llama\nextends: llama\n")
+
+
+def test_a_refused_llm_is_drafted_with_the_reason(tmp_path: Path) -> None:
+    config = {**SIZES, "architectures": ["MiniCPMForCausalLM"], "scale_emb": 12}
+    text = drafted(config, _llama_shapes(2), tmp_path)
+    assert '# This LLM is known, and refused: "MiniCPM multiplies embeddings by scale_emb' in text
+    assert "      - keep:\n" in text
+
+
+def test_strange_names_stay_in_comments(tmp_path: Path) -> None:
+    strange = {
+        "a b.weight": (3,),
+        "line\nbreak: [": (3,),
+        "{x}.0.weight": (3,),
+        "*.weight": (3,),
+        "true": (),
+        "embed: {tokens}.weight": (400, 64),
+        "layers.0.q\u2028.weight": (64, 64),
+        "": (1,),
+    }
+    text = drafted({"key\nfamily: evil": 1, "x": {"a\nb": 2}}, strange, tmp_path)
+    assert "\nfamily: evil" not in text
+    assert "tensors:\n" in text
+
+
+PARTS = "layers 0 1 q_proj qkv q_norm gate_up w1 attn mlp norm embed weight bias é {i}".split()
+NAMES = st.lists(st.sampled_from([*PARTS, "a b", ""]) | st.text(max_size=4), min_size=1, max_size=6)
+SHAPES = st.lists(st.sampled_from([0, 1, 4, 8, 12]), max_size=3).map(tuple)
+VALUES = st.none() | st.booleans() | st.integers(-2, 20) | st.text(max_size=3) | st.lists(st.text())
+KEYS = st.sampled_from("hidden_size n_head num_heads d_ff architectures model_type eps".split())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    config=st.dictionaries(KEYS | st.text(max_size=5), VALUES, max_size=6),
+    shapes=st.dictionaries(NAMES.map(".".join), SHAPES, max_size=20),
+)
+def test_whatever_there_is_the_draft_passes_the_check(
+    tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], shapes: Any
+) -> None:
+    drafted(config, shapes, tmp_path_factory.mktemp("draft"))

@@ -1,0 +1,204 @@
+"""No published file tells of the machine, its user, the training data, or a secret."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hub_server import HubServer
+from xtuner2llava import CheckpointError
+from xtuner2llava.metadata.redaction import LEFT_OUT, published_config
+from xtuner2llava.planning.published import published_json, published_name, published_text
+
+# What a training machine may have in its config, and nobody shall see.
+CLIP = "openai/clip-vit-large-patch14-336"
+USER, HOST = "zoedoe", "trainhost17"
+SECRETS = (USER, HOST, "corpus", "10.1.2.3", "wandb_secret", "hf_" + "c" * 34, "zoe@corp.example")
+CONFIG = f"""\
+# written by {USER} on {HOST}
+data_root = './corpus/llava/'
+data_path = data_root + 'corpus_mix.json'
+image_folder = '/data/{USER}/corpus/images'
+work_dir = '/home/{USER}/runs/first'
+pretrained_pth = '/home/{USER}/runs/zero/iter_9.pth'
+load_from = None
+resume = False
+llava_dataset = dict(
+    data_path=data_path,
+    image_folder=image_folder,
+    pad_image_to_square=True,
+    template_map_fn=dict(
+        template='xtuner.utils.PROMPT_TEMPLATE.qwen_chat',
+        type='xtuner.dataset.map_fns.template_map_fn_factory'),
+    type='xtuner.dataset.LLaVADataset')
+model = dict(
+    freeze_llm=False,
+    llm=dict(pretrained_model_name_or_path='/home/{USER}/models/llm_qwen2',
+             type='transformers.AutoModelForCausalLM.from_pretrained'),
+    visual_encoder=dict(pretrained_model_name_or_path='/home/{USER}/models/vision_clip',
+                        type='transformers.CLIPVisionModel.from_pretrained'),
+    type='xtuner.model.LLaVAModel')
+train_dataloader = dict(dataset=llava_dataset)
+env_cfg = dict(dist_cfg=dict(init_method='tcp://10.1.2.3:29500', master_addr='{HOST}'))
+visualizer = dict(vis_backends=[dict(
+    init_kwargs=dict(api_key='wandb_secret', entity='{USER}', email='zoe@corp.example'),
+    type='mmengine.visualization.WandbVisBackend')])
+custom_hooks = [dict(
+    evaluation_images=['/data/{USER}/corpus/a.jpg', 'https://{HOST}/b.jpg'],
+    evaluation_inputs=['What is this? See /data/{USER}/corpus/a.jpg', 'and/or?'],
+    note='by {USER}@{HOST}.example with hf_{"c" * 34}',
+    type='xtuner.engine.hooks.EvaluateChatHook')]
+log = f'/home/{{1}}/{USER}'
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def machine(checkpoints: Path, tmp_path: Path) -> Path:
+    """A home on a shared machine with base models whose files say where they were."""
+    home = tmp_path / "home" / USER
+    for name in ("llm_qwen2", "vision_clip"):
+        shutil.copytree(checkpoints / "bases" / name, home / "models" / name)
+    path = home / "models/llm_qwen2/tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values |= {
+        "name_or_path": f"/home/{USER}/models/llm_qwen2",
+        "tokenizer_file": f"/root/.cache/{USER}/tokenizer.json",
+    }
+    path.write_text(json.dumps(values, indent=2))
+    path = home / "models/llm_qwen2/config.json"
+    values = json.loads(path.read_text()) | {"_name_or_path": f"/home/{USER}/models/base"}
+    path.write_text(json.dumps(values))
+    (home / "config.py").write_text(CONFIG)
+    shutil.copy(checkpoints / "qwen2_e_full_fullvis/iter_2.pth", home / "iter_2.pth")
+    return home
+
+
+@pytest.mark.parametrize("format_name", ["llava", "hf"])
+def test_no_published_file_tells(hub: HubServer, machine: Path, format_name: str) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "xtuner2llava", "convert", machine / "iter_2.pth"),
+            *(machine / "runs" / "llava-qwen", "--format", format_name, "-q"),
+            *("--llm", machine / "models/llm_qwen2", "--vision", machine / "models/vision_clip"),
+            *("--xtuner-config", machine / "config.py", "--include-xtuner-config"),
+            *("--push-to-hub", "ann/llava-qwen", "--low-disk", "--vision-tower-name", CLIP),
+        ],
+        env={**os.environ, **hub.environment(machine / "cache", hub.token)},
+        cwd=machine,
+        check=True,
+    )
+    files = hub.repos["ann/llava-qwen"].content()
+    assert {"README.md", "conversion.json", "config.json", "xtuner_config.py"} <= files.keys()
+    for name, data in files.items():
+        text = data.decode("utf-8", "replace")
+        found = [secret for secret in (*SECRETS, hub.token, str(machine)) if secret in text]
+        assert found == [], name
+        if not name.endswith((".safetensors", ".model", "tokenizer.json", "vocab.json")):
+            assert re.search(r"(?<![\w:/<])/(?:[\w.-]+/)+[\w.-]+", text) is None, name
+    # All else of these files is as it was.
+    given = json.loads((machine / "models/llm_qwen2/tokenizer_config.json").read_text())
+    written = json.loads(files["tokenizer_config.json"])
+    if format_name == "llava":
+        assert {key for key in given if given[key] != written[key]} == {
+            "name_or_path",
+            "tokenizer_file",
+        }
+    assert written.get("name_or_path", "llm_qwen2") == "llm_qwen2"
+
+
+def test_the_scan_finds_what_is_there(machine: Path) -> None:
+    """So the test before could fail."""
+    assert all(secret in CONFIG for secret in SECRETS)
+    assert USER in (machine / "models/llm_qwen2/tokenizer_config.json").read_text()
+
+
+def test_the_config_is_published_only_when_asked_for(checkpoints: Path, tmp_path: Path) -> None:
+    from xtuner2llava import convert
+
+    convert(
+        checkpoints / "qwen2_e_full_fullvis/iter_2.pth",
+        tmp_path / "llava-qwen",
+        llm=checkpoints / "bases/llm_qwen2",
+        vision=checkpoints / "bases/vision_clip",
+    )
+    assert not list((tmp_path / "llava-qwen").glob("*.py"))
+
+
+def test_the_config_says_what_was_trained() -> None:
+    text = published_config(CONFIG, "config.py")
+    tree = ast.parse(text)
+    assert len(tree.body) == len(ast.parse(CONFIG).body)
+    for kept in (
+        "template='xtuner.utils.PROMPT_TEMPLATE.qwen_chat'",
+        "pretrained_model_name_or_path='llm_qwen2'",
+        "type='xtuner.model.LLaVAModel'",
+        "pad_image_to_square=True",
+        "'and/or?'",
+    ):
+        assert kept in text
+    for key in ("work_dir", "pretrained_pth", "image_folder", "log"):
+        assert f"{key} = '{LEFT_OUT}'" in text
+    assert f"'What is this? See {LEFT_OUT}'" in text
+
+
+def test_templates_and_tokens_of_the_tokenizer_stay() -> None:
+    text = (
+        "t = dict(SYSTEM='[INST] <<SYS>>\\n{system}\\n<</SYS>> [/INST]', eos_token='</s>')\n"
+        "tokenizer = dict(pad_token='<|endoftext|>', bos_token='<s>')\n"
+        "llm_name_or_path = 'Qwen/Qwen1.5-7B-Chat'\nepochs = 3\nbetas = (0.9, 0.999)\n"
+    )
+    assert published_config(text, "x").partition("left out.\n")[2] == text
+
+
+@pytest.mark.parametrize("text", ["a = (", "a = '\0'", "(" * 5000 + ")" * 5000])
+def test_what_is_no_config_is_refused(text: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be published"):
+        published_config(text, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("Qwen/Qwen1.5-7B-Chat", "Qwen/Qwen1.5-7B-Chat"),
+        ("/data/models/vicuna-7b", "vicuna-7b"),
+        ("~/models/vicuna-7b", "vicuna-7b"),
+        ("../vicuna-7b", "vicuna-7b"),
+        ("./vicuna-7b", "vicuna-7b"),
+        ("runs/ann/models/vicuna-7b", "vicuna-7b"),
+        ("work/iter_9.pth", "iter_9.pth"),
+        ("C:\\Users\\ann\\vicuna-7b", "vicuna-7b"),
+    ],
+)
+def test_names(name: str, published: str) -> None:
+    assert published_name(name) == published
+
+
+def test_texts_lose_their_paths() -> None:
+    text = "mm_vision_tower is '/data/ann/clip', as ~/x/config.py has it (https://a.b/c/d)"
+    assert published_text(text) == (
+        "mm_vision_tower is 'clip', as config.py has it (https://a.b/c/d)"
+    )
+
+
+def test_json_keeps_all_other_bytes() -> None:
+    data = b'{"name_or_path" :  "/data/\xc3\xa9/qwen",\n "x": "/data/kept", "tokenizer_file": null}'
+    assert published_json(data) == (
+        b'{"name_or_path" :  "qwen",\n "x": "/data/kept", "tokenizer_file": null}'
+    )
+    for same in (b"no JSON", b"[1]", b'{"name_or_path": "Qwen/Qwen2-7B"}', b"\xff"):
+        assert published_json(same) == same

@@ -1,0 +1,190 @@
+"""`verify --reference`: logits that the real model's own code made, and every way to differ."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from builders.families.checkpoints import Trained, write_trained
+from builders.families.models import KINDS
+from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
+from reference.cases import CASES, Converted, read_reference
+from xtuner2llava import UsageError, convert, verify
+
+CHECK = "logits against the reference"
+PAGE = Path(__file__).parents[2] / "docs/mappings.md"
+REMOTE = Path(__file__).parents[1] / "data" / "remote_qwen"
+
+
+def write_npz(path: Path, **arrays: Any) -> Path:
+    numpy.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+    """A Qwen 1 whose class lies beside its base, and the file that the page's lines make of it."""
+    folder = tmp_path_factory.mktemp("reference")
+    source = KINDS["qwen"].make(folder / "m", bos_token_id=361, eos_token_id=360)
+    trained = write_trained(folder / "trained", source, checkpoints)
+    for path in REMOTE.glob("*.py"):
+        shutil.copy(path, trained.llm)
+    classes = {
+        "AutoConfig": "configuration_tiny_qwen.TinyQwenConfig",
+        "AutoModelForCausalLM": "modeling_tiny_qwen.TinyQwenLMHeadModel",
+    }
+    set_keys(trained.llm / "config.json", auto_map=classes)
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor * 0 for name, tensor in source.tensors.items()},
+        trained.llm / "model.safetensors",
+        {"format": "pt"},
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code = code.replace('"demo/base-qwen2"', repr(str(trained.llm)))
+    code = code.replace('"demo/iter_2.pth"', repr(str(trained.checkpoint)))
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return trained, folder / "reference.npz"
+
+
+@pytest.mark.parametrize("format", ["llava", "hf"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lines_of_the_page_prove_a_mapping(
+    made: tuple[Trained, Path], tmp_path: Path, format: str, dtype: str
+) -> None:
+    trained, file = made
+    out = tmp_path / "llava-qwen"
+    convert(trained.checkpoint, out, dtype=dtype, format=format, **trained.bases)
+    found = verify(out, reference=file)
+    assert results(found) == {}
+    assert found.proven
+    assert found.verdict.endswith("Exact: its logits are those of the reference.")
+    assert not verify(out).proven
+    both = verify(out, against=trained.checkpoint, logits=True, reference=file, **trained.bases)
+    assert both.proven
+
+
+@pytest.mark.parametrize("format", ["llava", "hf"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pair", [("gate", "up"), ("q", "k")])
+def test_a_wrong_mapping_is_not_exact(
+    made: tuple[Trained, Path], tmp_path: Path, format: str, dtype: str, pair: tuple[str, str]
+) -> None:
+    trained, file = made
+    mapping = tmp_path / "mine.yaml"
+    part = "mlp" if pair[0] == "gate" else "self_attn"
+    one, other = (f"{name}_proj.weight" for name in pair)
+    inner = "attn.c_attn.weight" if part == "self_attn" else ""
+    rules = (
+        f"rename: {{mlp.w1.weight: mlp.{one}, mlp.w2.weight: mlp.{other}}}"
+        if part == "mlp"
+        else f"split: {inner}\n        into: [self_attn.k_proj.weight, self_attn.q_proj.weight, "
+        "self_attn.v_proj.weight]\n        sizes: [hidden, hidden, hidden]"
+    )
+    mapping.write_text(
+        "schema: 1\nfamily: mine\nextends: qwen\ntensors:\n  - for: {i: layers}\n"
+        f"    from: transformer.h.{{i}}\n    to: model.layers.{{i}}\n    rules:\n      - {rules}\n"
+    )
+    out = tmp_path / "llava-qwen"
+    options = {**trained.bases, "dtype": dtype, "format": format, "mapping": mapping}
+    convert(trained.checkpoint, out, **options)
+    found = verify(out, reference=file)
+    assert list(results(found)) == [CHECK]
+    assert not found.proven
+    assert "Exact" not in found.verdict
+
+
+CASE = "llama_e_full_fullvis"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_logits_of_xtuner_itself(
+    checkpoints: Path, converted: Converted, tmp_path: Path, dtype: str
+) -> None:
+    """Pixels through tower and projector; the file is from before the rounding."""
+    arrays = read_reference(checkpoints, CASE)
+    file = write_npz(
+        tmp_path / "r.npz",
+        input_ids=arrays["input_ids"],
+        pixel_values=arrays["pixel_values"],
+        logits=arrays["logits_f32"],
+    )
+    base, source = CASES[CASE], checkpoints / CASE / "iter_2.pth"
+    given = {"llm": checkpoints / base.llm, "vision": checkpoints / base.vision}
+    folder = converted(CASE, dtype=dtype)
+    assert verify(folder, against=source, reference=file, **given).proven
+    assert verify(converted(CASE, dtype=dtype, format="hf"), reference=file).proven
+    alone = results(verify(folder, reference=file))
+    assert "pixel_values need the tower's config" in alone[CHECK]
+
+    wrong = copy_of(folder, tmp_path)
+    prefix = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn"
+    names = [f"{prefix}.{n}_proj.weight" for n in "qk"]
+    edit_tensors(wrong, lambda tensors: exchange(tensors, *names))
+    seal(wrong)
+    assert CHECK in results(verify(wrong, against=source, reference=file, **given))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"logits": None}, "logits is missing"),
+        ({"logits": numpy.zeros((4, 384), numpy.float16)}, "logits is float16 [4, 384]"),
+        ({"logits": numpy.full((4, 384), numpy.nan, numpy.float32)}, "expected finite"),
+        ({"input_ids": numpy.zeros((2, 4), numpy.int64)}, "not one prompt"),
+        ({"input_ids": numpy.array([[1, 2, 3]])}, "-200 in input_ids needs pixel_values"),
+        ({"input_ids": numpy.array([["a", "b"]])}, "input_ids is <U1 [1, 2]"),
+        ({"logits": numpy.array([object()])}, "is not a file of numpy.savez"),
+    ],
+)
+def test_what_is_wrong_with_a_file(
+    converted: Converted, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    arrays: dict[str, Any] = {
+        "input_ids": numpy.array([[1, -200, 3]]),
+        "image_features": numpy.zeros((1, 16, 64), numpy.float32),
+        "logits": numpy.zeros((4, 384), numpy.float32),
+    }
+    file = write_npz(
+        tmp_path / "r.npz", **{n: a for n, a in {**arrays, **change}.items() if a is not None}
+    )
+    with pytest.raises(UsageError, match=re.escape(says)):
+        verify(converted(CASE, dtype="float16"), reference=file)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"input_ids": numpy.array([[1, -200, 9999]])}, "input_ids has 9999"),
+        ({"image_features": numpy.zeros((1, 16, 65), numpy.float32)}, "are 65 wide, not 64"),
+        ({"logits": numpy.zeros((40, 384), numpy.float32)}, "logits have 40 positions"),
+        ({"logits": numpy.zeros((4, 100), numpy.float32)}, "logits have 100 columns"),
+        ({}, "largest difference"),
+    ],
+)
+def test_what_does_not_fit_the_folder(
+    converted: Converted, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    arrays: dict[str, Any] = {
+        "input_ids": numpy.array([[1, -200, 3]]),
+        "image_features": numpy.zeros((1, 16, 64), numpy.float32),
+        "logits": numpy.zeros((4, 384), numpy.float32),
+    }
+    file = write_npz(tmp_path / "r.npz", **{**arrays, **change})
+    assert says in results(verify(converted(CASE, dtype="float16"), reference=file))[CHECK]

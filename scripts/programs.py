@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.programs import PROGRAMS
+from xtuner2llava.planning.programs import PROGRAMS
 
 from xtuner2llava.mapping import Catalogue
 

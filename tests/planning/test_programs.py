@@ -93,7 +93,7 @@ def test_the_families_that_a_card_names_were_seen() -> None:
 
 
 def test_the_table_of_programs_is_made_of_the_results(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     script = [sys.executable, root / "scripts/programs.py", "--check"]
     assert subprocess.run(script, check=False).returncode == 0
     page = tmp_path / "page.md"

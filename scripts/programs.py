@@ -16,9 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.planning.programs import PROGRAMS
-
 from xtuner2llava.mapping import Catalogue
+from xtuner2llava.planning.programs import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests/consumers/results.jsonl"

@@ -39,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="append to FILE what other programs did with converted folders",
     )
     parser.addoption(
+        "--llava-next",
+        type=Path,
+        metavar="FOLDER",
+        help="a checkout of LLaVA-NeXT, which is not on the package index; consumers only",
+    )
+    parser.addoption(
         "--update-golden",
         action="store_true",
         help="write tests/golden/golden.json anew, of the tests that run",

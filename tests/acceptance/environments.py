@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,26 @@ def environment(name: str) -> Path:
         pytest.skip("no Python from 3.10 to 3.12, which the transformers that LLaVA pins need")
     assert made.returncode == 0, "the environment could not be made, see above"
     return Path(made.stdout.strip())
+
+
+def run_llava(
+    python: Path, checkpoints: Path, jobs: Sequence[Mapping[str, Any]], path: Path | None = None
+) -> list[dict[str, Any]]:
+    """A result for each job of `run_llava.py`, in one process, with `path` on Python's path."""
+    ran = subprocess.run(
+        [python, Path(__file__).with_name("run_llava.py")],
+        input=json.dumps(jobs, default=str),
+        capture_output=True,
+        text=True,
+        cwd=checkpoints,  # where `mm_vision_tower: bases/…` leads to
+        env={**os.environ, "PYTHONPATH": str(path or "")},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    last = ran.stdout.splitlines()[-1]  # LLaVA-NeXT writes there when it is imported
+    results: list[dict[str, Any]] = json.loads(last)
+    assert len(results) == len(jobs)
+    return results
 
 
 def run_hf(

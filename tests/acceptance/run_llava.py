@@ -1,7 +1,8 @@
 """Loads folders the way the official LLaVA does, and says how far its logits are from a reference.
 
-Runs in the environment that `tests/acceptance/environment` makes, in a folder from which the paths
-of `mm_vision_tower` lead to the towers. Standard input: a JSON list of jobs, each
+Runs in an environment that `tests/acceptance/environment` makes, in a folder from which the paths
+of `mm_vision_tower` lead to the towers: in `llava`, or in `llava-next`, with a checkout of
+LLaVA-NeXT on the path, the jobs that say so. Standard input: a JSON list of jobs, each
 
     {"folder": path, "reference": path of a reference.npz, "how": one of the names in HOW}
 
@@ -22,31 +23,32 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy
 import torch
 import transformers
+from llava import model as classes
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from PIL import Image
 from safetensors.torch import load_file
 
 NEW_TOKENS = 12
 TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."
-CLASSES = {kind.__name__: kind for kind in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)}
 
 
 class OfficialFloat16:
     """What LLaVA's own `load_pretrained_model` gives: its class by folder name, all in float16."""
 
+    arguments: ClassVar = {"device": "cpu", "device_map": "cpu"}
+
     def __init__(self, folder):
         name = get_model_name_from_path(folder)
-        _, self.model, _, _ = load_pretrained_model(
-            folder, None, name, device="cpu", device_map="cpu"
+        self.tokenizer, self.model, _, _ = load_pretrained_model(
+            folder, None, name, **self.arguments
         )
 
     def logits(self, ids, pixels):
@@ -67,11 +69,15 @@ class OfficialFloat16:
 class OfficialFloat32(OfficialFloat16):
     """LLaVA's class of the config as its loader builds it, but for the float32."""
 
+    fast = False
     attention = None
 
     def __init__(self, folder):
         (architecture,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
-        self.model = CLASSES[architecture].from_pretrained(
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, use_fast=self.fast and architecture != "LlavaLlamaForCausalLM"
+        )
+        self.model = getattr(classes, architecture).from_pretrained(
             folder,
             low_cpu_mem_usage=True,
             torch_dtype=torch.float32,
@@ -84,6 +90,35 @@ class OfficialFloat32(OfficialFloat16):
 class OfficialEager(OfficialFloat32):
     """The same with the attention that is written out, which knows of windows."""
 
+    attention = "eager"
+
+
+class NextFloat16(OfficialFloat16):
+    """The same of LLaVA-NeXT, whose Mistral answers in `generate` alone.
+
+    Its `forward` takes image_sizes for modalities (`language_model/llava_mistral.py`).
+    """
+
+    arguments: ClassVar = {"attn_implementation": "eager"}
+
+    def logits(self, ids, pixels):
+        """Those of the last token."""
+        made = self.model.generate(
+            ids,
+            images=pixels.to(self.model.dtype),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        return made.scores[0][None]
+
+
+class NextFloat32(NextFloat16, OfficialFloat32):
+    __init__ = OfficialFloat32.__init__
+    fast = True
     attention = "eager"
 
 
@@ -103,6 +138,7 @@ class Qwen:
             json.loads((folder / "config.json").read_text())
         )
         config.rope_scaling = None
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=False)
         tensors = {}
         for file in sorted(folder.glob("model*.safetensors")):
             tensors.update(load_file(file))
@@ -153,6 +189,8 @@ class QwenFloat16(Qwen):
 
 
 HOW = {
+    "next float16": NextFloat16,
+    "next float32": NextFloat32,
     "official float16": OfficialFloat16,
     "official float32": OfficialFloat32,
     "official eager": OfficialEager,
@@ -167,13 +205,12 @@ def ask(job):
     config = transformers.PretrainedConfig.from_dict(
         json.loads((Path(folder) / "config.json").read_text())
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=False)
     processor = transformers.CLIPImageProcessor.from_pretrained(config.mm_vision_tower)
     pixels = process_images([Image.open(job["picture"]).convert("RGB")], processor, config)
-    ids = tokenizer_image_token(
-        job["prompt"], tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt"
-    ).unsqueeze(0)
     loaded = HOW[job["how"]](folder)
+    ids = tokenizer_image_token(
+        job["prompt"], loaded.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt"
+    ).unsqueeze(0)
     loaded.model.generation_config.eos_token_id = None
     with torch.inference_mode():
         generated = loaded.generate(ids, pixels)[0].tolist()
@@ -195,12 +232,17 @@ def run(job):
     return {
         "class": type(loaded.model).__name__,
         "differences": {
-            name: (logits - torch.from_numpy(reference[name])).abs().max().item()
+            name: largest(logits, torch.from_numpy(reference[name]))
             for name in reference.files
             if name.startswith("logits")
         },
         "generated": generated,
     }
+
+
+def largest(logits, expected):
+    """Their largest difference, in the places and tokens that `logits` are of."""
+    return (logits - expected[-len(logits) :, : logits.shape[1]]).abs().max().item()
 
 
 def main():

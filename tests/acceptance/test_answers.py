@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from acceptance.environments import run_llava
 from reference.cases import CASES, Converted
 from reference.seen import Seen
 from xtuner2llava.mapping import Catalogue
@@ -37,30 +37,23 @@ def close(pixels: list[float], answer: dict[str, Any]) -> bool:
     return pixels == pytest.approx(answer["pixels"], abs=0.05)
 
 
-def ask_llava(python: Path, checkpoints: Path, folder: Path, case: str) -> list[dict[str, Any]]:
-    """What official LLaVA answers, with the prompt of the model card."""
-    family = case.partition("_")[0]
-    template = CATALOGUE.prompt_templates[TEMPLATES[family]]
-    how = "qwen float32" if family == "qwen2" else "official float32"
-    jobs = [
+def asking(folder: Path, case: str, how: str) -> list[dict[str, Any]]:
+    """Jobs of `run_llava.py`, with the prompt of the model card."""
+    template = CATALOGUE.prompt_templates[TEMPLATES[case.partition("_")[0]]]
+    return [
         {
-            "folder": str(folder),
+            "folder": folder,
             "how": how,
-            "picture": str(DATA / answer["picture"]),
+            "picture": DATA / answer["picture"],
             "prompt": prompt_text(template, answer["question"]),
         }
         for answer in of(case)
     ]
-    ran = subprocess.run(
-        [python, Path(__file__).with_name("run_llava.py")],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        cwd=checkpoints,  # where `mm_vision_tower: bases/…` leads to
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    results: list[dict[str, Any]] = json.loads(ran.stdout)
+
+
+def ask_llava(python: Path, checkpoints: Path, folder: Path, case: str) -> list[dict[str, Any]]:
+    how = "qwen float32" if case.startswith("qwen2") else "official float32"
+    results = run_llava(python, checkpoints, asking(folder, case, how))
     assert not any("error" in result for result in results), results
     return results
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from acceptance.environments import run_llava
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS
 from reference.cases import Converted
@@ -33,24 +33,15 @@ QWEN = ("qwen2_a_pretrain", "qwen2_d_lora_vislora", "qwen2_e_full_fullvis", "qwe
 Job = tuple[Path, str | Path, str]  # folder, case or folder of its reference.npz, how
 
 
-def run_llava(python: Path, checkpoints: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """One result for each job, see `run_llava.py`; a single process, as it takes long to start."""
-    given = [
-        {"folder": str(folder), "reference": f"{case}/reference.npz", "how": how}
-        for folder, case, how in jobs
-    ]
-    ran = subprocess.run(
-        [python, Path(__file__).with_name("run_llava.py")],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        cwd=checkpoints,  # where `mm_vision_tower: bases/…` leads to
-        check=False,
+def run_logits(python: Path, checkpoints: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    return run_llava(
+        python,
+        checkpoints,
+        [
+            {"folder": folder, "reference": f"{case}/reference.npz", "how": how}
+            for folder, case, how in jobs
+        ],
     )
-    assert ran.returncode == 0, ran.stderr
-    results = json.loads(ran.stdout)
-    assert len(results) == len(jobs)
-    return list(results)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +55,7 @@ def loaded(
         for case in cases
         for dtype in ("float16", "float32")
     ]
-    results = run_llava(llava_python, checkpoints, jobs)
+    results = run_logits(llava_python, checkpoints, jobs)
     return {
         (case, how.split()[1]): result for (_, case, how), result in zip(jobs, results, strict=True)
     }
@@ -137,7 +128,7 @@ def mistrals(
         other = folder / "llava-named-otherwise"
         shutil.copytree(out, other)
         jobs[case, "named otherwise"] = (other, home, "official float16")
-    results = run_llava(llava_python, checkpoints, [*jobs.values()])
+    results = run_logits(llava_python, checkpoints, [*jobs.values()])
     for key, result in zip(jobs, results, strict=True):
         assert "error" not in result, (key, result["error"])
     return {
@@ -176,7 +167,7 @@ def test_a_sharded_folder_is_loaded_whole(
     case = "llama_e_full_fullvis"
     folder = converted(case, dtype="float16", max_shard_size="200KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    (result,) = run_llava(llava_python, checkpoints, [(folder, case, "official float16")])
+    (result,) = run_logits(llava_python, checkpoints, [(folder, case, "official float16")])
     assert result["differences"]["logits_f32"] < FLOAT16
 
 
@@ -189,7 +180,7 @@ def test_gate_and_up_exchanged_is_seen(
         tmp_path / "llava-llama-wrong",
         ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     )
-    (result,) = run_llava(llava_python, checkpoints, [(wrong, case, "official float16")])
+    (result,) = run_logits(llava_python, checkpoints, [(wrong, case, "official float16")])
     assert result["differences"]["logits_f32"] > 10 * FLOAT16
 
 
@@ -203,5 +194,5 @@ def test_a_qwen_without_bos_token_id_would_not_generate(
         content = json.loads((folder / name).read_text())
         assert content.pop("bos_token_id") == 361
         (folder / name).write_text(json.dumps(content))
-    (result,) = run_llava(llava_python, checkpoints, [(folder, case, "qwen float32")])
+    (result,) = run_logits(llava_python, checkpoints, [(folder, case, "qwen float32")])
     assert "`bos_token_id` has to be defined" in result["error"]

@@ -260,18 +260,18 @@ _MAPPING_WORDS = (
 )
 
 
-def _recipe(data: bytes, folder: Path) -> None:
+def _training_config(data: bytes, folder: Path) -> None:
     path = folder / "config.py"
     path.write_bytes(data)
     try:
-        recipe = TrainingConfig.from_file(path)
+        training_config = TrainingConfig.from_file(path)
     except ConversionError:
         open_training(path)
         raise
-    for name in dir(type(recipe)):
-        if not name.startswith("_") and isinstance(getattr(type(recipe), name), property):
+    for name in dir(type(training_config)):
+        if not name.startswith("_") and isinstance(getattr(type(training_config), name), property):
             try:
-                getattr(recipe, name)
+                getattr(training_config, name)
             except ConversionError:
                 continue
     found = inspect_checkpoint(open_training(path), InspectOptions())
@@ -279,7 +279,7 @@ def _recipe(data: bytes, folder: Path) -> None:
     _printed(json.dumps(found.to_dict(), ensure_ascii=False))
 
 
-def _recipe_seeds() -> Iterator[bytes]:
+def _training_config_seeds() -> Iterator[bytes]:
     yield models.XTUNER_CONFIG.encode()
     yield _RECIPE.encode()
 
@@ -313,7 +313,7 @@ train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[llava_datas
 custom_hooks = [dict(type='EvaluateChatHook', system='', stop_words=['<|im_end|>'],
                      prompt_template=prompt_template, generation_kwargs=dict(bos_token_id=1))]
 """
-_RECIPE_WORDS = (
+_TRAINING_CONFIG_WORDS = (
     *("model", "llm", "llm_lora", "dict", "type", "eval('1')", "exec('1')", "__import__('os')"),
     *(
         "lambda: 0",
@@ -567,7 +567,9 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensors, mutation.mutate_json, _safetensors_seeds),
     "index": Target(_index, mutation.mutate_json, _index_seeds),
     "mapping": Target(_mapping, mutation.mutate_lines(_MAPPING_WORDS), _mapping_seeds),
-    "recipe": Target(_recipe, mutation.mutate_lines(_RECIPE_WORDS), _recipe_seeds),
+    "training_config": Target(
+        _training_config, mutation.mutate_lines(_TRAINING_CONFIG_WORDS), _training_config_seeds
+    ),
     "tokenizer": Target(_tokenizer, mutation.mutate_json, _tokenizer_seeds),
     "sentencepiece": Target(_sentencepiece, mutation.mutate_protobuf, _sentencepiece_seeds),
     "tiktoken": Target(

@@ -1,4 +1,4 @@
-"""What a recipe says of a training run, from a config file and from a checkpoint's text."""
+"""What a training config says of a run, from a config file and from a checkpoint's text."""
 
 from __future__ import annotations
 
@@ -153,12 +153,12 @@ train_dataloader = dict(
 """
 
 
-def recipe(text: str) -> TrainingConfig:
+def training_config(text: str) -> TrainingConfig:
     return TrainingConfig.from_text(text, "config.py")
 
 
 def of_model(arguments: str, rest: str = "") -> TrainingConfig:
-    return recipe(f"model = dict(type='xtuner.model.LLaVAModel', {arguments})\n{rest}")
+    return training_config(f"model = dict(type='xtuner.model.LLaVAModel', {arguments})\n{rest}")
 
 
 def of_dataset(arguments: str, before: str = "") -> TrainingConfig:
@@ -166,7 +166,7 @@ def of_dataset(arguments: str, before: str = "") -> TrainingConfig:
 
 
 def test_resolved_is_what_reading_the_config_gives() -> None:
-    file, stored = recipe(CONFIG), recipe(RESOLVED)
+    file, stored = training_config(CONFIG), training_config(RESOLVED)
     plain = [
         name
         for name, kind in vars(TrainingConfig).items()
@@ -181,7 +181,7 @@ def test_resolved_is_what_reading_the_config_gives() -> None:
 
 @pytest.mark.parametrize("text", [CONFIG, RESOLVED], ids=["config", "resolved"])
 def test_every_field(text: str) -> None:
-    run = recipe(text)
+    run = training_config(text)
     assert run.model_type == "xtuner.model.LLaVAModel"
     run.check_model()
     assert (run.llm_path, run.llm_type) == ("Qwen/Qwen1.5-7B-Chat", "AutoModelForCausalLM")
@@ -213,7 +213,7 @@ def test_every_field(text: str) -> None:
 
 
 def test_used_names_what_was_read_with_its_line_and_no_data_path() -> None:
-    used = recipe(CONFIG).used
+    used = training_config(CONFIG).used
     assert UsedValue("model.llm_lora.lora_alpha", 256, 41) in used
     assert UsedValue("model.llm.torch_dtype", "torch.float16", 36) in used
     assert UsedValue("train_dataloader.dataset.pad_image_to_square", True, 58) in used
@@ -267,7 +267,7 @@ def test_values_that_are_not_the_default() -> None:
 
 
 def test_other_models_are_read_and_left_to_be_refused() -> None:
-    run = recipe(
+    run = training_config(
         "from xtuner.model import SupervisedFinetune\n"
         "model = dict(type=SupervisedFinetune, lora=dict(r=64),"
         " llm=dict(pretrained_model_name_or_path='a/b'))"
@@ -291,7 +291,7 @@ def test_other_models_are_read_and_left_to_be_refused() -> None:
 )
 def test_without_a_model_the_error_says_what_was_found(text: str, found: str) -> None:
     with pytest.raises(CheckpointError, match="model") as caught:
-        recipe(text).check_model()
+        training_config(text).check_model()
     (fault,) = caught.value.faults
     assert found in fault.what
     assert "--xtuner-config" in fault.advice
@@ -310,7 +310,7 @@ def test_without_a_model_the_error_says_what_was_found(text: str, found: str) ->
     ],
 )
 def test_only_who_asks_for_an_unknown_value_fails(arguments: str, name: str, flag: str) -> None:
-    run = recipe(f"model = dict(\n  type='LLaVAModel',\n  {arguments})")
+    run = training_config(f"model = dict(\n  type='LLaVAModel',\n  {arguments})")
     run.check_model()
     assert run.used
     with pytest.raises(CheckpointError, match="without running code") as caught:
@@ -448,7 +448,7 @@ def test_shared_and_endless_datasets_end() -> None:
 
 
 def test_quantization_keeps_names_as_they_stand() -> None:
-    quantization = recipe(CONFIG).quantization
+    quantization = training_config(CONFIG).quantization
     assert isinstance(quantization, Table)
     assert quantization["type"] == Reference("transformers.BitsAndBytesConfig")
 
@@ -458,7 +458,7 @@ def test_files(tmp_path: Path) -> None:
     path.write_text("\ufeff" + CONFIG.replace("Be brief.", "简短回答。"), encoding="utf-8")
     assert TrainingConfig.from_file(path).system == "简短回答。"
     path.write_bytes(CONFIG.replace("\n", "\r\n").encode())
-    assert recipe(CONFIG).used == TrainingConfig.from_file(str(path)).used
+    assert training_config(CONFIG).used == TrainingConfig.from_file(str(path)).used
 
 
 def test_what_is_no_config_file(tmp_path: Path) -> None:
@@ -499,7 +499,7 @@ LORA = "from peft import LoraConfig, AdaLoraConfig\nfrom mine import Llm\n"
     ],
 )
 def test_xtuners_own_model_by_all_its_names(text: str) -> None:
-    recipe(text).check_model()
+    training_config(text).check_model()
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_xtuners_own_model_by_all_its_names(text: str) -> None:
 )  # fmt: skip
 def test_another_class_is_refused_with_the_reason(text: str, found: str, line: int | None) -> None:
     with pytest.raises(CheckpointError) as caught:
-        recipe(text).check_model()
+        training_config(text).check_model()
     (fault,) = caught.value.faults
     assert found in fault.what
     assert fault.where == ("config.py" if line is None else f"config.py:{line}")

@@ -88,7 +88,7 @@ class Inspection:
     parts: Mapping[str, PartSummary]
     llm_architectures: tuple[str, ...]
     family: str | None
-    recipe: Mapping[str, Json]
+    training_config: Mapping[str, Json]
     targets: tuple[Target, ...]
     notes: tuple[str, ...]
     advice: tuple[str, ...]
@@ -118,7 +118,7 @@ class Inspection:
             },
             "llm_architectures": list(self.llm_architectures),
             "family": self.family,
-            "xtuner_config": dict(self.recipe),
+            "xtuner_config": dict(self.training_config),
             "targets": [target.to_dict() for target in self.targets],
             "notes": list(self.notes),
             "advice": list(self.advice),
@@ -128,7 +128,11 @@ class Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, and what it can become with the base models that are here."""
-    contents, config, recipe = checkpoint.contents, checkpoint.llm.config, checkpoint.recipe
+    contents, config, training_config = (
+        checkpoint.contents,
+        checkpoint.llm.config,
+        checkpoint.training_config,
+    )
     formats = Catalogue.shipped().formats
     found = {name: assess(checkpoint, options.with_format(name)) for name in formats}
     targets = {name: _target(checkpoint, options, one) for name, one in found.items()}
@@ -144,7 +148,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
         },
         llm_architectures=config.architectures if config else (),
         family=any_found.family.name if any_found.family is not None else None,
-        recipe={used.name: used.value for used in recipe.used} if recipe else {},
+        training_config={used.name: used.value for used in training_config.used}
+        if training_config
+        else {},
         targets=tuple(targets.values()),
         notes=tuple(note for note in _notes(checkpoint) if note not in checkpoint.inexact),
         advice=tuple(one.sentence for one in advice),
@@ -154,8 +160,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
 
 def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What holds for every target."""
-    recipe = checkpoint.recipe
-    return (*checkpoint.notes, *(recipe.notes if recipe is not None else ()))
+    training_config = checkpoint.training_config
+    return (*checkpoint.notes, *(training_config.notes if training_config is not None else ()))
 
 
 def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) -> Target:
@@ -185,8 +191,8 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
 
 def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
     """What to change in a config before it trains."""
-    recipe, family, config = checkpoint.recipe, found.family, found.llm_config
-    if recipe is None:
+    training_config, family, config = checkpoint.training_config, found.family, found.llm_config
+    if training_config is None:
         return
     folder, base, tokenizer = checkpoint.llm.folder, found.base_tokenizer, found.tokenizer
     if family and config and base and tokenizer and folder:
@@ -195,7 +201,9 @@ def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
         with suppress(ConversionError):
             generation = read_json(path) if path.is_file() else {}
         stop_words = Catalogue.shipped().stop_words
-        yield from token_advice(recipe, family, base, tokenizer, config, generation, stop_words)
+        yield from token_advice(
+            training_config, family, base, tokenizer, config, generation, stop_words
+        )
 
 
 def _summary(part: Part) -> PartSummary:

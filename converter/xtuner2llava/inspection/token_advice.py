@@ -21,7 +21,7 @@ class Advice:
 
 
 def token_advice(
-    recipe: TrainingConfig,
+    training_config: TrainingConfig,
     family: Family,
     base: Tokenizer,
     written: Tokenizer,
@@ -29,12 +29,12 @@ def token_advice(
     generation: Mapping[str, Json],
     templates: Mapping[str, Sequence[str]],
 ) -> Iterator[Advice]:
-    """Advice for a training by `recipe`.
+    """Advice for a training by `training_config`.
 
     `base` is the tokenizer that trains, `written` what a conversion makes of it; `config` and
     `generation` are the base's, and `templates` are the stop words of XTuner's prompt templates.
     """
-    work = _Advising(recipe, family, base, written, templates)
+    work = _Advising(training_config, family, base, written, templates)
     ids = work.ids(config, generation)
     yield from work.special_tokens(ids)
     yield from work.template()
@@ -44,23 +44,23 @@ def token_advice(
 class _Advising:
     def __init__(
         self,
-        recipe: TrainingConfig,
+        training_config: TrainingConfig,
         family: Family,
         base: Tokenizer,
         written: Tokenizer,
         templates: Mapping[str, Sequence[str]],
     ) -> None:
-        self._recipe, self._family, self._templates = recipe, family, templates
+        self._training_config, self._family, self._templates = training_config, family, templates
         self._base, self._written = base, written
 
     def ids(self, config: Mapping[str, Json], generation: Mapping[str, Json]) -> TokenIds:
         named = self._family.generation
-        stops = self._of_template(self._recipe.prompt_template)
+        stops = self._of_template(self._training_config.prompt_template)
         texts = TokenTexts(named.bos, named.eos, named.pad)
         return token_ids(self._written, texts, stops, generation, config)
 
     def special_tokens(self, ids: TokenIds) -> Iterator[Advice]:
-        recipe, named = self._recipe, self._family.generation
+        training_config, named = self._training_config, self._family.generation
         if self._base.special("bos_token") is None:
             told = (
                 f"the converted config.json and generation_config.json will have {ids.bos}, so "
@@ -74,24 +74,24 @@ class _Advising:
             )
             # The hook gives `generate` the bos id of its tokenizer, over that of generation_kwargs
             # (xtuner/engine/hooks/evaluate_chat_hook.py).
-            evaluation = recipe.evaluation
+            evaluation = training_config.evaluation
             if evaluation is not None and evaluation.bos_token is None and named.bos is not None:
                 yield Advice(
                     "EvaluateChatHook generates during training, with the bos id of its own "
                     "tokenizer, which transformers before 4.40 need. Training does not use it.",
                     f"tokenizer=dict(**tokenizer, bos_token={named.bos!r}),  # in EvaluateChatHook",
                 )
-        if recipe.bos_token not in (None, self._written.special("bos_token")):
+        if training_config.bos_token not in (None, self._written.special("bos_token")):
             harm = (
                 "LLaVA needs none there"
-                if recipe.bos_token == named.bos
+                if training_config.bos_token == named.bos
                 else "in LLaVA it would make prompts lose tokens after an image"
             )
             yield Advice(
-                f"The config gives the tokenizer the bos token {recipe.bos_token!r}. Training does "
-                f"not use it; {harm}, so the converted tokenizer will be without it."
+                f"The config gives the tokenizer the bos token {training_config.bos_token!r}. "
+                f"Training does not use it; {harm}, so the converted tokenizer will be without it."
             )
-        if self._base.special("eos_token") is None and recipe.eos_token is None:
+        if self._base.special("eos_token") is None and training_config.eos_token is None:
             # xtuner/dataset/utils.py, get_bos_eos_token_ids
             yield Advice(
                 "The tokenizer has no eos token, and XTuner does not train without one.",
@@ -106,7 +106,7 @@ class _Advising:
 
     def template(self) -> Iterator[Advice]:
         """The prompt template of the LLM, where the config sets none."""
-        if self._recipe.prompt_template is not None:
+        if self._training_config.prompt_template is not None:
             return
         wanted = self._family.chat.template
         # A family may have members that speak otherwise, such as Phi-4 among Phi-3's.
@@ -124,14 +124,16 @@ class _Advising:
         )
 
     def stop_words(self, ids: TokenIds) -> Iterator[Advice]:
-        recipe = self._recipe
-        evaluation = recipe.evaluation
+        training_config = self._training_config
+        evaluation = training_config.evaluation
         own = self._family.chat.stop_words
-        needed = self._of_template(recipe.prompt_template) or (own if self._has(own) else ())
+        needed = self._of_template(training_config.prompt_template) or (
+            own if self._has(own) else ()
+        )
         if not needed:
             return
         if evaluation is not None and evaluation.prompt_template != "":
-            has = {*recipe.stop_words, *self._of_template(evaluation.prompt_template)}
+            has = {*training_config.stop_words, *self._of_template(evaluation.prompt_template)}
             missing = [word for word in needed if word not in has]
             if missing:
                 yield Advice(

@@ -81,7 +81,7 @@ def provenance(
         "dropped": dropped,
         "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in nonfinite],
         "notes": [published_text(note) for note in plan.notes],
-        "xtuner_config": _recipe(plan),
+        "xtuner_config": _training_config(plan),
     }
 
 
@@ -180,12 +180,12 @@ def _files(files: Sequence[Fingerprint]) -> list[Json]:
     return [{"name": f.name, "bytes": f.size, "digest": f.digest} for f in files]
 
 
-def _recipe(plan: Plan) -> Json:
+def _training_config(plan: Plan) -> Json:
     """What was read from the XTuner config, its paths made publishable."""
-    recipe = plan.checkpoint.recipe
-    if recipe is None:
+    training_config = plan.checkpoint.training_config
+    if training_config is None:
         return None
     return {
         used.name: published_name(used.value) if isinstance(used.value, str) else used.value
-        for used in recipe.used
+        for used in training_config.used
     }

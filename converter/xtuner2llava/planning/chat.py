@@ -31,7 +31,7 @@ _JINJA, _JSON = "chat_template.jinja", "chat_template.json"
 def with_trained_chat(
     tokenizer: Tokenizer,
     template: PromptTemplate | None,
-    recipe: TrainingConfig | None,
+    training_config: TrainingConfig | None,
     findings: Findings,
     *,
     with_processor: bool,
@@ -41,7 +41,7 @@ def with_trained_chat(
     In a format `with_processor`, transformers renders the template to text and tokenizes that:
     the template has the bos token, and the tokenizer adds none.
     """
-    bos, eos = trained_tokens(tokenizer, recipe)
+    bos, eos = trained_tokens(tokenizer, training_config)
     if with_processor:
         tokenizer = with_bos_added(tokenizer, False)
     had = _KEY in tokenizer.config or any(name in tokenizer.files for name in (_JINJA, _JSON))
@@ -74,13 +74,13 @@ def with_trained_chat(
 
 
 def with_trained_bos(
-    tokenizer: Tokenizer, recipe: TrainingConfig | None, findings: Findings
+    tokenizer: Tokenizer, training_config: TrainingConfig | None, findings: Findings
 ) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
     XTuner puts the token before a turn even where the tokenizer adds none, as Yi's.
     """
-    bos, _ = trained_tokens(tokenizer, recipe)
+    bos, _ = trained_tokens(tokenizer, training_config)
     changed = with_bos_added(tokenizer, True) if bos is not None else tokenizer
     if changed is not tokenizer:
         findings.note(
@@ -112,7 +112,7 @@ def slow_tokenizer_note(tokenizer: Tokenizer) -> str | None:
 
 
 def trained_tokens(
-    tokenizer: Tokenizer, recipe: TrainingConfig | None
+    tokenizer: Tokenizer, training_config: TrainingConfig | None
 ) -> tuple[str | None, str | None]:
     """The bos and eos tokens that XTuner put around turns.
 
@@ -121,5 +121,5 @@ def trained_tokens(
     """
     named = str(tokenizer.config.get("tokenizer_class", "")).lower()
     bos = None if named.startswith("qwen") else tokenizer.special("bos_token")
-    eos = recipe.eos_token if recipe is not None else None
+    eos = training_config.eos_token if training_config is not None else None
     return bos, eos or tokenizer.special("eos_token")

@@ -18,7 +18,9 @@ from xtuner2llava.training_config import (
 )
 
 
-def trained_llm_config(config: ModelConfig, recipe: TrainingConfig | None) -> dict[str, Json]:
+def trained_llm_config(
+    config: ModelConfig, training_config: TrainingConfig | None
+) -> dict[str, Json]:
     """The LLM's config in 4.37 vocabulary, as training used it.
 
     XTuner passes further arguments of `model.llm` on to `from_pretrained`, where they override the
@@ -26,14 +28,14 @@ def trained_llm_config(config: ModelConfig, recipe: TrainingConfig | None) -> di
     (InternLM/xtuner `xtuner/model/llava.py`, `_prepare_for_long_context_training`).
     """
     values: dict[str, Json] = dict(config.values)
-    if recipe is None:
+    if training_config is None:
         return values
-    for key, value in recipe.llm_overrides.items():
+    for key, value in training_config.llm_overrides.items():
         if key.startswith("_"):
             continue
-        values[key] = _json(value, f"{recipe.where}, model.llm.{key}")
+        values[key] = _json(value, f"{training_config.where}, model.llm.{key}")
     values = in_437_vocabulary(values)
-    longest = recipe.max_position_embeddings
+    longest = training_config.max_position_embeddings
     if longest is not None:
         scaling = values.get("rope_scaling")
         before = scaling.get("factor") if isinstance(scaling, dict) else None

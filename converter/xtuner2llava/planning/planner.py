@@ -139,7 +139,7 @@ class _Planner:
 
     def __init__(self, checkpoint: Checkpoint, options: Options, untied: Collection[str]) -> None:
         self._checkpoint, self._options, self._untied = checkpoint, options, untied
-        self._recipe = checkpoint.recipe
+        self._training_config = checkpoint.training_config
         self._catalogue = Catalogue.shipped()
         self._format = self._catalogue.formats[options.format]
         faults = [fault for fault in checkpoint.faults if fault not in checkpoint.pending]
@@ -180,7 +180,7 @@ class _Planner:
         checkpoint, options, found = self._checkpoint, self._options, self._found
         llm, attempt = checkpoint.llm, self._found.attempt
         config = attempt(
-            lambda: trained_llm_config(llm.config, self._recipe) if llm.config else None
+            lambda: trained_llm_config(llm.config, self._training_config) if llm.config else None
         )
         names = llm.tensors.keys() or None
         family = attempt(
@@ -210,8 +210,10 @@ class _Planner:
             attempt(lambda: check_projector_of(checkpoint, values))
         writes = attempt(lambda: writes_tower(checkpoint, options))
         self._check_rows(model, values, tokenizer, trained is not None and trained.is_base)
-        recipe = self._recipe
-        layer = attempt(lambda: -2 if recipe is None else recipe.visual_select_layer)
+        training_config = self._training_config
+        layer = attempt(
+            lambda: -2 if training_config is None else training_config.visual_select_layer
+        )
         depth = attempt(self._depth)
         return _Parts(
             family,
@@ -234,7 +236,7 @@ class _Planner:
         if base is None or family is None:
             return None
         options, found = self._options, self._found
-        made = tokenizer_to_write(base, family, self._recipe, options.bos_token, found)
+        made = tokenizer_to_write(base, family, self._training_config, options.bos_token, found)
         prepared = readable_tokenizer(made, options.format)
         found.note(*prepared.notes)
         return prepared.tokenizer
@@ -262,7 +264,7 @@ class _Planner:
 
     def _prepare(self, parts: _Parts) -> _Prepared:
         """All that follows from parts without faults, and needs no tensors."""
-        format_, found, recipe = self._format, self._found, self._recipe
+        format_, found, training_config = self._format, self._found, self._training_config
         # Without faults, all of these are there; mypy is told so.
         assert parts.family and parts.llm_config and parts.values and parts.tokenizer  # noqa: S101
         assert parts.tower and parts.images and parts.layer is not None  # noqa: S101
@@ -271,7 +273,7 @@ class _Planner:
             self._catalogue,
             parts.family,
             parts.tokenizer,
-            recipe,
+            training_config,
             self._options.bos_token,
             base_generation,
             parts.llm_config,
@@ -321,7 +323,7 @@ class _Planner:
         environment: dict[str, object] = {
             **values,
             "vision": {**tower_values(self._checkpoint), "name": parts.tower_name},
-            "xtuner": self._recipe_values(parts.layer),
+            "xtuner": self._training_values(parts.layer),
             "projector": {"depth": parts.depth},
             "projector_type": f"mlp{parts.depth}x_gelu",
             "tokens": tokens,
@@ -390,8 +392,8 @@ class _Planner:
 
     def _depth(self) -> int:
         """The number of the projector's layers; before training, what the config says."""
-        if self._checkpoint.before_training and self._recipe is not None:
-            return self._recipe.projector_depth
+        if self._checkpoint.before_training and self._training_config is not None:
+            return self._training_config.projector_depth
         return depth_of(self._checkpoint.projector.tensors)
 
     def _class_of(self, family: Family) -> FormatClass:
@@ -421,20 +423,20 @@ class _Planner:
         self._found.note(named.note)
         return named.name
 
-    def _recipe_values(self, layer: int) -> dict[str, object]:
+    def _training_values(self, layer: int) -> dict[str, object]:
         """What the format reads as `xtuner.*`."""
-        recipe = self._recipe
-        if recipe is None:
+        training_config = self._training_config
+        if training_config is None:
             self._found.note(
                 "No XTuner config is recorded: mm_vision_select_layer is LLaVAModel's default -2, "
                 "and images are padded, as XTuner's export assumes. Give --xtuner-config if not."
             )
             return {"visual_select_layer": layer, "image_aspect_ratio": "pad"}
-        self._found.note(*recipe.notes)
+        self._found.note(*training_config.notes)
         return {
             "visual_select_layer": layer,
             # What LLaVA calls the plain resize and crop.
-            "image_aspect_ratio": recipe.image_aspect_ratio or "square",
+            "image_aspect_ratio": training_config.image_aspect_ratio or "square",
         }
 
     def _base_generation(self) -> Mapping[str, Json]:
@@ -461,11 +463,15 @@ class _Planner:
         """The tokenizer with the bos and the chat template of the training, where they are read."""
         with_processor = self._format.processor is not None
         if not with_processor:
-            tokenizer = with_trained_bos(tokenizer, self._recipe, self._found)
+            tokenizer = with_trained_bos(tokenizer, self._training_config, self._found)
         # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
         if with_processor or self._options.model_type == "llava":
             tokenizer = with_trained_chat(
-                tokenizer, chat.prompt, self._recipe, self._found, with_processor=with_processor
+                tokenizer,
+                chat.prompt,
+                self._training_config,
+                self._found,
+                with_processor=with_processor,
             )
         return tokenizer
 
@@ -489,8 +495,8 @@ class _Planner:
                 "or from tokenizer.model with sentencepiece and protobuf installed. "
                 "AutoTokenizer's from_pretrained and save_pretrained make one for the base."
             )
-        recipe = self._recipe
-        ratio = recipe.image_aspect_ratio if recipe is not None else "pad"
+        training_config = self._training_config
+        ratio = training_config.image_aspect_ratio if training_config is not None else "pad"
         self._found.note(padding_note(ratio))
         made = processor_files(
             processor,

@@ -31,7 +31,7 @@ _DROPS = (
 def tokenizer_to_write(
     tokenizer: Tokenizer,
     family: Family,
-    recipe: TrainingConfig | None,
+    training_config: TrainingConfig | None,
     given_bos: str | None,
     findings: Findings,
 ) -> Tokenizer:
@@ -51,8 +51,8 @@ def tokenizer_to_write(
     )
     findings.note(*prepared.notes)
     result = prepared.tokenizer
-    if recipe is not None:
-        arguments = plain_arguments(recipe)
+    if training_config is not None:
+        arguments = plain_arguments(training_config)
         # Where the family has a bos token, it is not for the tokenizer: see below.
         kept = ("bos_token",) if generation.bos is not None else ()
         result, notes = with_arguments(result, arguments, kept=kept)
@@ -67,7 +67,7 @@ def tokenizer_to_write(
         if generation.bos not in (None, given_bos):
             findings.note(f"The tokenizer's bos token is '{given_bos}', as asked. {_DROPS}.")
         return with_special_token(result, "bos_token", given_bos)
-    asked = recipe.bos_token if recipe is not None else None
+    asked = training_config.bos_token if training_config is not None else None
     own = generation.bos if generation.bos in result.ids else None
     if own is not None and present not in (None, own):
         findings.note(
@@ -90,18 +90,21 @@ def generation_tokens(
     catalogue: Catalogue,
     family: Family,
     tokenizer: Tokenizer,
-    recipe: TrainingConfig | None,
+    training_config: TrainingConfig | None,
     given_bos: str | None,
     base_generation: Mapping[str, Json],
     base_config: Mapping[str, Json],
     findings: Findings,
 ) -> tuple[TokenIds, Chat]:
     """Where to begin, stop and pad, and the prompt template with its stop words."""
-    prompt = prompt_template(catalogue, family, recipe, findings)
-    trained = recipe is not None and recipe.prompt_template is not None
+    prompt = prompt_template(catalogue, family, training_config, findings)
+    trained = training_config is not None and training_config.prompt_template is not None
     stop_words = list(prompt.stop_words) if prompt is not None and trained else []
-    if recipe is not None:
-        asked = [*recipe.stop_words, *([recipe.eos_token] if recipe.eos_token else [])]
+    if training_config is not None:
+        asked = [
+            *training_config.stop_words,
+            *([training_config.eos_token] if training_config.eos_token else []),
+        ]
         stop_words += [word for word in asked if word not in stop_words]
     generation = family.generation
     named = TokenTexts(generation.bos, generation.eos, generation.pad)
@@ -177,10 +180,10 @@ def vocabulary_faults(
 
 
 def prompt_template(
-    catalogue: Catalogue, family: Family, recipe: TrainingConfig | None, findings: Findings
+    catalogue: Catalogue, family: Family, training_config: TrainingConfig | None, findings: Findings
 ) -> PromptTemplate | None:
     """The prompt template of the training, else the one that the LLM's family is known for."""
-    recorded = recipe.prompt_template if recipe is not None else None
+    recorded = training_config.prompt_template if training_config is not None else None
     if isinstance(recorded, Table):
         return _written_out(recorded)
     if recorded is not None:

@@ -52,24 +52,27 @@ def image_processor_of(checkpoint: Checkpoint, findings: Findings) -> ImageProce
     (InternLM/xtuner `xtuner/model/llava.py`, `to_xtuner_llava`). Raises `PlanError` for one that
     CLIPImageProcessor is not, or whose arguments cannot be read.
     """
-    tower, recipe = checkpoint.visual_encoder, checkpoint.recipe
+    tower, training_config = checkpoint.visual_encoder, checkpoint.training_config
     if tower.folder is None:
         return None
     own = find_image_processor(tower.folder)
-    if recipe is None or tower.folder == checkpoint.contents.folders.get(VISUAL_ENCODER):
+    if training_config is None or tower.folder == checkpoint.contents.folders.get(VISUAL_ENCODER):
         return _fitting(ImageProcessor(read_image_processor(own), own), checkpoint, findings)
-    loaded = recipe.image_processor
-    values, path = _elsewhere(loaded, recipe, own, findings) or (read_image_processor(own), own)
+    loaded = training_config.image_processor
+    values, path = _elsewhere(loaded, training_config, own, findings) or (
+        read_image_processor(own),
+        own,
+    )
     named = loaded.type
     if named in _AUTO:
         named = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
     if named not in (None, *_CLIP):
         raise PlanError(
             f"the training prepared images with {named}, and LLaVA does with CLIPImageProcessor",
-            where=f"{recipe.where}, image_processor",
+            where=f"{training_config.where}, image_processor",
             advice="A model with another image processor cannot be converted exactly.",
         )
-    changes = _changes(loaded.arguments, recipe.where, findings)
+    changes = _changes(loaded.arguments, training_config.where, findings)
     if all(clip_processor(values).get(key) == value for key, value in changes.items()):
         return _fitting(ImageProcessor(values, path), checkpoint, findings)
     listed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
@@ -113,12 +116,12 @@ def find_folder(reference: str) -> Path:
 
 
 def _elsewhere(
-    loaded: Loaded, recipe: TrainingConfig, own: Path, findings: Findings
+    loaded: Loaded, training_config: TrainingConfig, own: Path, findings: Findings
 ) -> tuple[Mapping[str, Json], Path | None] | None:
     """The image processor of another folder than the tower's; None where it is the tower's."""
     named = loaded.path
     try:
-        of_tower = recipe.vision_path
+        of_tower = training_config.vision_path
     except ConversionError:  # Where --vision gives it, that is enough.
         of_tower = None
     if named is None or named == of_tower:

@@ -46,19 +46,19 @@ def training_tokenizer(
     config names; else the base LLM's. Raises `PlanError` where the config says another than the
     base's and it cannot be read, or where parts of the config disagree.
     """
-    llm, recipe = checkpoint.llm, checkpoint.recipe
+    llm, training_config = checkpoint.llm, checkpoint.training_config
     if given is not None:
-        if recipe is not None:
-            _note_arguments(recipe, findings)
+        if training_config is not None:
+            _note_arguments(training_config, findings)
         return TrainingTokenizer(read_tokenizer(find_folder(os.fspath(given))), is_base=False)
     if llm.folder is None:
         return None
     own = _own(checkpoint)
     if own is not None and own.folder == llm.folder:
         return TrainingTokenizer(own, is_base=False)
-    if own is None and recipe is not None:
-        _check_arguments(recipe)
-    named = _named(recipe) if own is None and recipe is not None else own
+    if own is None and training_config is not None:
+        _check_arguments(training_config)
+    named = _named(training_config) if own is None and training_config is not None else own
     if named is None:
         return TrainingTokenizer(read_tokenizer(llm.folder), is_base=True)
     try:
@@ -76,10 +76,10 @@ def training_tokenizer(
     return TrainingTokenizer(named, is_base=False)
 
 
-def plain_arguments(recipe: TrainingConfig) -> dict[str, Json]:
+def plain_arguments(training_config: TrainingConfig) -> dict[str, Json]:
     """The arguments of the config's tokenizer that decide ids, those that can be followed."""
     found = {}
-    for key, value in recipe.tokenizer.arguments.items():
+    for key, value in training_config.tokenizer.arguments.items():
         if key not in WITHOUT_IDS | _NOT_FOLLOWED and _is_plain(key, value):
             found[key] = list(value) if isinstance(value, (list, tuple)) else value
     return found  # type: ignore[return-value]
@@ -93,19 +93,19 @@ def _is_plain(key: str, value: Value) -> bool:
     return isinstance(value, (bool, int, float, str))
 
 
-def _not_followed(recipe: TrainingConfig) -> list[str]:
+def _not_followed(training_config: TrainingConfig) -> list[str]:
     """The arguments that decide ids in a way that is not followed here."""
     return [
         key if key in _NOT_FOLLOWED else f"{key} = {shown(value)}"
-        for key, value in recipe.tokenizer.arguments.items()
+        for key, value in training_config.tokenizer.arguments.items()
         if key not in WITHOUT_IDS
         and not (value is None or (isinstance(value, (Table, list, tuple)) and not value))
         and (key in _NOT_FOLLOWED or not _is_plain(key, value))
     ]
 
 
-def _note_arguments(recipe: TrainingConfig, findings: Findings) -> None:
-    left = _not_followed(recipe)
+def _note_arguments(training_config: TrainingConfig, findings: Findings) -> None:
+    left = _not_followed(training_config)
     if left:
         findings.note(
             f"Arguments of the XTuner config's tokenizer that {FLAG} must hold already: "
@@ -113,16 +113,20 @@ def _note_arguments(recipe: TrainingConfig, findings: Findings) -> None:
         )
 
 
-def _check_arguments(recipe: TrainingConfig) -> None:
+def _check_arguments(training_config: TrainingConfig) -> None:
     """Raises `PlanError` where the config alone does not say which tokens there are."""
     faults = [
-        Fault(f"{recipe.where}, tokenizer", f"'{text}' cannot be followed exactly", _SAVED)
-        for text in _not_followed(recipe)
+        Fault(f"{training_config.where}, tokenizer", f"'{text}' cannot be followed exactly", _SAVED)
+        for text in _not_followed(training_config)
     ]
-    if recipe.other_tokenizers:
-        listed = ", ".join(recipe.other_tokenizers)
+    if training_config.other_tokenizers:
+        listed = ", ".join(training_config.other_tokenizers)
         faults.append(
-            Fault(recipe.where, f"has tokenizers that differ from the first: {listed}", _SAVED)
+            Fault(
+                training_config.where,
+                f"has tokenizers that differ from the first: {listed}",
+                _SAVED,
+            )
         )
     raise_faults(PlanError, faults)
 
@@ -142,11 +146,11 @@ def _files(folder: Path) -> list[Path]:
     return [*folder.glob("tokenizer*"), *folder.glob("vocab.*"), *folder.glob("*.tiktoken")]
 
 
-def _named(recipe: TrainingConfig) -> Tokenizer | None:
+def _named(training_config: TrainingConfig) -> Tokenizer | None:
     """The tokenizer of another folder than the LLM's that the config names; None if it does not."""
-    path = recipe.tokenizer.path
+    path = training_config.tokenizer.path
     try:
-        of_llm = recipe.llm_path
+        of_llm = training_config.llm_path
     except ConversionError:  # --llm gives it.
         of_llm = None
     if path is None or (of_llm is not None and os.path.normpath(path) == os.path.normpath(of_llm)):
@@ -158,6 +162,6 @@ def _named(recipe: TrainingConfig) -> Tokenizer | None:
         raise PlanError(
             f"the tokenizer of the training is '{path}', not the base LLM's, and it cannot be read "
             f"here ({fault.where}: {fault.what})",
-            where=f"{recipe.where}, tokenizer",
+            where=f"{training_config.where}, tokenizer",
             advice=f"Give its folder or Hub repo id with {FLAG}.",
         ) from error

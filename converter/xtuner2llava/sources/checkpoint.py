@@ -65,7 +65,7 @@ class Checkpoint:
     """
 
     contents: Contents
-    recipe: TrainingConfig | None
+    training_config: TrainingConfig | None
     llm: Part
     visual_encoder: Part
     projector: Part
@@ -83,7 +83,7 @@ OpenPretrained = Callable[[str], Contents | None]
 
 def gather(
     contents: Contents,
-    recipe: TrainingConfig | None,
+    training_config: TrainingConfig | None,
     options: SourceOptions,
     open_pretrained: OpenPretrained,
     *,
@@ -98,7 +98,13 @@ def gather(
     those of `open_checkpoint`; `before_training`, weights need not be there at all.
     """
     work = _Gathering(
-        contents, recipe, options, open_pretrained, stream_base, base_weights, before_training
+        contents,
+        training_config,
+        options,
+        open_pretrained,
+        stream_base,
+        base_weights,
+        before_training,
     )
     llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
     origin = "not trained yet" if before_training else "trained"
@@ -107,7 +113,7 @@ def gather(
     work.check_model()
     return Checkpoint(
         contents,
-        recipe,
+        training_config,
         llm,
         tower,
         projector,
@@ -130,14 +136,14 @@ class _Gathering:
     def __init__(
         self,
         contents: Contents,
-        recipe: TrainingConfig | None,
+        training_config: TrainingConfig | None,
         options: SourceOptions,
         open_pretrained: OpenPretrained,
         stream_base: bool,
         base_weights: bool,
         before_training: bool,
     ) -> None:
-        self._contents, self._recipe, self._options = contents, recipe, options
+        self._contents, self._training_config, self._options = contents, training_config, options
         self._stream, self._base_weights = stream_base, base_weights
         self._before_training = before_training
         self._open_pretrained = open_pretrained
@@ -223,16 +229,16 @@ class _Gathering:
 
         Further arguments of `from_pretrained` replace keys of the tower's config.
         """
-        recipe = self._recipe
-        if recipe is None:
+        training_config = self._training_config
+        if training_config is None:
             return
         changed = [
             Fault(
-                f"{recipe.where}, model.visual_encoder.{key}",
+                f"{training_config.where}, model.visual_encoder.{key}",
                 f"is {shown(value)} in training, and {tower.values.get(key)!r} in {tower.path}",
                 f"Give {FLAGS[VISUAL_ENCODER]} a folder whose config.json says what was trained.",
             )
-            for key, value in recipe.vision_overrides.items()
+            for key, value in training_config.vision_overrides.items()
             if not key.startswith("_") and tower.values.get(key) != value
         ]
         raise_faults(UnsupportedError, changed)
@@ -240,14 +246,14 @@ class _Gathering:
     def check_model(self) -> None:
         """Whether XTuner's own LLaVAModel was trained, by the config in use and by the artefact's
         own: another config does not make another class of it."""
-        recipe, own = self._recipe, self._contents.config
+        training_config, own = self._training_config, self._contents.config
         try:
-            if recipe is not None:
-                recipe.check_model()
+            if training_config is not None:
+                training_config.check_model()
         except ConversionError as error:
             self.faults.extend(error.faults)
         try:
-            if recipe is not None and own is not None and own[1] != recipe.where:
+            if training_config is not None and own is not None and own[1] != training_config.where:
                 TrainingConfig.from_text(*own).check_model()
         except UnsupportedError as error:
             self.faults.extend(error.faults)
@@ -352,13 +358,16 @@ class _Gathering:
     def _will_be_trained(self, part: str) -> bool:
         """Whether the training will change the part. Raises `ConversionError` for an adapter that
         could not be merged afterwards."""
-        recipe = self._recipe
-        if recipe is None:
+        training_config = self._training_config
+        if training_config is None:
             return True
-        self._settings_of_recipe(part, self._options.alpha(part))
+        self._recorded_lora(part, self._options.alpha(part))
         if part == LLM:
-            return recipe.llm_lora is not None or not recipe.freeze_llm
-        return recipe.visual_encoder_lora is not None or not recipe.freeze_visual_encoder
+            return training_config.llm_lora is not None or not training_config.freeze_llm
+        return (
+            training_config.visual_encoder_lora is not None
+            or not training_config.freeze_visual_encoder
+        )
 
     def _require_frozen(self, part: str, recorded: RecordedBase) -> None:
         """Says that a part is not in the checkpoint, although the XTuner config trained it.
@@ -368,7 +377,7 @@ class _Gathering:
         """
         given, flag = self._options.base(part), FLAGS[part]
         try:
-            if self._recipe is None or not self._will_be_trained(part):
+            if self._training_config is None or not self._will_be_trained(part):
                 return
         except ConversionError:
             return  # What cannot be read says nothing.
@@ -384,10 +393,10 @@ class _Gathering:
 
     def inexact(self) -> tuple[str, ...]:
         """Why the LLM is near to the trained one, and not the same."""
-        if self._recipe is None or LLM in self._contents.weights:
+        if self._training_config is None or LLM in self._contents.weights:
             return ()
         try:
-            return self._recipe.inexact
+            return self._training_config.inexact
         except ConversionError as error:
             self.faults.extend(error.faults)
             return ()
@@ -404,8 +413,12 @@ class _Gathering:
         beside = RecordedBase(settings.base if settings else None, f"{ADAPTERS[part]}'s config")
         name: str | None = None
         try:
-            if self._recipe is not None:
-                name = self._recipe.llm_path if part == LLM else self._recipe.vision_path
+            if self._training_config is not None:
+                name = (
+                    self._training_config.llm_path
+                    if part == LLM
+                    else self._training_config.vision_path
+                )
         except ConversionError:
             if self._options.base(part) is None and beside.name is None:
                 raise
@@ -421,10 +434,10 @@ class _Gathering:
 
     def _started_from(self) -> str | None:
         """`pretrained_pth`; where only running code would tell, a note says so."""
-        if self._recipe is None:
+        if self._training_config is None:
             return None
         try:
-            return self._recipe.pretrained_pth
+            return self._training_config.pretrained_pth
         except ConversionError as error:
             fault = error.faults[0]
             self.notes.append(
@@ -485,7 +498,7 @@ class _Gathering:
         adapter = read_adapter(contents.adapters[part], None, f"{contents.path}, {TITLES[part]}")
         settings, notes = settle(
             contents.settings.get(part),
-            lambda: self._settings_of_recipe(part, alpha),
+            lambda: self._recorded_lora(part, alpha),
             alpha,
             adapter.ranks,
             _ALPHA_FLAGS[part],
@@ -498,11 +511,15 @@ class _Gathering:
         known = settings.alpha if settings is not None else None
         return adapter, f"LoRA (rank {ranks}, alpha {'unknown' if known is None else f'{known:g}'})"
 
-    def _settings_of_recipe(self, part: str, alpha: float | None) -> LoraSettings | None:
+    def _recorded_lora(self, part: str, alpha: float | None) -> LoraSettings | None:
         """What the XTuner config says; where the user gave alpha, its own need not be readable."""
-        if self._recipe is None:
+        if self._training_config is None:
             return None
-        lora = self._recipe.llm_lora if part == LLM else self._recipe.visual_encoder_lora
+        lora = (
+            self._training_config.llm_lora
+            if part == LLM
+            else self._training_config.visual_encoder_lora
+        )
         if lora is None:
             return None
         values: dict[str, object] = {
@@ -519,7 +536,7 @@ class _Gathering:
         except ConversionError:
             if alpha is None:
                 raise
-        return LoraSettings.from_mapping(values, self._recipe.where)
+        return LoraSettings.from_mapping(values, self._training_config.where)
 
 
 def _model_name(name: str | None) -> str | None:

@@ -52,14 +52,14 @@ def open_checkpoint(
     except OSError as error:
         what = f"cannot be looked at ({error.strerror or error})"
         raise CheckpointError(what, where=reference[:200]) from error
-    recipe = None
+    training_config = None
     if options.xtuner_config is not None:
-        recipe = TrainingConfig.from_file(Path(options.xtuner_config))
+        training_config = TrainingConfig.from_file(Path(options.xtuner_config))
     elif contents.config is not None:
-        recipe = TrainingConfig.from_text(*contents.config)
+        training_config = TrainingConfig.from_text(*contents.config)
     return gather(
         contents,
-        recipe,
+        training_config,
         options,
         _open_pretrained,
         stream_base=stream_base,
@@ -72,11 +72,11 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
 
     Its projector has no tensors yet. Raises `CheckpointError` for what is not a config.
     """
-    recipe = TrainingConfig.from_file(path)
+    training_config = TrainingConfig.from_file(path)
     contents = Contents(Path(path), "XTuner config, before training", {}, ())
     return gather(
         contents,
-        recipe,
+        training_config,
         options or SourceOptions(),
         _open_pretrained,
         base_weights=False,

@@ -61,8 +61,8 @@ class TrainingConfig:
 
     Paths are as written in the config. A property raises `CheckpointError`, with the line and what
     to do, where its value follows only from running code or has the wrong type: so
-    `options.llm or recipe.llm_path` fails only for those who gave nothing. What merely describes
-    the training (`data`) never raises; what of it could not be read is in `notes`.
+    `options.llm or training_config.llm_path` fails only for those who gave nothing. What
+    merely describes the training (`data`) never raises; what of it could not be read is in `notes`.
     Defaults are those of LLaVAModel (xtuner/model/llava.py, the same from v0.1.23 to today).
     """
 

@@ -31,7 +31,8 @@ class LoraArguments:
 
     Defaults are those of PEFT (peft/tuners/lora/config.py, the same in 0.11 and today). Each
     property raises `CheckpointError` where the config gives the value in a way that cannot be
-    read, or of the wrong type, so `options.lora_alpha or recipe.lora_alpha` asks only if needed.
+    read, or of the wrong type, so `options.lora_alpha or training_config.lora_alpha` asks
+    only if needed.
     """
 
     section: Section

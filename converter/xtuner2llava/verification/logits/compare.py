@@ -108,14 +108,14 @@ def wrong_check(result: Figures, against: str, least: float, name: str = _SHOWN)
 
 def _source_side(checkpoint: Checkpoint, trust: bool) -> Side:
     """The trained model in its own architecture. Raises `UnsupportedError` if it cannot be run."""
-    llm, recipe = checkpoint.llm, checkpoint.recipe
+    llm, training_config = checkpoint.llm, checkpoint.training_config
     assert llm.config is not None  # noqa: S101 - it was planned
-    values = trained_llm_config(llm.config, recipe)
+    values = trained_llm_config(llm.config, training_config)
     config = _source_config(values, str(llm.config.path.parent), trust)
     remote = type(config).__module__.startswith("transformers_modules")
     language = LanguageModel(config, llm.tensors, trust=remote)
     projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
-    layer = -2 if recipe is None else recipe.visual_select_layer
+    layer = -2 if training_config is None else training_config.visual_select_layer
     tensors = checkpoint.visual_encoder.tensors
     return Side(language, Tower(_vision_config(checkpoint), tensors, projector, layer))
 

@@ -86,9 +86,12 @@ def table(results: Iterable[Result], catalogue: Catalogue) -> str:
     lines = [["program", "version", "output", *classes]]
     for found in rows.values():
         first = found[0]
-        takes = PROGRAMS[first.program].takes if first.program in PROGRAMS else bool
+        program = PROGRAMS.get(first.program)
+        reads = program is not None and program.format == first.format
         cells = [
-            cell([r for r in found if r.becomes == name], notes) if takes(name) else "no class"
+            "no class"
+            if program and reads and not program.takes(name)
+            else cell([r for r in found if r.becomes == name], notes)
             for name in classes
         ]
         lines.append([TITLES[first.program], first.version, f"`{first.options}`", *cells])

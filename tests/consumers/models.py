@@ -64,6 +64,27 @@ def write_hf(folder: Path, kind: str, checkpoints: Path, *, pad: bool = True) ->
     return out
 
 
+# For official LLaVA, in which Mistral has no window by default.
+LLAVA: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "internlm2": {},
+}
+TOWER = "bases/vision_clip"  # relative to `tests/checkpoints`
+
+
+def write_llava(folder: Path, kind: str, checkpoints: Path, **options: Any) -> Path:
+    """The same in the format llava, with its `reference.npz` beside it."""
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    source = KINDS[kind].make(folder / "source", **tokens, **LLAVA[kind])
+    trained = write_trained(folder / "trained", source, checkpoints)
+    write_reference(source, trained, numpy.array([[1, 300, 21, -200, 55, 131, 380, 7]]))
+    out = folder / "trained" / f"llava-{kind}"
+    options |= {**trained.bases, "vision_tower_name": TOWER}
+    convert(trained.checkpoint, out, dtype="float32", **options)
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a model generates greedily after `ids`; `top` are log-probabilities by token, a step."""

@@ -11,33 +11,22 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 
 from acceptance.environments import environment, run_llava
 from acceptance.test_answers import ASKED, asking, close, keep_spaces, of
-from builders.families.checkpoints import write_trained
-from builders.families.models import KINDS
+from consumers.models import LLAVA, write_llava
 from reference.cases import CASES, Converted
 from reference.exchange import write_exchanged
 from reference.seen import Seen
-from reference.trained import write_reference
-from xtuner2llava import convert
 
 pytestmark = pytest.mark.consumers
 
 # Its loader takes float16 alone, and from `generate` come the logits of the last token.
 TOLERANCES = {"float16": 1e-2, "float32": 1e-5}
-FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
-    "mixtral": {"sliding_window": None},
-    "internlm2": {},
-}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +48,15 @@ def folders(
         if (llm / "tokenizer.model").exists():
             keep_spaces(llm / "tokenizer.model")
         made[case] = converted(case, dtype="float32", llm=llm)
-    for kind, change in FAMILIES.items():
-        source = KINDS[kind].make(home / kind / "source", **TOKENS, **change)
-        trained = write_trained(home / kind / "trained", source, checkpoints)
-        write_reference(source, trained, numpy.array([[1, 300, 21, -200, 55, 131, 380, 7]]))
-        made[kind] = home / kind / "trained" / f"llava-{kind}"
-        bases = {**trained.bases, "vision_tower_name": "bases/vision_clip"}
-        convert(trained.checkpoint, made[kind], dtype="float32", **bases)
+    for kind in LLAVA:
+        made[kind] = write_llava(home / kind, kind, checkpoints)
     exchanged = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
     made["wrong"] = write_exchanged(made[ASKED[-1]], home / "llava-qwen-wrong", exchanged)
     return made
 
 
 def reference(name: str, folder: Path, checkpoints: Path) -> Path:
-    if name in FAMILIES:
+    if name in LLAVA:
         return folder.with_name("reference.npz")
     return checkpoints / (ASKED[-1] if name == "wrong" else name) / "reference.npz"
 
@@ -94,7 +78,7 @@ def found(
     return {key: [next(results) for _ in many] for key, many in jobs.items()}
 
 
-@pytest.mark.parametrize("name", (*ASKED, *FAMILIES))
+@pytest.mark.parametrize("name", (*ASKED, *LLAVA))
 def test_it_computes_what_was_trained(
     checkout: Path,
     folders: dict[str, Path],

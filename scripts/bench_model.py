@@ -47,7 +47,7 @@ from collections import OrderedDict
 from pathlib import Path
 from safetensors.torch import save_file
 
-work, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
+work, spec = Path(sys.argv[1]), json.load(sys.stdin)
 dtype = getattr(torch, spec["stored"])
 torch.manual_seed(0)
 pool = work / "pool.bin"
@@ -195,7 +195,9 @@ def make_input(
         "ranks": ranks,
         "rank": rank,
     }
-    subprocess.run([sys.executable, "-c", MAKE, work, json.dumps(spec)], check=True)
+    # Thousands of names are more than an argument may be long.
+    command = [sys.executable, "-c", MAKE, work]
+    subprocess.run(command, input=json.dumps(spec), text=True, check=True)
 
 
 def tower_tensors() -> list[tuple[str, tuple[int, ...]]]:

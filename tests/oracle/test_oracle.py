@@ -167,10 +167,10 @@ def _truncate(monkeypatch: pytest.MonkeyPatch) -> None:
 def _normalize_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from xtuner2llava.tensors.computed import Normalize
 
-    def wrong(self: Normalize, start: int, stop: int) -> torch.Tensor:
-        return self._source.read(start, stop).double()
+    def wrong(self: Normalize, start: int, stop: int, out: torch.Tensor) -> None:
+        self._source.read_into(start, stop, out)
 
-    monkeypatch.setattr(Normalize, "read", wrong)
+    monkeypatch.setattr(Normalize, "read_into", wrong)
 
 
 def _groups_as_thirds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,14 @@ from reference.cases import CASES
 from storing import stored
 from xtuner2llava import OutputError, PlanError, convert
 from xtuner2llava.tensors import FLOAT16, cast
-from xtuner2llava.writing import OutputFolder, ShardPlan, elsewhere, plan_shards, write_shards
+from xtuner2llava.writing import (
+    OutputFolder,
+    ShardPlan,
+    elsewhere,
+    plan_shards,
+    verify,
+    write_shards,
+)
 
 OPTIONS: dict[str, Any] = {"vision_tower_name": "openai/x", "max_shard_size": "100KB"}
 
@@ -186,14 +193,14 @@ def test_an_attempt_that_nobody_wants_ends_and_leaves_nothing(
     attempts = tmp_path / "attempts"
     attempts.mkdir()
     monkeypatch.setattr(elsewhere, "_LOOK_BYTES", 1)
-    write_all = elsewhere.write_shard.__globals__["write_all"]
+    write_all = verify.write_all
 
     def remove(descriptor: int, data: memoryview, offset: int) -> None:
         write_all(descriptor, data, offset)
         for path in attempts.iterdir():
             path.unlink()
 
-    monkeypatch.setitem(elsewhere.write_shard.__globals__, "write_all", remove)
+    monkeypatch.setattr(verify, "write_all", remove)
     with pytest.raises(elsewhere.Stopped):
         elsewhere.write_attempt(attempts, plan.shards[0], True, 10**8)
     assert list(attempts.iterdir()) == []

@@ -19,7 +19,7 @@ from xtuner2llava.writing import (
     ShardPlan,
     disk,
     plan_shards,
-    shard_file,
+    verify,
     verify_shards,
     write_shards,
 )
@@ -140,7 +140,7 @@ def damaged_writes(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
             data = memoryview(bytes(data[:-1]) + bytes([data[-1] ^ 1]))
         write_all(descriptor, data, offset)
 
-    monkeypatch.setattr(shard_file, "write_all", damage)
+    monkeypatch.setattr(verify, "write_all", damage)
     monkeypatch.delattr(os, "copy_file_range")
 
 

@@ -1,5 +1,6 @@
 """Lazy tensors: what they are, and the few operations on them. They know nobody else."""
 
+from xtuner2llava.tensors import thread_cache
 from xtuner2llava.tensors.computed import Columns, Fill, Normalize, Transpose, cast
 from xtuner2llava.tensors.dtype import BFLOAT16, BY_CODE, BY_NAME, FLOAT16, FLOAT32, FLOAT64, DType
 from xtuner2llava.tensors.files import FileRange, SourceFile, ZipMember
@@ -40,6 +41,7 @@ __all__ = [
     "round_into",
     "row_blocks",
     "split",
+    "thread_cache",
     "unstack",
     "view_of_storage",
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.dtype import FLOAT64, DType
 from xtuner2llava.tensors.lazy import Derived, LazyTensor, Shape, row_blocks
-from xtuner2llava.tensors.rounding import first_overflow, round_to
+from xtuner2llava.tensors.rounding import round_to
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +28,14 @@ class Cast(Derived):
     def unrounded(self) -> LazyTensor:
         return self._source
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        return round_to(self._source.read(start, stop), self.dtype.torch)
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        if self.dtype == FLOAT64:
+            self._source.read_into(start, stop, out)
+        else:
+            out.copy_(round_to(self._source.read(start, stop), self.dtype.torch))
 
     def flat(self) -> LazyTensor:
         return Cast(self._source.flat(), self.dtype)
-
-    def overflow(self, start: int, stop: int) -> tuple[int, float] | None:
-        before = self._source.read(start, stop)
-        return first_overflow(before, round_to(before, self.dtype.torch))
 
 
 def cast(source: LazyTensor, dtype: DType) -> LazyTensor:
@@ -50,10 +49,8 @@ class Fill(LazyTensor):
     def __init__(self, dtype: DType, shape: Shape, value: float) -> None:
         self.dtype, self.shape, self._value = dtype, shape, value
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        return torch.full((stop - start, *self.row_shape), self._value, dtype=self.dtype.torch)
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.fill_(self._value)
 
     def leaves(self) -> Iterator[LazyTensor]:
         return iter(())
@@ -71,8 +68,8 @@ class Columns(Derived):
         super().__init__(source, source.dtype, (source.shape[0], last - first, *source.shape[2:]))
         self._first, self._last = first, last
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        return self._source.read(start, stop)[:, self._first : self._last].contiguous()
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        out.copy_(self._source.read(start, stop)[:, self._first : self._last])
 
 
 class Transpose(Derived):
@@ -95,13 +92,9 @@ class Transpose(Derived):
         # Tiles and results of uneven sizes leave holes in the heap, up to one of glibc's (64 MB).
         return max(_TILE_BYTES, self._source.row_cost) + self._source.fixed_cost + (64 << 20)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        result = torch.empty((stop - start, self.shape[1]), dtype=self.dtype.torch)
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
         for low, high in row_blocks(self._source, _TILE_BYTES):
-            result[:, low:high] = self._source.read(low, high)[:, start:stop].T
-        return result
+            out[:, low:high] = self._source.read(low, high)[:, start:stop].T
 
 
 class Normalize(Derived):
@@ -116,11 +109,8 @@ class Normalize(Derived):
             raise ValueError(f"a matrix is needed, shape {source.shape} is none")
         super().__init__(source, FLOAT64, source.shape)
 
-    @property
-    def row_cost(self) -> int:
-        return 2 * self.row_bytes + self._source.row_cost
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
         import torch
 
-        return torch.nn.functional.normalize(self._source.read(start, stop).double())
+        self._source.read_into(start, stop, out)
+        torch.nn.functional.normalize(out, out=out)

@@ -12,11 +12,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError
 
-_BLOCK_BYTES = 512 << 10
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class SourceFile:
         except OSError as error:
             raise CorruptFileError(f"cannot be read ({error.strerror})", where=str(path)) from error
         if not stat.S_ISREG(status.st_mode):
-            raise CorruptFileError("cannot be read (it is no plain file)", where=str(path))
+            raise CorruptFileError("cannot be read (it is not a plain file)", where=str(path))
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -138,13 +139,19 @@ def join(ranges: Sequence[FileRange]) -> tuple[FileRange, ...]:
 def read_ranges(ranges: Sequence[FileRange]) -> bytearray:
     """The bytes of `ranges`, one after the other, in a new buffer of exactly that size."""
     buffer = bytearray(sum(piece.length for piece in ranges))
-    view = memoryview(buffer)
-    filled = 0
-    for piece in ranges:
-        with piece.file.open() as descriptor:
-            read_into(descriptor, piece, view[filled : filled + piece.length])
-        filled += piece.length
+    read_ranges_into(ranges, memoryview(buffer))
     return buffer
+
+
+def read_ranges_into(ranges: Sequence[FileRange], view: memoryview) -> None:
+    """Fills `view` with the bytes of `ranges`, one after the other."""
+    # A tensor may lie in as many files as there were GPUs: only one is open at a time.
+    for file, pieces in groupby(ranges, key=lambda piece: piece.file):
+        with file.open() as descriptor:
+            for piece in pieces:
+                read_into(descriptor, piece, view[: piece.length])
+                view = view[piece.length :]
+            file.check(descriptor)
 
 
 def read_into(descriptor: int, piece: FileRange, view: memoryview) -> None:

@@ -67,12 +67,25 @@ class LazyTensor(ABC):
         """The tensor whose elements, rounded to `dtype`, are those of this one; None if none is."""
         return None
 
-    @abstractmethod
+    # A subclass overrides one of these two.
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows `[start, stop)`, of shape `(stop - start, *row_shape)`, in memory of their own.
 
         Raises `CorruptFileError` where a file ends early or has changed.
         """
+        import torch
+
+        out = torch.empty((stop - start, *self.row_shape), dtype=self.dtype.torch)
+        self.read_into(start, stop, out)
+        return out
+
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """Fills `out`, row-major and of that shape, with rows `[start, stop)`.
+
+        Its dtype is that of this tensor, or float64. Raises as `read` does.
+        """
+        out.copy_(self.read(start, stop))
 
     @abstractmethod
     def leaves(self) -> Iterator[LazyTensor]:
@@ -88,13 +101,6 @@ class LazyTensor(ABC):
         It lets a block be bounded even if one row is larger than the memory allowed.
         """
         return self
-
-    def overflow(self, start: int, stop: int) -> tuple[int, float] | None:
-        """Of rows `[start, stop)`, the first element that was finite and is now infinite.
-
-        Returned as (flat index from the first row on, the finite value). Only a cast can do that.
-        """
-        return None
 
 
 class Derived(LazyTensor):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from xtuner2llava.tensors import thread_cache
 from xtuner2llava.tensors.dtype import FLOAT64, DType
-from xtuner2llava.tensors.kept import keep
 from xtuner2llava.tensors.lazy import Derived, LazyTensor
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Merge(LazyTensor):
 
     In float32, the sum over the ranks has an error of its own, and a value near the middle of two
     neighbours is rounded to the wrong one: one float16 in 1,000 to 14,000, and up to most float32.
-    Finding and mending those costs more time than float64, which takes twice that of float32.
+    Finding and fixing those costs more time than float64, which takes twice that of float32.
     """
 
     def __init__(
@@ -67,17 +67,17 @@ class Merge(LazyTensor):
         magnitude = 0 if self._magnitude is None else 2 * self.rows * FLOAT64.itemsize
         return right + magnitude + self._weight.fixed_cost
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
         import torch
 
-        rows = self._weight.read(start, stop).to(torch.float64).reshape(stop - start, -1)
+        self._weight.read_into(start, stop, out)
+        rows = out.view(stop - start, -1)
         left = self._left.read(start, stop).to(torch.float64)
         rows.addmm_(left, self._whole_right(), alpha=self._scale)
         if self._magnitude is not None:
             length = self._magnitude.read(0, self._magnitude.rows).to(torch.float64).flatten()
             norm = torch.linalg.vector_norm(rows, dim=1)
             rows.mul_((length[start:stop] / norm).unsqueeze(1))
-        return rows.reshape(stop - start, *self.row_shape)
 
     def leaves(self) -> Iterator[LazyTensor]:
         for part in (self._weight, self._left, self._right, self._magnitude):
@@ -88,7 +88,7 @@ class Merge(LazyTensor):
         import torch
 
         right = self._right
-        return keep(right, lambda: right.read(0, right.rows).to(torch.float64))
+        return thread_cache.get(right, lambda: right.read(0, right.rows).to(torch.float64))
 
 
 class Reshaped(Derived):
@@ -103,5 +103,5 @@ class Reshaped(Derived):
     def row_cost(self) -> int:
         return self._source.row_cost
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        return self._source.read(start, stop).reshape(stop - start, *self.row_shape)
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        self._source.read_into(start, stop, out.view(stop - start, *self._source.row_shape))

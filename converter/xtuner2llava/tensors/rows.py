@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.computed import cast
 from xtuner2llava.tensors.dtype import FLOAT64, DType
-from xtuner2llava.tensors.files import FileRange, cut, join, read_ranges
+from xtuner2llava.tensors.files import FileRange, cut, join
 from xtuner2llava.tensors.lazy import LazyTensor
-from xtuner2llava.tensors.stored import from_bytes
+from xtuner2llava.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -69,20 +69,20 @@ class Rows(LazyTensor):
             found.extend(cut(ranges, piece.start * self.row_bytes, length))
         return join(found)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        import torch
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        for source, low, high, place in self._parts(start, stop):
+            source.read_into(low, high, out[place : place + high - low])
 
-        blocks = []
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[LazyTensor, int, int, int]]:
+        """Whose rows `[start, stop)` are: (source, its rows from, to, their place in the block)."""
         position = 0
         for piece in self._pieces:
             rows = piece.stop - piece.start
             low, high = max(start - position, 0), min(stop - position, rows)
             if low < high:
-                blocks.append(piece.source.read(piece.start + low, piece.start + high))
+                place = position + low - start
+                yield piece.source, piece.start + low, piece.start + high, place
             position += rows
-        if not blocks:
-            return torch.empty((0, *self.row_shape), dtype=self.dtype.torch)
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def leaves(self) -> Iterator[LazyTensor]:
         seen: set[int] = set()
@@ -162,12 +162,12 @@ class Member(LazyTensor):
         ranges = self._source.ranges()
         return ranges and cut(ranges, self._index * self.nbytes, self.nbytes)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
         ranges = self.ranges()
         if ranges is None:
-            return self._source.read(self._index, self._index + 1)[0, start:stop].clone()
-        pieces = cut(ranges, start * self.row_bytes, (stop - start) * self.row_bytes)
-        return from_bytes(read_ranges(pieces), self.dtype, (stop - start, *self.row_shape))
+            out.copy_(self._source.read(self._index, self._index + 1)[0, start:stop])
+        else:
+            Stored("", self.dtype, self.shape, ranges).read_into(start, stop, out)
 
     def leaves(self) -> Iterator[LazyTensor]:
         return self._source.leaves()

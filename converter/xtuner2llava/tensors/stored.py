@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from xtuner2llava.tensors.dtype import DType
-from xtuner2llava.tensors.files import FileRange, cut, join, read_ranges
+from xtuner2llava.tensors.files import FileRange, cut, join, read_ranges, read_ranges_into
 from xtuner2llava.tensors.lazy import LazyTensor, Shape
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # A strided block whose elements span at most this many bytes of the file is read in one go.
 _SPAN_BYTES = 4 << 20
+# What is read at a time for another dtype.
+_PART_BYTES = 512 << 10
 
 
 def from_bytes(buffer: bytearray, dtype: DType, shape: Shape) -> torch.Tensor:
@@ -24,6 +26,13 @@ def from_bytes(buffer: bytearray, dtype: DType, shape: Shape) -> torch.Tensor:
     if not buffer:
         return torch.empty(shape, dtype=dtype.torch)
     return torch.frombuffer(buffer, dtype=dtype.torch).view(shape)
+
+
+def bytes_of(block: torch.Tensor) -> memoryview:
+    """The memory of `block`, row-major; numpy knows no bfloat16, so it goes through bytes."""
+    import torch
+
+    return block.view(-1).view(torch.uint8).numpy().data
 
 
 class Stored(LazyTensor):
@@ -42,9 +51,15 @@ class Stored(LazyTensor):
     def extents(self) -> tuple[FileRange, ...]:
         return self._ranges
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        pieces = cut(self._ranges, start * self.row_bytes, (stop - start) * self.row_bytes)
-        return from_bytes(read_ranges(pieces), self.dtype, (stop - start, *self.row_shape))
+    def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+        if out.dtype == self.dtype.torch:
+            pieces = cut(self._ranges, start * self.row_bytes, (stop - start) * self.row_bytes)
+            read_ranges_into(pieces, bytes_of(out))
+            return
+        step = max(1, _PART_BYTES // max(1, self.row_bytes))
+        for first in range(start, stop, step):  # Widened while it is in the cache.
+            last = min(first + step, stop)
+            out[first - start : last - start].copy_(self.read(first, last))
 
     def leaves(self) -> Iterator[LazyTensor]:
         yield self
@@ -71,6 +86,10 @@ class Strided(LazyTensor):
     ) -> None:
         self.name, self.dtype, self.shape = name, dtype, shape
         self._storage, self._strides, self._offset = storage, strides, offset
+
+    @property
+    def row_cost(self) -> int:
+        return 2 * self.row_bytes
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         first = self._offset + start * self._strides[0]

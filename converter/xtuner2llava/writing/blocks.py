@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby, repeat
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError
 from xtuner2llava.tensors import (
-    DType,
     FileRange,
     LazyTensor,
     Shape,
+    Stored,
     first_overflow,
     round_into,
     row_blocks,
+    thread_cache,
 )
-from xtuner2llava.tensors.files import read_into
-from xtuner2llava.tensors.kept import forget
+from xtuner2llava.tensors.files import cut, read_ranges
+from xtuner2llava.tensors.stored import bytes_of
 from xtuner2llava.writing.disk import BLOCK_BYTES
-from xtuner2llava.writing.nonfinite import Tally
+from xtuner2llava.writing.nonfinite import NonFiniteCounter
 from xtuner2llava.writing.shards import Entry
 from xtuner2llava.writing.source_sums import RangeSum, add_bytes
 
@@ -32,172 +33,120 @@ if TYPE_CHECKING:
 # round differently for another number of rows, and the output must not depend on the jobs.
 _ELEMENTS_BYTES = 4 << 20
 _ROWS_BYTES = 16 << 20
+# What is read at a time of a tensor that is only rounded.
+_STORED_BYTES = 1 << 20
 
-# How many blocks may be written and checked beside the one that is being made.
-AHEAD = 3
+# How many blocks may wait to be checked beside the one that is being made.
+AHEAD = 1
 
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
 
 
-def blocks(
-    entry: Entry,
-    buffers: Iterator[memoryview] | None = None,
-    tally: Tally | None = None,
-    sums: list[RangeSum] | None = None,
-) -> Iterator[memoryview]:
+def blocks(entry: Entry) -> Iterator[memoryview]:
     """The bytes of `entry`, row-major and little-endian, in blocks of at most `BLOCK_BYTES`.
 
-    What is copied or only rounded goes into `buffers`, of `BLOCK_BYTES` each, one after another;
-    by default a block is valid until the next one is asked for. What is computed has memory of its
-    own. With `tally`, what is not finite in computed values is counted; with `sums`, the CRC-32 of
-    what was read for rounding is added to them. Raises `CorruptFileError` if a source file is
+    A block is valid until the next one is asked for. Raises `CorruptFileError` if a source file is
     short or changes meanwhile, and `PlanError` for a finite value that its cast made infinite.
     """
-    buffers = buffers or repeat(memoryview(bytearray(BLOCK_BYTES)))
-    dtype, ranges = _stored(entry.tensor)
-    if ranges is not None and dtype == entry.tensor.dtype:
-        return _copied(ranges, buffers, sums)
-    tally = tally or Tally(entry.name, entry.tensor.dtype.code)
+    ranges = entry.tensor.ranges()
     if ranges is not None:
-        return _rounded(entry, dtype, ranges, buffers, tally, sums)
-    return _computed(entry, tally)
+        for start in range(0, entry.tensor.nbytes, BLOCK_BYTES):
+            yield memoryview(read_ranges(cut(ranges, start, BLOCK_BYTES)))
+        return
+    counter = NonFiniteCounter(entry.name, entry.tensor.dtype.code)
+    for first, exact in exact_blocks(entry.tensor):
+        yield from rounded(entry, first, exact, counter)
+
+
+def exact_blocks(
+    tensor: LazyTensor, sums: list[RangeSum] | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Elements of a tensor without ranges, before it is rounded: (number of the first, elements).
+
+    A block is valid until the block after the next is asked for. With `sums`, the CRC-32 of what
+    was read of a tensor that is only rounded is added to them.
+    """
+    import torch
+
+    source, cuts = _exact(tensor)
+    if not cuts:
+        return
+    shape = (cuts[0][1], *source.row_shape)
+    memory = cycle([torch.empty(shape, dtype=source.dtype.torch) for _ in range(AHEAD + 1)])
+    try:
+        for start, stop in cuts:
+            block = next(memory)[: stop - start]
+            source.read_into(start, stop, block)
+            if sums is not None:
+                view = bytes_of(block)
+                for piece in cut(source.ranges() or (), start * source.row_bytes, len(view)):
+                    add_bytes(sums, piece, view[: piece.length])
+                    view = view[piece.length :]
+            yield start * math.prod(source.row_shape), block.view(-1)
+    finally:
+        thread_cache.clear()
+
+
+def rounded(
+    entry: Entry, first: int, exact: torch.Tensor, counter: NonFiniteCounter
+) -> Iterator[memoryview]:
+    """The bytes of `exact`, the elements of `entry` from number `first` on, in its dtype.
+
+    A block, of at most `BLOCK_BYTES`, is valid until the next one is asked for. What is not finite
+    is counted. Raises `PlanError` for a finite value that becomes infinite.
+    """
+    import torch
+
+    dtype = entry.tensor.dtype.torch
+    count = min(BLOCK_BYTES // dtype.itemsize, len(exact))
+    buffer = exact if exact.dtype == dtype else torch.empty(count, dtype=dtype)
+    for start in range(0, len(exact), count):
+        values = exact[start : start + count]
+        if exact.dtype != dtype:
+            round_into(values, buffer[: len(values)])
+        block = values if exact.dtype == dtype else buffer[: len(values)]
+        data = bytes_of(block)
+        if counter.add(data) and (lost := first_overflow(values, block)) is not None:
+            raise _overflow(entry, first + start + lost[0], lost[1])
+        yield data
 
 
 def stored_ranges(tensor: LazyTensor) -> Sequence[FileRange] | None:
-    """The ranges that hold its elements, in whatever dtype; None if they must be computed."""
-    return _stored(tensor)[1]
+    """The ranges that hold its elements, in its dtype or before rounding; None if computed."""
+    ranges = tensor.ranges()
+    # Only the last rounding is looked through: one before it is a value of its own.
+    exact = tensor.unrounded()
+    return exact.ranges() if ranges is None and exact is not None else ranges
 
 
 def working_bytes(tensor: LazyTensor) -> int:
     """The most memory that writing `tensor` takes at a time, in bytes."""
-    dtype, ranges = _stored(tensor)
-    if ranges is not None:
-        if dtype == tensor.dtype:
-            return 3 * BLOCK_BYTES  # of the source, of the file, and for a copy without the kernel
-        return (AHEAD + 3) * BLOCK_BYTES + _source_bytes(dtype, tensor.dtype)
-    source = tensor.flat()
-    rows = next((stop - start for start, stop in _cuts(source)), 0)
-    held = 2 * source.row_bytes  # by the blocks that are being checked
-    return rows * (source.row_cost + held) + source.fixed_cost + 2 * BLOCK_BYTES
+    if tensor.ranges() is not None:
+        return 3 * BLOCK_BYTES  # of the source, of the file, and for a copy without the kernel
+    source, cuts = _exact(tensor)
+    rows = cuts[0][1] if cuts else 0
+    blocks_ahead = AHEAD * rows * source.row_bytes
+    return blocks_ahead + rows * source.row_cost + source.fixed_cost + 2 * BLOCK_BYTES
 
 
-def _cuts(source: LazyTensor) -> Iterator[tuple[int, int]]:
-    """First row and last row + 1 of each block."""
-    return row_blocks(source, _ROWS_BYTES if len(source.shape) > 1 else _ELEMENTS_BYTES)
+def _exact(tensor: LazyTensor) -> tuple[LazyTensor, list[tuple[int, int]]]:
+    """`tensor` before it is rounded, and the first row and the last row + 1 of its blocks."""
+    flat = tensor.flat()
+    source = flat.unrounded() or flat
+    ranges = source.ranges()
+    if ranges is None:
+        memory = _ROWS_BYTES if len(flat.shape) > 1 else _ELEMENTS_BYTES
+        return source, list(row_blocks(flat, memory))
+    source = Stored("", source.dtype, (math.prod(source.shape),), ranges)
+    return source, list(row_blocks(source, _STORED_BYTES))
 
 
-def _stored(tensor: LazyTensor) -> tuple[DType, Sequence[FileRange] | None]:
-    """The ranges that hold the elements of `tensor`, and the dtype they have there.
-
-    That is another one than its own where they are only rounded; the ranges are None where they
-    are computed.
-    """
-    # Only the last rounding is looked through: one before it is a value of its own.
-    for stored in (tensor, tensor.unrounded()):
-        ranges = None if stored is None else stored.ranges()
-        if stored is not None and ranges is not None:
-            if sum(piece.length for piece in ranges) != stored.nbytes:
-                raise RuntimeError(f"the ranges of a tensor are not its {stored.nbytes:,} bytes")
-            return stored.dtype, ranges
-    return tensor.dtype, None
-
-
-def _source_bytes(source: DType, target: DType) -> int:
-    """What a block of `target` takes in `source`."""
-    return BLOCK_BYTES // target.itemsize * source.itemsize
-
-
-def _rounded(
-    entry: Entry,
-    dtype: DType,
-    ranges: Sequence[FileRange],
-    buffers: Iterator[memoryview],
-    tally: Tally,
-    sums: list[RangeSum] | None,
-) -> Iterator[memoryview]:
-    """Elements of `dtype` from files, rounded to that of `entry` while they are in the cache."""
-    import torch
-
-    target = entry.tensor.dtype
-    source = memoryview(bytearray(_source_bytes(dtype, target)))
-    done = 0
-    for data in _copied(ranges, repeat(source), sums):
-        count = len(data) // dtype.itemsize
-        block = next(buffers)[: count * target.itemsize]
-        exact = torch.frombuffer(data, dtype=dtype.torch)
-        rounded = torch.frombuffer(block, dtype=target.torch)
-        round_into(exact, rounded)
-        if tally.add(block):
-            _refuse_overflow(entry, done, first_overflow(exact, rounded))
-        yield block
-        done += count
-
-
-def _copied(
-    ranges: Sequence[FileRange],
-    buffers: Iterator[memoryview],
-    sums: list[RangeSum] | None = None,
-) -> Iterator[memoryview]:
-    # Taken only when something is read into it: whoever reuses buffers counts one for each block.
-    buffer: memoryview | None = None
-    filled = 0
-    # A tensor may lie in as many files as there were GPUs: only one is open at a time.
-    for file, pieces in groupby(ranges, key=lambda piece: piece.file):
-        with file.open() as descriptor:
-            for piece in pieces:
-                done = 0
-                while done < piece.length:
-                    if buffer is None:
-                        buffer, filled = next(buffers), 0
-                    count = min(piece.length - done, len(buffer) - filled)
-                    part = FileRange(file, piece.offset + done, count, piece.member)
-                    read_into(descriptor, part, buffer[filled : filled + count])
-                    if sums is not None:
-                        add_bytes(sums, part, buffer[filled : filled + count])
-                    done, filled = done + count, filled + count
-                    if filled == len(buffer):
-                        yield buffer
-                        buffer = None
-            file.check(descriptor)
-    if buffer is not None:
-        yield buffer[:filled]
-
-
-def _computed(entry: Entry, tally: Tally) -> Iterator[memoryview]:
-    source = entry.tensor.flat()
-    try:
-        for start, stop in _cuts(source):
-            data = _as_bytes(source.read(start, stop))
-            if len(data) != (stop - start) * source.row_bytes:
-                raise RuntimeError(
-                    f"{entry.name}: rows {start} to {stop} came as {len(data)} bytes"
-                )
-            if tally.add(data):
-                before = start * math.prod(source.row_shape)
-                _refuse_overflow(entry, before, source.overflow(start, stop))
-            for place in range(0, len(data), BLOCK_BYTES):
-                yield data[place : place + BLOCK_BYTES]
-    finally:
-        forget()
-
-
-def _as_bytes(block: torch.Tensor) -> memoryview:
-    """The memory of `block`; numpy knows no bfloat16, so it goes through bytes."""
-    import torch
-
-    return block.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _refuse_overflow(entry: Entry, before: int, lost: tuple[int, float] | None) -> None:
-    """Raises `PlanError` if an element is `lost`; `before` are those of earlier blocks."""
-    if lost is None:
-        return
-    element, value = before + lost[0], lost[1]
+def _overflow(entry: Entry, element: int, value: float) -> PlanError:
     dtype = entry.tensor.dtype
     largest = _LARGEST.get(dtype.code)
     limit = f", whose largest value is {largest:g}" if largest else ""
     other = "bfloat16 or --dtype float32" if dtype.code == "F16" else "float32"
-    raise PlanError(
+    return PlanError(
         f"element {list(position(element, entry.tensor.shape))} is {value:g}, "
         f"which overflows {dtype}{limit}",
         where=entry.name,

@@ -43,7 +43,7 @@ def count_nonfinite(data: memoryview, code: str) -> tuple[int, int]:
     return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))
 
 
-class Tally:
+class NonFiniteCounter:
     """Counts what is not finite in one tensor, of the dtype with that safetensors code."""
 
     def __init__(self, name: str, code: str) -> None:

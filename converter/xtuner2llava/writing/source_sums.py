@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from xtuner2llava.errors import VerificationError
@@ -36,7 +37,7 @@ def add_bytes(sums: list[RangeSum], piece: FileRange, data: memoryview) -> None:
     """Adds to `sums` that the bytes of `piece` are `data`, if they lie in an entry with a sum."""
     if piece.checkable is None:
         return
-    path, member = str(piece.file.path.absolute()), piece.checkable.offset
+    path, member = _path(piece.file), piece.checkable.offset
     if sums:
         last = sums[-1]
         if (last.path, last.member, last.offset + last.length) == (path, member, piece.offset):
@@ -44,6 +45,11 @@ def add_bytes(sums: list[RangeSum], piece: FileRange, data: memoryview) -> None:
             sums[-1] = last._replace(length=last.length + piece.length, crc32=crc32)
             return
     sums.append(RangeSum(path, member, piece.offset, piece.length, zlib.crc32(data)))
+
+
+@cache
+def _path(file: SourceFile) -> str:
+    return str(file.path.absolute())
 
 
 def combined(first: int, second: int, length: int) -> int:
@@ -76,7 +82,7 @@ class SourceSums:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         self._members = {
-            (str(piece.file.path.absolute()), member.offset): (piece.file, member)
+            (_path(piece.file), member.offset): (piece.file, member)
             for shard in shards
             for piece in _extents(shard)
             if (member := piece.checkable) is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 from xtuner2llava.errors import VerificationError
 from xtuner2llava.writing.blocks import blocks, position, working_bytes
 from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
-from xtuner2llava.writing.disk import disk_errors, read_all
+from xtuner2llava.writing.disk import disk_errors, read_all, write_all
 from xtuner2llava.writing.shards import Entry, Shard
 from xtuner2llava.writing.work import OnProgress, Work
 
@@ -66,32 +66,41 @@ class WrittenFile:
     """The file at `path`, open as `descriptor`, as something to compare with what it should be."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self._descriptor = path, descriptor
+        self.path, self.descriptor = path, descriptor
         self._found = bytearray()
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Writes all of `data` at `offset`."""
+        with disk_errors(self.path):
+            write_all(self.descriptor, data, offset)
+
+    def flush(self) -> None:
+        with disk_errors(self.path):
+            os.fsync(self.descriptor)
 
     def require_header(self, shard: Shard) -> None:
         """Raises `VerificationError` unless it has the size and the header of `shard`."""
-        with disk_errors(self._path, "cannot be read back"):
-            size = os.fstat(self._descriptor).st_size
+        with disk_errors(self.path, "cannot be read back"):
+            size = os.fstat(self.descriptor).st_size
             if size != shard.size:
                 raise VerificationError(
                     f"has {size:,} bytes, expected {shard.size:,}",
-                    where=str(self._path),
+                    where=str(self.path),
                     advice=_ADVICE,
                 )
             header = bytearray(len(shard.header))
-            read_all(self._descriptor, memoryview(header), 0)
+            read_all(self.descriptor, memoryview(header), 0)
         if header != shard.header:
             raise VerificationError(
-                "its header is not the one planned", where=str(self._path), advice=_ADVICE
+                "its header is not the one planned", where=str(self.path), advice=_ADVICE
             )
 
     def read(self, offset: int, count: int) -> bytearray:
         """The `count` bytes at `offset`, in a buffer that the next call may use again."""
         if len(self._found) != count:
             self._found = bytearray(count)
-        with disk_errors(self._path, "cannot be read back"):
-            read_all(self._descriptor, memoryview(self._found), offset)
+        with disk_errors(self.path, "cannot be read back"):
+            read_all(self.descriptor, memoryview(self._found), offset)
         return self._found
 
     def require_same(
@@ -109,7 +118,7 @@ class WrittenFile:
         if found is None:
             found = self.read(offset, len(expected))
         if found != expected:
-            raise _difference(self._path, entry, offset, found, memoryview(expected))
+            raise _difference(self.path, entry, offset, found, memoryview(expected))
 
 
 def _difference(

@@ -1,4 +1,6 @@
-"""vLLM on CPU answers as transformers does, prompted and in its chat, with the format hf."""
+"""vLLM on CPU, with the format hf, answers as transformers does, prompted and in chat; and in its
+chat as XTuner's own model did.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from typing import Any
 
 import pytest
 
+from acceptance.test_answers import ASKED, of
 from consumers.models import PICTURES, TOKENS, WEAK_GEMMA, WIDE, Answer, Transformers, write_hf
+from consumers.widened import write_widened
+from reference.cases import Converted
+from reference.encode import IMAGE
 from reference.exchange import write_exchanged
 from reference.seen import Seen
 
@@ -25,8 +31,10 @@ EXCHANGED = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 
 @pytest.fixture(scope="module")
-def folders(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Converted models by kind, and wrong ones."""
+def folders(
+    checkpoints: Path, converted: Converted, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Converted models by kind, wrong ones, and those that XTuner's answers are of, by case."""
     home = tmp_path_factory.mktemp("vllm")
     made = {kind: write_hf(home / kind, kind, checkpoints) for kind in WIDE}
     prefix = "language_model.model.layers.0"
@@ -34,6 +42,9 @@ def folders(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     made["untrained template"] = shutil.copytree(made["llama"], home / "template")
     for path in home.glob("template/chat_template.*"):
         path.write_text(path.read_text().replace("USER:", "Human:"))
+    for case in ASKED:
+        folder = converted(case, format="hf", dtype="float32")
+        made[case] = write_widened(folder, home / case)
     return made
 
 
@@ -58,7 +69,7 @@ def prompt_of(kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def vllm(folders: dict[str, Path]) -> tuple[str, dict[str, Any]]:
-    """Its version, and what it answers, or the error; one process, as it takes long to start."""
+    """Its version, and what it answers; one process, as it takes long to start."""
     made = subprocess.run(
         [HERE / "environment", "vllm"], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -69,6 +80,10 @@ def vllm(folders: dict[str, Path]) -> tuple[str, dict[str, Any]]:
         {
             "folder": str(folder),
             "questions": [
+                {"picture": str(PICTURES / answer["picture"]), "chat": answer["question"]}
+                for answer in of(kind)
+            ]
+            or [
                 {"picture": str(PICTURES / "wide.png"), "chat": QUESTION},
                 {"picture": str(PICTURES / "tall.png"), "prompt": prompt_of(kind)},
             ],
@@ -85,12 +100,11 @@ def vllm(folders: dict[str, Path]) -> tuple[str, dict[str, Any]]:
     )
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout)
-    answers = {
-        kind: found
-        if "error" in found
-        else dict(zip(("chat", "prompt"), map(Answer.of, found), strict=True))
-        for kind, found in zip(folders, result["models"], strict=True)
-    }
+    answers: dict[str, Any] = {}
+    for kind, found in zip(folders, result["models"], strict=True):
+        assert "error" not in found, (kind, found["error"])
+        made = [Answer.of(answer) for answer in found]
+        answers[kind] = made if kind in ASKED else dict(zip(("chat", "prompt"), made, strict=True))
     return result["version"], answers
 
 
@@ -103,7 +117,6 @@ def test_it_answers_as_transformers(
     kind: str,
 ) -> None:
     version, answers = vllm
-    assert "error" not in answers[kind], answers[kind]["error"]
     for way, expected in asked[kind].items():
         answer = answers[kind][way]
         assert answer.ids == expected.ids, way
@@ -112,6 +125,17 @@ def test_it_answers_as_transformers(
         seen.loads("vllm", version, folders[kind], WEAK_GEMMA)
     else:
         seen.ran("vllm", version, folders[kind])
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_it_answers_as_xtuner(
+    folders: dict[str, Path], vllm: tuple[str, dict[str, Any]], case: str
+) -> None:
+    image = json.loads((folders[case] / "config.json").read_text())["image_token_index"]
+    for found, answer in zip(vllm[1][case], of(case), strict=True):
+        place, patches = found.ids.index(image), found.ids.count(image)
+        assert [*found.ids[:place], IMAGE, *found.ids[place + patches :]] == answer["input_ids"]
+        assert found.tokens == answer["tokens"]
 
 
 def test_gate_and_up_exchanged_is_seen(

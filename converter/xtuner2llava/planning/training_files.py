@@ -25,7 +25,10 @@ from xtuner2llava.training_config import Loaded, TrainingConfig, Value, shown
 
 # Auto classes take the class that the file names.
 _AUTO = ("AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor")
-_CLIP = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPProcessor")
+_CLIP = (
+    *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+    *("CLIPFeatureExtractor", "CLIPProcessor"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,10 @@ def image_processor_of(checkpoint: Checkpoint, findings: Findings) -> ImageProce
         read_image_processor(own),
         own,
     )
-    named = loaded.type
+    named: Json = loaded.type
     if named in _AUTO:
-        named = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+        saved = values.get("image_processor_type") or values.get("feature_extractor_type")
+        named = saved or named
     if named not in (None, *_CLIP):
         raise PlanError(
             f"the training prepared images with {named}, and LLaVA does with CLIPImageProcessor",

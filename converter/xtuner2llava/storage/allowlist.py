@@ -1,14 +1,15 @@
 """The globals that a checkpoint's pickle may name, each group with its reason.
 
-Allowed means: understood as data. None of them is imported or called, see `pickle_reader`. The list
-is what XTuner 0.1.23 (mmengine 0.10.7, DeepSpeed 0.16.2) was seen to write, what its LLM trainings
+Allowed means: read as data. None of them is imported or called, see `pickle_reader`. The list is
+what XTuner 0.1.23 (mmengine 0.10.7, DeepSpeed 0.16.2) was seen to write, what its LLM trainings
 on GPUs add, and what `torch.save` writes for plain tensors.
 """
 
 from __future__ import annotations
 
-# torch/storage.py, `_get_dtype_from_pickle_storage_type`.
-_STORAGES = {
+# Storage classes and the dtype of their elements (torch/storage.py,
+# `_get_dtype_from_pickle_storage_type`).
+STORAGES = {
     "torch.DoubleStorage": "float64",
     "torch.FloatStorage": "float32",
     "torch.HalfStorage": "float16",
@@ -68,19 +69,4 @@ _RECORDS = {
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
 
-_ALLOWED = frozenset({*_STORAGES, *_TENSORS, *_CONTAINERS, *_RECORDS})
-
-
-def canonical(name: str) -> str:
-    """`name` as Python 3 calls it: protocol 2 pickles say `__builtin__` for `builtins`."""
-    module, dot, rest = name.partition(".")
-    return f"builtins{dot}{rest}" if module == "__builtin__" else name
-
-
-def is_allowed(name: str) -> bool:
-    return name in _ALLOWED
-
-
-def storage_dtype(name: str) -> str | None:
-    """torch's name of the dtype that a storage class holds; None for other globals."""
-    return _STORAGES.get(name)
+ALLOWED = frozenset({*STORAGES, *_TENSORS, *_CONTAINERS, *_RECORDS})

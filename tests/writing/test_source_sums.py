@@ -7,15 +7,12 @@ import os
 import random
 import shutil
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from reference.cases import CASES
 from xtuner2llava import ConversionError, CorruptFileError, VerificationError, convert, plan
@@ -23,20 +20,8 @@ from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import tensor_references
 from xtuner2llava.tensors import FLOAT16, LazyTensor, Piece, Rows, Transpose, cast, split
 from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
-from xtuner2llava.writing.source_sums import combined
 
 BITS = random.Random(5)  # noqa: S311
-
-
-@given(st.binary(max_size=300), st.binary(max_size=300))
-def test_sums_of_pieces_are_combined(first: bytes, second: bytes) -> None:
-    found = combined(zlib.crc32(first), zlib.crc32(second), len(second))
-    assert found == zlib.crc32(first + second)
-
-
-def test_a_long_second_piece() -> None:
-    long = bytes(range(256)) * 40_000
-    assert combined(zlib.crc32(b"abc"), zlib.crc32(long), len(long)) == zlib.crc32(b"abc" + long)
 
 
 def saved(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import stat
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError
+from xtuner2llava.tensors.crc32 import crc32
 
 _BLOCK_BYTES = 1 << 20
 
@@ -183,7 +183,7 @@ def crc32_of(piece: FileRange) -> int:
         for done in range(0, piece.length, _BLOCK_BYTES):
             view = buffer[: piece.length - done]
             read_into(descriptor, FileRange(piece.file, piece.offset + done, len(view)), view)
-            found = zlib.crc32(view, found)
+            found = crc32(view, found)
     return found
 
 

@@ -23,7 +23,7 @@ from xtuner2llava.tensors.stored import bytes_of
 from xtuner2llava.writing.disk import BLOCK_BYTES
 from xtuner2llava.writing.nonfinite import NonFiniteCounter
 from xtuner2llava.writing.shards import Entry
-from xtuner2llava.writing.source_sums import RangeSum, add_bytes
+from xtuner2llava.writing.source_sums import RangeSum, add_sums
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ def exact_blocks(
     source, cuts = _exact(tensor)
     if not cuts:
         return
+    ranges = source.ranges() or ()
     shape = (cuts[0][1], *source.row_shape)
     memory = cycle([torch.empty(shape, dtype=source.dtype.torch) for _ in range(AHEAD + 1)])
     try:
@@ -78,10 +79,8 @@ def exact_blocks(
             block = next(memory)[: stop - start]
             source.read_into(start, stop, block)
             if sums is not None:
-                view = bytes_of(block)
-                for piece in cut(source.ranges() or (), start * source.row_bytes, len(view)):
-                    add_bytes(sums, piece, view[: piece.length])
-                    view = view[piece.length :]
+                data = memoryview(bytearray(bytes_of(block)))
+                add_sums(sums, cut(ranges, start * source.row_bytes, len(data)), data)
             yield start * math.prod(source.row_shape), block.view(-1)
     finally:
         thread_cache.clear()

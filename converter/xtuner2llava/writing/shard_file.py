@@ -38,7 +38,7 @@ from xtuner2llava.writing.budget import Budget
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors
 from xtuner2llava.writing.nonfinite import NonFinite, NonFiniteCounter
 from xtuner2llava.writing.shards import Entry, Shard
-from xtuner2llava.writing.source_sums import RangeSum, SourceSums, add_bytes
+from xtuner2llava.writing.source_sums import RangeSum, SourceSums, add_sums
 from xtuner2llava.writing.stage import Stage
 from xtuner2llava.writing.verify import WrittenFile
 from xtuner2llava.writing.work import Stopped
@@ -277,18 +277,15 @@ class _Checks:
         for done in range(0, length, BLOCK_BYTES):
             pieces = cut(batch, done, BLOCK_BYTES)
             found = self._file.read(offset + done, sum(piece.length for piece in pieces))
-            view = memoryview(found)
-            self._digest.update(view)
-            counter.add(view)
-            if sums is not None:
-                for piece in pieces:
-                    add_bytes(sums, piece, view[: piece.length])
-                    view = view[piece.length :]
+            self._digest.update(found)
+            counter.add(memoryview(found))
             if self._verify:
                 # A sum that the source carries is compared when its entry is complete.
                 if sums is None or any(piece.checkable is None for piece in pieces):
                     self._file.require_same(entry, offset + done, read_ranges(pieces), found)
                 self._count(len(found))
+            if sums is not None:
+                add_sums(sums, pieces, memoryview(found))
         self._flush_in_time(length)
 
     def computed(

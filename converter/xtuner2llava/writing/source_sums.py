@@ -8,18 +8,16 @@ it read, and they are combined when the entry is complete.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
 from xtuner2llava.errors import VerificationError
 from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember
+from xtuner2llava.tensors.crc32 import combined, crc32
 from xtuner2llava.tensors.files import crc32_of, require_member
 from xtuner2llava.writing.shards import Shard
 
-# zlib's polynomial, with the coefficient of x^0 in the highest bit.
-_POLYNOMIAL = 0xEDB88320
 _NAMES = 8
 
 
@@ -33,47 +31,32 @@ class RangeSum(NamedTuple):
     crc32: int
 
 
-def add_bytes(sums: list[RangeSum], piece: FileRange, data: memoryview) -> None:
-    """Adds to `sums` that the bytes of `piece` are `data`, if they lie in an entry with a sum."""
-    if piece.checkable is None:
-        return
-    path, member = _path(piece.file), piece.checkable.offset
+def add_sums(sums: list[RangeSum], pieces: Iterable[FileRange], data: memoryview) -> None:
+    """Adds to `sums` those of `data`, the bytes of `pieces`, where these lie in entries with one.
+
+    It overwrites `data`.
+    """
+    for piece in pieces:
+        if piece.checkable is not None:
+            _add(sums, piece, piece.checkable, data[: piece.length])
+        data = data[piece.length :]
+
+
+def _add(sums: list[RangeSum], piece: FileRange, member: ZipMember, data: memoryview) -> None:
+    path = _path(piece.file)
     if sums:
         last = sums[-1]
-        if (last.path, last.member, last.offset + last.length) == (path, member, piece.offset):
-            crc32 = zlib.crc32(data, last.crc32)
-            sums[-1] = last._replace(length=last.length + piece.length, crc32=crc32)
+        end = last.offset + last.length
+        if (last.path, last.member, end) == (path, member.offset, piece.offset):
+            length = last.length + piece.length
+            sums[-1] = last._replace(length=length, crc32=crc32(data, last.crc32))
             return
-    sums.append(RangeSum(path, member, piece.offset, piece.length, zlib.crc32(data)))
+    sums.append(RangeSum(path, member.offset, piece.offset, piece.length, crc32(data)))
 
 
 @cache
 def _path(file: SourceFile) -> str:
     return str(file.path.absolute())
-
-
-def combined(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two byte strings, one after the other; the second has `length` bytes.
-
-    The first is multiplied by x^(8 * length) modulo the polynomial (zlib `crc32.c`,
-    `crc32_combine`).
-    """
-    shift, power = 1 << 31, 1 << 23  # x^0, and x^8: a byte
-    while length:
-        if length & 1:
-            shift = _product(shift, power)
-        power = _product(power, power)
-        length >>= 1
-    return _product(shift, first) ^ second
-
-
-def _product(a: int, b: int) -> int:
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
-    return product
 
 
 class SourceSums:

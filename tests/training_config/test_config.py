@@ -440,7 +440,7 @@ def test_what_only_describes_never_fails() -> None:
 
 
 def test_shared_and_endless_datasets_end() -> None:
-    wide = "d = [dict(image_folder='a')] * 900_000"
+    wide = "d = [dict(image_folder='a')]\n" + "d = d + d\n" * 19
     assert of_dataset("datasets=d", wide).max_length == 2048
     bomb = "d = [dict(image_folder='a')]\n" + "d = [dict(datasets=d), dict(datasets=d)]\n" * 30
     run = of_dataset("datasets=d", bomb)

@@ -30,32 +30,18 @@ def value(expression: str, before: str = "") -> Value:
         ("2 ** 10", 1024),
         ("1e-5", 1e-5),
         ("'a' 'b' + 'c'", "abc"),
-        ('f\'{1}/{"b"}/{2.5:.2f}/{3:03d}/{"q"!r}\'', "1/b/2.50/003/'q'"),
-        ("'ab' * 3", "ababab"),
-        ("[1, *(2, 3)] + [4]", [1, 2, 3, 4]),
-        ("(1,)", (1,)),
-        ("{3, 4}", frozenset({3, 4})),
+        ("f'{1}/{\"b\"}{2.5}'", "1/b2.5"),
+        ("(1,) + (2,)", (1, 2)),
+        ("[1] + [4]", [1, 4]),
+        ("1 if 2 < 3 else 4", 1),
+        ("not 0", True),
+        ("None is None", True),
+        ("1 != 2", True),
+        ("dict(a=dict(b=5))['a']['b'] + 2", 7),
         ("{'a': 1, **dict(b=2)}", {"a": 1, "b": 2}),
         ("dict(dict(a=1), b=dict(c=None))", {"a": 1, "b": {"c": None}}),
-        ("1 if 2 < 3 <= 3 else 4", 1),
-        ("not 0 and ('' or 'd')", "d"),
-        ("'a' in ['a', 'b'] and 3 not in (1, 2)", True),
-        ("None is None and 1 != 2", True),
         ("[1, 2, 3][-1] + (4, 5)[0]", 7),
-        ("'abcd'[1:3]", "bc"),
-        ("[1, 2, 3][::2]", [1, 3]),
-        ("dict(a=dict(b=5))['a']['b'] + dict(a=1).get('c', 2)", 7),
-        ("str(3) + str(1.5)", "31.5"),
-        ("max(1, 2) + min(3, 4) + abs(-5) + round(2.4) + len([1, 2])", 14),
         ("True", True),
-        ("~5", -6),
-        ("list((1, 2))", [1, 2]),
-        ("tuple([1]) + tuple()", (1,)),
-        ("float('1.5') + float(1)", 2.5),
-        ("bool('') or bool(3)", True),
-        ("int('10', 2)", 2),
-        ("dict(a=1).copy()", {"a": 1}),
-        ("[1].copy()", [1]),
     ],
 )
 def test_constants_are_computed_as_python_does(expression: str, expected: object) -> None:
@@ -64,32 +50,24 @@ def test_constants_are_computed_as_python_does(expression: str, expected: object
     assert type(found) is type(expected) or isinstance(found, Table)
 
 
-def test_functions_that_are_imported() -> None:
-    assert value("join('a', 'b')", "from os.path import join") == "a/b"
-    assert value("os.path.join('a', '/b')", "import os") == "/b"
+def test_a_dict_by_its_other_names() -> None:
     assert value("ConfigDict(a=1)", "from mmengine.config import ConfigDict") == {"a": 1}
-    assert isinstance(value("join('a', x)", "from os.path import join"), Unknown)
 
 
 def test_assignments_of_all_kinds() -> None:
     names = read(
-        "a = b = 1\nc: int = 2\nd: str\n(e, [f]) = 3, [4]\na += 5\n"
-        "g = [1]\nh = g\ng += [2]\ng.append(3)\ng.extend((4,))\n"
-        "k = dict(z=1)\nm = k\nk['y'] = 2\nk.x = 3\nk.update(w=4)\nk.update({'v': 5})\n"
-        "n = dict(**k)\nn['y'] += 10\ndel n['z']\no = 1\ndel o\ng[0] = 9\nprint(k)\n"
+        "a = b = 1\nd: str\na += 5\ng = [1]\nh = g\ng += [2]\nk = dict(z=1)\nm = k\nn = dict(**k)\n"
     )
-    assert [names[key] for key in "abcef"] == [6, 1, 2, 3, 4]
-    assert names["g"] == [9, 2, 3, 4]
+    assert [names[key] for key in "ab"] == [6, 1]
+    assert names["g"] == [1, 2]
     assert names["h"] == names["g"]  # another name of the same list
-    assert names["m"] == {"z": 1, "y": 2, "x": 3, "w": 4, "v": 5}
-    assert names["n"] == {"y": 12, "x": 3, "w": 4, "v": 5}
-    assert "d" not in names
-    assert "o" not in names
+    assert names["m"] == names["n"] == {"z": 1}
+    assert not isinstance(names.get("d"), str)
 
 
 def test_a_constant_if_takes_its_branch() -> None:
     assert read("big = True\nif big:\n  x = 1\nelif 3:\n  x = 2\nelse:\n  x = 3")["x"] == 1
-    assert read("if not []:\n  pass\nelse:\n  x = 3") == {}
+    assert read("if not 0:\n  pass\nelse:\n  x = 3") == {}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +112,20 @@ def test_lines_are_kept() -> None:
     "expression",
     [
         "some_function(1)",
+        "[1, *(2, 3)]",
+        "[*undefined]",
+        "1 < 2 < 3",
+        "'a' in ['a']",
+        "0 or 1",
+        "'abcd'[1:3]",
+        "'ab' * 3",
+        "f'{2.5:.2f}'",
+        "f'{1!r}'",
+        "str(3)",
+        "len([1])",
+        "int('10', 2)",
+        "dict(a=1).copy()",
+        "dict({}, {})",
         "[i for i in [1]]",
         "(lambda: 1)()",
         "undefined",
@@ -145,7 +137,6 @@ def test_lines_are_kept() -> None:
         "1 / 0",
         "[1][5]",
         "dict(a=1)['b']",
-        "dict(a=1, **{'a': 2})",
         "dict(**undefined)",
         "int('x')",
         "int('9' * 101)",
@@ -190,6 +181,19 @@ def test_templates_of_mmengine_stay_text() -> None:
         "model.pop('r')",
         "model.update(undefined)",
         "model[undefined] = 1",
+        "model['r'] = 1",
+        "model.r = 1",
+        "model.update(r=2)",
+        "print(model)",
+        "other, model = 1, 2",
+        "box = dict(m=model)\nbox['m'].clear()",
+        "y = [*[model.clear()]]",
+        "y = f'{model.clear()!r}'",
+        "y = 1 < 2 < (model := 3)",
+        "y = 0 or model.clear()",
+        "y = 'ab'[model.clear():2]",
+        "def f(): model.clear()\nfoo()",
+        "f = lambda: model.clear()\ny = [f][0]()",
         "model |= dict(r=2)",
         "while True: model = 3",
         "y = (model := 3)",
@@ -235,7 +239,6 @@ def test_what_may_have_changed_a_value_makes_it_unknown(change: str) -> None:
         "f = lambda: model",
         "y = [model for model in range(3)][0:1]\nmodel = dict(r=1)",
         "y = undefined",
-        "y = model.get('r')",
         "import model_zoo",
         "if False:\n  foo(model)",
         "assert model",
@@ -328,8 +331,9 @@ def test_a_rebound_builtin_is_not_the_builtin() -> None:
         ("x = '" + "a" * (4 << 20) + "'", "config.py"),
         ("if a: pass\n" + "elif b: pass\n" * 20_000, "config.py"),
         ("PK\3\4", "config.py:1"),
-        ("x = 'a' * 900_000\n" + "y = x + 'b'\n" * 5000, "config.py"),
-        ("x = [0] * 900_000\n" + "y = [*x]\n" * 5000, "config.py"),
+        ("x = '" + "a" * 900_000 + "'\n" + "y = x + 'b'\n" * 5000, "config.py"),
+        ("x = [0]\n" + "x = x + x\n" * 19 + "y = x + [0]\n" * 5000, "config.py"),
+        ("def f(): " + "a, " * 9000 + "a\n" + "foo()\n" * 5000, "config.py"),
         ("import a\n" + "a = a.b\n" * 50_000, "config.py"),
         ("x = [" + "[], " * 9000 + "]\n" + "foo(x)\n" * 5000, "config.py"),
     ],
@@ -355,13 +359,11 @@ def test_chains_are_refused_or_end_somewhere(text: str) -> None:
     [
         "x = [1]\n" + "x = [x, x]\n" * 50,  # 2 ** 50 leaves, 50 lists
         "x = 0\n" + "x = [x]\n" * 5000,
-        "x = dict()\nx['x'] = x",
-        "x = []\nx.append(x)",
+        "x = []\nx += [x]",
         "x = 'a'\n" + "x += x\n" * 100,
         "x = [1]\n" + "x += x\n" * 100,
         "x = 3\n" + "x = x ** x\n" * 20,
         "x = " + "[" * 150 + "]" * 150,
-        "x = 'a' * 900_000\ny = {}\n" + "z = y[x]\n" * 1000,
     ],
 )
 def test_values_stay_small(text: str) -> None:

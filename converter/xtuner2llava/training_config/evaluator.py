@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 import ast
+import operator
 import re
 import warnings
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.training_config.names import Names
-from xtuner2llava.training_config.operations import FUNCTIONS, METHODS, MUTATORS, Operations, truth
 from xtuner2llava.training_config.values import (
     ANY_NAME,
+    Key,
     Reference,
     Table,
     Unknown,
-    UnreadableError,
     Value,
     is_scalar,
-    known,
-    scalar,
 )
 
-_T = TypeVar("_T")
 TEXT_LIMIT = 4 << 20  # bytes or characters; real configs have some thousands
 _WORDS_LIMIT = 400_000  # the syntax tree takes about half a kilobyte for each word or sign
+_WORK_LIMIT = 4_000_000  # nodes visited, items and characters made
+_LENGTH_LIMIT = 1_000_000  # characters or items of one computed value
+_BITS_LIMIT = 1024  # of a computed integer
 _DEPTH_LIMIT = 80  # of expressions
+_NESTING_LIMIT = 64  # of values
 _WORD = re.compile(r"\w+|[^\w\s]")
 _BASE = "it comes from a base config, which is not followed"
-_NO_SPEC = ast.Constant("")
-_ERRORS = (ArithmeticError, ValueError, TypeError, LookupError)
+_OWN = "a function or class of the config itself, which is never run"
+_TOO_LARGE = "it is larger than any config needs"
+_RUNS_OR_REBINDS_ANYTHING = frozenset({"eval", "exec", "globals", "locals", "vars"})
+_DICTS = frozenset({"dict", "mmengine.ConfigDict", "mmengine.config.ConfigDict"})
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+    ast.Not: operator.not_,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
 
 
 def read_python(text: str, where: str) -> Table:
@@ -49,7 +71,7 @@ def read_python(text: str, where: str) -> Table:
     try:
         evaluator = _Evaluator(where)
         evaluator.run(_parse(text, where).body)
-        return evaluator.names.result()
+        return evaluator.result()
     except (RecursionError, MemoryError) as error:
         raise CheckpointError("is nested too deeply to be a config", where=where) from error
 
@@ -75,340 +97,343 @@ def _parse(text: str, where: str) -> ast.Module:
 
 
 class _Evaluator:
-    """Follows statements in order and computes expressions; nothing is ever called by name.
+    """Follows assignments, imports and constant conditions; all else is code, which is not run.
 
-    All operands are visited before one of them is found unknown, so that no assignment within an
-    expression is overlooked.
+    Code may rebind the names that it binds, and change the lists and dicts that it can reach from
+    the names that it mentions: `_forget` makes all of these unknown, so that a value that is
+    returned is the one that running the config would give.
     """
 
     def __init__(self, where: str) -> None:
-        self.names = Names(where)
-        self._operations = Operations(self.names)
+        self._where = where
+        self._names = Table()
+        # Functions of the config: any code that is not run may call them.
+        self._functions: list[ast.AST] = []
+        # By identity, since two names may share a dict. The container is kept so that its id stays.
+        self._changed: dict[int, tuple[Value, Unknown]] = {}
+        self._copies: dict[int, tuple[Value, int]] = {}
+        self._left = _WORK_LIMIT
         self._depth = 0
-
-    # Statements
 
     def run(self, body: list[ast.stmt]) -> None:
         for node in body:
-            self.names.spend(1)
-            self._statement(node)
-
-    def _statement(self, node: ast.stmt) -> None:
-        match node:
-            case ast.Assign(targets=targets, value=source):
-                value = self._value(source)
-                for target in targets:
-                    self._assign(target, value, source.lineno)
-            case ast.AnnAssign(target=target, value=source):
-                if source is not None:
-                    self._assign(target, self._value(source), source.lineno)
-            case ast.AugAssign():
-                self._augment(node)
-            case ast.Expr(value=source) | ast.Assert(test=source):
-                self._value(source)
-            case ast.Import(names=names):
-                for alias in names:
-                    root = alias.name.partition(".")[0]
-                    path = alias.name if alias.asname else root
-                    self.names.put(alias.asname or root, Reference(path), node.lineno)
-            case ast.ImportFrom():
-                self._import(node, "a relative import is not followed" if node.level else "")
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                self._define(node)
-            case ast.If(test=test, body=body, orelse=orelse):
-                try:
-                    self.run(body if truth(self._value(test), test.lineno) else orelse)
-                except UnreadableError as error:
-                    self.names.give_up(node, str(error))
-            case ast.With(items=items, body=body) if any(map(_is_read_base, items)):
-                for statement in body:
-                    if isinstance(statement, ast.ImportFrom):
-                        self._import(statement, _BASE)
-                    else:
-                        self.names.give_up(statement, _BASE)
-            case ast.Delete(targets=targets):
-                for target in targets:
-                    self._delete(target)
-            case ast.Pass():
-                pass
-            case _:
-                kind = type(node).__name__.lower()
-                self.names.give_up(node, f"a `{kind}` statement is code, which is not run")
-
-    def _assign(self, target: ast.expr, value: Value, line: int) -> None:
-        match target:
-            case ast.Name(id=name):
-                self.names.put(name, value, line)
-            case ast.Tuple(elts=targets) | ast.List(elts=targets):
-                parts = list(value) if isinstance(value, (list, tuple)) else []
-                starred = any(isinstance(part, ast.Starred) for part in targets)
-                if starred or len(parts) != len(targets):
-                    parts = [_unknown(value, "this unpacking is not read", line)] * len(targets)
-                for part, item in zip(targets, parts, strict=True):
-                    self._assign(part, item, line)
-            case ast.Starred(value=inner):
-                self._assign(inner, value, line)
-            case ast.Subscript() | ast.Attribute():
-                container, key = self._place(target)
-                if isinstance(container, Table) and is_scalar(key):
-                    container.put(key, value, line)
-                elif (
-                    isinstance(container, list)
-                    and isinstance(key, int)
-                    and (-len(container) <= key < len(container))
+            self._spend(1)
+            match node:
+                case ast.Assign(targets=targets, value=source) if all(
+                    isinstance(target, ast.Name) for target in targets
                 ):
-                    container[key] = value
-                else:
-                    self.names.give_up(target, "this assignment is not read", line)
+                    value = self._value(source)
+                    for name in _bound_by(*targets):
+                        self._names.put(name, value, source.lineno)
+                case ast.AugAssign(target=ast.Name(id=name)):
+                    self._names.put(name, self._value(node), node.lineno)
+                case ast.Expr(value=source) | ast.Assert(test=source):
+                    self._value(source)
+                case ast.Import(names=aliases):
+                    for alias in aliases:
+                        root = alias.name.partition(".")[0]
+                        path = Reference(alias.name if alias.asname else root)
+                        self._names.put(alias.asname or root, path, node.lineno)
+                case ast.ImportFrom(level=0, module=module, names=aliases):
+                    for alias in aliases:
+                        if alias.name == ANY_NAME:
+                            self._forget(node, "a star import is not followed")
+                        else:
+                            path = Reference(f"{module}.{alias.name}")
+                            self._names.put(alias.asname or alias.name, path, node.lineno)
+                case ast.ImportFrom():
+                    self._forget(node, "a relative import is not followed")
+                case ast.FunctionDef(decorator_list=[], args=ast.arguments(defaults=[])) if not any(
+                    node.args.kw_defaults
+                ):
+                    self._names.put(node.name, self._function(node), node.lineno)
+                case ast.If(test=test, body=then, orelse=orelse):
+                    chosen = self._value(test)
+                    if isinstance(chosen, (Unknown, Reference)):
+                        self._forget(node, f"it depends on `{ast.unparse(test)[:80]}`")
+                    else:
+                        self.run(then if chosen else orelse)
+                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                    self._forget(node, _OWN)
+                case ast.Pass():
+                    pass
+                case _:
+                    reads_base = isinstance(node, ast.With) and "read_base" in ast.unparse(node)
+                    kind = type(node).__name__.lower()
+                    code = f"a `{kind}` statement is code, which is not run"
+                    self._forget(node, _BASE if reads_base else code)
 
-    def _place(self, target: ast.Subscript | ast.Attribute) -> tuple[Value, Value]:
-        """The container and the key that a target names; an unknown key for a slice."""
-        container = self._value(target.value)
-        if isinstance(target, ast.Attribute):
-            return container, target.attr
-        if isinstance(target.slice, ast.Slice):
-            return container, Unknown("a slice", target.lineno)
-        return container, self._value(target.slice)
-
-    def _augment(self, node: ast.AugAssign) -> None:
-        old, value = self._value(node.target), self._value(node.value)
-        try:
-            if isinstance(node.op, ast.Add) and isinstance(old, list):
-                # Changes the list in place, also for those who know it by another name.
-                self._operations.extend(old, value)
-                return
-            if isinstance(old, Table):
-                raise UnreadableError("this change of a dict is not read")
-            new = self._operations.combine(node.op, old, value)
-        except (UnreadableError, *_ERRORS) as error:
-            if isinstance(old, (list, Table)):
-                self.names.give_up(node, str(error))
-            known = error.unknown if isinstance(error, UnreadableError) else None
-            new = known or Unknown(str(error)[:80], node.lineno)
-        self._assign(node.target, new, node.lineno)
-
-    def _delete(self, target: ast.expr) -> None:
-        if isinstance(target, ast.Name):
-            self.names.pop(target.id, None)
-            return
-        if isinstance(target, ast.Subscript):
-            container, key = self._place(target)
-            if isinstance(container, Table) and is_scalar(key) and key in container:
-                del container[key]
-                return
-        self.names.give_up(target, "this deletion is not read")
-
-    def _import(self, node: ast.ImportFrom, reason: str) -> None:
-        for alias in node.names:
-            if alias.name == ANY_NAME:
-                self.names.forget_all(
-                    Unknown(reason or "a star import is not followed", node.lineno)
-                )
-                continue
-            found = Unknown(reason, node.lineno) if reason else None
-            value = found or Reference(f"{node.module}.{alias.name}")
-            self.names.put(alias.asname or alias.name, value, node.lineno)
-
-    def _define(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
-        defined = self.names.defined(node)
-        for decorator in node.decorator_list:
-            self.names.give_up(decorator, "a decorator is code, which is not run")
-        if not isinstance(node, ast.ClassDef):
-            for default in (*node.args.defaults, *node.args.kw_defaults):
-                if default is not None:
-                    self._value(default)
-        if node.decorator_list or isinstance(node, ast.ClassDef):
-            self.names.taint(defined, Unknown(defined.reason, node.lineno))
-        self.names.put(node.name, defined, node.lineno)
+    def result(self) -> Table:
+        """All names, with what became unknown replaced; shared parts stay shared."""
+        if "_base_" in self._names:
+            unknown = Unknown(_BASE, self._names.lines["_base_"])
+            for name, value in self._names.items():
+                if isinstance(value, Table):
+                    self._names.put(name, unknown, unknown.line)
+            self._names.put(ANY_NAME, unknown, unknown.line)
+        table = Table()
+        for name, value in self._names.items():
+            line = self._names.lines[name]
+            table.put(name, self._copy(value, line, 0)[0], line)
+        return table
 
     # Expressions
 
-    def _value(self, node: ast.expr) -> Value:
-        """The value of an expression; `Unknown`, with all that it may change, where it is code."""
-        self.names.spend(1)
+    def _value(self, node: ast.expr | ast.AugAssign) -> Value:
+        """The value of an expression, all of whose parts are visited; `Unknown` where it is code.
+
+        A list that `+=` extends is the same list afterwards, under all its names.
+        """
+        self._spend(1)
         if self._depth >= _DEPTH_LIMIT:
-            return self.names.give_up(node, "it is nested too deeply")
+            return self._forget(node, "it is nested too deeply")
         self._depth += 1
         try:
-            return self.names.trusted(self._read(node))
-        except UnreadableError as error:
-            return error.unknown or Unknown(str(error), node.lineno)
-        except _ERRORS as error:
+            value = self._read(node)
+        except (ArithmeticError, ValueError, TypeError, LookupError) as error:
             return Unknown(f"it cannot be computed ({str(error)[:80]})", node.lineno)
         finally:
             self._depth -= 1
+        return self._changed.get(id(value), (None, value))[1]
 
-    def _read(self, node: ast.expr) -> Value:
+    def _read(self, node: ast.expr | ast.AugAssign) -> Value:
         match node:
-            case ast.Constant(value=None | bool() | float() | str() as value):
-                return value
-            case ast.Constant(value=int() as value):
-                return self._operations.bounded(value)
-            case ast.Constant(value=value):
-                raise UnreadableError(f"a constant of type {type(value).__name__} is not read")
+            case ast.Constant(value=None | bool() | int() | float() | str() as constant):
+                return self._bounded(constant, node)
             case ast.Name(id=name):
-                return self.names.look_up(name, node.lineno)
+                return self._look_up(name, node.lineno)
             case ast.Attribute(value=inner, attr=attr):
-                return self._operations.attribute(self._value(inner), attr)
-            case ast.Subscript(value=inner, slice=ast.Slice(lower=start, upper=stop, step=step)):
-                container = self._value(inner)
-                bounds = [None if b is None else self._value(b) for b in (start, stop, step)]
-                return self._operations.cut(container, bounds)
-            case ast.Subscript(value=inner, slice=index):
-                return self._operations.item(self._value(inner), self._value(index))
-            case ast.List(elts=nodes):
-                return self._items(nodes)
-            case ast.Tuple(elts=nodes):
-                return tuple(self._items(nodes))
+                return self._attribute(self._value(inner), attr, node)
+            case ast.Subscript(value=inner, slice=index) if not isinstance(index, ast.Slice):
+                return self._item(self._value(inner), self._value(index), node)
+            case ast.List(elts=nodes) | ast.Tuple(elts=nodes) if not any(
+                isinstance(part, ast.Starred) for part in nodes
+            ):
+                items = self._values(nodes)
+                return items if isinstance(node, ast.List) else tuple(items)
             case ast.Set(elts=nodes):
-                return frozenset(scalar(item) for item in self._items(nodes))
-            case ast.Dict(keys=keys, values=values):
-                return self._dict(zip(keys, values, strict=True))
-            case ast.JoinedStr(values=parts):
-                texts = [str(scalar(part)) for part in [*map(self._value, parts)]]
-                self.names.make(sum(map(len, texts)))
-                return "".join(texts)
-            case ast.FormattedValue():
-                shown = self._value(node.value)
-                spec = self._value(node.format_spec or _NO_SPEC)
-                return self._operations.formatted(shown, node.conversion, spec)
-            case ast.Call():
-                return self._call(node)
-            case ast.Lambda():
-                return self.names.defined(node)
-        return self._operation(node)
-
-    def _operation(self, node: ast.expr) -> Value:
-        match node:
+                items = self._values(nodes)
+                scalars = frozenset(item for item in items if is_scalar(item))
+                return scalars if all(map(is_scalar, items)) else self._unread(node, *items)
+            case ast.Dict(keys=keys, values=nodes):
+                return self._table(zip(keys, nodes, strict=True), node)
+            case ast.Call(func=func, args=args, keywords=keywords):
+                return self._call(node, self._callee(func), args, keywords)
             case ast.BinOp(left=left, op=op, right=right):
-                return self._operations.combine(op, self._value(left), self._value(right))
-            case ast.UnaryOp(op=sign, operand=operand):
-                value = known(self._value(operand))
-                if isinstance(sign, ast.Not):
-                    return not truth(value, node.lineno)
-                return self._operations.sign(sign, value)
-            case ast.Compare(left=left, ops=signs, comparators=others):
-                values = [self._value(part) for part in (left, *others)]
-                pairs = zip(values, signs, values[1:], strict=False)
-                return all(
-                    [self._operations.holds(one, sign_, other) for one, sign_, other in pairs]
-                )
-        try:
-            match node:
-                case ast.BoolOp(op=op_, values=operands):
-                    value = None
-                    for operand in operands:
-                        value = self._value(operand)
-                        if truth(value, node.lineno) is isinstance(op_, ast.Or):
-                            break
-                    return value
-                case ast.IfExp(test=test, body=body, orelse=orelse):
-                    chosen = body if truth(self._value(test), node.lineno) else orelse
-                    return self._value(chosen)
-        except UnreadableError as error:
-            # What is not looked at may still be run.
-            line = error.unknown.line if error.unknown else node.lineno
-            return self.names.give_up(node, str(error), line)
-        return self.names.give_up(node, f"a {type(node).__name__} is code, which is not run")
+                return self._combine(node, op, self._value(left), self._value(right))
+            case ast.AugAssign(target=left, op=op, value=right):
+                return self._combine(node, op, self._value(left), self._value(right))
+            case ast.UnaryOp(op=op, operand=operand):
+                return self._compute(node, op, self._value(operand))
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                return self._compute(node, op, self._value(left), self._value(right))
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                chosen = self._value(test)
+                if is_scalar(chosen):
+                    return self._value(body if chosen else orelse)
+                return self._forget(node, f"it depends on `{ast.unparse(test)[:80]}`")
+            case ast.JoinedStr(values=parts):
+                texts = self._values(parts)
+                if all(isinstance(text, str) for text in texts):
+                    return self._bounded("".join(map(str, texts)), node)
+                return self._unread(node, *texts)
+            case ast.FormattedValue(value=inner, conversion=-1, format_spec=None):
+                text = self._value(inner)
+                if isinstance(text, (str, int, float)):
+                    return self._bounded(str(text), node)
+                return self._unread(node, text)
+            case ast.Lambda():
+                return self._function(node)
+        return self._forget(node, f"a {type(node).__name__} is code, which is not run")
 
-    def _items(self, nodes: list[ast.expr]) -> list[Value]:
-        """The values of a display or of arguments, `*names` included."""
-        items: list[Value] = []
-        unknown: Unknown | None = None
-        for node in nodes:
-            value = self._value(node.value if isinstance(node, ast.Starred) else node)
-            if not isinstance(node, ast.Starred):
-                items.append(value)
-            elif isinstance(value, (list, tuple)):
-                self._operations.extend(items, value)
-            else:
-                unknown = _unknown(value, "this `*` is not read", node.lineno)
-        return _all_known(items, unknown)
+    def _values(self, nodes: list[ast.expr]) -> list[Value]:
+        return [self._value(node) for node in nodes]
 
-    def _dict(
-        self, entries: Iterable[tuple[ast.expr | None, ast.expr]], *, once: bool = False
-    ) -> Table:
-        """The dict of these keys and values; without a key, a value is a dict that is merged.
+    def _look_up(self, name: str, line: int) -> Value:
+        if name in self._names or ANY_NAME in self._names:
+            return self._names.get(name, self._names.get(ANY_NAME))
+        if name == "torch":
+            # mmengine writes a dtype into the text of a checkpoint's meta as str() gives it,
+            # without an import (mmengine/config/config.py, `pretty_text`).
+            return Reference("torch")
+        return Unknown(f"nothing in the file gives `{name[:80]}` a value", line)
 
-        `once` is for arguments, none of which is given twice.
-        """
+    def _attribute(self, value: Value, name: str, node: ast.expr) -> Value:
+        if isinstance(value, Reference):
+            self._spend(len(value.path) + len(name))
+            return Reference(f"{value.path}.{name}")
+        return self._unread(node, value)
+
+    def _item(self, container: Value, key: Value, node: ast.expr) -> Value:
+        match container, key:
+            case Table(), _ if is_scalar(key):
+                return container[key]
+            case list() | tuple(), int():
+                return container[key]
+            case Reference(), str() if container.path.endswith(".PROMPT_TEMPLATE"):
+                # A ConfigDict, whose keys are its attributes (xtuner/utils/templates.py).
+                return self._attribute(container, key, node)
+        return self._unread(node, container, key)
+
+    def _table(self, entries: Iterable[tuple[Key | ast.expr, ast.expr]], node: ast.expr) -> Value:
+        """The dict of these keys and values; without a key, a value is a dict that is merged."""
         table = Table()
-        unknown: Unknown | None = None
-        for key_node, node in entries:
-            key = None if key_node is None else self._value(key_node)
-            value = self._value(node)
-            part = Table() if key_node is not None else value
-            if key_node is not None and is_scalar(key) and isinstance(part, Table):
-                part.put(key, value, key_node.lineno)
-            elif key_node is not None or not isinstance(part, Table):
-                odd = value if key_node is None else key
-                unknown = _unknown(odd, "this key is not read", node.lineno)
+        unread: list[Value] = []
+        for key_node, value_node in entries:
+            line = key_node.lineno if isinstance(key_node, ast.expr) else value_node.lineno
+            key = self._value(key_node) if isinstance(key_node, ast.expr) else key_node
+            value = self._value(value_node)
+            self._spend(len(value) if isinstance(value, Table) else 1)
+            if key_node is None and isinstance(value, Table):
+                table.merge(value)
+            elif key_node is not None and is_scalar(key):
+                table.put(key, value, line)
+            else:
+                unread += [key, value]
+        return self._unread(node, *unread) if unread else table
+
+    def _callee(self, func: ast.expr) -> str:
+        """`dict`, or the full name of something imported."""
+        if isinstance(func, ast.Name) and func.id not in self._names:
+            return func.id
+        value = self._value(func)
+        return value.path if isinstance(value, Reference) else ""
+
+    def _call(
+        self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]
+    ) -> Value:
+        if name in _DICTS and len(args) <= 1:
+            words = [(word.arg, word.value) for word in keywords]
+            return self._table([*((None, arg) for arg in args), *words], node)
+        if name == "int" and len(args) == 1 and not keywords:
+            number = self._value(args[0])
+            if isinstance(number, (int, float)):
+                return self._bounded(int(number), node)
+            return self._unread(node, number)
+        text = ast.unparse(node.func) if isinstance(node.func, (ast.Name, ast.Attribute)) else ""
+        called = f"`{text[:80]}`" if text else "a computed function"
+        return self._forget(node, f"a call of {called} is code, which is not run")
+
+    def _compute(self, node: ast.expr, op: ast.AST, *values: Value) -> Value:
+        """A sign or a comparison of plain values."""
+        compute = _OPERATORS.get(type(op))
+        identity = isinstance(op, (ast.Is, ast.IsNot))
+        fits = all(v is None or isinstance(v, bool) if identity else is_scalar(v) for v in values)
+        if compute is None or not fits:
+            return self._unread(node, *values)
+        return self._bounded(compute(*values), node)
+
+    def _combine(
+        self, node: ast.expr | ast.AugAssign, op: ast.operator, left: Value, right: Value
+    ) -> Value:
+        """`left op right`, with bounded results."""
+        numbers, sequences = (int, float), (str, list, tuple)
+        if isinstance(left, numbers) and isinstance(right, numbers) and type(op) in _OPERATORS:
+            bits = left.bit_length() if isinstance(left, int) else 0
+            if isinstance(op, ast.Pow) and bits * abs(right) > _BITS_LIMIT:
+                return Unknown(_TOO_LARGE, node.lineno)
+            return self._bounded(_OPERATORS[type(op)](left, right), node)
+        alike = isinstance(op, ast.Add) and type(left) is type(right)
+        if alike and isinstance(left, sequences) and isinstance(right, sequences):
+            self._spend(len(left) + len(right))
+            if len(left) + len(right) > _LENGTH_LIMIT:
+                return Unknown(_TOO_LARGE, node.lineno)
+            if isinstance(node, ast.AugAssign) and isinstance(left, list):
+                left.extend(right)
+                return left
+            joined: Value = operator.add(left, right)
+            return joined
+        if isinstance(node, ast.AugAssign):
+            return self._forget(node, "this change is not read")
+        return self._unread(node, left, right)
+
+    def _bounded(self, value: Any, node: ast.expr | ast.AugAssign) -> Value:
+        """A plain value of a size that a config may need."""
+        large = isinstance(value, int) and value.bit_length() > _BITS_LIMIT
+        if large or (isinstance(value, str) and len(value) > _LENGTH_LIMIT):
+            return Unknown(_TOO_LARGE, node.lineno)
+        self._spend(len(value) if isinstance(value, str) else 0)
+        return value if is_scalar(value) else Unknown("its result is not read", node.lineno)
+
+    def _unread(self, node: ast.expr, *values: Value) -> Unknown:
+        """Why an expression of `values`, all of which were visited, is not known."""
+        found = (value for value in values if isinstance(value, Unknown))
+        return next(found, Unknown(f"`{ast.unparse(node)[:80]}` is not read", node.lineno))
+
+    # What is not followed
+
+    def _function(self, node: ast.FunctionDef | ast.Lambda) -> Unknown:
+        self._functions.append(node)
+        return Unknown(_OWN, node.lineno)
+
+    def _forget(self, node: ast.expr | ast.stmt, reason: str) -> Unknown:
+        """`node` is not followed: what it may bind or change is unknown from here on."""
+        unknown = Unknown(reason, node.lineno)
+        inner = [part for function in self._functions for part in ast.walk(function)]
+        own = list(ast.walk(node))
+        self._spend(len(inner) + len(own))
+        rebound = [name for part in inner if isinstance(part, ast.Global) for name in part.names]
+        for name in (*_bound_by(*own), *rebound):
+            if name != ANY_NAME:
+                self._names.put(name, unknown, unknown.line)
+        used = {part.id for part in (*own, *inner) if isinstance(part, ast.Name)}
+        if ANY_NAME in _bound_by(*own) or (used - self._names.keys()) & _RUNS_OR_REBINDS_ANYTHING:
+            self._spend(len(self._names))
+            for known in (*self._names, ANY_NAME):
+                self._names.put(known, unknown, unknown.line)
+        todo = [self._names[name] for name in used if name in self._names]
+        seen = set[int]()
+        while todo:
+            value = todo.pop()
+            if id(value) in seen or not isinstance(value, (list, tuple, Table)):
                 continue
-            if once and any(key in table for key in part):
-                unknown = Unknown("an argument is given twice", node.lineno)
-            self._operations.merge(table, part)
-        return _all_known(table, unknown)
+            seen.add(id(value))
+            self._spend(1 + len(value))
+            if not isinstance(value, tuple):
+                self._changed[id(value)] = (value, unknown)
+            todo += value.values() if isinstance(value, Table) else value
+        return unknown
 
-    def _call(self, node: ast.Call) -> Value:
-        base, name = self._callee(node.func)
-        method = (type(base), name) in METHODS
-        if not method and name not in FUNCTIONS:
-            text = ast.unparse(node.func) if _is_dotted(node.func) else "a computed function"
-            return self.names.give_up(node, f"a call of `{text[:80]}` is code, which is not run")
-        try:
-            positional = self._items(node.args)
-            entries = [(_key(keyword), keyword.value) for keyword in node.keywords]
-            named = self._dict(entries, once=True)
-            if method:
-                return self._operations.method(base, name, positional, named)
-            return self._operations.function(name, positional, named)
-        except (UnreadableError, *_ERRORS) as error:
-            # A change that was not followed may still have happened.
-            if name in MUTATORS:
-                self.names.give_up(node, str(error)[:80])
-            raise
+    def _spend(self, work: int) -> None:
+        """Counts `work`; raises `CheckpointError` once it is more than any config needs."""
+        self._left -= work
+        if self._left < 0:
+            what = "is not a config: reading it takes more work than any config needs"
+            raise CheckpointError(what, where=self._where)
 
-    def _callee(self, func: ast.expr) -> tuple[Value, str]:
-        """A value and its method, as `.get`; None and the full name of a function."""
-        match func:
-            case ast.Name(id=name) if name not in self.names:
-                return None, name
-            case ast.Name():
-                value = self._value(func)
-                return None, value.path if isinstance(value, Reference) else ""
-            case ast.Attribute(value=inner, attr=attr):
-                value = self._value(inner)
-                if isinstance(value, Reference):
-                    self.names.spend(len(value.path))
-                    return None, f"{value.path}.{attr}"
-                return value, f".{attr}"
-        return None, ""
+    def _copy(self, value: Value, line: int, depth: int) -> tuple[Value, int]:
+        """A copy without what is not known any more, and how deeply containers lie in it.
 
-
-def _is_read_base(item: ast.withitem) -> bool:
-    match item.context_expr:
-        case ast.Call(func=ast.Name(id="read_base") | ast.Attribute(attr="read_base")):
-            return True
-    return False
+        Each is copied once. A list in itself, or nested without end, becomes unknown, on `line`.
+        """
+        value = self._changed.get(id(value), (None, value))[1]
+        if not isinstance(value, (list, tuple, Table)):
+            return value, 0
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        # Stands until the copy is made: whoever meets it is a part of itself.
+        self._copies[id(value)] = (Unknown("it is nested too deeply", line), 0)
+        if depth >= _NESTING_LIMIT:
+            return self._copies[id(value)]
+        parts = value.values() if isinstance(value, Table) else value
+        copies = [self._copy(part, line, depth + 1) for part in parts]
+        height = 1 + max((height for _, height in copies), default=0)
+        if height <= _NESTING_LIMIT:
+            made: list[Value] = [copy for copy, _ in copies]
+            whole: Value = tuple(made) if isinstance(value, tuple) else made
+            if isinstance(value, Table):
+                whole = Table()
+                for key, copy in zip(value, made, strict=True):
+                    whole.put(key, copy, value.lines.get(key, 1))
+            self._copies[id(value)] = (whole, height)
+        return self._copies[id(value)]
 
 
-def _is_dotted(node: ast.expr) -> bool:
-    length = 0
-    while isinstance(node, ast.Attribute) and length < _DEPTH_LIMIT:
-        node, length = node.value, length + 1
-    return isinstance(node, ast.Name)
-
-
-def _key(keyword: ast.keyword) -> ast.expr | None:
-    return None if keyword.arg is None else ast.copy_location(ast.Constant(keyword.arg), keyword)
-
-
-def _unknown(value: Value, reason: str, line: int) -> Unknown:
-    return value if isinstance(value, Unknown) else Unknown(reason, line)
-
-
-def _all_known(made: _T, unknown: Unknown | None) -> _T:
-    """`made`, after all of its parts were visited; raises where one of them is not known."""
-    if unknown is not None:
-        raise UnreadableError(unknown)
-    return made
+def _bound_by(*nodes: ast.AST) -> Iterator[str]:
+    """Names that these nodes, without those in them, bind or delete."""
+    for node in nodes:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        # Of functions, classes, exception handlers, patterns and imports.
+        names = [getattr(node, field, None) for field in ("asname", "name", "rest")]
+        yield from [name.partition(".")[0] for name in names if isinstance(name, str)][:1]

@@ -33,14 +33,6 @@ class Unknown:
     line: int
 
 
-class UnreadableError(Exception):
-    """An expression whose value is not known, and why."""
-
-    def __init__(self, why: Unknown | str) -> None:
-        self.unknown = why if isinstance(why, Unknown) else None
-        super().__init__(why.reason if isinstance(why, Unknown) else why)
-
-
 class Table(dict[Key, "Value"]):
     """A dict of the config that knows on which line each key was set (from 1).
 
@@ -82,26 +74,6 @@ def dotted(value: Value) -> str | None:
 def is_scalar(value: Value) -> TypeGuard[Key]:
     """Whether `value` can be a key: nothing that holds other values, no name, not unknown."""
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def known(value: Value) -> Value:
-    """`value`, which must not be `Unknown`. Raises `UnreadableError`."""
-    if isinstance(value, Unknown):
-        raise UnreadableError(value)
-    return value
-
-
-def scalar(value: Value) -> Key:
-    """`value`, which must be one that can be a key. Raises `UnreadableError`."""
-    if is_scalar(value := known(value)):
-        return value
-    raise UnreadableError(f"a {type(value).__name__} is not read here")
-
-
-def limit(size: int, most: int) -> None:
-    """Raises `UnreadableError` where `size` is more than `most`."""
-    if size > most:
-        raise UnreadableError("it is larger than any config needs")
 
 
 def shown(value: Value) -> str:

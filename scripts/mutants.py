@@ -60,7 +60,10 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def mutants(path: Path) -> Iterator[tuple[str, bytes]]:
-    """What each mutant of a file is, and its text. Annotations and f-strings stay as they are."""
+    """What each mutant of a file is, and its text.
+
+    Annotations, f-strings and assertions, which are for mypy, stay as they are.
+    """
     text = path.read_bytes()
     starts = [0]
     for line in text.splitlines(keepends=True):
@@ -80,7 +83,7 @@ def mutants(path: Path) -> Iterator[tuple[str, bytes]]:
             for name, value in ast.iter_fields(node)
             if name not in ("annotation", "returns")
             for child in (value if isinstance(value, list) else [value])
-            if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr)
+            if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr | ast.Assert)
         ]
 
 

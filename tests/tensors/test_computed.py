@@ -17,6 +17,8 @@ from xtuner2llava.tensors import (
     DType,
     Fill,
     LazyTensor,
+    Mean,
+    Merge,
     Normalize,
     Reshaped,
     Transpose,
@@ -96,6 +98,18 @@ def test_what_a_row_costs_bounds_a_block(tmp_path: Path) -> None:
     assert Normalize(source).row_cost == 32 + 16
     assert Reshaped(source, (2, 2)).row_cost == 16
     assert cast(Fill(FLOAT32, (2, 3), 0), FLOAT16).row_cost == 6 + 12
+
+
+def test_what_is_held_beside_the_rows_is_counted(tmp_path: Path) -> None:
+    weight = stored(tmp_path, "w", torch.ones(3, 4))
+    left, right = stored(tmp_path, "b", torch.ones(3, 2)), stored(tmp_path, "a", torch.ones(2, 4))
+    magnitude = stored(tmp_path, "m", torch.ones(3))
+    assert weight.fixed_cost == 0
+    # The right factor as it is stored and in float64, and a length and a magnitude for each row.
+    assert Merge(weight, left, right, 1.0).fixed_cost == 2 * 4 * (4 + 8)
+    assert Merge(weight, left, right, 1.0, magnitude).fixed_cost == 2 * 4 * (4 + 8) + 2 * 3 * 8
+    # The sum and the mean in float64, and a block as it is stored and in float64.
+    assert Mean(weight, 1).fixed_cost == 2 * 4 * 8 + 3 * (1 << 20)
 
 
 def test_leaves_are_the_stored_tensors(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_each_of_stacked_tensors_is_one_range(storages: Storages) -> None:
 def test_a_view_that_is_not_row_major_is_no_range(storages: Storages) -> None:
     transposed, _ = storages.view("float32", [4, 6], [1, 4], 0)
     assert transposed.ranges() is None
+    (touched,) = transposed.extents()
+    assert touched.length == 120 * 4  # the whole storage
     # One row's stride says nothing, and it still is a range.
     assert storages.view("float32", [1, 6], [77, 1], 0)[0].ranges() is not None
 
@@ -148,6 +150,7 @@ def test_elements_far_apart_are_read_in_pieces(tmp_path: Path) -> None:
         lambda w, v: concat([w, v]),
         lambda w, v: Rows([Piece(w, 0, 5)]),
         lambda w, v: Rows([Piece(w, 2, 1)]),
+        lambda w, v: Rows([Piece(w, -1, 1)]),
         lambda w, v: Rows([Piece(w, 0, 1), Piece(cast(w, FLOAT64), 0, 1)]),
         lambda w, v: deinterleave(w, 3, [1]),
         lambda w, v: deinterleave(w, 0, [1]),

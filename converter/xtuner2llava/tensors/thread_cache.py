@@ -17,13 +17,13 @@ _cache = threading.local()
 
 def get(key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What `make` gave when this thread last asked for `key`, if it asked for nothing since."""
-    found: tuple[object, torch.Tensor] | None = getattr(_cache, "value", None)
-    if found is None or found[0] is not key:
+    if getattr(_cache, "key", None) is not key:
         clear()
-        found = _cache.value = (key, make())
-    return found[1]
+        _cache.value, _cache.key = make(), key
+    value: torch.Tensor = _cache.value
+    return value
 
 
 def clear() -> None:
     """Frees what this thread has cached."""
-    _cache.value = None
+    _cache.value = _cache.key = None

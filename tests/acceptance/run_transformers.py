@@ -7,8 +7,8 @@ jobs, standard output: a JSON list of results in the same order, or {"error": te
         → {"info": {kind: names}, "differences": {name: largest}, "generated": [token, …]}
     {"do": "tokenize", "folder": path, "fast": bool, "texts": [text, …]}
         → {"class": name, "length": n, "bos": text or null, "ids": [[id, …], …]}
-    {"do": "image_token", "folder": path, "fast": bool, "prompt": text}
-        → {"ids": [id, …], "chunks": [[id, …], …]}: LLaVA's ids, and those of each chunk by itself
+    {"do": "image_token", "folder": path, "fast": bool, "prompts": [text, …]}
+        → [{"ids": [id, …], "chunks": [[id, …], …]}, …]: LLaVA's ids, and those of each chunk alone
 """
 
 from __future__ import annotations
@@ -69,11 +69,13 @@ def tokenize(job):
 
 def image_token(job):
     tokenizer = tokenizer_of(job)
-    chunks = job["prompt"].split("<image>")
-    return {
-        "ids": tokenizer_image_token(job["prompt"], tokenizer),
-        "chunks": [tokenizer(chunk)["input_ids"] for chunk in chunks],
-    }
+    return [
+        {
+            "ids": tokenizer_image_token(prompt, tokenizer),
+            "chunks": [tokenizer(chunk)["input_ids"] for chunk in prompt.split("<image>")],
+        }
+        for prompt in job["prompts"]
+    ]
 
 
 DO = {"model": model, "tokenize": tokenize, "image_token": image_token}

@@ -29,7 +29,7 @@ IMAGE = -200
 BEGIN = "<|im_start|>"
 
 
-def run(llava_python: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+def run(llava_python: Path, *jobs: dict[str, Any]) -> list[Any]:
     """One result for each job, see `run_transformers.py`; none is an error."""
     ran = subprocess.run(
         [llava_python, Path(__file__).with_name("run_transformers.py")],
@@ -125,8 +125,9 @@ PROMPT = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistan
 
 
 def prompt_tokens(llava_python: Path, folder: Path) -> list[dict[str, Any]]:
-    job = {"do": "image_token", "folder": folder, "prompt": PROMPT}
-    return run(llava_python, {**job, "fast": True}, {**job, "fast": False})
+    job = {"do": "image_token", "folder": folder, "prompts": [PROMPT]}
+    results = run(llava_python, {**job, "fast": True}, {**job, "fast": False})
+    return [result[0] for result in results]
 
 
 def make(checkpoints: Path, out: Path, **options: Any) -> Path:

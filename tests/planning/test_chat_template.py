@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from builders.internlm2_tokenizer import added
 from reference.encode import IMAGE, Turns, encode
+from reference.seen import Seen
 from xtuner2llava.mapping import Catalogue, PromptTemplate
 from xtuner2llava.planning.chat import with_trained_chat
 from xtuner2llava.planning.chat_template import Marks, chat_template, prompt_text
@@ -65,10 +67,11 @@ def rendered(tokenizer: Any, conversation: list[dict[str, Any]]) -> list[int]:
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_template_gives_the_ids_of_xtuner(
-    checkpoints: Path, tmp_path: Path, base: str
+    checkpoints: Path, tmp_path: Path, seen: Seen, base: str
 ) -> None:
     loaded: dict[str, Any] = {}
     compared = 0
+    lengths = Counter[str]()
     for name, template, conversation, ids, starts in REFERENCE["encoded"]:
         if name != base:
             continue
@@ -85,8 +88,11 @@ def test_every_template_gives_the_ids_of_xtuner(
                 asked = whole[: 2 * turn + 1]
                 assert rendered(loaded[template], asked) == ids[:start], (template, conversation)
                 compared += 1
+        lengths[template] += len(ids)
     assert compared == 26 * 4 * 2
     assert {*loaded} == {*CATALOGUE.prompt_templates} - {"minicpm3"}
+    for template, count in lengths.items():
+        seen.compared(template, base, "hf", count)
 
 
 def test_the_other_encoding_is_that_of_xtuner_too(checkpoints: Path) -> None:
@@ -144,7 +150,7 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize("template", ["vicuna", "llama2_chat", "phi3_chat", "gemma", "chatglm2"])
+@pytest.mark.parametrize("template", ["vicuna", "llama2_chat", "phi3_chat", "gemma", "minicpm3"])
 @pytest.mark.parametrize("kind", [legacy, always, never, special])
 def test_spaces_that_a_tokenizer_adds_are_where_training_had_them(
     checkpoints: Path, tmp_path: Path, kind: Callable[[dict[str, Any]], None], template: str

@@ -3,6 +3,8 @@
     {"program": …, "version": …, "format": …, "model_type": …, "becomes": …, "family": …,
      "outcome": "ran" or "loads" or "refuses", "note": …}
 
+    {"template": …, "tokenizer": …, "format": …, "ids": …}
+
 "ran": it computed what the trained model computes; "loads": it took every tensor, and nothing was
 computed, or something else; "refuses": `note` says because of what. `becomes` is the LLM's plain
 class.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,13 @@ class Seen:
         """The program says that it does not take `folder`."""
         self._write(program, version, folder, "refuses", because)
 
+    def compared(self, template: str, tokenizer: str, format: str, ids: int) -> None:
+        """So many ids of prompts of this template, in this format, are those of XTuner."""
+        self._append({"template": template, "tokenizer": tokenizer, "format": format, "ids": ids})
+
     def _write(self, program: str, version: str, folder: Path, outcome: str, note: str) -> None:
         if self.file is None:
-            return
+            return  # before the folder is read
         said = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["mapping"]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         plain = said["format"] == "llava" and config["model_type"] == "llava"
@@ -49,5 +56,9 @@ class Seen:
             "outcome": outcome,
             "note": note,
         }
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")

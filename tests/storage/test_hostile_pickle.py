@@ -20,7 +20,7 @@ import torch
 
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsafeFileError
 from xtuner2llava.storage import pickle_reader
-from xtuner2llava.storage.pickle_reader import read_pickle
+from xtuner2llava.storage.pickle_reader import TensorReference, read_pickle
 from xtuner2llava.storage.torch_file import TorchFile
 
 MIB = 1 << 20
@@ -221,6 +221,43 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
 def test_what_is_no_plain_data_is_refused(opcodes: bytes, text: str, canary: Path) -> None:
     with pytest.raises(CorruptFileError, match=text):
         read_pickle(opcodes, "bad.pth")
+
+
+STORAGE = (
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+)
+ZERO, ONE, TEXT = b"K\x00", b"K\x01", b"X\x01\x00\x00\x00a"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (STORAGE,),
+        (STORAGE, ZERO, ONE + b"\x85"),
+        (TEXT, ZERO, ONE + b"\x85", ONE + b"\x85"),
+        (STORAGE, b"N", ONE + b"\x85", ONE + b"\x85"),
+        (STORAGE, TEXT, ONE + b"\x85", ONE + b"\x85"),
+        (STORAGE, ZERO, TEXT + b"\x85", ONE + b"\x85"),
+        (STORAGE, ZERO, ONE + b"\x85", TEXT + b"\x85"),
+        (STORAGE, ZERO, ONE + TEXT + b"\x86", ONE + ONE + b"\x86"),
+        (STORAGE, ZERO, ONE, ONE),
+        (STORAGE, ZERO, b"(" + ONE * 17 + b"t", b"(" + ONE * 17 + b"t"),
+    ],
+)
+def test_a_tensor_of_unknown_form_is_refused(arguments: tuple[bytes, ...]) -> None:
+    with pytest.raises(CorruptFileError, match="a tensor of unknown form"):
+        read_pickle(tensor(*arguments), "bad.pth")
+
+
+def test_a_tensor_of_known_form_is_one() -> None:
+    dimensions = b"(" + ONE * 16 + b"t"
+    found = read_pickle(tensor(STORAGE, ZERO, dimensions, dimensions), "good.pth")
+    assert isinstance(found, TensorReference)
+    assert (found.offset, found.shape, found.strides) == (0, (1,) * 16, (1,) * 16)
+
+
+def tensor(*arguments: bytes) -> bytes:
+    return program(b"ctorch._utils\n_rebuild_tensor_v2\n(", *arguments, b"tR")
 
 
 def colliding_keys(count: int) -> bytes:

@@ -124,7 +124,7 @@ def test_a_pipe_in_place_of_a_rank_file_is_not_waited_for(tmp_path: Path) -> Non
     folder = tmp_path / "iter_2.pth"
     folder.mkdir()
     os.mkfifo(folder / "mp_rank_00_model_states.pt")
-    with pytest.raises(ConversionError, match="is no plain file"):
+    with pytest.raises(ConversionError, match="is not a plain file"):
         inspect(folder)
 
 
@@ -135,7 +135,7 @@ def test_small_files_are_small_and_plain(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match=r"a\.json: has more than 4 bytes"):
         read_small(path, 4)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CorruptFileError, match="no plain file"):
+    with pytest.raises(CorruptFileError, match="not a plain file"):
         read_small(tmp_path / "pipe", 4)
     with pytest.raises(CorruptFileError, match="No such file"):
         read_small(tmp_path / "b.json", 4)
@@ -143,7 +143,11 @@ def test_small_files_are_small_and_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("pipe", "no plain file"), ("/dev/zero", "no plain file"), ("large", "more than 1,048,576")],
+    [
+        ("pipe", "not a plain file"),
+        ("/dev/zero", "not a plain file"),
+        ("large", "more than 1,048,576"),
+    ],
 )
 def test_a_card_template_is_small_and_plain(kind: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "card.md"

@@ -135,7 +135,7 @@ def test_deepspeeds_own_folders_name_the_latest(tmp_path: Path) -> None:
         open_contents(str(tmp_path))
     for escape in ("../elsewhere", "/etc", "..", "a\0b"):
         (tmp_path / "latest").write_text(escape)
-        with pytest.raises(CorruptFileError, match="which is no plain file name"):
+        with pytest.raises(CorruptFileError, match="which is not a plain file name"):
             open_contents(str(tmp_path))
     # A folder that names itself, or another that names it.
     (tmp_path / "inner").mkdir()

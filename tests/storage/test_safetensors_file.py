@@ -102,10 +102,10 @@ def test_the_hash_is_that_of_the_header(tmp_path: Path) -> None:
         ({"a": entry(0, 4, "Q4_0")}, 4, "dtype 'Q4_0' is unknown"),
         ({"a": {**entry(0, 4), "dtype": 7}}, 4, "dtype 7 is unknown"),
         ({"a": {"shape": [4], "data_offsets": [0, 4]}}, 4, "dtype None is unknown"),
-        ({"a": [0, 4]}, 4, "its header entry is no object"),
+        ({"a": [0, 4]}, 4, "its header entry is not an object"),
         ([], 0, "is not a JSON object"),
-        (b'{"a":{"dtype":"U8"},"a":{}}', 0, "the key 'a' stands there twice"),
-        (b'{"a":{"dtype":"U8","dtype":"U8"}}', 0, "the key 'dtype' stands there twice"),
+        (b'{"a":{"dtype":"U8"},"a":{}}', 0, "the key 'a' is there twice"),
+        (b'{"a":{"dtype":"U8","dtype":"U8"}}', 0, "the key 'dtype' is there twice"),
         (b'{"a": }    ', 0, "is not JSON: Expecting value"),
         (b"\xff\xfe{}        ", 0, "is not UTF-8"),
         (b'{"a":' * 50_000, 0, "is not usable JSON"),
@@ -134,7 +134,7 @@ def test_all_faults_of_a_header_at_once(tmp_path: Path) -> None:
         (b"\xff" * 8 + b"{}", CorruptFileError, "its header claims 18,446,744,073,709,551,615"),
         (struct.pack("<Q", 100 << 30) + b"{}", CorruptFileError, "claims 107,374,182,400 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\n", UnsupportedError, "a git-lfs pointer"),
-        (b"PK\x03\x04 a checkpoint of torch", CorruptFileError, "no safetensors file"),
+        (b"PK\x03\x04 a checkpoint of torch", CorruptFileError, "not a safetensors file"),
     ],
 )
 def test_what_is_no_safetensors_file(

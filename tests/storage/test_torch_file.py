@@ -128,9 +128,9 @@ def test_a_zip_cut_anywhere_is_damaged(tmp_path: Path) -> None:
         ),
         (b"\n<!DOCTYPE html><html><title>403", "a web page", "Copy or download it again"),
         (b"<html lang='en'>", "a web page", "Copy or download it again"),
-        (b'{"error":"not found"}', "no checkpoint of torch.save", ""),
+        (b'{"error":"not found"}', "not a checkpoint of torch.save", ""),
         (b'\x20\x00\x00\x00\x00\x00\x00\x00{"a":{"dtype":"F32"', "a safetensors file", "folder"),
-        (b"\x80\x02}q\x00.", "no checkpoint of torch.save", ""),
+        (b"\x80\x02}q\x00.", "not a checkpoint of torch.save", ""),
     ],
 )
 def test_what_is_no_checkpoint_is_named(

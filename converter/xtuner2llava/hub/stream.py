@@ -6,7 +6,6 @@ they are everywhere else.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsupportedError
 from xtuner2llava.hub.download import repository_at
 from xtuner2llava.hub.errors import hub_errors, with_retries
-from xtuner2llava.storage.safetensors_file import START_BYTES, header_length, parse_header
+from xtuner2llava.storage.safetensors_file import read_header
 from xtuner2llava.storage.weights import Fingerprint, Weights, open_shards
 from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape
 from xtuner2llava.tensors.stored import from_bytes
@@ -65,16 +64,13 @@ def _open_file(repository: str, name: str, files: dict[str, int]) -> Weights:
     if name not in files:
         raise CorruptFileError(f"has no file '{name}', which its index names", where=repository)
     size = files[name]
-    file = RemoteFile(f"{repository}/{name}", ahead=0)
-    start = bytes(file.read(0, min(START_BYTES, size)))
-    length = header_length(start, size, file.path)
-    header = bytes(file.read(START_BYTES, length))
-    file = RemoteFile(file.path)
+    file = RemoteFile(f"{repository}/{name}")
+    header = read_header(RemoteFile(file.path, ahead=0).read, size, file.path)
     tensors: dict[str, LazyTensor] = {
         entry.name: Remote(entry.name, entry.dtype, entry.shape, file, entry.offset)
-        for entry in parse_header(header, size, file.path).entries
+        for entry in header.entries
     }
-    return Weights(tensors, (Fingerprint(name, size, hashlib.sha256(header).hexdigest()),))
+    return Weights(tensors, (Fingerprint(name, size, header.sha256),))
 
 
 class RemoteFile:

@@ -1,4 +1,4 @@
-"""JSON files of strangers: bounded in size and depth, no duplicate keys."""
+"""Untrusted JSON files: bounded in size and depth, no duplicate keys."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MAX_DEPTH = 64
 
 
 def read_json(path: Path) -> dict[str, Json]:
-    """The object in the file `path`; raises `CorruptFileError` if it is none."""
+    """The object in the file `path`; raises `CorruptFileError` for anything else."""
     return parse_json(read_small(path, _MAX_BYTES), str(path))
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Json]:
-    """The object that `data` spells; raises `CorruptFileError` with the line for anything else."""
+    """The object in `data`; raises `CorruptFileError` with the line for anything else."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -51,25 +51,22 @@ def text(values: Mapping[str, Json], key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _depth(value: dict[str, Json]) -> int:
-    """How many containers lie in each other: what shows a value in a message is recursive."""
+def _depth(value: Json) -> int:
+    """How deep containers are nested, counted up to one more than is allowed."""
     depth = 0
-    level: list[dict[str, Json] | list[Json]] = [value]
-    while level and depth <= _MAX_DEPTH:
+    level: list[Json] = [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
         depth += 1
-        level = [
-            item
-            for container in level
-            for item in (container.values() if isinstance(container, dict) else container)
-            if isinstance(item, (dict, list))
-        ]
+        if depth > _MAX_DEPTH:
+            break
+        level = [i for c in level for i in (c.values() if isinstance(c, dict) else c)]
     return depth
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key '{twice[:100]}' stands there twice")
+    result: dict[str, Json] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key '{key[:100]}' is there twice")
+        result[key] = value
     return result

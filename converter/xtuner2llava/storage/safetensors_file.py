@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.errors import CorruptFileError, Fault, raise_faults
 from xtuner2llava.storage.json_file import Json, parse_json
+from xtuner2llava.storage.small_file import git_lfs_pointer
 from xtuner2llava.tensors import BY_CODE, DType, FileRange, LazyTensor, Shape, SourceFile, Stored
 from xtuner2llava.tensors.files import read_ranges
 
-# The format's own limit is 100 MB, which may describe more tensors than memory is worth. This is
-# for some 300,000, and the largest models have a few thousand in a file.
+# The format's own limit is 100 MB, enough for headers that need more memory than is worth it. This
+# is for some 300,000 tensors; the largest models have a few thousand in a file.
 MAX_HEADER_BYTES = 32_000_000
-# A file begins with so many bytes that say how long its header is.
+# The length of the header comes first, in so many bytes.
 START_BYTES = 8
 
 
@@ -38,10 +38,11 @@ class HeaderEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the header of a safetensors file says; `metadata` is as it stands there."""
+    """The header of a safetensors file; `metadata` is not checked."""
 
     entries: tuple[HeaderEntry, ...]
     metadata: Json
+    sha256: str
 
 
 class SafetensorsFile:
@@ -49,76 +50,61 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         """Reads the header of `path`, and no tensor. Raises `CorruptFileError` on any fault."""
-        self.file = SourceFile.of(path)
-        start = bytes(read_ranges([FileRange(self.file, 0, min(START_BYTES, self.file.size))]))
-        length = header_length(start, self.file.size, str(path))
-        data = bytes(read_ranges([FileRange(self.file, START_BYTES, length)]))
-        self.header_sha256 = hashlib.sha256(data).hexdigest()
-        header = parse_header(data, self.file.size, str(path))
-        self.metadata = header.metadata
+        file = self.file = SourceFile.of(path)
+        header = read_header(
+            lambda offset, length: read_ranges([FileRange(file, offset, length)]),
+            file.size,
+            str(path),
+        )
+        self.metadata, self.header_sha256 = header.metadata, header.sha256
         self.tensors: dict[str, LazyTensor] = {
-            entry.name: Stored(
-                entry.name,
-                entry.dtype,
-                entry.shape,
-                (FileRange(self.file, entry.offset, entry.length),),
-            )
-            for entry in header.entries
+            e.name: Stored(e.name, e.dtype, e.shape, (FileRange(file, e.offset, e.length),))
+            for e in header.entries
         }
 
 
-def header_length(start: bytes, size: int, where: str) -> int:
-    """The length of the header of a file of `size` bytes, from its first `START_BYTES`.
+def read_header(read: Callable[[int, int], bytearray], size: int, where: str) -> Header:
+    """The header of the file of `size` bytes that `read(offset, length)` reads.
 
-    Raises `CorruptFileError` if it cannot be, `UnsupportedError` for a git-lfs pointer.
+    Raises `CorruptFileError` with all that is wrong with it, `UnsupportedError` for a git-lfs
+    pointer.
     """
+    start = bytes(read(0, min(START_BYTES, size)))
     if size < START_BYTES + 2:
         raise CorruptFileError(f"has only {size} bytes", where=where)
-    (length,) = struct.unpack("<Q", start)
     if start == b"version ":
-        raise UnsupportedError(
-            "a git-lfs pointer, not the file itself",
+        raise git_lfs_pointer(where)
+    length = int.from_bytes(start, "little")
+    if length > size - START_BYTES:
+        raise CorruptFileError(
+            f"its header claims {length:,} bytes, the file has {size:,}",
             where=where,
-            advice="Run `git lfs pull` in its repository.",
+            advice="It is truncated or not a safetensors file; copy or download it again.",
         )
-    if MAX_HEADER_BYTES < length <= size - START_BYTES:
+    if length > MAX_HEADER_BYTES:
         raise CorruptFileError(
             f"its header claims {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}",
             where=where,
             advice="If it is a model all the same, save it in more and smaller shards.",
         )
-    if length > size - START_BYTES:
-        raise CorruptFileError(
-            f"its header claims {length:,} bytes, the file has {size:,}",
-            where=where,
-            advice="It is truncated or no safetensors file; copy or download it again.",
-        )
-    return int(length)
-
-
-def parse_header(data: bytes, size: int, where: str) -> Header:
-    """What the header `data`, without its length, says of a file of `size` bytes.
-
-    Raises `CorruptFileError` with all that is wrong with it.
-    """
+    data = bytes(read(START_BYTES, length))
     described = parse_json(data, f"{where} (header)")
     metadata = described.pop("__metadata__", None)
-    data_start = START_BYTES + len(data)
     entries: list[HeaderEntry] = []
     faults: list[Fault] = []
     for name, value in described.items():
         try:
-            entries.append(_entry(name, value, data_start, size))
+            entries.append(_entry(name, value, START_BYTES + length, size))
         except ValueError as error:
             faults.append(Fault(f"{where}, tensor {name}", str(error)))
     raise_faults(CorruptFileError, faults)
-    _reject_holes(entries, data_start, size, where)
-    return Header(tuple(entries), metadata)
+    _reject_holes(entries, START_BYTES + length, size, where)
+    return Header(tuple(entries), metadata, hashlib.sha256(data).hexdigest())
 
 
 def _entry(name: str, entry: Json, data_start: int, size: int) -> HeaderEntry:
     if not isinstance(entry, dict):
-        raise ValueError("its header entry is no object")
+        raise ValueError("its header entry is not an object")
     code = entry.get("dtype")
     if not isinstance(code, str) or code not in BY_CODE:
         raise ValueError(f"dtype {code!r} is unknown")

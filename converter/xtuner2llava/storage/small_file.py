@@ -1,7 +1,7 @@
-"""Small files of strangers' folders: plain files, of bounded size, that lie where they seem to.
+"""Untrusted small files: plain files of bounded size that lie in their folder.
 
-A folder that was unpacked or cloned may hold links to any file of this machine, and what is read
-from such a file may end in a published model; and it may hold pipes, whose reading never ends.
+A folder that was unpacked or cloned may hold links to any file of this machine, whose content could
+end in a published model; and pipes, which never end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from xtuner2llava.errors import CorruptFileError
+from xtuner2llava.errors import CorruptFileError, UnsupportedError
 
 _LONGEST_NAME = 255  # bytes, on every file system of Linux
 
@@ -18,7 +18,7 @@ _LONGEST_NAME = 255  # bytes, on every file system of Linux
 def read_small(path: Path, most: int) -> bytes:
     """The bytes of the file `path`, which are at most `most`.
 
-    Raises `CorruptFileError` if it has more, is no plain file, or is a link out of its folder.
+    Raises `CorruptFileError` if it has more, is not a plain file, or is a link out of its folder.
     """
     inside(path.parent, path.name)
     return read_plain(path, most)
@@ -31,7 +31,7 @@ def read_plain(path: Path, most: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise CorruptFileError("cannot be read (it is no plain file)", where=str(path))
+                raise CorruptFileError("cannot be read (it is not a plain file)", where=str(path))
             data = file.read(most + 1)
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})", where=str(path)) from error
@@ -49,10 +49,10 @@ def inside(folder: Path, name: str) -> Path:
     length = len(name.encode("utf-8", "surrogatepass"))
     if Path(name).name != name or name in ("", ".", "..") or "\0" in name or length > _LONGEST_NAME:
         shown = repr(name[:_LONGEST_NAME])
-        raise CorruptFileError(f"names {shown}, which is no plain file name", where=str(folder))
+        raise CorruptFileError(f"names {shown}, which is not a plain file name", where=str(folder))
     try:
         target, home = path.resolve(), folder.resolve()
-    # RuntimeError: before Python 3.13, a link to itself. ValueError: a name that is no Unicode.
+    # RuntimeError: before Python 3.13, a link to itself. ValueError: a name that is not Unicode.
     except (OSError, RuntimeError, ValueError) as error:
         raise CorruptFileError("is a link to nowhere", where=str(path)) from error
     # A repository's folders lie below snapshots/{revision}, its files all in blobs.
@@ -64,3 +64,12 @@ def inside(folder: Path, name: str) -> Path:
             advice="Give the folder that really holds the files, or copy the file here.",
         )
     return path
+
+
+def git_lfs_pointer(where: str) -> UnsupportedError:
+    """The error for the text file that a clone without git-lfs has in place of a weight file."""
+    return UnsupportedError(
+        "a git-lfs pointer, not the file itself",
+        where=where,
+        advice="Run `git lfs pull` in its repository.",
+    )

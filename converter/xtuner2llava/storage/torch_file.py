@@ -17,6 +17,7 @@ from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.storage.pickle_reader import TensorReference, Value, read_pickle
+from xtuner2llava.storage.small_file import git_lfs_pointer
 from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember, view_of_storage
 from xtuner2llava.tensors.files import read_ranges
 
@@ -25,6 +26,9 @@ _MAX_PICKLE_BYTES = 256 << 20
 # About a hundred bytes a storage.
 _MAX_DIRECTORY_BYTES = 32 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+# What zipfile raises for a damaged directory, besides its own error.
+_DAMAGED_DIRECTORY = (ValueError, NotImplementedError, OverflowError, struct.error)
+_TRUNCATED = "The file is truncated; copy or download it again."
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
@@ -43,8 +47,8 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         """Reads the zip directory and the pickle of `path`, and no tensor.
 
-        Raises `CorruptFileError`, `UnsafeFileError` for a pickle that wants more than data, and
-        `UnsupportedError` for what is no zip of `torch.save`.
+        Raises `CorruptFileError`, `UnsafeFileError` for a pickle of more than data, and
+        `UnsupportedError` for what is not a zip of `torch.save`.
         """
         self.file = SourceFile.of(path)
         self._limits: dict[str, int] = {}
@@ -78,7 +82,10 @@ class TorchFile:
         return tensors
 
     def _tensor(self, name: str, reference: TensorReference) -> LazyTensor:
-        storage = self._storage(reference.storage.key)
+        key = reference.storage.key
+        if key not in self._storages:
+            self._storages[key] = self._range_of(f"data/{key}")
+        storage = self._storages[key]
         claimed = reference.storage.elements * reference.storage.dtype.itemsize
         if claimed > storage.length:
             raise ValueError(
@@ -93,25 +100,12 @@ class TorchFile:
             reference.offset,
         )
 
-    def _storage(self, key: str) -> FileRange:
-        if key not in self._storages:
-            self._storages[key] = self._range_of(f"data/{key}")
-        return self._storages[key]
-
     def _read_directory(self) -> dict[str, zipfile.ZipInfo]:
         path = self.file.path
         try:
             with _DirectoryReader(path) as stream, zipfile.ZipFile(stream) as archive:
                 entries, end = archive.infolist(), archive.start_dir
-        # Besides its own error, zipfile lets through what a damaged directory makes it stumble on.
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            ValueError,
-            NotImplementedError,
-            OverflowError,
-            struct.error,
-        ) as error:
+        except (zipfile.BadZipFile, OSError, *_DAMAGED_DIRECTORY) as error:
             raise _not_a_zip(path, error) from error
         found: dict[str, zipfile.ZipInfo] = {}
         for entry in entries:
@@ -140,13 +134,13 @@ class TorchFile:
             raise CorruptFileError(
                 f"entry '{last}' ends beyond the data, which has {directory:,} bytes",
                 where=str(self.file.path),
-                advice="The file is truncated; copy or download it again.",
+                advice=_TRUNCATED,
             )
         self._limits[last] = directory
 
     def _find_root(self) -> str:
-        roots = [name.removesuffix("/data.pkl") for name in self._entries if name.count("/") == 1
-                 and name.endswith("/data.pkl")]  # fmt: skip
+        split = [name.split("/") for name in self._entries]
+        roots = [parts[0] for parts in split if parts[1:] == ["data.pkl"]]
         if len(roots) != 1:
             found = f"{len(roots)} data.pkl" if roots else "no data.pkl"
             raise UnsupportedError(
@@ -193,7 +187,7 @@ class TorchFile:
             raise CorruptFileError(
                 f"entry '{entry.filename}' is not where the directory says",
                 where=str(self.file.path),
-                advice="The file is truncated; copy or download it again.",
+                advice=_TRUNCATED,
             )
         member = ZipMember(entry.filename, offset, entry.file_size, entry.CRC)
         return FileRange(self.file, offset, entry.file_size, member)
@@ -209,16 +203,12 @@ def _not_a_zip(path: Path, error: Exception) -> UnsupportedError | CorruptFileEr
     if not start:
         return CorruptFileError("is empty", where=str(path), advice=again)
     if start.startswith(b"version https://git-lfs"):
-        return UnsupportedError(
-            "a git-lfs pointer, not the file itself",
-            where=str(path),
-            advice="Run `git lfs pull` in its repository.",
-        )
+        return git_lfs_pointer(str(path))
     if start.startswith(b"PK"):
         return CorruptFileError(
             f"starts as a checkpoint of torch.save but its end is missing ({error})",
             where=str(path),
-            advice="The file is truncated; copy or download it again.",
+            advice=_TRUNCATED,
         )
     if _LEGACY_MAGIC in start:
         return UnsupportedError(
@@ -233,4 +223,4 @@ def _not_a_zip(path: Path, error: Exception) -> UnsupportedError | CorruptFileEr
         what = "a safetensors file alone, which does not say whose its tensors are"
         advice = "Give the folder that it lies in."
         return UnsupportedError(what, where=str(path), advice=advice)
-    return UnsupportedError(f"no checkpoint of torch.save ({error})", where=str(path))
+    return UnsupportedError(f"not a checkpoint of torch.save ({error})", where=str(path))

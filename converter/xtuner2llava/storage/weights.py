@@ -19,7 +19,7 @@ _QUANTISED = re.compile(
     r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\.|\.SCB$|\.weight_format$"
     r"|\.(?:qweight|qzeros|g_idx)$"
 )
-# What lies beside weights and is none of them: the states of optimizers and trainers.
+# Files beside weights that are not weights: the states of optimizers and trainers.
 _OF_TRAINERS = re.compile(r"optimizer|scheduler|scaler|rng_state|training_args|random_states")
 _WEIGHT_FILES = frozenset(
     ".safetensors .bin .pth .pt .ckpt .distcp .gguf .h5 .msgpack .npz".split()
@@ -67,8 +67,7 @@ def weight_names(path: Path) -> frozenset[str]:
     """The names of the tensors in a weight file, or in the shards that an index names."""
     if not path.name.endswith(".index.json"):
         return frozenset(open_weight_file(path).tensors)
-    weight_map = read_json(path).get("weight_map")
-    return frozenset(weight_map) if isinstance(weight_map, dict) else frozenset()
+    return frozenset(_weight_map(path))
 
 
 def unread_weights(folder: Path, read: Path | None, files: tuple[Fingerprint, ...]) -> list[str]:
@@ -114,9 +113,9 @@ def open_weight_file(path: Path) -> Weights:
 
 
 def tensor_references(value: Value, where: str) -> dict[str, TensorReference]:
-    """The tensors of a state dict; raises `UnsupportedError` if `value` is none.
+    """The tensors of a state dict; raises `UnsupportedError` if `value` is not one.
 
-    Beside tensors, it may hold nothing else: what cannot be read would be left out.
+    It may hold tensors alone: what cannot be read would be left out.
     """
     if not isinstance(value, dict):
         raise UnsupportedError(
@@ -130,13 +129,13 @@ def tensor_references(value: Value, where: str) -> dict[str, TensorReference]:
         elif tensor is not None:
             others.append(f"{str(name)[:100]} ({type(tensor).__name__})")
     if tensors and others:
-        what = f"holds {len(others)} entries that are no tensors, such as {others[0]}"
+        what = f"holds {len(others)} entries that are not tensors, such as {others[0]}"
         raise UnsupportedError(what, where=where, advice="Expected a state dict of tensors alone.")
     return tensors
 
 
 def quantised(tensors: Mapping[str, LazyTensor]) -> str | None:
-    """What is quantised among `tensors`, which are no weights then but codes; None if nothing is.
+    """What is quantised among `tensors`: they are codes, not weights. None if nothing is.
 
     The names are those that bitsandbytes (`functional.py`, QuantState; SCB), GPTQ and AWQ save.
     """
@@ -149,19 +148,25 @@ def quantised(tensors: Mapping[str, LazyTensor]) -> str | None:
     return f"holds quantised weights such as '{min(modules)}'{others}"
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as `index` says."""
+    values = read_json(index).get("weight_map")
+    found = values if isinstance(values, dict) else {}
+    weight_map = {name: file for name, file in found.items() if isinstance(file, str)}
+    if not isinstance(values, dict) or len(weight_map) != len(values):
+        raise CorruptFileError("has no 'weight_map' of names to files", where=str(index))
+    return weight_map
+
+
 def open_shards(index: Path, open_shard: Callable[[str], Weights]) -> Weights:
     """The tensors of all the shards that `index` names, each opened by its name.
 
     Raises `CorruptFileError` with all that is wrong.
     """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
-        raise CorruptFileError("has no 'weight_map' of names to files", where=str(index))
+    weight_map = _weight_map(index)
     by_shard: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
-        by_shard.setdefault(str(shard), []).append(tensor)
+        by_shard.setdefault(shard, []).append(tensor)
     if len(by_shard) > _MAX_SHARDS:
         raise CorruptFileError(
             f"names {len(by_shard):,} shards, expected at most {_MAX_SHARDS:,}", where=str(index)
@@ -177,13 +182,13 @@ def open_shards(index: Path, open_shard: Callable[[str], Weights]) -> Weights:
             continue
         files.extend(weights.files)
         missing = [name for name in names if name not in weights.tensors]
-        surplus = [name for name in weights.tensors if weight_map.get(name) != shard]
-        if missing or surplus:
+        extra = [name for name in weights.tensors if weight_map.get(name) != shard]
+        if missing or extra:
             faults.append(
                 Fault(
                     str(index.parent / shard),
                     f"its tensors are not those that {index.name} lists: "
-                    f"{len(missing)} missing {missing[:3]}, {len(surplus)} too many {surplus[:3]}",
+                    f"{len(missing)} missing {missing[:3]}, {len(extra)} too many {extra[:3]}",
                     "The shards are of different models or versions; copy or download them again.",
                 )
             )

@@ -166,7 +166,7 @@ class _Work:
     def _folder(self) -> OutputFolder:
         planned, checkpoint = self.planned, self.planned.checkpoint
         parts = (checkpoint.llm, checkpoint.visual_encoder)
-        home, out = (Path(os.path.realpath(p)) for p in (checkpoint.contents.path, self.out))
+        home, out = (Path(os.path.realpath(p)) for p in (checkpoint.artifact.path, self.out))
         if out.parent == home and out.name in PART_FOLDERS:
             raise OutputError(
                 f"would be read as a part of the checkpoint {home.name}",
@@ -182,7 +182,7 @@ class _Work:
             overwrite=self.options.overwrite,
             restart=self.options.restart,
             protected=[
-                checkpoint.contents.path,
+                checkpoint.artifact.path,
                 *(part.folder for part in parts if part.folder is not None),
             ],
         )

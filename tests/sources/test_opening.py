@@ -15,7 +15,7 @@ from builders.base import llm_base, vision_base
 from builders.pth import config_text, projector, save_pth
 from xtuner2llava.errors import ConversionError, CorruptFileError, UnsupportedError, UsageError
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.sources.opening import open_checkpoint, open_contents
+from xtuner2llava.sources.opening import open_artifact, open_checkpoint
 
 LLM = {"llm.lm_head.weight": torch.ones(3, 2)}
 
@@ -102,7 +102,7 @@ def test_folders_of_other_things(
     folder.mkdir()
     make(folder)
     with pytest.raises(UnsupportedError) as caught:
-        open_contents(str(folder))
+        open_artifact(str(folder))
     (fault,) = caught.value.faults
     assert what in fault.what
     assert advice in fault.advice
@@ -112,7 +112,7 @@ def test_folders_of_other_things(
 def test_what_is_not_there(tmp_path: Path) -> None:
     for name in (str(tmp_path / "iter_1.pth"), "no/such/folder/here", "./none"):
         with pytest.raises(UsageError, match="no such file or folder") as caught:
-            open_contents(name)
+            open_artifact(name)
         assert caught.value.faults[0].where == name
         assert "Hub repo id" in caught.value.faults[0].advice
 
@@ -166,7 +166,7 @@ def test_files_of_other_things(value: object, what: str, advice: str, tmp_path: 
     path = tmp_path / "iter_2.pth"
     torch.save(value, path)
     with pytest.raises(UnsupportedError) as caught:
-        open_contents(str(path))
+        open_artifact(str(path))
     (fault,) = caught.value.faults
     assert what in fault.what
     assert advice in fault.advice
@@ -175,20 +175,20 @@ def test_files_of_other_things(value: object, what: str, advice: str, tmp_path: 
 
 def test_a_pth_file(tmp_path: Path) -> None:
     path = save_pth(tmp_path / "iter_2.pth", LLM, "model = dict()")
-    contents = open_contents(str(path))
-    assert contents.layout == "iter .pth file"
-    assert {part: sorted(tensors) for part, tensors in contents.weights.items()} == {
+    artifact = open_artifact(str(path))
+    assert artifact.layout == "iter .pth file"
+    assert {part: sorted(tensors) for part, tensors in artifact.weights.items()} == {
         "llm": ["lm_head.weight"],
         "projector": ["model.0.bias", "model.0.weight", "model.2.bias", "model.2.weight"],
     }
-    assert contents.adapters == {}
-    assert contents.config == ("model = dict()", f"{path} (meta.cfg)")
-    assert contents.iteration == 2
-    assert [(f.name, f.size) for f in contents.files] == [("iter_2.pth", path.stat().st_size)]
+    assert artifact.adapters == {}
+    assert artifact.config == ("model = dict()", f"{path} (meta.cfg)")
+    assert artifact.iteration == 2
+    assert [(f.name, f.size) for f in artifact.files] == [("iter_2.pth", path.stat().st_size)]
     # A state dict alone is understood too.
     torch.save({**LLM, **projector()}, path)
-    contents = open_contents(str(path))
-    assert (set(contents.weights), contents.config, contents.iteration) == (
+    artifact = open_artifact(str(path))
+    assert (set(artifact.weights), artifact.config, artifact.iteration) == (
         {"llm", "projector"},
         None,
         None,
@@ -203,9 +203,9 @@ def test_parts_of_a_state_dict(tmp_path: Path) -> None:
     tensors = {f"llm.base_model.model.{name}": t for name, t in lora.items()}
     # With bias="all", XTuner saves the biases of the frozen tower as well.
     tensors["visual_encoder.vision_model.post_layernorm.bias"] = torch.ones(2)
-    contents = open_contents(str(save_pth(tmp_path / "iter_2.pth", tensors)))
-    assert set(contents.weights) == {"projector"}
-    assert {part: set(found) for part, found in contents.adapters.items()} == {
+    artifact = open_artifact(str(save_pth(tmp_path / "iter_2.pth", tensors)))
+    assert set(artifact.weights) == {"projector"}
+    assert {part: set(found) for part, found in artifact.adapters.items()} == {
         "llm": {f"base_model.model.{name}" for name in lora},
         "visual_encoder": {"vision_model.post_layernorm.bias"},
     }
@@ -215,19 +215,19 @@ def test_a_pth_file_cut_short(tmp_path: Path) -> None:
     path = save_pth(tmp_path / "iter_2.pth", LLM)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CorruptFileError, match="its end is missing"):
-        open_contents(str(path))
+        open_artifact(str(path))
 
 
 @pytest.mark.parametrize("layout", ["iter_2.pth", "iter_2_xtuner", "iter_2_xtuner_bin"])
 def test_real_layouts_hold_the_same(checkpoints: Path, layout: str) -> None:
-    contents = open_contents(str(checkpoints / "qwen2_b_full_frozenvis" / layout))
-    assert set(contents.weights) == {"llm", "projector"}
-    assert contents.weights["llm"]["lm_head.weight"].shape[1] == 64
-    assert contents.config is not None
-    assert "LLaVAModel" in contents.config[0]
-    contents = open_contents(str(checkpoints / "qwen2_d_lora_vislora" / layout))
-    assert set(contents.weights) == {"projector"}
-    assert {part: len(found) for part, found in contents.adapters.items()} == {
+    artifact = open_artifact(str(checkpoints / "qwen2_b_full_frozenvis" / layout))
+    assert set(artifact.weights) == {"llm", "projector"}
+    assert artifact.weights["llm"]["lm_head.weight"].shape[1] == 64
+    assert artifact.config is not None
+    assert "LLaVAModel" in artifact.config[0]
+    artifact = open_artifact(str(checkpoints / "qwen2_d_lora_vislora" / layout))
+    assert set(artifact.weights) == {"projector"}
+    assert {part: len(found) for part, found in artifact.adapters.items()} == {
         "llm": 42,
         "visual_encoder": 48,
     }
@@ -235,32 +235,32 @@ def test_real_layouts_hold_the_same(checkpoints: Path, layout: str) -> None:
 
 def test_an_xtuner_folder(tmp_path: Path) -> None:
     folder = xtuner_folder(tmp_path / "iter_2_xtuner")
-    contents = open_contents(str(folder))
-    assert contents.layout == "XTuner folder"
-    assert set(contents.weights) == {"projector"}
-    assert contents.folders == {"projector": folder / "projector"}
-    assert contents.config == (config_text(), str(folder / "xtuner_config.py"))
-    assert [f.name for f in contents.files] == ["projector/model.safetensors"]
+    artifact = open_artifact(str(folder))
+    assert artifact.layout == "XTuner folder"
+    assert set(artifact.weights) == {"projector"}
+    assert artifact.folders == {"projector": folder / "projector"}
+    assert artifact.config == (config_text(), str(folder / "xtuner_config.py"))
+    assert [f.name for f in artifact.files] == ["projector/model.safetensors"]
 
 
 def test_the_llm_may_lie_in_a_folder_of_its_own(tmp_path: Path) -> None:
     folder = xtuner_folder(tmp_path / "iter_2_xtuner")
     llm_base(folder / "llm", {"lm_head.weight": torch.ones(3, 2)})
-    contents = open_contents(str(folder))
-    assert set(contents.weights["llm"]) == {"lm_head.weight"}
-    assert contents.folders["llm"] == folder / "llm"
-    assert "llm/model.safetensors" in [f.name for f in contents.files]
+    artifact = open_artifact(str(folder))
+    assert set(artifact.weights["llm"]) == {"lm_head.weight"}
+    assert artifact.folders["llm"] == folder / "llm"
+    assert "llm/model.safetensors" in [f.name for f in artifact.files]
 
 
 def test_an_xtuner_folder_that_is_not_whole(tmp_path: Path) -> None:
     folder = xtuner_folder(tmp_path / "iter_2_xtuner")
     (folder / "llm_adapter").mkdir()
     with pytest.raises(CorruptFileError, match=r"llm_adapter: has no weights in it"):
-        open_contents(str(folder))
+        open_artifact(str(folder))
     shutil.rmtree(folder / "llm_adapter")
     (folder / "projector" / "model.safetensors").unlink()
     with pytest.raises(CorruptFileError, match="projector: has no weights in it") as caught:
-        open_contents(str(folder))
+        open_artifact(str(folder))
     assert caught.value.faults[0].advice == (
         "Expected model.safetensors, pytorch_model.bin or their index. Is the download complete?"
     )
@@ -271,7 +271,7 @@ def test_a_config_of_any_size_is_not_read(tmp_path: Path) -> None:
     with (folder / "xtuner_config.py").open("wb") as stream:
         stream.truncate(5 << 20)
     with pytest.raises(CorruptFileError, match="has more than 4,194,304 bytes"):
-        open_contents(str(folder))
+        open_artifact(str(folder))
 
 
 def test_a_folder_in_the_cache_of_the_hub(tmp_path: Path) -> None:
@@ -282,8 +282,8 @@ def test_a_folder_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     for number, path in enumerate(p for p in sorted(folder.rglob("*")) if p.is_file()):
         blob = path.rename(blobs / f"{number:040x}")
         path.symlink_to(blob)
-    contents = open_contents(str(folder))
-    assert contents.weights["projector"]["model.0.weight"].read(0, 2).tolist() == [[0, 1], [2, 3]]
+    artifact = open_artifact(str(folder))
+    assert artifact.weights["projector"]["model.0.weight"].read(0, 2).tolist() == [[0, 1], [2, 3]]
 
 
 def test_a_given_config_replaces_the_one_inside(tmp_path: Path) -> None:
@@ -304,10 +304,10 @@ def test_a_repo_id_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return folder
 
     monkeypatch.setattr("xtuner2llava.sources.opening.fetch_checkpoint", fetch)
-    assert open_contents("xtuner/llava-llama-3-8b").path == folder
-    assert open_contents("xtuner/llava-llama-3-8b@main").path == folder
+    assert open_artifact("xtuner/llava-llama-3-8b").path == folder
+    assert open_artifact("xtuner/llava-llama-3-8b@main").path == folder
     assert asked == ["xtuner/llava-llama-3-8b", "xtuner/llava-llama-3-8b@main"]
     # What lies here is not asked for.
     monkeypatch.chdir(tmp_path)
-    assert open_contents("snapshot").path == Path("snapshot")
+    assert open_artifact("snapshot").path == Path("snapshot")
     assert len(asked) == 2

@@ -16,7 +16,7 @@ from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UsageEr
 from xtuner2llava.hub.download import is_reference, local_path
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.sources import open_checkpoint
-from xtuner2llava.sources.opening import open_contents
+from xtuner2llava.sources.opening import open_artifact
 
 HEAD = "llm.lm_head.weight"
 STATE = {HEAD: torch.ones(3, 2), "llm.model.norm.weight": torch.ones(2), **projector()}
@@ -24,7 +24,7 @@ STATE = {HEAD: torch.ones(3, 2), "llm.model.norm.weight": torch.ones(2), **proje
 
 def refused(reference: object) -> Fault:
     with pytest.raises(ConversionError) as caught:
-        open_contents(str(reference))
+        open_artifact(str(reference))
     (fault,) = caught.value.faults
     return fault
 
@@ -55,7 +55,7 @@ def test_what_may_be_a_repo_id(text: str) -> None:
 def test_a_checkpoint_that_is_not_there_is_looked_for_and_others_are_named(tmp_path: Path) -> None:
     save_pth(tmp_path / "iter_500.pth", STATE)
     with pytest.raises(UsageError) as caught:
-        open_contents(str(tmp_path / "iter_5000.pth"))
+        open_artifact(str(tmp_path / "iter_5000.pth"))
     assert caught.value.faults[0].advice == (
         f"Looked for it in {tmp_path}, which holds iter_500.pth."
     )
@@ -139,14 +139,14 @@ def shards(folder: Path, state: Mapping[str, torch.Tensor], kind: str) -> Path:
 def test_the_folder_of_zero_to_fp32(given: str, kind: str, tmp_path: Path) -> None:
     folder = shards(tmp_path / "out", STATE, kind)
     path = next(folder.glob(given)) if given else folder
-    contents = open_contents(str(path))
-    assert {part: sorted(found) for part, found in contents.weights.items()} == {
+    artifact = open_artifact(str(path))
+    assert {part: sorted(found) for part, found in artifact.weights.items()} == {
         "llm": ["lm_head.weight", "model.norm.weight"],
         "projector": ["model.0.bias", "model.0.weight", "model.2.bias", "model.2.weight"],
     }
-    tensor = contents.weights["projector"]["model.2.weight"]
+    tensor = artifact.weights["projector"]["model.2.weight"]
     assert tensor.read(0, 2).tolist() == STATE["projector.model.2.weight"].tolist()
-    assert len(contents.files) == 2
+    assert len(artifact.files) == 2
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
@@ -157,7 +157,7 @@ def test_a_whole_state_dict_in_one_file(kind: str, tmp_path: Path) -> None:
     else:
         save_file(STATE, tmp_path / name)
     for path in (tmp_path, tmp_path / name):
-        assert set(open_contents(str(path)).weights) == {"llm", "projector"}
+        assert set(open_artifact(str(path)).weights) == {"llm", "projector"}
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
@@ -170,7 +170,7 @@ def test_a_shard_without_its_index_is_not_taken_for_the_whole(kind: str, tmp_pat
 def test_weights_beside_a_state_dict_are_named(tmp_path: Path) -> None:
     folder = shards(tmp_path / "out", STATE, "bin")
     torch.save({}, folder / "other.pth")
-    (note,) = open_contents(str(folder)).notes
+    (note,) = open_artifact(str(folder)).notes
     assert note == "Beside pytorch_model.bin.index.json lies other.pth, not read."
 
 

@@ -17,7 +17,7 @@ from builders.zero import ZeroRun
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.sources import Checkpoint, Part, open_checkpoint
-from xtuner2llava.sources.opening import open_contents
+from xtuner2llava.sources.opening import open_artifact
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -313,17 +313,17 @@ def test_an_adapter_at_top_level_belongs_into_a_folder(folder: Folder) -> None:
 def test_tensors_beside_the_state_dict_are_named(tmp_path: Path) -> None:
     ema = {"llm.lm_head.weight": torch.ones(1)}
     path = save_pth(tmp_path / "iter_2.pth", {}, ema_state_dict=ema, optimizer={"state": ema})
-    (note,) = open_contents(str(path)).notes
+    (note,) = open_artifact(str(path)).notes
     assert "iter_2.pth also holds tensors under 'ema_state_dict', which are not read" in note
 
 
 def test_entries_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     path = save_pth(tmp_path / "iter_2.pth", {"llm.scale": 0.5, "llm.x": [1]})  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match=r"holds 2 entries .* such as llm.scale \(float\)"):
-        open_contents(str(path))
+        open_artifact(str(path))
 
 
 def test_a_projector_under_an_adapter_is_refused(tmp_path: Path) -> None:
     tensors = {f"projector.{name}": t for name, t in lora("model.0", ".default").items()}
     with pytest.raises(CheckpointError, match="its projector is under an adapter"):
-        open_contents(str(save_pth(tmp_path / "iter_2.pth", tensors)))
+        open_artifact(str(save_pth(tmp_path / "iter_2.pth", tensors)))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from builders.zero import ZeroRun
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsupportedError
-from xtuner2llava.sources.contents import Contents
-from xtuner2llava.sources.opening import open_contents
+from xtuner2llava.sources.artifact import Artifact
+from xtuner2llava.sources.opening import open_artifact
 from xtuner2llava.sources.zero_directory import open_zero_directory, zero_directory
 from xtuner2llava.storage.weights import open_weights
 
@@ -42,9 +42,9 @@ def run(stage: int, ranks: int, **further: Any) -> ZeroRun:
     return ZeroRun(groups, stage, ranks, **further)
 
 
-def dense(contents: Contents) -> dict[str, torch.Tensor]:
+def dense(artifact: Artifact) -> dict[str, torch.Tensor]:
     found = {}
-    for tensors in (contents.weights, contents.adapters):
+    for tensors in (artifact.weights, artifact.adapters):
         for part, inner in tensors.items():
             for name, tensor in inner.items():
                 assert tensor.ranges() is not None, name
@@ -64,11 +64,11 @@ def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_masters_of_any_stage_and_world_size(stage: int, ranks: int, tmp_path: Path) -> None:
     made = run(stage, ranks)
-    contents = open_contents(str(made.save(tmp_path / "iter_2.pth")))
-    assert_same(dense(contents), made.dense)
-    assert contents.layout == f"DeepSpeed ZeRO-{stage} directory, {ranks} ranks, master weights"
-    assert contents.iteration == 2
-    assert len(contents.files) == ranks + (ranks if stage == 3 else 1)
+    artifact = open_artifact(str(made.save(tmp_path / "iter_2.pth")))
+    assert_same(dense(artifact), made.dense)
+    assert artifact.layout == f"DeepSpeed ZeRO-{stage} directory, {ranks} ranks, master weights"
+    assert artifact.iteration == 2
+    assert len(artifact.files) == ranks + (ranks if stage == 3 else 1)
 
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=5)
@@ -87,7 +87,7 @@ def test_any_shapes_in_any_groups(
         start += len(tensors)
     made = ZeroRun(groups, stage, ranks, sub_group=data.draw(st.integers(1, 30)))
     folder = tmp_path_factory.mktemp("zero")
-    assert_same(dense(open_contents(str(made.save(folder)))), made.dense)
+    assert_same(dense(open_artifact(str(made.save(folder)))), made.dense)
     shutil.rmtree(folder)
 
 
@@ -101,19 +101,19 @@ def test_frozen_parameters_buffers_and_shared_ones(stage: int, tmp_path: Path) -
         buffers={"llm.position_ids": buffer.long()},
         shared={"llm.lm_head.weight": "llm.a"},
     )
-    assert_same(dense(open_contents(str(made.save(tmp_path / "iter_2.pth")))), made.dense)
+    assert_same(dense(open_artifact(str(made.save(tmp_path / "iter_2.pth")))), made.dense)
 
 
 def test_a_config_is_found_in_the_model_states(tmp_path: Path) -> None:
-    contents = open_contents(str(run(2, 2, config="x = 1").save(tmp_path / "iter_2.pth")))
+    artifact = open_artifact(str(run(2, 2, config="x = 1").save(tmp_path / "iter_2.pth")))
     where = tmp_path / "iter_2.pth" / "mp_rank_00_model_states.pt"
-    assert contents.config == ("x = 1", f"{where} (meta.cfg)")
+    assert artifact.config == ("x = 1", f"{where} (meta.cfg)")
 
 
 @pytest.mark.parametrize("prefix", ["", "bf16_", "fp16_"])
 def test_names_of_optimizer_states(prefix: str, tmp_path: Path) -> None:
     made = run(2, 2, prefix=prefix)
-    assert_same(dense(open_contents(str(made.save(tmp_path / "iter_2.pth")))), made.dense)
+    assert_same(dense(open_artifact(str(made.save(tmp_path / "iter_2.pth")))), made.dense)
 
 
 @pytest.mark.parametrize("given", ["", "mp_rank_00_model_states.pt",
@@ -122,27 +122,27 @@ def test_a_file_inside_stands_for_its_directory(given: str, tmp_path: Path) -> N
     made = run(2, 2)
     folder = made.save(tmp_path / "iter_2.pth")
     assert zero_directory(folder / given) == folder
-    assert_same(dense(open_contents(str(folder / given))), made.dense)
+    assert_same(dense(open_artifact(str(folder / given))), made.dense)
 
 
 def test_deepspeeds_own_folders_name_the_latest(tmp_path: Path) -> None:
     made = run(2, 2)
     made.save(tmp_path / "global_step2")
     (tmp_path / "latest").write_text("global_step2\n")
-    assert_same(dense(open_contents(str(tmp_path))), made.dense)
+    assert_same(dense(open_artifact(str(tmp_path))), made.dense)
     (tmp_path / "latest").write_text("global_step3")
     with pytest.raises(CorruptFileError, match="latest: names 'global_step3', which is not there"):
-        open_contents(str(tmp_path))
+        open_artifact(str(tmp_path))
     for escape in ("../elsewhere", "/etc", "..", "a\0b"):
         (tmp_path / "latest").write_text(escape)
         with pytest.raises(CorruptFileError, match="which is not a plain file name"):
-            open_contents(str(tmp_path))
+            open_artifact(str(tmp_path))
     # A folder that names itself, or another that names it.
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "latest").write_text("inner")
     (tmp_path / "latest").write_text("inner")
     with pytest.raises(CheckpointError):
-        open_contents(str(tmp_path))
+        open_artifact(str(tmp_path))
 
 
 def test_other_folders_are_none(tmp_path: Path) -> None:
@@ -163,16 +163,16 @@ def test_module_weights(stage: int, optimizers: bool, tmp_path: Path) -> None:
     if not optimizers:
         for path in folder.glob("*optim_states.pt"):
             path.unlink()
-    contents = open_zero_directory(folder, "module")
-    assert contents.layout.endswith(", 16-bit module weights")
-    assert_same(dense(contents), {n: t.bfloat16() for n, t in made.dense.items()})
+    artifact = open_zero_directory(folder, "module")
+    assert artifact.layout.endswith(", 16-bit module weights")
+    assert_same(dense(artifact), {n: t.bfloat16() for n, t in made.dense.items()})
 
 
 def test_without_optimizer_states_the_module_is_what_is_left(tmp_path: Path) -> None:
     folder = run(2, 2).save(tmp_path / "iter_2.pth")
     for path in folder.glob("*optim_states.pt"):
         path.unlink()
-    assert dense(open_contents(str(folder)))["llm.a"].dtype == torch.bfloat16
+    assert dense(open_artifact(str(folder)))["llm.a"].dtype == torch.bfloat16
 
 
 def test_zero_3_has_no_module_weights(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_zero_3_has_no_module_weights(tmp_path: Path) -> None:
     for path in folder.glob("*optim_states.pt"):
         path.unlink()
     with pytest.raises(UnsupportedError, match="and these are not here") as caught:
-        open_contents(str(folder))
+        open_artifact(str(folder))
     assert caught.value.faults[0].advice == "Copy the *_optim_states.pt."
 
 
@@ -345,10 +345,10 @@ def test_a_directory_that_is_not_whole_is_refused(
     stage: int, change: Callable[[Path], object], texts: list[str], tmp_path: Path
 ) -> None:
     folder = run(stage, 3).save(tmp_path / "iter_2.pth")
-    assert dense(open_contents(str(folder)))
+    assert dense(open_artifact(str(folder)))
     change(folder)
     with pytest.raises(CheckpointError) as caught:
-        open_contents(str(folder))
+        open_artifact(str(folder))
     faults = [str(fault) for fault in caught.value.faults]
     for text in texts:
         assert any(text in fault for fault in faults), faults
@@ -361,7 +361,7 @@ def test_a_file_that_leads_out_is_refused(tmp_path: Path) -> None:
     shutil.move(path, tmp_path / "outside.pt")
     path.symlink_to(tmp_path / "outside.pt")
     with pytest.raises(CorruptFileError, match="is a link that leads out of its folder"):
-        open_contents(str(folder))
+        open_artifact(str(folder))
 
 
 # Written by DeepSpeed itself
@@ -369,8 +369,8 @@ def test_a_file_that_leads_out_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["qwen2_f_zero2_full", "qwen2_f_zero3_full"])
 def test_real_masters_are_what_xtuner_rounds(case: str, checkpoints: Path) -> None:
-    contents = open_contents(str(checkpoints / case / "iter_2.pth"))
-    found = dense(contents)
+    artifact = open_artifact(str(checkpoints / case / "iter_2.pth"))
+    found = dense(artifact)
     assert all(t.dtype == torch.float32 for t in found.values() if t.is_floating_point())
     # XTuner's own folder holds the LLM, read from these masters, in float16.
     folder = checkpoints / case / "iter_2_xtuner"

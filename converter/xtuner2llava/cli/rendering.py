@@ -34,9 +34,9 @@ def number(count: int) -> str:
 def render_plan(plan: Plan, *, tensors: bool = False) -> str:
     """The plan: its parts and what is done with them; with `tensors`, each kind of tensor."""
     shards = [(s.filename, str(len(s.entries)), size(s.size)) for s in plan.shards.shards]
-    contents = plan.checkpoint.contents
+    artifact = plan.checkpoint.artifact
     text = [
-        f"{contents.layout}: {contents.path}",
+        f"{artifact.layout}: {artifact.path}",
         f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.verdict}, "
         f"dtype {plan.dtype}",
         "",

@@ -128,8 +128,8 @@ class Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, and what it can become with the base models that are here."""
-    contents, config, training_config = (
-        checkpoint.contents,
+    artifact, config, training_config = (
+        checkpoint.artifact,
         checkpoint.llm.config,
         checkpoint.training_config,
     )
@@ -139,8 +139,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
     any_found = next(iter(found.values()))
     advice = tuple(_advice(checkpoint, any_found)) if checkpoint.before_training else ()
     return Inspection(
-        layout=contents.layout,
-        iteration=contents.iteration,
+        layout=artifact.layout,
+        iteration=artifact.iteration,
         parts={
             "llm": _summary(checkpoint.llm),
             "visual_encoder": _summary(checkpoint.visual_encoder),

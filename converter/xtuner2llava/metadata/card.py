@@ -128,9 +128,9 @@ def _conversion(
     plan: Plan, version: str, options: Options | None, verified: bool, measured: Sequence[str]
 ) -> Iterator[str]:
     checkpoint = plan.checkpoint
-    when = checkpoint.contents.iteration
+    when = checkpoint.artifact.iteration
     yield (
-        f"From an XTuner checkpoint ({checkpoint.contents.layout}"
+        f"From an XTuner checkpoint ({checkpoint.artifact.layout}"
         + (f", iteration {when}" if when is not None else "")
         + f") by xtuner2llava {version}, with the mapping `{plan.mapping.family}` → "
         f"`{plan.mapping.format}`, in {plan.config.get('torch_dtype')}:"
@@ -147,7 +147,7 @@ def _conversion(
 
 def command(plan: Plan, options: Options | None) -> str:
     """The command line of the conversion, without paths: files and folders by their names."""
-    path = plan.checkpoint.contents.path
+    path = plan.checkpoint.artifact.path
     source = hub_id(None, path) or published_name(str(path))
     words = ["xtuner2llava", "convert", source, plan.suggested_name]
     for flag, value in decided(options).items() if options is not None else ():

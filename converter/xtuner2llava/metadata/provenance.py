@@ -15,7 +15,7 @@ from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.published import published_name, published_text
 from xtuner2llava.sources import Fingerprint, Part
-from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import SourceFile
 
@@ -53,9 +53,9 @@ def provenance(
         "schema": SCHEMA,
         "tool": {"name": "xtuner2llava", "version": version},
         "checkpoint": {
-            "layout": checkpoint.contents.layout,
-            "iteration": checkpoint.contents.iteration,
-            "files": _files(checkpoint.contents.files),
+            "layout": checkpoint.artifact.layout,
+            "iteration": checkpoint.artifact.iteration,
+            "files": _files(checkpoint.artifact.files),
         },
         "parts": {name: _part(part) for name, part in parts.items()},
         "base_files": _files(checkpoint.base_files),
@@ -89,7 +89,7 @@ def plan_identity(plan: Plan, version: str) -> str:
     """Text that differs whenever other tensors would be written."""
     lines = [version, plan.dtype, *(f"{f.name} {f.sha256}" for f in plan.mapping.files)]
     checkpoint = plan.checkpoint
-    for file in (*checkpoint.contents.files, *checkpoint.base_files):
+    for file in (*checkpoint.artifact.files, *checkpoint.base_files):
         lines.append(f"{file.name} {file.size} {file.digest}")
     # A header says nothing of the data behind it, so the time of the last change must do.
     lines += sorted(f"{file.path.name} {file.mtime_ns}" for file in sources(plan))

@@ -42,7 +42,7 @@ def _files_of_bases(planned: Plan) -> dict[str, bytes]:
 
 def xtuner_config_file(opened: Checkpoint, given: PathOrText | None) -> bytes:
     """The XTuner config as it may be published."""
-    found = opened.contents.config
+    found = opened.artifact.config
     if given is not None:
         with disk_errors(Path(given), "cannot be read"):
             found = Path(given).read_text(encoding="utf-8-sig"), str(given)

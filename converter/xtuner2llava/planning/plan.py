@@ -126,8 +126,8 @@ class Plan:
         }
         shard_of = {e.name: s.filename for s in self.shards.shards for e in s.entries}
         return {
-            "checkpoint": str(checkpoint.contents.path),
-            "layout": checkpoint.contents.layout,
+            "checkpoint": str(checkpoint.artifact.path),
+            "layout": checkpoint.artifact.layout,
             "parts": {name: part.origin for name, part in parts.items()},
             "family": self.mapping.family,
             "becomes": self.mapping.becomes,

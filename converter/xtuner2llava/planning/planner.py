@@ -48,7 +48,7 @@ from xtuner2llava.planning.vision_tower import (
 from xtuner2llava.planning.vision_tower_name import KEY as VISION_TOWER_KEY
 from xtuner2llava.planning.vision_tower_name import vision_tower_name
 from xtuner2llava.sources import Checkpoint
-from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tokenizers import (

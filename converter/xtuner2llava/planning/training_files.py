@@ -18,7 +18,7 @@ from xtuner2llava.planning.llava_config import json_bytes
 from xtuner2llava.planning.processor import find_image_processor, read_image_processor
 from xtuner2llava.planning.published_towers import PROCESSOR_KEYS, PUBLISHED, clip_processor
 from xtuner2llava.sources import Checkpoint
-from xtuner2llava.sources.contents import VISUAL_ENCODER
+from xtuner2llava.sources.artifact import VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.tokenizers import MadeFile
 from xtuner2llava.training_config import Loaded, TrainingConfig, Value, shown
@@ -59,7 +59,7 @@ def image_processor_of(checkpoint: Checkpoint, findings: Findings) -> ImageProce
     if tower.folder is None:
         return None
     own = find_image_processor(tower.folder)
-    if training_config is None or tower.folder == checkpoint.contents.folders.get(VISUAL_ENCODER):
+    if training_config is None or tower.folder == checkpoint.artifact.folders.get(VISUAL_ENCODER):
         return _fitting(ImageProcessor(read_image_processor(own), own), checkpoint, findings)
     loaded = training_config.image_processor
     values, path = _elsewhere(loaded, training_config, own, findings) or (

@@ -11,7 +11,7 @@ from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.training_files import find_folder
 from xtuner2llava.sources import Checkpoint
-from xtuner2llava.sources.contents import LLM
+from xtuner2llava.sources.artifact import LLM
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import Tokenizer, read_tokenizer
 from xtuner2llava.training_config import WITHOUT_IDS, Table, TrainingConfig, Value, shown
@@ -132,8 +132,8 @@ def _check_arguments(training_config: TrainingConfig) -> None:
 
 
 def _own(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer in the artefact; None where it holds none."""
-    folder = checkpoint.contents.folders.get(LLM)
+    """The tokenizer in the artifact; None where it holds none."""
+    folder = checkpoint.artifact.folders.get(LLM)
     try:
         return read_tokenizer(folder) if folder is not None and any(_files(folder)) else None
     except ConversionError:

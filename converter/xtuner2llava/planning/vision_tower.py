@@ -9,7 +9,7 @@ from xtuner2llava.mapping import PlainClass, check_against_class
 from xtuner2llava.options import Options
 from xtuner2llava.planning.projector import check_projector
 from xtuner2llava.sources import Checkpoint
-from xtuner2llava.sources.contents import PROJECTOR
+from xtuner2llava.sources.artifact import PROJECTOR
 from xtuner2llava.storage.json_file import integer, read_json
 
 # The plain class that every tower is.
@@ -53,8 +53,8 @@ def check_projector_of(checkpoint: Checkpoint, llm: Mapping[str, object] | None)
     if not isinstance(hidden, int) or vision_hidden is None:
         return
     shapes = {name: tensor.shape for name, tensor in checkpoint.projector.tensors.items()}
-    faults = check_projector(shapes, vision_hidden, hidden, str(checkpoint.contents.path))
-    home = checkpoint.contents.folders.get(PROJECTOR)
+    faults = check_projector(shapes, vision_hidden, hidden, str(checkpoint.artifact.path))
+    home = checkpoint.artifact.folders.get(PROJECTOR)
     if home is not None and (home / "config.json").is_file():
         activation = read_json(home / "config.json").get("hidden_act", "gelu")
         if activation != "gelu":

@@ -14,7 +14,7 @@ from xtuner2llava.errors import (
     raise_faults,
 )
 from xtuner2llava.hub.download import fetch_model, is_reference, local_path
-from xtuner2llava.sources.contents import LLM, VISUAL_ENCODER
+from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
 from xtuner2llava.storage.weights import (
     Fingerprint,

@@ -1,4 +1,4 @@
-"""`Checkpoint`: a whole trained model, its parts gathered from the artefact and the base models."""
+"""`Checkpoint`: a whole trained model, assembled from the artifact and the base models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_
 from xtuner2llava.hub.download import local_path
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.sources.adapter import Adapter, is_adapted, merge, read_adapter, share_in
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.base_model import (
     FLAGS,
     TITLES,
@@ -21,7 +22,6 @@ from xtuner2llava.sources.base_model import (
     open_streamed,
     read_config,
 )
-from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
 from xtuner2llava.sources.lora_settings import LoraSettings, settle
 from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.xtuner_folder import ADAPTERS
@@ -64,7 +64,7 @@ class Checkpoint:
     these weights are not quite those that were trained.
     """
 
-    contents: Contents
+    artifact: Artifact
     training_config: TrainingConfig | None
     llm: Part
     visual_encoder: Part
@@ -77,12 +77,12 @@ class Checkpoint:
     before_training: bool = False
 
 
-# Opens the artefact that a run started from, if it is here; None if it is not.
-OpenPretrained = Callable[[str], Contents | None]
+# Opens the artifact that a run started from, if it is here; None if it is not.
+OpenPretrained = Callable[[str], Artifact | None]
 
 
-def gather(
-    contents: Contents,
+def assemble(
+    artifact: Artifact,
     training_config: TrainingConfig | None,
     options: SourceOptions,
     open_pretrained: OpenPretrained,
@@ -91,14 +91,14 @@ def gather(
     base_weights: bool = True,
     before_training: bool = False,
 ) -> Checkpoint:
-    """The model that `contents` and the base models make together; headers only are read.
+    """The model that `artifact` and the base models make together; headers only are read.
 
-    A part's config and tokenizer come from the folder that the user gave, else from the artefact's
+    A part's config and tokenizer come from the folder that the user gave, else from the artifact's
     own, else from the base model that the XTuner config names. `stream_base` and `base_weights` are
     those of `open_checkpoint`; `before_training`, weights need not be there at all.
     """
-    work = _Gathering(
-        contents,
+    work = _Assembly(
+        artifact,
         training_config,
         options,
         open_pretrained,
@@ -108,17 +108,17 @@ def gather(
     )
     llm, tower = work.part(LLM), work.part(VISUAL_ENCODER)
     origin = "not trained yet" if before_training else "trained"
-    projector = Part(contents.weights.get(PROJECTOR, {}), origin, trained=True)
+    projector = Part(artifact.weights.get(PROJECTOR, {}), origin, trained=True)
     inexact = work.inexact()
     work.check_model()
     return Checkpoint(
-        contents,
+        artifact,
         training_config,
         llm,
         tower,
         projector,
         tuple(work.base_files),
-        tuple(dict.fromkeys((*contents.notes, *work.notes, *inexact))),
+        tuple(dict.fromkeys((*artifact.notes, *work.notes, *inexact))),
         tuple(dict.fromkeys(work.faults)),
         inexact,
         tuple(work.pending),
@@ -130,12 +130,12 @@ class _NotDownloadedError(UnsupportedError):
     pass
 
 
-class _Gathering:
-    """The work of `gather`, with what it collects on the way."""
+class _Assembly:
+    """The work of `assemble`, with what it collects on the way."""
 
     def __init__(
         self,
-        contents: Contents,
+        artifact: Artifact,
         training_config: TrainingConfig | None,
         options: SourceOptions,
         open_pretrained: OpenPretrained,
@@ -143,7 +143,7 @@ class _Gathering:
         base_weights: bool,
         before_training: bool,
     ) -> None:
-        self._contents, self._training_config, self._options = contents, training_config, options
+        self._artifact, self._training_config, self._options = artifact, training_config, options
         self._stream, self._base_weights = stream_base, base_weights
         self._before_training = before_training
         self._open_pretrained = open_pretrained
@@ -153,11 +153,11 @@ class _Gathering:
         self.pending: list[Fault] = []
 
     def part(self, part: str) -> Part:
-        """The part, whole, from the artefact where it was trained, else from its base model.
+        """The part, whole, from the artifact where it was trained, else from its base model.
 
         What is wrong with it is collected in `faults`, so that both parts are looked at.
         """
-        contents, recorded = self._contents, RecordedBase(None)
+        artifact, recorded = self._artifact, RecordedBase(None)
         try:
             recorded = self._recorded(part)
             return self._part(part, recorded)
@@ -167,18 +167,18 @@ class _Gathering:
                 if isinstance(error, ConversionError)
                 else [Fault(FLAGS[part], f"cannot be looked at ({error.strerror})")]
             )
-        if part in contents.adapters:
+        if part in artifact.adapters:
             return Part({}, "adapter, its base not available", True, name=recorded.name)
-        found = contents.weights.get(part)
+        found = artifact.weights.get(part)
         origin = "not available" if found is None else "trained"
         return Part(found or {}, origin, found is not None, name=recorded.name)
 
     def _part(self, part: str, recorded: RecordedBase) -> Part:
-        contents = self._contents
+        artifact = self._artifact
         given = self._options.base(part)
-        where = f"{contents.path}, {TITLES[part]}"
-        adapter, what = self._adapter(part) if part in contents.adapters else (None, "")
-        home, full = contents.folders.get(part), contents.weights.get(part)
+        where = f"{artifact.path}, {TITLES[part]}"
+        adapter, what = self._adapter(part) if part in artifact.adapters else (None, "")
+        home, full = artifact.folders.get(part), artifact.weights.get(part)
         if full is None and adapter is not None:
             full = adapter.own_base(where)
         streamed = part == LLM and self._stream and is_remote(given, recorded.place)
@@ -186,10 +186,10 @@ class _Gathering:
             folder = home
         else:
             needed = full is None and self._base_weights and not streamed
-            folder = find_base(part, given, recorded, contents.path, weights=needed)
+            folder = find_base(part, given, recorded, artifact.path, weights=needed)
             if given is None and recorded.folder is not None:
                 near = "in the checkpoint's folder"
-                if folder.parent != contents.path.absolute().parent:
+                if folder.parent != artifact.path.absolute().parent:
                     near = "beside the checkpoint's folder"
                 self.notes.append(
                     f"The base {TITLES[part]} is '{folder.name}' {near}: {recorded.record} names "
@@ -206,9 +206,9 @@ class _Gathering:
             self._note_own_base(part, full, adapter, home, recorded)
             return replace(result, tensors=merged, origin=f"{what} on the checkpoint's own weights")
         will_be_trained = self._before_training and self._will_be_trained(part)
-        if part not in contents.adapters and not self._before_training:
+        if part not in artifact.adapters and not self._before_training:
             self._require_frozen(part, recorded)
-        adapted = is_adapted(contents.adapters.get(part, {}))
+        adapted = is_adapted(artifact.adapters.get(part, {}))
         name = name or folder.name
         try:
             base, origin = self._base_tensors(part, folder, name, recorded.place, adapted=adapted)
@@ -244,9 +244,9 @@ class _Gathering:
         raise_faults(UnsupportedError, changed)
 
     def check_model(self) -> None:
-        """Whether XTuner's own LLaVAModel was trained, by the config in use and by the artefact's
+        """Whether XTuner's own LLaVAModel was trained, by the config in use and by the artifact's
         own: another config does not make another class of it."""
-        training_config, own = self._training_config, self._contents.config
+        training_config, own = self._training_config, self._artifact.config
         try:
             if training_config is not None:
                 training_config.check_model()
@@ -269,7 +269,7 @@ class _Gathering:
         recorded: RecordedBase,
     ) -> None:
         """Says that weights and an adapter lie together. Raises if the weights are merged ones."""
-        path, given = self._contents.path, self._options.base(part)
+        path, given = self._artifact.path, self._options.base(part)
         places = "under it, in the same file"
         if home is not None:
             at = "at top level" if home == path else f"in {home.name}/"
@@ -343,11 +343,11 @@ class _Gathering:
         if share is None or abs(share - 1) > _NEAR:
             return share
         given = self._options.base(part)
-        mine = part in self._contents.weights or given is None
+        mine = part in self._artifact.weights or given is None
         raise UnsupportedError(
             f"the adapter of the {TITLES[part]} is in these weights already: they are those of "
             f"'{recorded.name}', which {recorded.record} names, with the adapter merged",
-            where=str(self._contents.path) if mine else f"{FLAGS[part]} {given}",
+            where=str(self._artifact.path) if mine else f"{FLAGS[part]} {given}",
             advice=(
                 f"Remove {ADAPTERS[part]}/, or put the base model's weights in the place of these."
                 if mine
@@ -385,7 +385,7 @@ class _Gathering:
         if given is None or _model_name(given) == _model_name(recorded.name):
             raise UnsupportedError(
                 f"the {what}",
-                where=str(self._contents.path),
+                where=str(self._artifact.path),
                 advice=f"Is it complete, and the config that of this run? If the trained "
                 f"{TITLES[part]} lies elsewhere, give it with {flag}.",
             )
@@ -393,7 +393,7 @@ class _Gathering:
 
     def inexact(self) -> tuple[str, ...]:
         """Why the LLM is near to the trained one, and not the same."""
-        if self._training_config is None or LLM in self._contents.weights:
+        if self._training_config is None or LLM in self._artifact.weights:
             return ()
         try:
             return self._training_config.inexact
@@ -406,10 +406,10 @@ class _Gathering:
         found = self._named(part)
         if found.name is None:
             return found
-        return replace(found, folder=find_beside(found.name, self._contents.path))
+        return replace(found, folder=find_beside(found.name, self._artifact.path))
 
     def _named(self, part: str) -> RecordedBase:
-        settings = self._contents.settings.get(part)
+        settings = self._artifact.settings.get(part)
         beside = RecordedBase(settings.base if settings else None, f"{ADAPTERS[part]}'s config")
         name: str | None = None
         try:
@@ -494,10 +494,10 @@ class _Gathering:
 
     def _adapter(self, part: str) -> tuple[Adapter, str]:
         """The part's adapter with its settings, and what to call it."""
-        contents, alpha = self._contents, self._options.alpha(part)
-        adapter = read_adapter(contents.adapters[part], None, f"{contents.path}, {TITLES[part]}")
+        artifact, alpha = self._artifact, self._options.alpha(part)
+        adapter = read_adapter(artifact.adapters[part], None, f"{artifact.path}, {TITLES[part]}")
         settings, notes = settle(
-            contents.settings.get(part),
+            artifact.settings.get(part),
             lambda: self._recorded_lora(part, alpha),
             alpha,
             adapter.ranks,

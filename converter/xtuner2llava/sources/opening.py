@@ -9,8 +9,8 @@ from pathlib import Path
 from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError
 from xtuner2llava.hub.download import fetch_checkpoint, is_reference, local_path
 from xtuner2llava.options import PathOrText, SourceOptions
-from xtuner2llava.sources.checkpoint import Checkpoint, gather
-from xtuner2llava.sources.contents import PROJECTOR, Contents, contents_of_state
+from xtuner2llava.sources.artifact import PROJECTOR, Artifact, artifact_of_state
+from xtuner2llava.sources.checkpoint import Checkpoint, assemble
 from xtuner2llava.sources.other_inputs import (
     not_there,
     unknown_folder,
@@ -48,17 +48,17 @@ def open_checkpoint(
     options = options or SourceOptions()
     reference = fspath(checkpoint)
     try:
-        contents = open_contents(reference, options.weights)
+        artifact = open_artifact(reference, options.weights)
     except OSError as error:
         what = f"cannot be looked at ({error.strerror or error})"
         raise CheckpointError(what, where=reference[:200]) from error
     training_config = None
     if options.xtuner_config is not None:
         training_config = TrainingConfig.from_file(Path(options.xtuner_config))
-    elif contents.config is not None:
-        training_config = TrainingConfig.from_text(*contents.config)
-    return gather(
-        contents,
+    elif artifact.config is not None:
+        training_config = TrainingConfig.from_text(*artifact.config)
+    return assemble(
+        artifact,
         training_config,
         options,
         _open_pretrained,
@@ -73,9 +73,9 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
     Its projector has no tensors yet. Raises `CheckpointError` for what is not a config.
     """
     training_config = TrainingConfig.from_file(path)
-    contents = Contents(Path(path), "XTuner config, before training", {}, ())
-    return gather(
-        contents,
+    artifact = Artifact(Path(path), "XTuner config, before training", {}, ())
+    return assemble(
+        artifact,
         training_config,
         options or SourceOptions(),
         _open_pretrained,
@@ -84,7 +84,7 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
     )
 
 
-def open_contents(reference: str, weights: str = MASTER) -> Contents:
+def open_artifact(reference: str, weights: str = MASTER) -> Artifact:
     """What lies at `reference`, by what is in it rather than by its name."""
     path = local_path(reference)
     directory = zero_directory(path)
@@ -104,7 +104,7 @@ def open_contents(reference: str, weights: str = MASTER) -> Contents:
     return open_pth_file(path)
 
 
-def _open_folder(path: Path) -> Contents:
+def _open_folder(path: Path) -> Artifact:
     if is_xtuner_folder(path):
         return open_xtuner_folder(path)
     found = find_weights(path)
@@ -113,7 +113,7 @@ def _open_folder(path: Path) -> Contents:
     raise unknown_folder(path)
 
 
-def _open_weight_file(path: Path) -> Contents:
+def _open_weight_file(path: Path) -> Artifact:
     """A file of weights by itself: all of LLaVAModel's state dict, or a part of something else."""
     belongs_to = xtuner_folder_of(path.parent)
     if belongs_to is not None:
@@ -136,14 +136,14 @@ def _open_weight_file(path: Path) -> Contents:
     return open_pth_file(path) if path.suffix == ".bin" else _open_state(path)
 
 
-def _open_state(path: Path) -> Contents:
+def _open_state(path: Path) -> Artifact:
     """LLaVAModel's state dict in a weight file or in the shards that an index names.
 
     DeepSpeed's `zero_to_fp32.py` writes such folders, with shards of 5 GB.
     """
     opened = open_weights(path)
     unread = unread_weights(path.parent, path, opened.files)
-    return contents_of_state(
+    return artifact_of_state(
         opened.tensors,
         path,
         "state dict, as zero_to_fp32.py writes",
@@ -152,12 +152,12 @@ def _open_state(path: Path) -> Contents:
     )
 
 
-def _open_pretrained(reference: str) -> Contents | None:
+def _open_pretrained(reference: str) -> Artifact | None:
     """The checkpoint that a run started from, if it lies here."""
     try:
         path = local_path(reference)
         if not path.exists():
             return None
-        return open_contents(str(path))
+        return open_artifact(str(path))
     except (ConversionError, OSError):
         return None

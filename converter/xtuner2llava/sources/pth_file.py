@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xtuner2llava.errors import UnsupportedError
-from xtuner2llava.sources.contents import Contents, contents_of_state
+from xtuner2llava.sources.artifact import Artifact, artifact_of_state
 from xtuner2llava.storage.pickle_reader import TensorReference, Value
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import Fingerprint, tensor_references
@@ -18,8 +18,8 @@ from xtuner2llava.storage.weights import Fingerprint, tensor_references
 _TOP_LEVEL = ("meta", "state_dict", "message_hub", "optimizer", "param_schedulers")
 
 
-def open_pth_file(path: Path) -> Contents:
-    """The contents of a `.pth` file; no tensor is read.
+def open_pth_file(path: Path) -> Artifact:
+    """The `.pth` file `path`; no tensor is read.
 
     Raises `CheckpointError` and says what the file is where it is no LLaVA checkpoint of XTuner.
     """
@@ -35,7 +35,7 @@ def open_pth_file(path: Path) -> Contents:
             advice="Give the directory that it lies in.",
         )
     meta = value.get("meta") if isinstance(value, dict) else None
-    return contents_of_state(
+    return artifact_of_state(
         opened.tensors(tensor_references(state_dict, str(path))),
         path,
         "iter .pth file",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, UnsupportedError
-from xtuner2llava.sources.contents import LLM, PROJECTOR, VISUAL_ENCODER, Contents
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.storage.json_file import read_json
 from xtuner2llava.storage.small_file import read_small
@@ -39,12 +39,12 @@ def is_xtuner_folder(path: Path) -> bool:
     return (path / PROJECTOR).is_dir()
 
 
-def open_xtuner_folder(path: Path) -> Contents:
-    """The contents of an XTuner folder; headers only are read.
+def open_xtuner_folder(path: Path) -> Artifact:
+    """The XTuner folder `path`; headers only are read.
 
     Raises `CheckpointError` for a folder without its weights, and for an LLM that is there twice.
     """
-    return _Folder(path).contents()
+    return _Folder(path).artifact()
 
 
 class _Folder:
@@ -55,7 +55,7 @@ class _Folder:
         self._files: list[Fingerprint] = []
         self._unread: list[str] = []
 
-    def contents(self) -> Contents:
+    def artifact(self) -> Artifact:
         path = self._path
         weights: dict[str, dict[str, LazyTensor]] = {}
         folders: dict[str, Path] = {}
@@ -76,7 +76,7 @@ class _Folder:
                     values = read_json(home / _ADAPTER)
                     settings[part] = LoraSettings.from_mapping(values, str(home / _ADAPTER))
         self._unread += [f"{entry.name}/" for entry in sorted(path.iterdir()) if _is_left(entry)]
-        return Contents(
+        return Artifact(
             path=path,
             layout="XTuner folder",
             weights=weights,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
-from xtuner2llava.sources.contents import Contents, contents_of_state
+from xtuner2llava.sources.artifact import Artifact, artifact_of_state
 from xtuner2llava.sources.pth_file import config_text, iteration
 from xtuner2llava.storage.pickle_reader import Record, TensorReference, Value
 from xtuner2llava.storage.small_file import inside, read_small
@@ -55,8 +55,8 @@ def zero_directory(path: Path) -> Path | None:
     return None
 
 
-def open_zero_directory(path: Path, weights: str = MASTER) -> Contents:
-    """The contents of a DeepSpeed directory; headers only are read.
+def open_zero_directory(path: Path, weights: str = MASTER) -> Artifact:
+    """The DeepSpeed directory `path`; headers only are read.
 
     `weights` chooses the float32 master weights, or with "module" the 16-bit weights that ZeRO-1
     and 2 keep beside them. Raises `CheckpointError` where ranks are missing or do not belong
@@ -78,7 +78,7 @@ def open_zero_directory(path: Path, weights: str = MASTER) -> Contents:
     meta = first.value.get("meta")
     fingerprints = tuple(file.fingerprint for file in (*models, *optimizers))
     unread = unread_weights(path, None, fingerprints)
-    return contents_of_state(
+    return artifact_of_state(
         tensors,
         path,
         layout,

@@ -1,4 +1,4 @@
-"""What an artefact of XTuner holds by itself, whatever its layout."""
+"""An artifact of XTuner: what one path holds, without base models, in any layout."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _UNQUANTISED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
-    """The tensors of each part that was trained, and what else stands in the artefact.
+class Artifact:
+    """The tensors of each part that was trained, and what else stands in the artifact.
 
     A part that was frozen is absent from `weights`; one that was trained as LoRA stands in
     `adapters`, with `settings` where an `adapter_config.json` lies beside it. One in both is an
@@ -52,7 +52,7 @@ class Contents:
     notes: tuple[str, ...] = ()
 
 
-def contents_of_state(
+def artifact_of_state(
     tensors: Mapping[str, LazyTensor],
     path: Path,
     layout: str,
@@ -61,8 +61,8 @@ def contents_of_state(
     config: tuple[str, str] | None = None,
     iteration: int | None = None,
     notes: tuple[str, ...] = (),
-) -> Contents:
-    """The contents of an artefact that is LLaVAModel's state dict, as every layout but one is.
+) -> Artifact:
+    """The artifact whose tensors are LLaVAModel's state dict, as in every layout but one.
 
     Raises `UnsupportedError`, which says what the tensors are, where they are not those.
     """
@@ -96,7 +96,7 @@ def contents_of_state(
         faults.append(Fault(str(path), what, _EXPECTED))
     raise_faults(UnsupportedError, faults)
     weights = {part: found for part, found in parts.items() if part not in adapters}
-    return Contents(
+    return Artifact(
         path, layout, weights, files, adapters, config=config, iteration=iteration, notes=notes
     )
 

@@ -26,11 +26,13 @@ CASES = {
     "vicuna": "llama_e_full_fullvis",
 }
 BASES = {"llama_e_full_fullvis": "llm_llama", "phi3_e_full_fullvis": "llm_phi3"}
-# The last is without its tokenizer.json.
+# The last two are without their tokenizer.json.
 SAVED = [
-    *(("4.37.2", kind) for kind in ("llama3", "phi3", "qwen2")),
+    *(("4.37.2", kind) for kind in ("llama3", "phi3")),
+    ("4.40.2", "qwen2"),
     *(("4.57.1", kind) for kind in CASES),
     *(("5.24.0", kind) for kind in CASES),
+    ("4.37.2", "qwen2"),
     ("4.40.2", "vicuna"),
 ]
 PICTURE = DATA.parent / "answers/wide.png"
@@ -42,7 +44,7 @@ def write_base(folder: Path, version: str, kind: str, checkpoints: Path) -> Path
     base = checkpoints / "bases" / BASES.get(CASES[kind], "llm_qwen2")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copyfile(base / name, folder / name)
-    if (version, kind) == SAVED[-1]:
+    if (version, kind) in SAVED[-2:]:
         (folder / "tokenizer.json").unlink()
     return folder
 

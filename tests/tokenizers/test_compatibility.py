@@ -292,6 +292,47 @@ def test_it_is_made_as_transformers_makes_it(
     assert tokenizer_faults(read_tokenizer(out), "hf") == ()
 
 
+# Qwen2's without tokenizer.json: vocab.json and merges.txt
+
+
+@pytest.mark.parametrize("version", ["4.37.2", "4.57.1"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_it_is_made_of_merges(checkpoints: Path, tmp_path: Path, version: str, order: int) -> None:
+    from tokenizers import Tokenizer
+
+    base = without_fast(tmp_path / "base", version, "qwen2", checkpoints)
+    first, *merges = (base / "merges.txt").read_text().splitlines()
+    (base / "merges.txt").write_text("\n".join([first, *merges[::order], ""]))
+    prepared = readable_tokenizer(read_tokenizer(base), "hf")
+    assert any("is made from vocab.json and merges.txt" in note for note in prepared.notes)
+    out = write_prepared(prepared, tmp_path / "out")
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    found = [tokenizer.encode(text).ids for text, *_ in expected(version, "qwen2")]
+    assert (found == [ids for _, ids, _ in expected(version, "qwen2")]) == (order == 1)
+    assert tokenizer_faults(read_tokenizer(out), "hf") == ()
+    assert readable_tokenizer(read_tokenizer(base), "llava").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"he llo", "merges 'he llo', expected two tokens of vocab.json"),
+        (b"h", "merges 'h', expected two tokens"),
+        (b"h e l", "merges 'h e l', expected two tokens"),
+        (b"\xff", "is not UTF-8"),
+    ],
+)
+def test_merges_that_do_not_fit_the_vocabulary_are_refused(
+    checkpoints: Path, tmp_path: Path, line: bytes, said: str
+) -> None:
+    base = without_fast(tmp_path / "base", "4.57.1", "qwen2", checkpoints)
+    (base / "merges.txt").write_bytes(b"#version: 0.2\nh e\n" + line + b"\n")
+    with pytest.raises(ConversionError) as error:
+        readable_tokenizer(read_tokenizer(base), "hf")
+    assert said in str(error.value)
+    assert "merges.txt" in error.value.faults[0].where
+
+
 def test_that_it_is_not_there_is_a_fault_only_of_hf(checkpoints: Path, tmp_path: Path) -> None:
     base = without_fast(tmp_path / "base", "4.40.2", "vicuna", checkpoints)
     faults = tokenizer_faults(read_tokenizer(base), "hf")

@@ -17,6 +17,7 @@ from xtuner2llava.tokenizers.byte_pairs import unreachable
 from xtuner2llava.tokenizers.editing import with_config, with_made, without_files, without_keys
 from xtuner2llava.tokenizers.llama import MODEL, with_fast_file
 from xtuner2llava.tokenizers.prepared import Prepared
+from xtuner2llava.tokenizers.qwen2 import MERGES, VOCAB, with_fast_file_of_merges
 from xtuner2llava.tokenizers.tokenizer import (
     ADDED,
     CONFIG,
@@ -100,7 +101,7 @@ def readable_tokenizer(tokenizer: Tokenizer, format_name: str) -> Prepared:
                 )
             notes += _ignored_merges(content, format_name)
     elif format_name == "hf":
-        result = _with_fast_of_model(tokenizer, notes)
+        result = _with_fast_of_slow(tokenizer, notes)
     result = _with_table_of_extra_tokens(result, notes)
     result = _with_known_class(result, format_name, notes)
     return Prepared(result, tuple(notes))
@@ -284,8 +285,14 @@ def _with_flags(values: Mapping[str, Json], added: Mapping[str, AddedToken]) -> 
     return result if token is None else {**result, "normalized": token.normalized}
 
 
-def _with_fast_of_model(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
-    """`tokenizer` with the tokenizer.json that each transformers would make another way."""
+def _with_fast_of_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
+    """`tokenizer` with the tokenizer.json that some transformers would make another way, or not."""
+    if _slow_name(tokenizer) == "Qwen2Tokenizer" and {VOCAB, MERGES} <= {*tokenizer.copied}:
+        notes.append(
+            f"{FAST} is made from {VOCAB} and {MERGES}, as transformers 4.38 to 4.57 make it for a "
+            "base without; 5 makes none."
+        )
+        return with_fast_file_of_merges(tokenizer)
     if _slow_name(tokenizer) != "LlamaTokenizer" or MODEL not in tokenizer.files:
         return tokenizer
     result = with_fast_file(tokenizer)

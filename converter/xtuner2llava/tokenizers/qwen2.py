@@ -6,15 +6,20 @@ differ (Qwen/Qwen-7B `tokenization_qwen.py`; transformers `models/qwen2/tokeniza
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, PlanError, raise_faults
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.storage.small_file import read_small
 from xtuner2llava.tokenizers.added_token import AddedToken
 from xtuner2llava.tokenizers.byte_pairs import merges
+from xtuner2llava.tokenizers.editing import added_tokens, with_made
 from xtuner2llava.tokenizers.tiktoken_file import read_ranks
-from xtuner2llava.tokenizers.tokenizer import MadeFile, Tokenizer, json_file
+from xtuner2llava.tokenizers.tokenizer import FAST, MadeFile, Tokenizer, integers, json_file
+
+VOCAB, MERGES = "vocab.json", "merges.txt"
+_MAX_MERGES = 1 << 26  # bytes; Qwen2's has 1.7 million
 
 # tokenization_qwen.py and tokenization_qwen2.py have the same one.
 _SPLIT = (
@@ -71,12 +76,43 @@ def from_tiktoken(
     }
     pairs = _Pairs(vocab, str(path))
     made: dict[str, MadeFile] = {
-        "vocab.json": lambda: json_file(vocab),
-        "merges.txt": lambda: _merges_txt(pairs.all()),
+        VOCAB: lambda: json_file(vocab),
+        MERGES: lambda: _merges_txt(pairs.all()),
         "tokenizer.json": lambda: json_file(_tokenizer_json(vocab, pairs.all(), added)),
         "tokenizer_config.json": lambda: json_file(settings, indent=2),
     }
     return Tokenizer(path.parent, (), made, {**vocab, **special_tokens}, settings)
+
+
+def with_fast_file_of_merges(tokenizer: Tokenizer) -> Tokenizer:
+    """A Qwen2Tokenizer's files with the tokenizer.json that transformers makes where it is missing.
+
+    That is the one of 4.38 to 4.57 (`convert_slow_tokenizer.py`, Qwen2Converter); transformers 5
+    makes none for LLaVA. Raises `CorruptFileError` where vocab.json and merges.txt do not fit.
+    """
+    path = tokenizer.folder / MERGES
+    vocab = integers(read_json(tokenizer.folder / VOCAB))
+    pairs = list(_read_merges(path, vocab))
+    added = sorted(added_tokens(tokenizer), key=lambda token: token.id)
+    return with_made(tokenizer, {FAST: lambda: json_file(_tokenizer_json(vocab, pairs, added))})
+
+
+def _read_merges(path: Path, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    try:
+        lines = read_small(path, _MAX_MERGES).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError("is not UTF-8", where=str(path)) from error
+    for number, line in enumerate(lines, 1):
+        left, _, right = line.strip().partition(" ")
+        if not left or (number == 1 and left.startswith("#version")):
+            continue
+        if not {left, right, left + right} <= vocab.keys():
+            raise CorruptFileError(
+                f"merges {line.strip()!r}, expected two tokens of {VOCAB} that make another",
+                where=f"{path}:{number}",
+                advice="Give --llm a folder whose vocab.json and merges.txt belong together.",
+            )
+        yield left, right
 
 
 class _Pairs:

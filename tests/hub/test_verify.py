@@ -114,7 +114,7 @@ def test_what_is_wrong_there_is_found(
         "config": ("checksums of small files", "config.json is not what was written"),
         "missing": ("checksums of shards", f"{first} is not there"),
         "size": ("checksums of shards", "bytes, conversion.json says"),
-        "header": ("safetensors headers", "says its header has"),
+        "header": ("safetensors headers", "its header claims 1,099,511,627,776 bytes"),
         "name": ("index and files", "which is in no file"),
         "path": ("no local paths", "/home/ann"),
         "bin": ("index and files", "pytorch_model.bin lies beside"),

@@ -126,6 +126,13 @@ def without_key(file: str, key: str) -> Damage:
     return lambda folder: edit_json(folder / file, lambda values: values.pop(key))
 
 
+def swapped_offsets(header: bytes) -> bytes:
+    values = json.loads(header)
+    one, other = (values[f"model.layers.{n}.input_layernorm.weight"] for n in (0, 1))
+    one["data_offsets"], other["data_offsets"] = other["data_offsets"], one["data_offsets"]
+    return json.dumps(values, separators=(",", ":")).encode().ljust(len(header))
+
+
 def tokens_beyond_the_rows(folder: Path) -> None:
     new = {index: f"<new_{index}>" for index in range(363, 403)}
 
@@ -220,7 +227,7 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
             set_keys(folder / "config.json", eos_token_id=361),
         ),
         "tokenizer",
-        "<|im_end|> (id 360) ended each turn in training, and is no eos_token_id",
+        "<|im_end|> (id 360) ended each turn in training, and is not an eos_token_id",
     ),
     "pad beyond the vocabulary": (
         lambda folder: set_keys(folder / "generation_config.json", pad_token_id=400),
@@ -290,12 +297,17 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         "safetensors headers",
         "is not padded with spaces to a multiple of eight",
     ),
+    "tensors in another order": (
+        lambda folder: rewrite_header(folder / "model.safetensors", swapped_offsets),
+        "safetensors headers",
+        "are not in the order that safetensors writes, from model.layers.1.input_layernorm.weight",
+    ),
     "bytes after the last tensor": (
         lambda folder: (folder / "model.safetensors").write_bytes(
             (folder / "model.safetensors").read_bytes() + b"\0" * 8
         ),
         "safetensors headers",
-        "bytes of data, its tensors need",
+        "model.safetensors: has 546,192 bytes, its header describes 546,184",
     ),
     "file without a format": (
         lambda folder: rewrite_header(
@@ -309,7 +321,7 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
             (folder / "model.safetensors").read_bytes()[:-100]
         ),
         "safetensors headers",
-        "bytes of data, its tensors need",
+        "pre_layrnorm.weight: ends at byte 546,184 of a file with 546,084",
     ),
     "a pickle beside the weights": (
         lambda folder: (folder / "pytorch_model.bin").write_bytes(b""),
@@ -453,16 +465,21 @@ def test_damage_that_only_checksums_tell(
 @pytest.mark.parametrize(
     ("name", "result", "says"),
     [
-        ("llava-qwen", "ok", "LlavaQwenForCausalLM to LLaVA-NeXT"),
-        ("model", "warning", "LLaVA-NeXT loads it as no LLaVA, not LlavaQwenForCausalLM"),
-        ("llava-llama-qwen", "warning", "LLaVA-NeXT loads it as LlavaLlamaForCausalLM"),
-        ("llava-mixtral-qwen", "warning", "as LlavaMixtralForCausalLM"),
-        ("llava-qwen-moe", "warning", "as LlavaQwenMoeForCausalLM"),
+        ("llava-qwen", "ok", "'llava-qwen' is loaded as LlavaQwenForCausalLM"),
+        ("model", "warning", "'model' lacks 'llava' and lacks 'qwen'"),
+        (
+            "llava-llama-qwen",
+            "warning",
+            "contains 'llama': LLaVA or LLaVA-NeXT loads another class",
+        ),
+        ("llava-mixtral-qwen", "warning", "contains 'mixtral'"),
+        ("llava-qwen-moe", "warning", "contains 'moe'"),
         ("models--me--llava-qwen/snapshots/0123", "ok", "'llava-qwen' is"),
         ("llava-qwen/checkpoint-7", "ok", "'llava-qwen_checkpoint-7' is"),
     ],
 )
 def test_the_folders_name(whole: Path, tmp_path: Path, name: str, result: str, says: str) -> None:
+    """Which names those are, `planning/test_folder_name.py` compares with both loaders."""
     shutil.copytree(whole, tmp_path / name)
     check = verify(tmp_path / name).named("folder name")
     assert check.result == result
@@ -477,8 +494,8 @@ def test_a_llama_whose_name_one_loader_takes_for_another(
     check = verify(tmp_path / "llava-zephyr").named("folder name")
     assert check.result == "warning"
     assert check.detail == (
-        "'llava-zephyr' is LlavaLlamaForCausalLM to LLaVA; "
-        "LLaVA-NeXT loads it as LlavaMistralForCausalLM"
+        "'llava-zephyr' contains 'zephyr': LLaVA or LLaVA-NeXT loads another class than "
+        "LlavaLlamaForCausalLM; rename the folder"
     )
 
 
@@ -530,8 +547,8 @@ def test_what_is_asked_for_is_held_against_the_folder(whole: Path) -> None:
     assert verify(whole, format="llava", model_type="official").passed
 
 
-def test_what_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no folder"):
+def test_what_is_not_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a folder"):
         verify(tmp_path / "nothing")
 
 

@@ -19,7 +19,7 @@ from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import Verification, convert, verify
 from xtuner2llava.verification.logits.compare import tolerance
-from xtuner2llava.verification.logits.distance import Distance, Distances
+from xtuner2llava.verification.logits.distance import Distance, by_position
 from xtuner2llava.verification.logits.streams import Figures, wrong_layers
 
 LOGITS = "logits against the trained model"
@@ -192,23 +192,21 @@ def test_distances_are_those_of_whole_logits() -> None:
     generator = torch.Generator().manual_seed(5)
     one = 30 * torch.randn(6, 50, generator=generator)
     other = one + torch.randn(6, 50, generator=generator)
-    found = Distances([("a", "b")], 6)
-    for start in range(0, 50, 7):
-        part = slice(start, start + 7)
-        found.add({"a": one[:, part], "b": other[:, part]})
-    distance = found.of("a", "b")
-    logs = one.double().log_softmax(1), other.double().log_softmax(1)
-    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(1).mean()
+    distance = Distance.of([by_position(one[:4], other[:4]), by_position(one[4:], other[4:])])
+    chances = one.double().softmax(1), other.double().softmax(1)
+    kl = torch.nn.functional.kl_div(chances[1].log(), chances[0], reduction="batchmean")
     assert distance.largest == pytest.approx(float((one - other).abs().max()))
     assert distance.kl == pytest.approx(float(kl))
     assert distance.top1 == float((one.argmax(1) == other.argmax(1)).double().mean())
 
 
 def test_what_is_not_a_number_is_far_away() -> None:
-    found = Distances([("a", "b")], 2)
-    found.add({"a": torch.zeros(2, 3), "b": torch.tensor([[0.0, math.nan, 0], [0, 0, 0]])})
-    assert math.isnan(found.of("a", "b").largest)
-    assert not found.of("a", "b").largest <= 1e9
+    broken = torch.tensor([[0.0, math.nan, 0], [0, 0, 0]])
+    zeros = torch.zeros(2, 3)
+    for parts in ([broken, zeros], [zeros, broken]):
+        found = Distance.of([by_position(zeros, part) for part in parts])
+        assert math.isnan(found.largest)
+        assert not found.largest <= 1e9
 
 
 def test_how_much_is_allowed() -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtuner2llava.errors import CorruptFileError, UnsupportedError, UsageError
+from xtuner2llava.errors import UnsupportedError, UsageError
 from xtuner2llava.options import TryOptions
 from xtuner2llava.planning.chat_template import IMAGE
 from xtuner2llava.planning.published_towers import PUBLISHED
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
-from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.verification.out_folder import OutFolder, open_out
+from xtuner2llava.verification.folder import ConvertedFolder, open_folder
 from xtuner2llava.verification.plain_model import plain_config
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Answer:
 
 def memory_needed(folder: Path) -> int:
     """The bytes of all tensors, which have to be in memory; activations come on top."""
-    return sum(entry.stop - entry.start for entry in _open(folder).tensors.values())
+    return sum(tensor.nbytes for tensor in open_folder(folder).tensors.values())
 
 
 def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Answer:
@@ -62,10 +62,10 @@ def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Ans
     """
     import torch
 
-    out = _open(folder)
+    out = open_folder(folder)
     picture = _read_picture(image)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    ask = _ask_transformers if out.layout.format == "hf" else _ask_llava
+    ask = _ask_transformers if out.format == "hf" else _ask_llava
     with torch.inference_mode():
         prompt, tokenizer, generate = ask(out, picture, question, device)
         streamer = _streamer(tokenizer, options.on_text)
@@ -78,7 +78,7 @@ def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Ans
 _Asked = tuple[str, Any, Callable[..., "torch.Tensor"]]
 
 
-def _ask_transformers(out: OutFolder, picture: Any, question: str, device: str) -> _Asked:
+def _ask_transformers(out: ConvertedFolder, picture: Any, question: str, device: str) -> _Asked:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(out.path)
@@ -95,14 +95,14 @@ def _ask_transformers(out: OutFolder, picture: Any, question: str, device: str) 
     return prompt, processor.tokenizer, lambda **how: model.generate(**inputs, **how)[0, start:]
 
 
-def _ask_llava(out: OutFolder, picture: Any, question: str, device: str) -> _Asked:
+def _ask_llava(out: ConvertedFolder, picture: Any, question: str, device: str) -> _Asked:
     import torch
     import transformers
 
-    dtype, config = _dtype(out), out.layout.config
+    dtype, config = _dtype(out), out.config
     parts = _parts(out)
     # transformers 5 warns of the older word, even where it says nothing.
-    text = {k: v for k, v in out.layout.text.items() if k != "rope_scaling" or v is not None}
+    text = {k: v for k, v in out.text.items() if k != "rope_scaling" or v is not None}
     llm = _load(_llm_class(text), text, parts[LLM], dtype)
     vision = {**_tower_config(out), "model_type": "clip_vision_model"}
     tower = _load(transformers.CLIPVisionModel, vision, parts[VISUAL_ENCODER], dtype)
@@ -134,13 +134,6 @@ def _ask_llava(out: OutFolder, picture: Any, question: str, device: str) -> _Ask
     )
 
 
-def _open(folder: Path) -> OutFolder:
-    out, checks = open_out(folder)
-    if out is None:
-        raise CorruptFileError(f"is not a converted folder: {checks[0].detail}", where=str(folder))
-    return out
-
-
 def _llm_class(text: Mapping[str, Json]) -> Any:
     """The class of transformers that official LLaVA's derives from."""
     import transformers
@@ -154,10 +147,10 @@ def _llm_class(text: Mapping[str, Json]) -> Any:
     return getattr(transformers, names[str(text["model_type"])])
 
 
-def _dtype(out: OutFolder) -> torch.dtype:
+def _dtype(out: ConvertedFolder) -> torch.dtype:
     import torch
 
-    named = getattr(torch, str(out.layout.dtype), None)
+    named = getattr(torch, str(out.dtype), None)
     return named if isinstance(named, torch.dtype) else torch.float32
 
 
@@ -176,7 +169,7 @@ def _read_picture(path: Path) -> Any:
         raise UsageError(f"cannot be read as a picture ({error})", where=str(path)) from error
 
 
-def _prompt(out: OutFolder, question: str) -> str:
+def _prompt(out: ConvertedFolder, question: str) -> str:
     """The prompt of the training with `question`."""
     chat = out.record.get("chat")
     prompt = chat.get("prompt") if isinstance(chat, dict) else None
@@ -189,7 +182,7 @@ def _prompt(out: OutFolder, question: str) -> str:
     return prompt.replace("{question}", question)
 
 
-def _parts(out: OutFolder) -> Mapping[str, _Tensors]:
+def _parts(out: ConvertedFolder) -> Mapping[str, _Tensors]:
     """The tensors by component, under the names of the plain classes."""
     from safetensors import safe_open
 
@@ -197,7 +190,7 @@ def _parts(out: OutFolder) -> Mapping[str, _Tensors]:
     for name in out.shards:
         with safe_open(out.path / name, framework="pt") as file:
             for tensor in file.keys():  # noqa: SIM118 - it is not a dict
-                place = out.layout.place(tensor)
+                place = out.place(tensor)
                 if place is not None:
                     parts[place[0]][place[1]] = file.get_tensor(tensor)
     if not parts[VISUAL_ENCODER]:
@@ -209,9 +202,9 @@ def _parts(out: OutFolder) -> Mapping[str, _Tensors]:
     return parts
 
 
-def _tower_config(out: OutFolder) -> Mapping[str, Json]:
+def _tower_config(out: ConvertedFolder) -> Mapping[str, Json]:
     """The config of the tower that `mm_vision_tower` names, as LLaVA looks it up."""
-    name = str(out.layout.config.get("mm_vision_tower"))
+    name = str(out.config.get("mm_vision_tower"))
     published = PUBLISHED.get(name)
     if published is not None:
         return published.config
@@ -246,13 +239,13 @@ def _projector(tensors: _Tensors, dtype: torch.dtype) -> Any:
     return made
 
 
-def _pixels(out: OutFolder, picture: Any) -> torch.Tensor:
+def _pixels(out: ConvertedFolder, picture: Any) -> torch.Tensor:
     """The picture as LLaVA's `process_images` prepares it."""
     from PIL import Image
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(out.path)
-    if out.layout.config.get("image_aspect_ratio") == "pad":
+    if out.config.get("image_aspect_ratio") == "pad":
         side = max(picture.size)
         colour = tuple(int(mean * _BACKGROUND) for mean in processor.image_mean)
         square = Image.new("RGB", (side, side), colour)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, Fault, HubError, UsageError
 from xtuner2llava.hub.errors import LOG_IN, hub_errors
-from xtuner2llava.hub.folder import PublishableFolder, check_folder
 from xtuner2llava.hub.upload import Destination, Pushed, Upload, open_upload
-from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import ConvertOptions, OnProgress
-from xtuner2llava.storage.json_file import read_json, text
+from xtuner2llava.verification.publishing import publishable_files
 from xtuner2llava.writing import WrittenShard
-from xtuner2llava.writing.out_record import RECORD_NAME
 from xtuner2llava.writing.work import Work
 
 
@@ -30,57 +28,37 @@ def push_folder(
     `jobs` files are sent at once. Raises `VerificationError` before anything is sent, `HubError`
     if the Hub refuses; then the repository is what it was, and another call sends what is missing.
     """
-    tell = on_progress or (lambda stage, done, total: None)
-    files = check_folder(folder, lambda done, total: tell("check", done, total))
-    return _publish(files, destination, jobs=jobs, on_progress=on_progress)
+    report = on_progress or _silent
+    name = destination.repo_id.rpartition("/")[2]
+    files = publishable_files(folder, name, partial(report, "check"))
+    pushed = _publish(folder, files.shards, files.others, destination, jobs, on_progress)
+    return replace(pushed, notes=(*pushed.notes, *files.notes))
 
 
 def _publish(
-    files: PublishableFolder,
+    folder: Path,
+    shards: Sequence[str],
+    others: Sequence[str],
     destination: Destination,
-    *,
-    jobs: int | None = None,
-    on_progress: OnProgress | None = None,
+    jobs: int | None,
+    on_progress: OnProgress | None,
 ) -> Pushed:
-    """As `push_folder`, for files that are known to be right."""
-    tell = on_progress or (lambda stage, done, total: None)
-    folder = files.folder
     with open_upload(destination) as upload:
-        for name in files.others:
+        for name in others:
             upload.add(name, (folder / name).read_bytes())
-        sizes = {name: (folder / name).stat().st_size for name in files.shards}
-        work = Work(jobs, sum(sizes.values()), lambda done, total: tell("upload", done, total))
+        sizes = {name: (folder / name).stat().st_size for name in shards}
+        work = Work(jobs, sum(sizes.values()), partial(on_progress or _silent, "upload"))
 
         def send(name: str) -> None:
             upload.send(folder / name, name)
             work.advance(sizes[name])
 
         work.run(send, list(sizes))
-        pushed = upload.commit()
-    notes = [*pushed.notes, *_name_notes(folder, pushed.repo_id)]
-    if files.unknown:
-        names = ", ".join(files.unknown[:8])
-        notes.append(f"Not published, as no conversion wrote it: {names}.")
-    return replace(pushed, notes=tuple(notes))
+        return upload.commit()
 
 
-def _name_notes(folder: Path, repo_id: str) -> list[str]:
-    """Whether LLaVA finds the right class under the repository's name, from the folder's record."""
-    mapping = read_json(folder / RECORD_NAME).get("mapping")
-    named = mapping if isinstance(mapping, dict) else {}
-    formats = Catalogue.shipped().formats
-    format_name = text(named, "format") or ""
-    classes = formats[format_name].classes if format_name in [*formats] else {}
-    target = classes.get(text(named, "becomes") or "")
-    name = repo_id.rpartition("/")[2]
-    if target is None or target.folder_name.fits(name):
-        return []
-    reasons = [f"lacks '{word}'" for word in target.folder_name.missing(name)]
-    reasons += [f"contains '{word}'" for word in target.folder_name.wrong(name)]
-    return [
-        f"LLaVA chooses the class by the name, and '{name}' {' and '.join(reasons)}: give "
-        "load_pretrained_model another model_name, as README.md does."
-    ]
+def _silent(stage: str, done: int, total: int) -> None:
+    """Where no progress is asked for."""
 
 
 def choose_destination(options: ConvertOptions) -> Destination | None:
@@ -147,8 +125,7 @@ def publish_converted(
     """
     others = tuple(sorted(path.name for path in folder.iterdir() if path.name not in shards))
     try:
-        files = PublishableFolder(folder, shards, others, ())
-        return _publish(files, destination, jobs=jobs, on_progress=on_progress)
+        return _publish(folder, shards, others, destination, jobs, on_progress)
     except ConversionError as error:
         rest = Fault(
             str(folder),

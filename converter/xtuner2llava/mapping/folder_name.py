@@ -10,10 +10,15 @@ from pathlib import Path
 def model_name(path: Path) -> str:
     """What LLaVA calls a model in `path`: for `checkpoint-…`, the folder above counts too.
 
-    `get_model_name_from_path` in `llava/mm_utils.py` of both.
+    `get_model_name_from_path` in `llava/mm_utils.py` of both. A snapshot in the Hub's cache is
+    loaded by its repo id.
     """
+    path = path.absolute()
+    repo = path.parent.parent.name
+    if path.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.rpartition("--")[2]
     if path.name.startswith("checkpoint-"):
-        return f"{path.absolute().parent.name}_{path.name}"
+        return f"{path.parent.name}_{path.name}"
     return path.name
 
 
@@ -35,7 +40,12 @@ class FolderName:
         return [word for word in self.avoid if word in name.lower()]
 
     def fits(self, name: str) -> bool:
-        return not self.missing(name) and not self.wrong(name)
+        return not self.reasons(name)
+
+    def reasons(self, name: str) -> str:
+        """Why LLaVA loads another class by `name`: "lacks 'qwen'"; empty where it does not."""
+        lacks = [f"lacks '{word}'" for word in self.missing(name)]
+        return " and ".join([*lacks, *(f"contains '{word}'" for word in self.wrong(name))])
 
     def suggest(self, candidates: Sequence[str]) -> str:
         """The first of `candidates` that works, or the plainest name that does."""

@@ -8,14 +8,12 @@ from xtuner2llava.planning.programs import PROGRAMS
 
 def folder_name_warnings(planned: Plan, out: str) -> tuple[str, ...]:
     """How to rename the folder where LLaVA would load another class; `out` is its name."""
-    name = planned.folder_name
-    if planned.processor is not None or name.fits(out):
+    reasons = planned.folder_name.reasons(out)
+    if planned.processor is not None or not reasons:
         return ()
-    reasons = [f"lacks '{word}'" for word in name.missing(out)]
-    reasons += [f"contains '{word}'" for word in name.wrong(out)]
     return (
         f"Rename the folder, for instance to {planned.suggested_name}: LLaVA chooses the class "
-        f"by the folder's name, and '{out}' {' and '.join(reasons)}.",
+        f"by the folder's name, and '{out}' {reasons}.",
     )
 
 

@@ -1,7 +1,7 @@
 """Proof that a converted folder is right: by itself, against its checkpoint, and at work.
 
-By itself, it knows what the output looks like (`layout.py`), and nothing of how it is written.
-Against the checkpoint, the plan is made again. At work, the source model runs in its own class.
+By itself, it is held against what loaders read (`folder.py`), not against how it was written.
+Against the checkpoint, the plan is made again. At work, the trained model runs in its own class.
 """
 
 from xtuner2llava.verification.outcome import Check, Verification

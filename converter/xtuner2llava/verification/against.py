@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError
@@ -19,12 +20,12 @@ from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.planning.planner import make_plan
 from xtuner2llava.planning.ties import first_difference
 from xtuner2llava.sources import open_checkpoint
-from xtuner2llava.storage.json_file import Json
-from xtuner2llava.storage.safetensors_file import SafetensorsFile
+from xtuner2llava.storage.json_file import Json, parse_json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tensors.files import FileRange
-from xtuner2llava.verification.out_folder import INDEX, OutFolder
-from xtuner2llava.verification.outcome import TENSORS, Check
+from xtuner2llava.verification.folder import ConvertedFolder
+from xtuner2llava.verification.outcome import TENSORS, Check, judge
+from xtuner2llava.writing import INDEX_NAME
 from xtuner2llava.writing.blocks import blocks, position, working_bytes
 from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
 from xtuner2llava.writing.disk import read_all
@@ -39,7 +40,7 @@ FILES = "small files as planned"
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class TensorDifference:
     """The first element of a tensor that is not the planned one, and how many are not."""
 
     name: str
@@ -55,16 +56,16 @@ class Difference:
         )
 
 
-def plan_again(checkpoint: str, options: VerifyOptions, out: OutFolder) -> Plan:
+def plan_again(checkpoint: str, options: VerifyOptions, out: ConvertedFolder) -> Plan:
     """The plan of `checkpoint` with what `out` says of itself where `options` leave it open.
 
     Reads headers, small files and tied tensors. Raises `ConversionError`, as `convert` does.
     """
-    config, recorded = out.layout.config, out.record.get("dtype")
+    config, recorded = out.config, out.record.get("dtype")
     tower = config.get("mm_vision_tower")
     shared = {each.name for each in fields(Options)} & {each.name for each in fields(options)}
     given: dict[str, Any] = {name: getattr(options, name) for name in shared}
-    given["format"] = out.layout.format
+    given["format"] = out.format
     given["model_type"] = "llava" if config.get("model_type") == "llava" else "official"
     if options.dtype == "auto" and isinstance(recorded, str):
         given["dtype"] = recorded
@@ -79,40 +80,37 @@ def plan_again(checkpoint: str, options: VerifyOptions, out: OutFolder) -> Plan:
 
 
 def against_checks(
-    out: OutFolder,
-    plan: Plan,
-    jobs: int | None,
-    figures: dict[str, Json],
-    on_progress: Callable[[int, int], None] | None,
+    out: ConvertedFolder, plan: Plan, options: VerifyOptions, figures: dict[str, Json]
 ) -> Iterator[Check]:
     """Compares the headers, then all tensors, then the small files; `figures` gets the numbers."""
-    found = folder_tensors(out)
-    faults = list(_header_faults(found, plan))
+    on_progress = options.on_progress
+    report = None if on_progress is None else partial(on_progress, "compare")
+    found = out.tensors
+    faults = [*_header_faults(found, plan)]
     fine = f"{len(plan.tensors)} tensors, by family {plan.mapping.family}"
-    yield Check.of(TENSORS, faults, fine)
+    yield Check(TENSORS, *judge(faults, fine))
     common = [p for p in plan.tensors if p.name in found and _fits(found[p.name], p.tensor)]
-    differences = compare(found, common, jobs=jobs, on_progress=on_progress)
-    said = [str(difference) for difference in differences]
+    differences = compare(found, common, jobs=options.jobs, on_progress=report)
+    differing = [str(difference) for difference in differences]
     kinds = Counter(planned.how.partition(" ")[0] for planned in common)
     copied, rounded, computed = (kinds[how] for how in ("copy", "cast", "compute"))
     fine = f"{copied} copied, {rounded} rounded once, {computed} computed"
-    yield Check.of(BITS, said, fine)
-    yield Check.of(FILES, *_small_files(out, plan))
+    yield Check(BITS, *judge(differing, fine))
     figures["tensors"] = {
         "copied": copied,
         "rounded": rounded,
         "computed": computed,
         "bytes": sum(planned.tensor.nbytes for planned in common),
-        "differing": [*faults, *said],
+        "differing": [*faults, *differing],
     }
-
-
-def folder_tensors(out: OutFolder) -> dict[str, LazyTensor]:
-    """The tensors of the folder by name. Raises `CorruptFileError`."""
-    found: dict[str, LazyTensor] = {}
-    for file in out.shards:
-        found |= SafetensorsFile(out.path / file).tensors
-    return found
+    try:
+        files = small_files(plan)
+        # It depends on the shard size, and is checked against the shards.
+        files.pop(INDEX_NAME, None)
+        faults = [f for name, data in files.items() if (f := _file_fault(out, name, data))]
+        yield Check(FILES, *judge(faults, ", ".join(files)))
+    except ConversionError as error:
+        yield Check.failed(FILES, error)
 
 
 def compare(
@@ -121,7 +119,7 @@ def compare(
     *,
     jobs: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[Difference]:
+) -> list[TensorDifference]:
     """What differs between the planned tensors and those of the folder, in the order of the plan.
 
     Reads and computes all sources again, `jobs` tensors at once, in the memory of `convert`.
@@ -130,7 +128,7 @@ def compare(
     most = max((working_bytes(p.tensor) for p in planned), default=0)
     budget = Budget(max(DEFAULT_BYTES, most))
 
-    def job(one: PlannedTensor) -> Difference | None:
+    def job(one: PlannedTensor) -> TensorDifference | None:
         with budget.take(working_bytes(one.tensor), work.check):
             (place,) = found[one.name].ranges() or ()
             return _difference(one, place, work.advance)
@@ -140,7 +138,7 @@ def compare(
 
 def _difference(
     planned: PlannedTensor, place: FileRange, advance: Callable[[int], None]
-) -> Difference | None:
+) -> TensorDifference | None:
     """Compares one tensor with the bytes at `place`, block by block.
 
     Which NaN a rounded NaN became depends on the processor, and on where a block ends.
@@ -170,7 +168,9 @@ def _difference(
             advance(len(expected))
     if first is None:
         return None
-    return Difference(planned.name, position(first[0], tensor.shape), first[1], first[2], count)
+    return TensorDifference(
+        planned.name, position(first[0], tensor.shape), first[1], first[2], count
+    )
 
 
 def _unequal(one: torch.Tensor, other: torch.Tensor, *, any_nan: bool) -> torch.Tensor:
@@ -202,56 +202,33 @@ def _header_faults(found: Mapping[str, LazyTensor], plan: Plan) -> Iterator[str]
             )
 
 
-def _small_files(out: OutFolder, plan: Plan) -> tuple[list[str], str]:
-    """The config, the tokenizer and the processor against the plan's; the card may be edited.
-
-    The index depends on the shard size, and is checked against the files instead.
-    """
-    try:
-        planned = small_files(plan)
-    except ConversionError as error:
-        return [f"cannot be made again: {error}"], ""
-    planned.pop(INDEX, None)
-    faults = []
-    for name, data in planned.items():
-        path = out.path / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        # Sizes first: a file of gigabytes need not be read to know that it is another one.
-        elif path.stat().st_size > 2 * len(data) + (1 << 20) or path.read_bytes() != data:
-            faults.append(_first_fault(out, name, data))
-    return faults, ", ".join(planned)
-
-
-def _first_fault(out: OutFolder, name: str, data: bytes) -> str:
-    """Where a file is not as planned: the JSON key, or the byte."""
+def _file_fault(out: ConvertedFolder, name: str, data: bytes) -> str | None:
+    """Where a small file is not as planned: the JSON key, or the byte. The card may be edited."""
+    path = out.path / name
+    if not path.is_file():
+        return f"{name} is missing"
+    with path.open("rb") as file:
+        # It may have gigabytes.
+        found = file.read(2 * len(data) + (1 << 20))
+    if found == data:
+        return None
     if name.endswith(".json"):
-        try:
-            found, planned = out.small_json(name), json.loads(data)
-        except ConversionError as error:
-            return f"{name}: {error.faults[0].what}"
-        different = _different_value(found, planned, "")
-        return f"{name}: {different}" if different else f"{name} is formatted otherwise"
-    with (out.path / name).open("rb") as file:
-        there = file.read(len(data) + 1)
-    same = (n for n, (a, b) in enumerate(zip(there, data, strict=False)) if a != b)
-    at = next(same, min(len(there), len(data)))
+        there, planned = (dict(_leaves(v)) for v in (parse_json(found, name), json.loads(data)))
+        for key in {**planned, **there}:
+            values = [leaves.get(key, "null") for leaves in (there, planned)]
+            if values[0] != values[1]:
+                short = [text if len(text) <= 60 else f"{text[:57]}..." for text in values]
+                return f"{name}: {key} is {short[0]}, planned is {short[1]}"
+        return f"{name} differs in its formatting"
+    pairs = enumerate(zip(found, data, strict=False))
+    at = next((n for n, (a, b) in pairs if a != b), min(len(found), len(data)))
     return f"{name} differs from byte {at:,} on"
 
 
-def _different_value(found: Json, planned: Json, where: str) -> str | None:
-    """The first value of `found` that is not that of `planned`, with its keys."""
-    if isinstance(found, dict) and isinstance(planned, dict):
-        pairs = [(key, found.get(key), planned.get(key)) for key in {**planned, **found}]
-    elif isinstance(found, list) and isinstance(planned, list) and len(found) == len(planned):
-        pairs = [(str(n), *both) for n, both in enumerate(zip(found, planned, strict=True))]
-    else:
-        same = found == planned and type(found) is type(planned)
-        return None if same else f"{where} is {_shown(found)}, planned is {_shown(planned)}"
-    inner = (_different_value(a, b, f"{where}.{key}" if where else key) for key, a, b in pairs)
-    return next((text for text in inner if text), None)
-
-
-def _shown(value: Json) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _leaves(value: Json, where: str = "") -> Iterator[tuple[str, str]]:
+    """The values inside `value` as JSON text, each with the keys that lead to it."""
+    if not value or not isinstance(value, dict | list):
+        yield where, json.dumps(value, ensure_ascii=False)
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(item, f"{where}.{key}" if where else str(key))

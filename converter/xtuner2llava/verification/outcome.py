@@ -18,14 +18,22 @@ TENSORS = "tensors against the checkpoint"
 REFERENCE = "logits against the reference"
 
 _SHOWN = 5
+# A result with its detail.
+Finding = tuple[str, str]
+
+
+def judge(faults: Sequence[str], fine: str) -> Finding:
+    """`FAILED` with the first few of `faults`; `OK` with the detail `fine` where there are none."""
+    more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+    return (FAILED, "; ".join([*faults[:_SHOWN], *more])) if faults else (OK, fine)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at: `result` is "ok", "FAILED", "warning" or "skipped".
+    """One row of a verification: `result` is "ok", "FAILED", "warning" or "skipped".
 
-    A warning is what the folder cannot settle by itself; a skipped check was not made, and
-    `detail` says why. Neither fails a verification.
+    A warning is what the folder alone does not decide; a skipped check was not made, and `detail`
+    says why. Neither fails a verification.
     """
 
     name: str
@@ -33,21 +41,10 @@ class Check:
     detail: str
 
     @classmethod
-    def of(cls, name: str, faults: Sequence[str], fine: str) -> Check:
-        """A check that found `faults`, or none; `fine` is the detail for none."""
-        return cls(name, FAILED, joined(faults)) if faults else cls(name, OK, fine)
-
-    @classmethod
     def failed(cls, name: str, error: ConversionError) -> Check:
         """A check that could not be made, because what it looks at is damaged."""
         texts = [f"{f.where}: {f.what}" if f.where else f.what for f in error.faults]
-        return cls(name, FAILED, joined(texts))
-
-
-def joined(texts: Sequence[str]) -> str:
-    """`texts` as one; of many, the first few and how many more."""
-    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
-    return "; ".join([*texts[:_SHOWN], *more])
+        return cls(name, *judge(texts, ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +64,7 @@ class Verification:
 
     def named(self, name: str) -> Check:
         """The check called `name`. Raises `KeyError` if it was not made."""
-        found = next((check for check in self.checks if check.name == name), None)
-        if found is None:
-            raise KeyError(name)
-        return found
+        return {check.name: check for check in self.checks}[name]
 
     @property
     def proven(self) -> bool:
@@ -79,7 +73,7 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """One sentence: right or wrong, and what was not looked at."""
+        """One sentence: whether the folder is right, and which checks were not made."""
         made = len(self.checks) - len(self.with_result(SKIPPED))
         wrong = [check.name for check in self.with_result(FAILED)]
         text = (

@@ -1,41 +1,69 @@
-"""`verify`: a converted folder, looked at by itself, against its checkpoint, and at work.
+"""`verify`: a converted folder by itself, against its checkpoint, and at work.
 
-open     config, headers and the record of the conversion
-look     weight files, config, tokenizer, names, checksums    checks/
-against  the plan made again, every tensor compared           against.py
-logits   both models run on one picture and prompt            logits/
+itself     weight files, config, tokenizer, names, checksums       checks/
+against    the plan made again, every tensor compared              against.py
+logits     both models run on one image and prompt                 logits/
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import CheckpointError, ConversionError, UsageError
+from xtuner2llava.errors import CheckpointError, ConversionError, CorruptFileError, UsageError
 from xtuner2llava.hub.download import is_reference
 from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.verification.checks.config_checks import config_checks
-from xtuner2llava.verification.checks.folder_name import name_checks
-from xtuner2llava.verification.checks.privacy import privacy_check
+from xtuner2llava.verification.checks import config, names, structure
+from xtuner2llava.verification.checks.privacy import privacy
 from xtuner2llava.verification.checks.record import record_checks
-from xtuner2llava.verification.checks.structure import structure_checks
 from xtuner2llava.verification.checks.tokenizer import tokenizer_checks
-from xtuner2llava.verification.out_folder import OutFolder, open_out
+from xtuner2llava.verification.folder import ConvertedFolder, open_folder
 from xtuner2llava.verification.outcome import (
     FAILED,
     REFERENCE,
     SKIPPED,
     TENSORS,
     Check,
+    Finding,
     Verification,
+    judge,
 )
+from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
     from xtuner2llava.planning.plan import Plan
+
+_CONFIG, _HEADERS = "config.json", "safetensors headers"
+# A check that does not apply to a folder finds None.
+_CHECKS: Mapping[str, Callable[[ConvertedFolder], Finding | None]] = {
+    _HEADERS: structure.headers,
+    "index and files": structure.index,
+    "tensors of the LLM": structure.language_model,
+    "tensors of the vision tower": structure.tower,
+    "tensors of the projector": structure.projector,
+    "config keys": config.keys,
+    "vocabulary size": config.vocabulary,
+    "tied embeddings": config.tie,
+    "dtype": config.dtype,
+    "vision tower in the folder": config.tower,
+    "generation config": config.generation,
+    "image processor": config.image_processor,
+}
+# Those that are skipped where a header cannot be read.
+_OF_TENSORS = (
+    structure.language_model, structure.tower, structure.projector, config.vocabulary, config.tie,
+    config.dtype, config.tower, config.image_processor,
+)  # fmt: skip
+_TEXT_CHECKS: Mapping[str, Callable[[ConvertedFolder], Finding | None]] = {
+    "folder name": names.folder_name,
+    "mm_vision_tower": names.vision_tower,
+    "no local paths": privacy,
+}
 
 
 def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
@@ -49,31 +77,84 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     repository = fspath(out)
     if "/" in repository and not Path(out).exists() and is_reference(repository):
         return _verify_published(repository, options)
-    on_progress, against = options.on_progress, options.against
-    folder, checks = open_out(Path(out))
+    folder, checks = check_folder(Path(out), options)
     figures: dict[str, Json] = {}
-    if folder is not None:
-        checks += _by_itself(folder, on_progress)
-        checks += _as_asked(folder, options)
-    broken = any(check.result == FAILED for check in checks if check.name in _NEEDED)
+    broken = {c.name for c in checks if c.result == FAILED} & {_CONFIG, _HEADERS}
     if folder is None or broken:
         why = "the folder is damaged, see above"
-        asked = {TENSORS: against, REFERENCE: options.reference}
+        asked = {TENSORS: options.against, REFERENCE: options.reference}
         checks += [Check(name, SKIPPED, why) for name, value in asked.items() if value is not None]
         return Verification(Path(out), tuple(checks), figures)
     plan: Plan | None = None
-    if against is not None:
-        from xtuner2llava.verification.against import plan_again
+    if options.against is not None:
+        from xtuner2llava.verification.against import against_checks, plan_again
 
-        plan = plan_again(fspath(against), options, folder)
-        checks += _against(folder, plan, options, figures)
-    if options.reference is not None:
-        checks += _reference(folder, plan, options, figures)
+        plan = plan_again(fspath(options.against), options, folder)
+        checks += against_checks(folder, plan, options, figures)
+    if options.reference is not None or (plan is not None and options.logits):
+        from xtuner2llava.verification.logits import run_checks
+
+        counter = partial(byte_counter, options.on_progress)
+        checks += run_checks(folder, plan, options, figures, counter)
     return Verification(Path(out), tuple(checks), figures)
 
 
+def check_folder(
+    path: Path, options: VerifyOptions, published: Mapping[str, str] | None = None
+) -> tuple[ConvertedFolder | None, list[Check]]:
+    """The folder, and all checks of it by itself; None if its config cannot be read.
+
+    `published` are the SHA-256 of large files where `path` is a copy of a published model.
+    """
+    try:
+        folder = open_folder(path)
+    except CorruptFileError as error:
+        return None, [Check.failed(_CONFIG, error)]
+    checks = []
+    if RECORD_NAME in folder.damage:
+        checks.append(Check(RECORD_NAME, *judge(folder.damage[RECORD_NAME], "")))
+    checks += _made(_CHECKS, folder)
+    checks += [*tokenizer_checks(folder), *_made(_TEXT_CHECKS, folder)]
+    total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    counter = byte_counter(options.on_progress, "checksums", total)
+    checks += [*record_checks(folder, counter, published), *_as_asked(folder, options)]
+    return folder, checks
+
+
+def _made(
+    table: Mapping[str, Callable[[ConvertedFolder], Finding | None]], folder: ConvertedFolder
+) -> Iterator[Check]:
+    unread = folder.damage.keys() - {RECORD_NAME}
+    for name, look in table.items():
+        try:
+            skip = unread and look in _OF_TENSORS
+            finding = (SKIPPED, f"{min(unread)} cannot be read") if skip else look(folder)
+        except ConversionError as error:
+            yield Check.failed(name, error)
+        else:
+            if finding is not None:
+                yield Check(name, *finding)
+
+
+def _as_asked(folder: ConvertedFolder, options: VerifyOptions) -> Iterator[Check]:
+    """Whether the folder is what the options ask for."""
+    faults = []
+    if options.format not in (None, folder.format):
+        faults.append(f"it is of format {folder.format}, --format is {options.format}")
+    if folder.format == "llava":
+        model_type = folder.config.get("model_type")
+        kind = "llava" if model_type == "llava" else "official"
+        if options.model_type not in (None, kind):
+            faults.append(f"its model_type is {model_type!r}, --model-type is {options.model_type}")
+        tower, wanted = folder.config.get("mm_vision_tower"), options.vision_tower_name
+        if wanted not in (None, tower):
+            faults.append(f"its mm_vision_tower is {tower!r}, --vision-tower-name is {wanted}")
+    if faults:
+        yield Check("as asked for", *judge(faults, ""))
+
+
 def _verify_published(repository: str, options: VerifyOptions) -> Verification:
-    """The same of a model on the Hub, as far as its small files and its headers tell."""
+    """The checks of a model on the Hub, from its small files and its headers."""
     given = {"--against": options.against, "--reference": options.reference}
     for flag, value in given.items():
         if value is not None:
@@ -86,10 +167,7 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
 
     try:
         with published_copy(repository) as copy:
-            folder, checks = open_out(copy.path)
-            if folder is not None:
-                checks += _by_itself(folder, options.on_progress, copy.sha256)
-                checks += _as_asked(folder, options)
+            _, checks = check_folder(copy.path, options, copy.sha256)
             return Verification(Path(repository), tuple(checks), {"commit": copy.commit})
     except CheckpointError as error:
         faults = [
@@ -101,84 +179,10 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
         raise type(error).from_faults(faults) from error
 
 
-# Without these being right, the tensors cannot be read.
-_NEEDED = ("config.json", "safetensors headers")
-
-
-def _by_itself(
-    folder: OutFolder, on_progress: OnProgress | None, published: Mapping[str, str] | None = None
-) -> list[Check]:
-    total = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
-    checks = [*structure_checks(folder), *config_checks(folder), *tokenizer_checks(folder)]
-    checks += [*name_checks(folder), privacy_check(folder)]
-    return [*checks, *record_checks(folder, _counter(on_progress, "checksums", total), published)]
-
-
-def _as_asked(folder: OutFolder, options: VerifyOptions) -> Iterator[Check]:
-    """Whether the folder is what the options say, as far as they say it."""
-    format, model_type = options.format, options.model_type
-    tower = options.vision_tower_name
-    faults = []
-    if format is not None and format != folder.layout.format:
-        faults.append(f"it is of format {folder.layout.format}, --format is {format}")
-    said = folder.layout.config.get("model_type")
-    if model_type is not None and folder.layout.format == "llava":
-        plain = said == "llava"
-        if plain != (model_type == "llava"):
-            faults.append(f"its model_type is {said!r}, --model-type is {model_type}")
-    named = folder.layout.config.get("mm_vision_tower")
-    if tower is not None and folder.layout.format == "llava" and named != tower:
-        faults.append(f"its mm_vision_tower is {named!r}, --vision-tower-name is {tower}")
-    if faults:
-        yield Check.of("as asked for", faults, "")
-
-
-def _against(
-    folder: OutFolder, plan: Plan, options: VerifyOptions, figures: dict[str, Json]
-) -> Iterator[Check]:
-    """The comparison with a checkpoint, of which `plan` was made."""
-    from xtuner2llava.verification.against import against_checks
-
-    on_progress = options.on_progress
-    said = None if on_progress is None else _staged(on_progress, "compare")
-    yield from against_checks(folder, plan, options.jobs, figures, said)
-    if not options.logits:
-        return
-    from xtuner2llava.verification.logits import LOGITS, logits_checks
-
-    try:
-        yield from logits_checks(
-            folder,
-            plan,
-            trust_remote_code=options.trust_remote_code,
-            figures=figures,
-            advance=_counter(on_progress, "logits", 0),
-        )
-    except ConversionError as error:
-        yield Check.failed(LOGITS, error)
-
-
-def _reference(
-    folder: OutFolder, plan: Plan | None, options: VerifyOptions, figures: dict[str, Json]
-) -> Iterator[Check]:
-    """The comparison with given logits. Raises `UsageError` for a file that has none."""
-    from xtuner2llava.verification.logits import folder_side, read_reference, reference_checks
-
-    assert options.reference is not None  # noqa: S101 - the caller has looked
-    reference = read_reference(Path(options.reference))
-    try:
-        side = folder_side(folder, None if plan is None else plan.checkpoint)
-        advance = _counter(options.on_progress, "reference", 0)
-        yield from reference_checks(side, reference, figures=figures, advance=advance)
-    except ConversionError as error:
-        yield Check.failed(REFERENCE, error)
-
-
-def _staged(on_progress: OnProgress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: on_progress(stage, done, total)
-
-
-def _counter(on_progress: OnProgress | None, stage: str, total: int) -> Callable[[int], None]:
+def byte_counter(
+    on_progress: OnProgress | None, stage: str, total: int = 0
+) -> Callable[[int], None]:
+    """Adds up bytes, and reports their sum as the progress of `stage`."""
     done = 0
 
     def advance(count: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether the weight files are whole: index, headers, and the tensors that the classes have."""
+"""Whether the weight files are whole: headers, index, and the tensors that the classes have."""
 
 from __future__ import annotations
 
@@ -6,159 +6,157 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from xtuner2llava.errors import ConversionError
-from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.verification.out_folder import INDEX, OutFolder
-from xtuner2llava.verification.outcome import SKIPPED, Check
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.storage.safetensors_file import SafetensorsFile
+from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.verification.folder import ConvertedFolder
+from xtuner2llava.verification.outcome import SKIPPED, Finding, judge
 from xtuner2llava.verification.plain_model import (
+    ClassShapes,
     language_model_shapes,
     tower_config_of_shapes,
     tower_shapes,
 )
-from xtuner2llava.verification.shard_header import HeaderEntry
+from xtuner2llava.writing import INDEX_NAME
+from xtuner2llava.writing.out_record import RECORD_NAME
 
-_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-
-
-def structure_checks(out: OutFolder) -> Iterator[Check]:
-    """Checks of the weight files; headers only are read, and the classes built without memory."""
-    headers = [fault for shard in out.shards.values() for fault in shard.faults]
-    count = len(out.shards)
-    yield Check.of("safetensors headers", headers, f"{count} files, no holes, ordered, padded")
-    yield _index(out)
-    yield _language_model(out)
-    yield _tower(out)
-    yield _projector(out)
+# Dtypes by their place in a file: enum `Dtype` of safetensors `src/tensor.rs`, backwards.
+_ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 
 
-def _index(out: OutFolder) -> Check:
+def headers(out: ConvertedFolder) -> Finding:
+    """Each header as `safetensors.torch.save_file` writes it, which is stricter than the format."""
+    faults = [f for name, found in out.damage.items() if name != RECORD_NAME for f in found]
+    faults += [f"{n}: {fault}" for n, shard in out.shards.items() for fault in _unusual(shard)]
+    return judge(faults, f"{len(out.shards)} files, no holes, ordered, padded")
+
+
+def _unusual(shard: SafetensorsFile) -> Iterator[str]:
+    with shard.file.path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        yield "its header does not begin with '{'"
+    if (8 + length) % 8 or len(text) - len(text.rstrip(b" ")) > 7:
+        yield f"its header of {length:,} bytes is not padded with spaces to a multiple of eight"
+    if shard.metadata != {"format": "pt"}:
+        yield "its __metadata__ is not {'format': 'pt'}, without which it is not loaded"
+    stored = {name: tensor.ranges() for name, tensor in shard.tensors.items()}
+    found = sorted((r[0].offset, name) for name, r in stored.items() if r)
+    wanted = sorted((_ORDER.index(shard.tensors[name].dtype.code), name) for _, name in found)
+    first = next((a for (_, a), (_, b) in zip(found, wanted, strict=True) if a != b), None)
+    if first is not None:
+        yield f"its tensors are not in the order that safetensors writes, from {first} on"
+
+
+def index(out: ConvertedFolder) -> Finding:
     """The index against the files, both ways; without an index there is one file."""
-    name = "index and files"
-    try:
-        faults = list(_index_faults(out))
-    except ConversionError as error:
-        return Check.failed(name, error)
-    tensors = len(out.tensors)
-    return Check.of(name, faults, f"{tensors} tensors in {len(out.shards)} files, each once")
+    fine = f"{len(out.tensors)} tensors in {len(out.shards)} files, each once"
+    return judge([*_file_faults(out)], fine)
 
 
-def _index_faults(out: OutFolder) -> Iterator[str]:
+def _file_faults(out: ConvertedFolder) -> Iterator[str]:
     seen: dict[str, str] = {}
     for file, shard in out.shards.items():
         for tensor in shard.tensors:
             if tensor in seen:
                 yield f"{tensor} is in {seen[tensor]} and in {file}"
             seen[tensor] = file
-    pickled = [path.name for path in out.files() if path.suffix in (".bin", ".pth", ".pt")]
-    if pickled:
-        yield f"{pickled[0]} lies beside the safetensors files"
-    if not (out.path / INDEX).is_file():
-        if set(out.shards) != {"model.safetensors"}:
-            found = ", ".join(out.shards) or "no safetensors file"
-            yield f"there is no {INDEX}, so model.safetensors is expected alone; found {found}"
+    for path in out.files():
+        if path.suffix in (".bin", ".pth", ".pt"):
+            yield f"{path.name} lies beside the safetensors files"
+    files = sorted([*out.shards, *(name for name in out.damage if name != RECORD_NAME)])
+    if not (out.path / INDEX_NAME).is_file():
+        if files != ["model.safetensors"]:
+            found = ", ".join(files) or "no safetensors file"
+            yield f"there is no {INDEX_NAME}, so model.safetensors is expected alone; found {found}"
         return
-    index = out.small_json(INDEX)
-    weight_map = index.get("weight_map")
+    values = out.json(INDEX_NAME)
+    weight_map, metadata = values.get("weight_map"), values.get("metadata")
     if not isinstance(weight_map, dict):
-        yield f"{INDEX} has no weight_map"
+        yield f"{INDEX_NAME} has no weight_map"
         return
-    yield from _shard_names(out)
-    for file in sorted({str(file) for file in weight_map.values()} - set(out.shards)):
-        yield f"{INDEX} names {file}, which is not there"
-    for file in sorted(set(out.shards) - {str(file) for file in weight_map.values()}):
-        yield f"{file} is not in {INDEX}"
-    for tensor, named in weight_map.items():
-        if tensor not in seen:
-            yield f"{INDEX} names {tensor}, which is in no file"
-        elif seen[tensor] != named:
-            yield f"{tensor} is in {seen[tensor]}, {INDEX} says {named}"
-    for tensor in sorted(set(seen) - set(weight_map)):
-        yield f"{tensor} is in {seen[tensor]}, and not in {INDEX}"
-    metadata = index.get("metadata")
+    wanted = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    if files != wanted:
+        yield f"the files are {', '.join(files)}, expected {wanted[0]} to {wanted[-1]}"
+    named = {str(file) for file in weight_map.values()}
+    yield from (f"{INDEX_NAME} names {n}, which is not there" for n in sorted(named - {*files}))
+    yield from (f"{n} is not in {INDEX_NAME}" for n in sorted({*files} - named))
+    for tensor, said in weight_map.items():
+        if tensor not in seen and said not in out.damage:
+            yield f"{INDEX_NAME} names {tensor}, which is in no file"
+        elif seen.get(tensor, said) != said:
+            yield f"{tensor} is in {seen[tensor]}, {INDEX_NAME} says {said}"
+    for tensor in sorted({*seen} - {*weight_map}):
+        yield f"{tensor} is in {seen[tensor]}, and not in {INDEX_NAME}"
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    data = sum(entry.stop - entry.start for entry in out.tensors.values())
+    data = sum(tensor.nbytes for tensor in out.tensors.values())
     if total != data:
-        yield f"{INDEX} says total_size {total}, the tensors have {data} bytes"
+        yield f"{INDEX_NAME} says total_size {total}, the tensors have {data} bytes"
 
 
-def _shard_names(out: OutFolder) -> Iterator[str]:
-    matches = [_SHARD.fullmatch(file) for file in out.shards]
-    count = len(matches)
-    wanted = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
-    if sorted(out.shards) != wanted:
-        yield f"the files are {', '.join(out.shards)}, expected {wanted[0]} to {wanted[-1]}"
-
-
-def _language_model(out: OutFolder) -> Check:
+def language_model(out: ConvertedFolder) -> Finding:
     """Names and shapes of the language model against its transformers class."""
-    name = "tensors of the LLM"
-    found = _shapes(out.component(LLM))
-    try:
-        expected = language_model_shapes(out.layout.text, found)
-    except ConversionError as error:
-        return Check.failed(name, error)
-    faults = list(_differences(found, expected.shapes, expected.optional))
-    strange = [n for n in out.tensors if out.layout.place(n) is None]
-    faults += [f"{tensor} belongs to no part of {out.layout.architecture}" for tensor in strange]
-    return Check.of(name, faults, f"the {len(found)} of {expected.title}, names and shapes")
+    found = out.part(LLM)
+    expected = language_model_shapes(out.text, found)
+    faults = [*_differences(found, expected)]
+    unknown = [name for name in out.tensors if out.place(name) is None]
+    faults += [f"{name} belongs to no part of {out.architecture}" for name in unknown]
+    return judge(faults, f"the {len(found)} of {expected.title}, names and shapes")
 
 
-def _tower(out: OutFolder) -> Check:
-    name = "tensors of the vision tower"
-    found = _shapes(out.component(VISUAL_ENCODER))
+def tower(out: ConvertedFolder) -> Finding:
+    """The same of the vision tower; without a config of its own, as wide and deep as it is."""
+    found = out.part(VISUAL_ENCODER)
     if not found:
-        return Check(name, SKIPPED, "there are none")
-    try:
-        expected = tower_shapes(out.layout.vision or tower_config_of_shapes(found))
-    except ConversionError as error:
-        return Check.failed(name, error)
-    faults = list(_differences(found, expected.shapes, expected.optional))
-    said = "of the config" if out.layout.vision else "as wide and deep as they are"
-    return Check.of(name, faults, f"the {len(found)} of {expected.title} {said}")
+        return SKIPPED, "there are none"
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    expected = tower_shapes(out.vision or tower_config_of_shapes(shapes))
+    which = "of the config" if out.vision else "as wide and deep as they are"
+    return judge([*_differences(found, expected)], f"the {len(found)} of {expected.title} {which}")
 
 
-def _projector(out: OutFolder) -> Check:
+def projector(out: ConvertedFolder) -> Finding:
     """Depth and sizes of the projector against the config and the two models it connects."""
-    name = "tensors of the projector"
-    depth, said = out.layout.projector_depth()
-    found = _shapes(out.component(PROJECTOR))
+    depth, named = projector_depth(out)
     if depth is None:
-        return Check.of(name, [f"{said} is none that LLaVA has"], "")
-    hidden = out.layout.text.get("hidden_size")
-    vision = (out.layout.vision or out.layout.config).get(
-        "hidden_size" if out.layout.vision else "mm_hidden_size"
-    )
-    class_token = _shapes(out.component(VISUAL_ENCODER)).get(
-        "vision_model.embeddings.class_embedding"
+        return judge([f"{named} is not one that LLaVA has"], "")
+    hidden = out.text.get("hidden_size")
+    vision = (
+        out.config.get("mm_hidden_size") if out.vision is None else out.vision.get("hidden_size")
     )
     if not isinstance(hidden, int) or not isinstance(vision, int):
-        return Check.of(name, [f"sizes are {vision!r} and {hidden!r}"], "")
-    expected: dict[str, tuple[int, ...]] = {}
+        return judge([f"sizes are {vision!r} and {hidden!r}"], "")
+    shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(depth):
+        # LLaVA gives a single layer, of type "linear", no index.
+        prefix = "" if named.endswith("'linear'") else f"{2 * layer}."
         inputs = vision if layer == 0 else hidden
-        # LLaVA calls a single layer of type "linear" by no index.
-        prefix = "" if said.endswith("'linear'") else f"{2 * layer}."
-        expected |= {f"{prefix}weight": (hidden, inputs), f"{prefix}bias": (hidden,)}
-    faults = list(_differences(found, expected, frozenset()))
-    if class_token is not None and math.prod(class_token) != vision:
-        faults.append(f"the tower is {math.prod(class_token)} wide, the config says {vision}")
-    return Check.of(name, faults, f"{depth} linear layers, as {said} says")
+        shapes |= {f"{prefix}weight": (hidden, inputs), f"{prefix}bias": (hidden,)}
+    faults = [*_differences(out.part(PROJECTOR), ClassShapes("", shapes, frozenset()))]
+    token = out.part(VISUAL_ENCODER).get("vision_model.embeddings.class_embedding")
+    if token is not None and math.prod(token.shape) != vision:
+        faults.append(f"the tower is {math.prod(token.shape)} wide, the config says {vision}")
+    return judge(faults, f"{depth} linear layers, as {named} says")
 
 
-def _shapes(tensors: Mapping[str, tuple[str, HeaderEntry]]) -> dict[str, tuple[int, ...]]:
-    return {plain: entry.shape for plain, (_, entry) in tensors.items()}
+def projector_depth(out: ConvertedFolder) -> tuple[int | None, str]:
+    """How many linear layers the config says the projector has, and where it says so."""
+    if out.format == "hf":
+        return 2, "LlavaMultiModalProjector has linear_1 and linear_2"
+    kind = out.config.get("mm_projector_type")
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind) if isinstance(kind, str) else None
+    depth = 1 if kind == "linear" else int(match[1]) if match else None
+    return depth, f"mm_projector_type {kind!r}"
 
 
-def _differences(
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
-    optional: frozenset[str],
-) -> Iterator[str]:
-    for name in expected:
-        if name not in found and name not in optional:
+def _differences(found: Mapping[str, LazyTensor], expected: ClassShapes) -> Iterator[str]:
+    for name in expected.shapes:
+        if name not in found and name not in expected.optional:
             yield f"{name} is missing"
-    for name, shape in found.items():
-        if name not in expected:
+    for name, tensor in found.items():
+        shape = expected.shapes.get(name)
+        if shape is None:
             yield f"{name} is unexpected"
-        elif shape != expected[name]:
-            yield f"{name} has shape {list(shape)}, expected {list(expected[name])}"
+        elif tensor.shape != shape:
+            yield f"{name} has shape {list(tensor.shape)}, expected {list(shape)}"

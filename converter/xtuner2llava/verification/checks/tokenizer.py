@@ -6,18 +6,17 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.tokenizers import read_tokenizer, tokenizer_faults
-from xtuner2llava.verification.out_folder import OutFolder
-from xtuner2llava.verification.outcome import SKIPPED, WARNING, Check
+from xtuner2llava.verification.folder import ConvertedFolder
+from xtuner2llava.verification.outcome import SKIPPED, WARNING, Check, judge
 
-TOKENIZER_FILES = (
+_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
 )  # fmt: skip
@@ -26,39 +25,36 @@ _MAX_BYTES = 64 << 20
 _SAMPLE = "A picture of 2 cats.\nWhat is it?"
 
 
-def tokenizer_checks(out: OutFolder) -> Iterator[Check]:
+def tokenizer_checks(out: ConvertedFolder) -> Iterator[Check]:
     """Loads the tokenizer with transformers, without remote code, and counts its tokens."""
-    name = "tokenizer"
+    name, rows = "tokenizer", integer(out.text, "vocab_size") or 0
+    faults = [*_faults_of_files(out, rows)]
     try:
-        tokenizer = load_tokenizer(out.path, out.layout.text.get("model_type"))
+        tokenizer = load_tokenizer(out.path, out.text.get("model_type"))
     except Exception as error:
-        if lacks_sentencepiece(out.path) and not (out.path / "tokenizer.json").is_file():
-            faults = [*_not_for_all(out), *_beyond_rows(out)]
-            fine = "loading it needs the packages sentencepiece and protobuf"
-            yield Check.of(name, faults, "") if faults else Check(name, SKIPPED, fine)
-            return
-        yield Check.of(name, [f"does not load: {type(error).__name__}: {error}"], "")
+        if not lacks_sentencepiece(out.path) or (out.path / "tokenizer.json").is_file():
+            faults = [f"does not load: {type(error).__name__}: {error}"]
+        what = "loading it needs the packages sentencepiece and protobuf"
+        yield Check(name, *(judge(faults, "") if faults else (SKIPPED, what)))
         return
-    rows = out.layout.text.get("vocab_size")
-    size = rows if isinstance(rows, int) else 0
     ids: Mapping[str, int] = tokenizer.get_vocab()
-    faults = list(_not_for_all(out))
     highest = max(ids.values(), default=-1)
-    if highest >= size or len(tokenizer) > size:
+    if highest >= rows or len(tokenizer) > rows:
         faults.append(
-            f"has {len(tokenizer)} tokens up to id {highest}, the embedding has {size} rows: LLaVA "
+            f"has {len(tokenizer)} tokens up to id {highest}, the embedding has {rows} rows: LLaVA "
             "would add random ones"
         )
     if not tokenizer(_SAMPLE)["input_ids"]:
         faults.append("makes nothing of a text")
-    faults += _stop_words(out, ids)
-    if out.layout.format == "hf":
-        image = out.layout.config.get("image_token_index", out.layout.config.get("image_token_id"))
+    faults += _missing_stops(out, ids)
+    if out.format == "hf":
+        image = out.config.get("image_token_index", out.config.get("image_token_id"))
         if image not in ids.values():
-            faults.append(f"image_token_index {image} is no token")
-    yield Check.of(name, faults, f"{type(tokenizer).__name__}, {len(tokenizer)} ≤ {size} rows")
+            faults.append(f"image_token_index {image} is not a token")
+    fine = f"{type(tokenizer).__name__}, {len(tokenizer)} ≤ {rows} rows"
+    yield Check(name, *judge(faults, fine))
     bos = tokenizer.bos_token
-    if out.layout.text.get("model_type") == "qwen2" and bos is not None:
+    if out.text.get("model_type") == "qwen2" and bos is not None:
         yield Check(
             "bos of the tokenizer",
             WARNING,
@@ -67,21 +63,17 @@ def tokenizer_checks(out: OutFolder) -> Iterator[Check]:
         )
 
 
-def _not_for_all(out: OutFolder) -> Iterator[str]:
-    """What the versions that the format is for do not load, which is not the one that is here."""
+def _faults_of_files(out: ConvertedFolder, rows: int) -> Iterator[str]:
+    """Ids beyond the embedding, and what other versions that the format is for do not load."""
     try:
-        yield from tokenizer_faults(read_tokenizer(out.path), out.layout.format)
+        tokenizer = read_tokenizer(out.path)
     except ConversionError as error:
         yield from (fault.what for fault in error.faults)
-
-
-def _beyond_rows(out: OutFolder) -> Iterator[str]:
-    """Whether the files give ids that the embedding does not have, loaded or not."""
-    rows = out.layout.text.get("vocab_size")
-    with suppress(ConversionError):
-        highest = max(read_tokenizer(out.path).ids.values(), default=-1)
-        if isinstance(rows, int) and highest >= rows:
-            yield f"has ids up to {highest}, the embedding has {rows} rows"
+        return
+    yield from tokenizer_faults(tokenizer, out.format)
+    highest = max(tokenizer.ids.values(), default=-1)
+    if highest >= rows:
+        yield f"has ids up to {highest}, the embedding has {rows} rows"
 
 
 def load_tokenizer(source: Path, model_type: Json) -> Any:
@@ -96,7 +88,7 @@ def load_tokenizer(source: Path, model_type: Json) -> Any:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for file in TOKENIZER_FILES:
+        for file in _FILES:
             if (source / file).is_file():
                 size = (source / file).stat().st_size
                 if size > _MAX_BYTES:
@@ -108,8 +100,8 @@ def load_tokenizer(source: Path, model_type: Json) -> Any:
                 folder, trust_remote_code=False, local_files_only=True
             )
         except Exception:
-            # Before transformers 5, some Llama tokenizers are read by way of tokenizer.model, which
-            # needs a package that may not be here. What they are stands in tokenizer.json too.
+            # Before transformers 5, some Llama tokenizers are read from tokenizer.model, which
+            # needs a package that may be missing; tokenizer.json has the same tokens.
             if lacks_sentencepiece(folder) and (folder / "tokenizer.json").is_file():
                 return classes.PreTrainedTokenizerFast(
                     tokenizer_file=str(folder / "tokenizer.json"),
@@ -119,9 +111,9 @@ def load_tokenizer(source: Path, model_type: Json) -> Any:
 
 
 def lacks_sentencepiece(folder: Path) -> bool:
-    """Whether the tokenizer in `folder` is one of SentencePiece, and what reads it is not here.
+    """Whether `folder` has a SentencePiece tokenizer, and the packages that read it are missing.
 
-    transformers reads it by the package sentencepiece, from 5 on with protobuf.
+    transformers reads it with sentencepiece, from 5 on with protobuf.
     """
     if not (folder / "tokenizer.model").is_file():
         return False
@@ -135,13 +127,12 @@ def _has_protobuf() -> bool:
         return False
 
 
-def _stop_words(out: OutFolder, ids: Mapping[str, int]) -> Iterator[str]:
+def _missing_stops(out: ConvertedFolder, ids: Mapping[str, int]) -> Iterator[str]:
     """Stop words of the training that are single tokens, and that generation does not stop at."""
     chat = out.record.get("chat")
     words = chat.get("stop_words") if isinstance(chat, dict) else None
-    generation = out.small_json("generation_config.json")
-    eos: Json = generation.get("eos_token_id")
+    eos = out.json("generation_config.json").get("eos_token_id")
     stops = eos if isinstance(eos, list) else [eos]
     for word in words if isinstance(words, list) else ():
         if isinstance(word, str) and word in ids and ids[word] not in stops:
-            yield f"{word} (id {ids[word]}) ended each turn in training, and is no eos_token_id"
+            yield f"{word} (id {ids[word]}) ended each turn in training, and is not an eos_token_id"

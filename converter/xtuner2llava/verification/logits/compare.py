@@ -9,24 +9,23 @@ from xtuner2llava.errors import ConversionError, UnsupportedError
 from xtuner2llava.planning.llm_config import trained_llm_config
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.sources import Checkpoint
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.verification.against import folder_tensors
-from xtuner2llava.verification.layout import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.verification.logits.model import LanguageModel, Tower
+from xtuner2llava.verification.folder import ConvertedFolder
+from xtuner2llava.verification.logits.model import ClipTower, LayeredLLM
 from xtuner2llava.verification.logits.streams import (
     FOLDER,
     NUDGED,
     ROUNDED,
     TRAINED,
     Figures,
+    Run,
     Side,
     Stream,
-    fixed_prompt,
-    run,
+    fixed_input,
 )
 from xtuner2llava.verification.logits.values import Reading
-from xtuner2llava.verification.out_folder import OutFolder
 from xtuner2llava.verification.outcome import FAILED, OK, SKIPPED, Check
 from xtuner2llava.verification.plain_model import plain_config
 
@@ -37,13 +36,12 @@ NOISE = 8
 # A wrong model must be this much further away than what is let pass.
 WRONG = 4
 LOGITS = "logits against the trained model"
-_SHOWN = "logits of a wrong model differ"
+_OF_WRONG = "logits of a wrong model differ"
 
 
 def logits_checks(
-    out: OutFolder,
+    out: ConvertedFolder,
     plan: Plan,
-    *,
     trust_remote_code: bool,
     figures: dict[str, Json],
     advance: Callable[[int], None],
@@ -55,7 +53,7 @@ def logits_checks(
         source = _source_side(plan.checkpoint, trust_remote_code)
     except UnsupportedError as error:
         yield Check(LOGITS, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
-        result = run(streams, fixed_prompt(folder), [(FOLDER, FOLDER)], advance)
+        result = Run(streams, fixed_input(folder), [(FOLDER, FOLDER)], advance).figures()
         figures["logits"] = result.to_dict()
         yield wrong_check(result, FOLDER, 0.0)
         return
@@ -65,26 +63,23 @@ def logits_checks(
     if any(planned.how != "copy" for planned in plan.tensors):
         streams = [Stream(TRAINED, source), *streams]
         pairs += [(TRAINED, FOLDER)]
-    prompt = fixed_prompt(folder, source)
-    result = run(streams, prompt, pairs, advance, compared=(ROUNDED, FOLDER))
+    given = fixed_input(folder, source)
+    result = Run(streams, given, pairs, advance, compared=(ROUNDED, FOLDER)).figures()
     figures["logits"] = result.to_dict()
     same_class = source.language.title == folder.language.title
     computed = any(planned.how == "compute" for planned in plan.tensors)
     allowed, why = tolerance(result, exact=same_class and not computed)
-    yield _verdict(result, allowed, why, f"{source.language.title} before rounding to {plan.dtype}")
-    yield wrong_check(result, ROUNDED, WRONG * allowed)
-
-
-def _verdict(result: Figures, allowed: float, why: str, unrounded: str) -> Check:
     found = result.distance(ROUNDED, FOLDER)
-    said = f"{found} over {result.positions} positions; {allowed:.2g} is allowed: {why}"
+    detail = f"{found} over {result.positions} positions; {allowed:.2g} is allowed: {why}"
     far = result.distances.get(f"{TRAINED} - {FOLDER}")
     if far is not None:
-        said += f"; from {unrounded}: {far}"
+        detail += f"; from {source.language.title} before rounding to {plan.dtype}: {far}"
     if found.largest <= allowed:
-        return Check(LOGITS, OK, said)
-    where = next((stage for stage, apart in result.stages.items() if not apart <= 0), "the head")
-    return Check(LOGITS, FAILED, f"{said}; the first to differ is: {where}")
+        yield Check(LOGITS, OK, detail)
+    else:
+        where = next((name for name, apart in result.stages.items() if not apart <= 0), "the head")
+        yield Check(LOGITS, FAILED, f"{detail}; the first to differ is: {where}")
+    yield wrong_check(result, ROUNDED, WRONG * allowed)
 
 
 def tolerance(result: Figures, *, exact: bool) -> tuple[float, str]:
@@ -97,27 +92,27 @@ def tolerance(result: Figures, *, exact: bool) -> tuple[float, str]:
     return NOISE * result.distance(ROUNDED, NUDGED).largest, f"{NOISE} times the noise of float32"
 
 
-def wrong_check(result: Figures, against: str, least: float, name: str = _SHOWN) -> Check:
+def wrong_check(result: Figures, against: str, least: float, name: str = _OF_WRONG) -> Check:
     """The same figures for wrong models, without which a small difference says nothing."""
     wrong = result.wrong(against)
-    said = "; ".join(f"{title} exchanged in one layer: {d}" for title, d in wrong.items())
+    detail = "; ".join(f"{title} exchanged in one layer: {d}" for title, d in wrong.items())
     if any(distance.largest > least for distance in wrong.values()):
-        return Check(name, OK, said)
-    return Check(name, FAILED, f"this check cannot tell right from wrong here: {said}")
+        return Check(name, OK, detail)
+    return Check(name, FAILED, f"a wrong model is not further away than a right one: {detail}")
 
 
 def _source_side(checkpoint: Checkpoint, trust: bool) -> Side:
     """The trained model in its own architecture. Raises `UnsupportedError` if it cannot be run."""
-    llm, training_config = checkpoint.llm, checkpoint.training_config
+    llm, training = checkpoint.llm, checkpoint.training_config
     assert llm.config is not None  # noqa: S101 - it was planned
-    values = trained_llm_config(llm.config, training_config)
+    values = trained_llm_config(llm.config, training)
     config = _source_config(values, str(llm.config.path.parent), trust)
     remote = type(config).__module__.startswith("transformers_modules")
-    language = LanguageModel(config, llm.tensors, trust=remote)
+    language = LayeredLLM(config, llm.tensors, trust=remote)
     projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
-    layer = -2 if training_config is None else training_config.visual_select_layer
+    layer = -2 if training is None else training.visual_select_layer
     tensors = checkpoint.visual_encoder.tensors
-    return Side(language, Tower(_vision_config(checkpoint), tensors, projector, layer))
+    return Side(language, ClipTower(_vision_config(checkpoint), tensors, projector, layer))
 
 
 def _vision_config(checkpoint: Checkpoint) -> Mapping[str, Json]:
@@ -150,23 +145,20 @@ def _source_config(values: dict[str, Json], folder: str, trust: bool) -> Any:
     return config
 
 
-def folder_side(out: OutFolder, checkpoint: Checkpoint | None) -> Side:
+def folder_side(out: ConvertedFolder, checkpoint: Checkpoint | None) -> Side:
     """The folder as its own config has it. Raises `ConversionError` where it cannot be run.
 
     Without tensors or a config of its own, the tower is that of `checkpoint`.
     """
-    parts: dict[str, dict[str, LazyTensor]] = {LLM: {}, VISUAL_ENCODER: {}, PROJECTOR: {}}
-    for name, tensor in folder_tensors(out).items():
-        place = out.layout.place(name)
-        if place is not None:
-            parts[place[0]][place[1]] = tensor
-    layer = out.layout.select_layer
+    layer = out.config.get(
+        "mm_vision_select_layer" if out.format == "llava" else "vision_feature_layer"
+    )
     if not isinstance(layer, int):
         raise ConversionError(f"the selected layer is {layer!r}", where="config.json")
-    tower: Mapping[str, LazyTensor] = parts[VISUAL_ENCODER]
-    vision = out.layout.vision or {}
+    tower: Mapping[str, LazyTensor] = out.part(VISUAL_ENCODER)
+    vision = out.vision or {}
     if checkpoint is not None:
         tower = tower or checkpoint.visual_encoder.tensors
         vision = vision or _vision_config(checkpoint)
-    language = LanguageModel(plain_config(out.layout.text), parts[LLM])
-    return Side(language, Tower(vision, tower, parts[PROJECTOR], layer))
+    language = LayeredLLM(plain_config(out.text), out.part(LLM))
+    return Side(language, ClipTower(vision, tower, out.part(PROJECTOR), layer))

@@ -54,7 +54,7 @@ class Layers:
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(self._before_head)
-        _free(self._layer)
+        self.free()
 
     def load_outer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts float32 tensors outside of the layer in place: norms, the tower's embeddings.
@@ -69,32 +69,43 @@ class Layers:
             if head is not None and module in (embedding, head)
             for inner in module.state_dict()
         }
-        wanted = {
-            name
-            for name in self.model.state_dict()
-            if not name.startswith(f"{self.prefix}.") and not name.endswith(_BUFFERS)
-        }
-        given = {name: t for name, t in tensors.items() if not name.endswith(_BUFFERS)}
-        named = installed_names(given, wanted)
-        self._agree(named, wanted - rows)
-        self.model.load_state_dict(named, strict=False, assign=True)
+        outer = {name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")}
+        self.model.load_state_dict(self._named(tensors, outer, rows), strict=False, assign=True)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts a layer's float32 `tensors`, by their names within the layer, in its place.
 
         Raises `CheckpointError` unless they are exactly those of the layer.
         """
-        wanted = [f"{self.prefix}.0.{name}" for name in self._layer.state_dict()]
-        given = {f"{self.prefix}.0.{n}": t for n, t in tensors.items() if not n.endswith(_BUFFERS)}
+        # `installed_names` looks at whole names.
+        start = f"{self.prefix}.0."
+        given = {f"{start}{name}": tensor for name, tensor in tensors.items()}
+        named = self._named(given, {f"{start}{name}" for name in self._layer.state_dict()}, set())
+        inner = {name.removeprefix(start): tensor for name, tensor in named.items()}
+        self._layer.load_state_dict(inner, strict=False, assign=True)
+
+    def _named(
+        self, tensors: Mapping[str, torch.Tensor], wanted: set[str], besides: set[str]
+    ) -> dict[str, torch.Tensor]:
+        """`tensors` under the names that the model has, which are all of `wanted` but `besides`."""
+        wanted = {name for name in wanted if not name.endswith(_BUFFERS)}
+        given = {name: t for name, t in tensors.items() if not name.endswith(_BUFFERS)}
         named = installed_names(given, wanted)
-        self._agree(named, set(wanted))
-        cut = len(f"{self.prefix}.0.")
-        inner = {name[cut:]: tensor for name, tensor in named.items()}
-        self._layer.load_state_dict(inner, strict=True, assign=True)
+        different = sorted(named.keys() ^ (wanted - besides))
+        if different:
+            raise CheckpointError(
+                f"{type(self.model).__name__} and the tensors to run it with differ in "
+                f"{', '.join(different[:3])}"
+            )
+        return named
 
     def free(self) -> None:
-        """Gives the memory of the layer back."""
-        _free(self._layer)
+        """Gives the memory of the layer back; its buffers stay."""
+        from torch.nn import Parameter
+
+        for module in self._layer.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, Parameter(parameter.to("meta"), requires_grad=False))
 
     def run(self, hidden: torch.Tensor | None, **inputs: torch.Tensor) -> torch.Tensor:
         """What the layer makes of `hidden`; of what the model itself makes of `inputs` if None."""
@@ -105,14 +116,6 @@ class Layers:
             self.model(**inputs)
         assert self._seen is not None  # noqa: S101 - the hook ran
         return self._seen
-
-    def _agree(self, named: Mapping[str, object], wanted: set[str]) -> None:
-        strange = sorted(set(named) ^ wanted)
-        if strange:
-            raise CheckpointError(
-                f"{type(self.model).__name__} and the tensors to run it with differ in "
-                f"{', '.join(strange[:3])}"
-            )
 
     def _before(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if self._given is None:
@@ -132,10 +135,8 @@ def layer_tensors(names: Iterable[str], prefix: str) -> dict[int, dict[str, str]
     """Names of tensors by layer: for each its name within the layer, and its whole name."""
     layers: dict[int, dict[str, str]] = {}
     for name in names:
-        if not name.startswith(f"{prefix}."):
-            continue
-        number, _, rest = name[len(prefix) + 1 :].partition(".")
-        if number.isdecimal() and rest:
+        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        if name.startswith(f"{prefix}.") and number.isdecimal() and rest:
             layers.setdefault(int(number), {})[rest] = name
     return layers
 
@@ -152,12 +153,3 @@ def _layer_list(model: Any) -> tuple[str, Any]:
     if not found:
         raise CheckpointError(f"{type(model).__name__} has no list of layers")
     return min(found, key=lambda item: item[0].count("."))
-
-
-def _free(module: Any) -> None:
-    import torch
-
-    for inner in module.modules():
-        for name, parameter in inner.named_parameters(recurse=False):
-            empty = torch.empty_like(parameter, device="meta")
-            setattr(inner, name, torch.nn.Parameter(empty, requires_grad=False))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xtuner2llava.errors import ConversionError, UnsupportedError
+from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.verification.logits.layers import Layers, layer_tensors, one_layer_config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _TOWER_LAYERS = "vision_model.encoder.layers"
 
 
-class LanguageModel:
+class LayeredLLM:
     """A causal language model of the class of `config`, whose weights are given layer by layer."""
 
     def __init__(
@@ -28,30 +28,24 @@ class LanguageModel:
         """Makes the class with one layer. Raises `ConversionError` where that cannot be run."""
         self._config, self._trust = config, trust
         self.weights = weights
-        kinds = getattr(config, "layer_types", None)
-        self._kinds: Sequence[str] = kinds if isinstance(kinds, list | tuple) else ()
+        self._kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
         self._layers: dict[str, Layers] = {}
         first = self._for(0)
         model = first.model
-        names = {module: name for name, module in model.named_modules()}
+        self.title = type(model).__name__
+        names = {module: f"{name}.weight" for name, module in model.named_modules()}
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if type(head).__name__ != "Linear" or head not in names or embedding not in names:
-            raise UnsupportedError(f"the head of {type(model).__name__} is no plain linear layer")
-        self.title = type(model).__name__
-        self.embedding = f"{names[embedding]}.weight"
-        self.head = f"{names[head]}.weight"
-        if self.head not in weights:
-            self.head = self.embedding
+            raise UnsupportedError(f"the head of {self.title} is not a plain linear layer")
+        self.embedding = names[embedding]
+        self.head = names[head] if names[head] in weights else self.embedding
         self._by_layer = layer_tensors(weights, first.prefix)
         self.count = len(self._by_layer)
         if sorted(self._by_layer) != list(range(self.count)):
             raise UnsupportedError(f"there are layers {sorted(self._by_layer)[:5]} …")
-        known = {self.embedding, self.head, f"{names[embedding]}.weight", f"{names[head]}.weight"}
-        self._outer = [
-            name
-            for name in weights
-            if name not in known and not name.startswith(f"{first.prefix}.")
-        ]
+        inner = (self.embedding, names[head])
+        outer = (name for name in weights if not name.startswith(f"{first.prefix}."))
+        self._outer = [name for name in outer if name not in inner]
 
     def _for(self, number: int) -> Layers:
         """The one-layer model for layers of the kind of layer `number`."""
@@ -70,8 +64,6 @@ class LanguageModel:
                     model = classes.AutoModelForCausalLM.from_config(
                         small, attn_implementation="eager", **options
                     )
-            except ConversionError:
-                raise
             except Exception as error:
                 what = f"transformers makes no model of its config: {type(error).__name__}: {error}"
                 raise UnsupportedError(what) from error
@@ -91,17 +83,16 @@ class LanguageModel:
         return {name: reading.whole(self.weights[whole]) for name, whole in inner.items()}
 
     def run(
-        self, number: int, tensors: Mapping[str, torch.Tensor], streams: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """What layer `number` with these `tensors` makes of each of `streams`.
+        self, number: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """What layer `number` with these `tensors` makes of `hidden`.
 
         Layer 0 takes what the model itself makes of embeddings.
         """
         layers = self._for(number)
         layers.load(tensors)
         try:
-            return [layers.run(None if number == 0 else hidden, inputs_embeds=hidden)
-                    for hidden in streams]  # fmt: skip
+            return layers.run(None if number == 0 else hidden, inputs_embeds=hidden)
         finally:
             layers.free()
 
@@ -114,13 +105,13 @@ class LanguageModel:
         """
         layers = self._for(self.count - 1)
         layers.load_outer({name: reading.whole(self.weights[name]) for name in self._outer})
-        (last,) = self.run(self.count - 1, tensors, [hidden])
+        last = self.run(self.count - 1, tensors, hidden)
         assert layers.normed is not None  # noqa: S101 - a language model has a head
         return last, layers.normed
 
 
 @dataclass(frozen=True, slots=True)
-class Tower:
+class ClipTower:
     """A CLIP tower and the projector behind it."""
 
     config: Mapping[str, Json]
@@ -130,41 +121,37 @@ class Tower:
 
     def features(self, pixels: torch.Tensor, reading: Reading) -> torch.Tensor:
         """What stands for the image, (1, patches, hidden size of the LLM), in float32."""
-        return self._project(self._patches(pixels, reading), reading)
-
-    def _patches(self, pixels: torch.Tensor, reading: Reading) -> torch.Tensor:
-        """The selected hidden state without its class token."""
-        import torch
-
-        def values(name: str) -> torch.Tensor:
-            return reading.whole(self.weights[name])
-
-        with torch.random.fork_rng(devices=[]):
-            one = new_tower(self.config, num_hidden_layers=1, attn_implementation="eager")
-        layers = Layers(one.float().eval())
-        by_layer = layer_tensors(self.weights, _TOWER_LAYERS)
-        outer = [n for n in self.weights if not n.startswith(f"{_TOWER_LAYERS}.")]
-        layers.load_outer({n: values(n) for n in outer if not n.endswith("position_ids")})
-        count = len(by_layer)
-        last = self.select_layer if self.select_layer >= 0 else count + 1 + self.select_layer
-        if not 0 < last <= count:
-            raise UnsupportedError(f"layer {self.select_layer} of a tower of {count} is selected")
-        hidden: torch.Tensor | None = None
-        for number in range(last):
-            layers.load({name: values(whole) for name, whole in by_layer[number].items()})
-            hidden = layers.run(hidden, pixel_values=pixels)
-            layers.free()
-        assert hidden is not None  # noqa: S101 - there is at least one layer
-        return hidden[:, 1:]
-
-    def _project(self, hidden: torch.Tensor, reading: Reading) -> torch.Tensor:
-        """Linear layers with an exact GELU between them."""
         from torch.nn import functional
 
+        # Without the class token; linear layers with an exact GELU between them.
+        hidden = self._selected(pixels, reading)[:, 1:]
         indices = sorted({int(name.split(".")[0]) for name in self.projector})
         for index in indices:
             weight, bias = (self.projector[f"{index}.{kind}"] for kind in ("weight", "bias"))
             if index != indices[0]:
                 hidden = functional.gelu(hidden)
             hidden = functional.linear(hidden, reading.whole(weight), reading.whole(bias))
+        return hidden
+
+    def _selected(self, pixels: torch.Tensor, reading: Reading) -> torch.Tensor:
+        """The hidden state that goes into the projector, with its class token."""
+        import torch
+
+        by_layer = layer_tensors(self.weights, _TOWER_LAYERS)
+        count = len(by_layer)
+        last = self.select_layer if self.select_layer >= 0 else count + 1 + self.select_layer
+        if not 0 < last <= count:
+            raise UnsupportedError(f"layer {self.select_layer} of a tower of {count} is selected")
+        with torch.random.fork_rng(devices=[]):
+            one = new_tower(self.config, num_hidden_layers=1, attn_implementation="eager")
+        layers = Layers(one.float().eval())
+        outer = [name for name in self.weights if not name.startswith(f"{_TOWER_LAYERS}.")]
+        layers.load_outer({name: reading.whole(self.weights[name]) for name in outer})
+        hidden: torch.Tensor | None = None
+        for number in range(last):
+            inner = by_layer[number].items()
+            layers.load({name: reading.whole(self.weights[whole]) for name, whole in inner})
+            hidden = layers.run(hidden, pixel_values=pixels)
+            layers.free()
+        assert hidden is not None  # noqa: S101 - there is at least one layer
         return hidden

@@ -1,4 +1,4 @@
-"""Logits that were made with the real model, elsewhere: `verify --reference FILE.npz`.
+"""Logits that the real model's own code made: `verify --reference FILE.npz`.
 
 `docs/mappings.md` has the lines that make such a file. It proves a mapping where transformers has
 no class for the LLM: the folder alone is run, on the file's prompt.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError, Fault, UsageError, raise_faults
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.verification.logits.compare import NOISE, WRONG, wrong_check
 from xtuner2llava.verification.logits.streams import (
     FOLDER,
@@ -21,10 +21,10 @@ from xtuner2llava.verification.logits.streams import (
     NUDGED_FOLDER,
     REFERENCE,
     Figures,
-    Prompt,
+    ModelInput,
+    Run,
     Side,
     Stream,
-    run,
 )
 from xtuner2llava.verification.logits.values import Reading
 from xtuner2llava.verification.outcome import FAILED, OK, Check
@@ -33,7 +33,7 @@ from xtuner2llava.verification.outcome import REFERENCE as CHECK_NAME
 if TYPE_CHECKING:
     import torch
 
-_SHOWN = "logits of a wrong model differ from the reference"
+_OF_WRONG = "logits of a wrong model differ from the reference"
 _IMAGE = -200  # XTuner's and LLaVA's IMAGE_TOKEN_INDEX
 _MAX_BYTES = 1 << 30
 _ADVICE = "docs/mappings.md has the lines that make such a file."
@@ -45,28 +45,27 @@ _MORE_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class GivenLogits:
     """A prompt, and the logits of its last positions: (positions, vocabulary), float32."""
 
-    prompt: Prompt
+    given: ModelInput
     logits: torch.Tensor
 
 
-def read_reference(path: Path) -> Reference:
+def read_reference(path: Path) -> GivenLogits:
     """The arrays of the file. Raises `UsageError` with all that is wrong with them."""
     import torch
 
     arrays = _arrays(path)
-    faults: list[str] = []
-    ids = arrays.get("input_ids")
-    logits = arrays.get("logits")
-    if ids is None or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size < 2:
-        faults.append(f"input_ids is {_said(ids)}, expected whole numbers, (1, tokens)")
-    if logits is None or logits.dtype.kind != "f" or logits.dtype.itemsize < 4:
-        faults.append(f"logits is {_said(logits)}, expected float32, (positions, vocabulary)")
+    ids, logits = arrays.get("input_ids"), arrays.get("logits")
     images = {k: arrays[k] for k in ("pixel_values", "image_features") if k in arrays}
+    faults: list[str] = []
+    if ids is None or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size < 2:
+        faults.append(f"input_ids is {_shape(ids)}, expected whole numbers, (1, tokens)")
+    if logits is None or logits.dtype.kind != "f" or logits.dtype.itemsize < 4:
+        faults.append(f"logits is {_shape(logits)}, expected float32, (positions, vocabulary)")
     faults += [
-        f"{key} is {_said(image)}, expected float32"
+        f"{key} is {_shape(image)}, expected float32"
         for key, image in images.items()
         if image.dtype.kind != "f" or not 1 < image.ndim <= 4
     ]
@@ -78,20 +77,22 @@ def read_reference(path: Path) -> Reference:
         faults.append("input_ids is not one prompt with at most one image (-200)")
     if bool(places) is not bool(images):
         faults.append("-200 in input_ids needs pixel_values or image_features, and they need it")
-    given = torch.from_numpy(logits).float()
-    if given.ndim == 3 and given.shape[0] == 1:
-        given = given[0]
-    if given.ndim != 2 or not given.numel() or not bool(given.isfinite().all()):
-        faults.append(f"logits is {_said(logits)}, expected finite (positions, vocabulary)")
+    found = torch.from_numpy(logits).float()
+    if found.ndim == 3 and found.shape[0] == 1:
+        found = found[0]
+    if found.ndim != 2 or not found.numel() or not bool(found.isfinite().all()):
+        faults.append(f"logits is {_shape(logits)}, expected finite (positions, vocabulary)")
     _raise(path, faults)
     cut = places[0] if places else len(row)
-    image = {key: torch.from_numpy(value).float() for key, value in images.items()}
-    pixels, features = image.get("pixel_values"), image.get("image_features")
+    pixels, features = (
+        torch.from_numpy(images[key]).float().reshape(1, *images[key].shape[-count:])
+        if key in images
+        else None
+        for key, count in (("pixel_values", 3), ("image_features", 2))
+    )
     if pixels is not None:
-        pixels, features = pixels.reshape(1, *pixels.shape[-3:]), None
-    if features is not None:
-        features = features.reshape(1, *features.shape[-2:])
-    return Reference(Prompt(row[:cut], row[cut + 1 :], pixels, features), given)
+        features = None
+    return GivenLogits(ModelInput(row[:cut], row[cut + 1 :], pixels, features), found)
 
 
 def _arrays(path: Path) -> dict[str, Any]:
@@ -119,33 +120,33 @@ def _raise(path: Path, faults: list[str]) -> None:
     raise_faults(UsageError, [Fault(str(path), what, _ADVICE) for what in faults])
 
 
-def _said(array: Any) -> str:
+def _shape(array: Any) -> str:
     return "missing" if array is None else f"{array.dtype} {list(array.shape)}"
 
 
 def reference_checks(
     side: Side,
-    reference: Reference,
-    *,
+    reference: GivenLogits,
     figures: dict[str, Json],
     advance: Callable[[int], None],
 ) -> Iterator[Check]:
     """Runs the folder `side` on the prompt of `reference` and compares the logits."""
-    _fit(side, reference)
+    _require_fit(side, reference)
     streams = [
         Stream(FOLDER, side),
         Stream(NUDGED_FOLDER, side, nudged=True),
         Stream(MOVED_FOLDER, side, Reading(moved=True)),
     ]
     pairs = [(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)]
-    result = run(streams, reference.prompt, pairs, advance, given=reference.logits)
+    run = Run(streams, reference.given, pairs, advance, reference=reference.logits)
+    result = run.figures()
     figures["reference"] = result.to_dict()
     allowed, why = tolerance(result)
     found = result.distance(REFERENCE, FOLDER)
     shape = " x ".join(str(n) for n in reference.logits.shape)
-    said = f"{found} over {shape} logits; {allowed:.2g} is allowed: {why}"
-    yield Check(CHECK_NAME, OK if found.largest <= allowed else FAILED, said)
-    yield wrong_check(result, REFERENCE, WRONG * allowed, _SHOWN)
+    detail = f"{found} over {shape} logits; {allowed:.2g} is allowed: {why}"
+    yield Check(CHECK_NAME, OK if found.largest <= allowed else FAILED, detail)
+    yield wrong_check(result, REFERENCE, WRONG * allowed, _OF_WRONG)
 
 
 def tolerance(result: Figures) -> tuple[float, str]:
@@ -161,29 +162,27 @@ def tolerance(result: Figures) -> tuple[float, str]:
     return rounding, f"{_ROUNDINGS} times what one more rounding of the weights changes"
 
 
-def _fit(side: Side, reference: Reference) -> None:
+def _require_fit(side: Side, reference: GivenLogits) -> None:
     """Raises `CheckpointError` where the folder cannot be run on the prompt."""
-    prompt, language = reference.prompt, side.language
+    given, language, tower = reference.given, side.language, side.tower.config
     rows, hidden = language.weights[language.embedding].shape
-    length = len(prompt.before) + len(prompt.after)
-    faults = [f"input_ids has {n}, the folder has {rows} rows" for n in
-              sorted({*prompt.before, *prompt.after}) if not 0 <= n < rows]  # fmt: skip
-    if prompt.features is not None:
-        length += prompt.features.shape[1]
-        if prompt.features.shape[2] != hidden:
-            faults.append(f"image_features are {prompt.features.shape[2]} wide, not {hidden}")
-    if prompt.pixels is not None:
-        if not side.tower.config:
+    length = len(given.before) + len(given.after)
+    beyond = [n for n in sorted({*given.before, *given.after}) if not 0 <= n < rows]
+    faults = [f"input_ids has {n}, the folder has {rows} rows" for n in beyond]
+    if given.features is not None:
+        length += given.features.shape[1]
+        if given.features.shape[2] != hidden:
+            faults.append(f"image_features are {given.features.shape[2]} wide, not {hidden}")
+    if given.pixels is not None:
+        edge, patch = integer(tower, "image_size"), integer(tower, "patch_size")
+        if not tower:
             faults.append(
                 "pixel_values need the tower's config, which this format leaves to "
                 "mm_vision_tower: give --against CHECKPOINT, or save image_features instead"
             )
-        edge, channels = (side.tower.config.get(k) for k in ("image_size", "num_channels"))
-        if side.tower.config and list(prompt.pixels.shape) != [1, channels or 3, edge, edge]:
-            faults.append(f"pixel_values are {list(prompt.pixels.shape)}, the tower takes {edge}")
-        patch = side.tower.config.get("patch_size")
-        if isinstance(edge, int) and isinstance(patch, int):
-            length += (edge // patch) ** 2
+        elif [*given.pixels.shape] != [1, integer(tower, "num_channels") or 3, edge, edge]:
+            faults.append(f"pixel_values are {list(given.pixels.shape)}, the tower takes {edge}")
+        length += (edge // patch) ** 2 if edge and patch else 0
     positions, columns = reference.logits.shape
     if positions > length:
         faults.append(f"logits have {positions} positions, the prompt has {length}")

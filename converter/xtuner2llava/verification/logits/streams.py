@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.verification.logits.distance import Distance, Distances
-from xtuner2llava.verification.logits.model import LanguageModel, Tower
-from xtuner2llava.verification.logits.values import AS_STORED, Reading
+from xtuner2llava.verification.logits.distance import Distance, by_position
+from xtuner2llava.verification.logits.model import ClipTower, LayeredLLM
+from xtuner2llava.verification.logits.values import Reading
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +27,13 @@ REFERENCE = "reference"  # logits that are given
 _WRONG = "wrong: "
 _BEFORE, _AFTER = 8, 24  # tokens before and after the image
 _HEAD_ELEMENTS = 2 << 20
+_POSITIONS = 64  # whose logits are in memory at once
 # What is exchanged within one layer, where both have the same shape.
 _EXCHANGES = (
-    ("gate and up", (("mlp.gate_proj", "mlp.up_proj"),)),
-    ("q and k", (("self_attn.q_proj", "self_attn.k_proj"),)),
-    ("k and v", (("self_attn.k_proj", "self_attn.v_proj"),)),
+    ("gate and up", ".gate_proj.", ".up_proj."),
+    ("gate and up", ".w1.", ".w3."),
+    ("q and k", ".q_proj.", ".k_proj."),
+    ("k and v", ".k_proj.", ".v_proj."),
 )
 
 
@@ -39,8 +41,8 @@ _EXCHANGES = (
 class Side:
     """One of the two models, as its config has it."""
 
-    language: LanguageModel
-    tower: Tower
+    language: LayeredLLM
+    tower: ClipTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,16 @@ class Stream:
 
     name: str
     side: Side
-    reading: Reading = AS_STORED
+    reading: Reading = Reading()  # noqa: RUF009 - frozen
     nudged: bool = False
+
+    @property
+    def weights(self) -> tuple[LayeredLLM, Reading]:
+        return self.side.language, self.reading
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ModelInput:
     """Token ids before and after the image, and the image: pixels, features, or none.
 
     `pixels` are (1, channels, height, width); `features` are (1, patches, hidden size), what the
@@ -69,7 +75,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class Figures:
-    """What came out. `stages` are the largest differences of hidden states, in running order."""
+    """The numbers of a run; `stages` are the largest differences of hidden states, in order."""
 
     positions: int = 0
     columns: int = 0
@@ -95,8 +101,8 @@ class Figures:
         }
 
 
-def fixed_prompt(*sides: Side) -> Prompt:
-    """A fixed picture of the size that the tower takes, and ids spread over the vocabulary."""
+def fixed_input(*sides: Side) -> ModelInput:
+    """A fixed image of the size that the tower takes, and ids spread over the vocabulary."""
     import torch
 
     size, channels = (sides[0].tower.config.get(key) for key in ("image_size", "num_channels"))
@@ -107,86 +113,69 @@ def fixed_prompt(*sides: Side) -> Prompt:
     ]
     rows = min(side.language.weights[side.language.embedding].rows for side in sides)
     ids = [(17 + 7919 * n) % rows for n in range(_BEFORE + _AFTER)]
-    return Prompt(ids[:_BEFORE], ids[_BEFORE:], torch.stack(waves)[None])
+    return ModelInput(ids[:_BEFORE], ids[_BEFORE:], torch.stack(waves)[None])
 
 
-def run(
-    streams: Sequence[Stream],
-    prompt: Prompt,
-    pairs: Sequence[tuple[str, str]],
-    advance: Callable[[int], None],
-    *,
-    compared: tuple[str, str] | None = None,
-    given: torch.Tensor | None = None,
-) -> Figures:
-    """Runs `streams` on `prompt`; the distances of `pairs` of their logits, and of wrong models.
+@dataclass(slots=True)
+class Run:
+    """`streams` on `given`: the distances of `pairs` of their logits, and of wrong models.
 
-    One of the streams is `FOLDER`: wrong models branch off from it in the middle layer, and `pairs`
-    has, for the first name of each pair, its distance from them too. `compared` are two streams
-    whose hidden states are compared after each layer. `given` are the logits of the last positions,
-    (positions, vocabulary), called `REFERENCE`. `advance` is told the bytes of weights that were
+    One of the streams is `FOLDER`: wrong models branch off from it in the middle layer, and the
+    distance of the first name of each pair from them is computed too. `compared` are two streams
+    whose hidden states are compared after each layer. `reference` are logits of the last positions,
+    (positions, vocabulary), called `REFERENCE`. `advance` counts the bytes of weights that were
     run.
     """
-    return _Run(streams, prompt, pairs, advance, compared, given).all()
 
+    streams: Sequence[Stream]
+    given: ModelInput
+    pairs: Sequence[tuple[str, str]]
+    advance: Callable[[int], None]
+    compared: tuple[str, str] | None = None
+    reference: torch.Tensor | None = None
+    _figures: Figures = field(default_factory=Figures)
+    _hidden: dict[str, torch.Tensor] = field(default_factory=dict)
+    _normed: dict[str, torch.Tensor] = field(default_factory=dict)
+    _wrong: list[str] = field(default_factory=list)
 
-class _Run:
-    def __init__(
-        self,
-        streams: Sequence[Stream],
-        prompt: Prompt,
-        pairs: Sequence[tuple[str, str]],
-        advance: Callable[[int], None],
-        compared: tuple[str, str] | None,
-        given: torch.Tensor | None,
-    ) -> None:
-        self._streams, self._prompt, self._pairs = streams, prompt, pairs
-        self._advance, self._compared, self._given = advance, compared, given
-        self._figures = Figures()
-        self._hidden: dict[str, torch.Tensor] = {}
-        self._normed: dict[str, torch.Tensor] = {}
-        self._wrong: list[str] = []
-
-    def all(self) -> Figures:
-        self._embed()
-        for number in range(self._streams[0].side.language.count):
-            for (language, reading), group in groupby(
-                self._streams, key=lambda stream: (stream.side.language, stream.reading)
-            ):
+    def figures(self) -> Figures:
+        """Runs all of it."""
+        images = {stream.name: self._embed(stream) for stream in self.streams}
+        self._figures.positions = self._hidden[FOLDER].shape[1]
+        if all(image is not None for image in images.values()):
+            self._note("image features", images)
+        self._note("embeddings", self._hidden)
+        for number in range(self.streams[0].side.language.count):
+            for (language, reading), group in groupby(self.streams, lambda one: one.weights):
                 self._layer(number, language, reading, list(group))
-            self._note(f"layer {number}")
+            self._note(f"layer {number}", self._hidden)
         self._head()
         return self._figures
 
-    def _embed(self) -> None:
+    def _embed(self, stream: Stream) -> torch.Tensor | None:
+        """Makes the hidden states that go into the first layer; returns the image's."""
         import torch
 
-        prompt, images = self._prompt, {}
-        for stream in self._streams:
-            tower, language, reading = stream.side.tower, stream.side.language, stream.reading
-            parts = [language.embed([*prompt.before, *prompt.after], reading)]
-            image = prompt.features
-            if prompt.pixels is not None:
-                image = tower.features(prompt.pixels, reading)
-            if image is not None:
-                images[stream.name] = image
-                cut = len(prompt.before)
-                parts = [parts[0][:, :cut], image, parts[0][:, cut:]]
-            hidden = torch.cat(parts, dim=1)
-            self._hidden[stream.name] = _nudged(hidden) if stream.nudged else hidden
-        self._figures.positions = self._hidden[FOLDER].shape[1]
-        if self._compared is not None and images:
-            one, other = self._compared
-            self._figures.stages["image features"] = _apart(images[one], images[other])
-        self._note("embeddings")
+        given, side = self.given, stream.side
+        hidden = side.language.embed([*given.before, *given.after], stream.reading)
+        image = given.features
+        if given.pixels is not None:
+            image = side.tower.features(given.pixels, stream.reading)
+        if image is not None:
+            cut = len(given.before)
+            hidden = torch.cat([hidden[:, :cut], image, hidden[:, cut:]], dim=1)
+        self._hidden[stream.name] = _nudged(hidden) if stream.nudged else hidden
+        return image
 
-    def _note(self, stage: str) -> None:
-        if self._compared is not None:
-            one, other = self._compared
-            self._figures.stages[stage] = _apart(self._hidden[one], self._hidden[other])
+    def _note(self, stage: str, states: Mapping[str, torch.Tensor | None]) -> None:
+        if self.compared is not None:
+            one, other = (states[name] for name in self.compared)
+            alike = one is not None and other is not None and one.shape == other.shape
+            apart = float((one - other).abs().max()) if alike else float("nan")  # type: ignore[operator]
+            self._figures.stages[stage] = apart
 
     def _layer(
-        self, number: int, language: LanguageModel, reading: Reading, streams: Sequence[Stream]
+        self, number: int, language: LayeredLLM, reading: Reading, streams: Sequence[Stream]
     ) -> None:
         """Runs one layer; the wrong models branch off from the folder in the middle one."""
         tensors = language.layer(number, reading)
@@ -198,63 +187,66 @@ class _Run:
             if stream.name == FOLDER:
                 jobs += [(name, tensors, self._hidden[name]) for name in self._wrong]
                 if number == language.count // 2:
-                    wrong = wrong_layers(tensors)
-                    jobs += [(f"{_WRONG}{t}", inner, start) for t, inner in wrong.items()]
-                    self._wrong = [f"{_WRONG}{title}" for title in wrong]
+                    wrong = {f"{_WRONG}{t}": inner for t, inner in wrong_layers(tensors).items()}
+                    jobs += [(name, inner, start) for name, inner in wrong.items()]
+                    self._wrong = [*wrong]
         for name, inner, start in jobs:
             if number == language.count - 1:
-                result = language.run_last(inner, start, reading)
-                self._hidden[name], self._normed[name] = result
+                self._hidden[name], self._normed[name] = language.run_last(inner, start, reading)
             else:
-                (self._hidden[name],) = language.run(number, inner, [start])
-        self._advance(sum(tensor.nbytes for tensor in tensors.values()))
+                self._hidden[name] = language.run(number, inner, start)
+        self.advance(sum(tensor.nbytes for tensor in tensors.values()))
 
     def _head(self) -> None:
-        """Logits in blocks of the vocabulary, and their distances."""
-        ones = dict.fromkeys(one for one, _ in self._pairs)
+        """Logits of some positions at a time, and their distances."""
+        figures, reference = self._figures, self.reference
+        ones = dict.fromkeys(one for one, _ in self.pairs)
         wrong = [(one, name) for one in ones if one != TRAINED for name in self._wrong]
-        pairs = [*self._pairs, *wrong]
-        positions = self._figures.positions if self._given is None else len(self._given)
-        distances = Distances(pairs, positions)
-        heads = [(s, s.side.language.weights[s.side.language.head]) for s in self._streams]
-        columns = min(weight.rows for _, weight in heads)
-        if self._given is not None:
-            columns = min(columns, self._given.shape[1])
-        step = max(1, _HEAD_ELEMENTS // max(1, heads[0][1].shape[1]))
-        for start in range(0, columns, step):
-            stop = min(start + step, columns)
-            block: dict[str, torch.Tensor] = {}
-            if self._given is not None:
-                block[REFERENCE] = self._given[:, start:stop].float()
-            for stream, weight in heads:
-                rows = stream.reading.rows(weight, start, stop)
+        parts: dict[tuple[str, str], list[torch.Tensor]] = {p: [] for p in [*self.pairs, *wrong]}
+        positions = figures.positions if reference is None else len(reference)
+        heads = [s.side.language.weights[s.side.language.head].rows for s in self.streams]
+        figures.columns = min([*heads, *([] if reference is None else [reference.shape[1]])])
+        for start in range(0, positions, _POSITIONS):
+            stop = min(start + _POSITIONS, positions)
+            logits = {}
+            if reference is not None:
+                logits[REFERENCE] = reference[start:stop, : figures.columns].float()
+            for stream in self.streams:
                 names = [stream.name, *(self._wrong if stream.name == FOLDER else ())]
-                block |= {name: self._normed[name][-positions:] @ rows.T for name in names}
-            distances.add(block)
-        self._figures.columns, self._figures.scale = columns, distances.scale
-        for one, other in pairs:
-            self._figures.distances[f"{one} - {other}"] = distances.of(one, other)
+                states = {name: self._normed[name][-positions:][start:stop] for name in names}
+                logits |= self._logits(stream, states)
+            for pair, found in parts.items():
+                found.append(by_position(*(logits[name] for name in pair)))
+            scale = max(float(block.abs().max()) for block in logits.values())
+            figures.scale = max(figures.scale, scale)
+        for (one, other), found in parts.items():
+            figures.distances[f"{one} - {other}"] = Distance.of(found)
+
+    def _logits(
+        self, stream: Stream, states: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What the head of `stream` makes of `states`; it is read in blocks of rows."""
+        import torch
+
+        weight = stream.side.language.weights[stream.side.language.head]
+        blocks: dict[str, list[torch.Tensor]] = {name: [] for name in states}
+        step = max(1, _HEAD_ELEMENTS // max(1, weight.shape[1]))
+        for start in range(0, self._figures.columns, step):
+            rows = stream.reading.rows(weight, start, min(start + step, self._figures.columns))
+            for name, state in states.items():
+                blocks[name].append(state @ rows.T)
+        return {name: torch.cat(found, dim=1) for name, found in blocks.items()}
 
 
 def wrong_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """A layer's tensors with two of them exchanged, for each exchange whose shapes agree."""
+    """A layer's tensors with two kinds of them exchanged, for each exchange whose shapes agree."""
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for title, pairs in _EXCHANGES:
-        wrong = dict(tensors)
-        for one, other in pairs:
-            for kind in ("weight", "bias"):
-                a, b = f"{one}.{kind}", f"{other}.{kind}"
-                if a in tensors and b in tensors and tensors[a].shape == tensors[b].shape:
-                    wrong[a], wrong[b] = tensors[b], tensors[a]
-        if any(wrong[name] is not tensor for name, tensor in tensors.items()):
-            found[title] = wrong
-    experts = {n: t for n, t in tensors.items() if ".experts." in n and n.endswith("w1.weight")}
-    if experts:
-        wrong = dict(tensors)
-        for name, tensor in experts.items():
-            other = name.replace(".w1.", ".w3.")
-            wrong[name], wrong[other] = tensors[other], tensor
-        found["gate and up"] = wrong
+    for title, one, other in _EXCHANGES:
+        pairs = [(name, name.replace(one, other)) for name in tensors if one in name]
+        fit = [(a, b) for a, b in pairs if b in tensors and tensors[a].shape == tensors[b].shape]
+        if fit:
+            there, back = ({a: tensors[b] for a, b in fit}, {b: tensors[a] for a, b in fit})
+            found[title] = {**tensors, **there, **back}
     if "q and k" in found:
         found.pop("k and v", None)
     return found
@@ -267,7 +259,3 @@ def _nudged(hidden: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, hidden.shape, generator=generator) * 2 - 1
     return hidden * (1 + signs * 2.0**-23)
-
-
-def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max()) if one.shape == other.shape else float("nan")

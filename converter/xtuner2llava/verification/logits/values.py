@@ -51,6 +51,3 @@ class Reading:
         for start, stop in row_blocks(tensor, _BLOCK_BYTES):
             by_row[start:stop] = self.rows(tensor, start, stop)
         return result
-
-
-AS_STORED = Reading()

@@ -1,0 +1,191 @@
+"""What must hold between the config, the tensors, the generation settings and the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner2llava.planning.generation import valid_settings
+from xtuner2llava.planning.image_processor import (
+    PREPROCESSOR,
+    PROCESSOR,
+    image_processor_faults,
+    processor_faults,
+)
+from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER
+from xtuner2llava.storage.json_file import Json, integer
+from xtuner2llava.verification.folder import LLAVA_CLASSES, ConvertedFolder
+from xtuner2llava.verification.outcome import OK, SKIPPED, WARNING, Finding, judge
+from xtuner2llava.verification.plain_model import plain_config
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ANY = object()
+# What loaders must find, and the value where only one is right. LLaVA takes a missing
+# `mm_use_im_patch_token` for true, and adds a token (LLaVA `llava/model/builder.py`).
+_KEYS: Mapping[str, Mapping[str, object]] = {
+    "llava": {
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_hidden_size": _ANY,
+        "mm_projector_type": _ANY,
+        "mm_vision_select_layer": _ANY,
+        "mm_vision_tower": _ANY,
+        "unfreeze_mm_vision_tower": _ANY,
+        "image_aspect_ratio": _ANY,
+        "use_cache": True,
+        "vocab_size": _ANY,
+        "eos_token_id": _ANY,
+    },
+    "hf": {
+        "model_type": "llava",
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": _ANY,
+        "text_config": _ANY,
+        "vision_config": _ANY,
+    },
+}
+
+
+def keys(out: ConvertedFolder) -> Finding:
+    """Keys that are missing, or have a value that they must not have."""
+    wanted, config = _KEYS[out.format], out.config
+    faults = [f"{key} is missing" for key in wanted if key not in config]
+    faults += [
+        f"{key} is {config[key]!r}, expected {value!r}"
+        for key, value in wanted.items()
+        if key in config and value is not _ANY and config[key] != value
+    ]
+    if out.format == "llava":
+        faults += [
+            f"{key} is a word of transformers 5, which LLaVA's 4.37.2 does not read"
+            for key in ("rope_parameters", "dtype")
+            if key in config
+        ]
+        known = LLAVA_CLASSES[out.architecture][1]
+        if config.get("model_type") not in (known, "llava"):
+            faults.append(f"model_type is {config.get('model_type')!r}, expected {known}")
+    return judge(faults, f"{out.architecture} finds what it reads")
+
+
+def vocabulary(out: ConvertedFolder) -> Finding:
+    """The rows of embedding and head against vocab_size."""
+    claimed, llm = out.text.get("vocab_size"), out.part(LLM)
+    rows = {name: llm[name].rows for name in (_EMBEDDING, _HEAD) if name in llm}
+    wrong = {name: n for name, n in rows.items() if n != claimed}
+    faults = [f"{name} has {n} rows, vocab_size is {claimed}" for name, n in wrong.items()]
+    return judge(faults, f"{claimed} = rows of {' and '.join(rows)}")
+
+
+def tie(out: ConvertedFolder) -> Finding:
+    """Whether tie_word_embeddings says what the tensors are."""
+    flag = bool(getattr(plain_config(out.text), "tie_word_embeddings", False))
+    if out.format == "hf":
+        # The top level counts for the whole model.
+        flag = bool(out.config.get("tie_word_embeddings", flag))
+    has_head = _HEAD in out.part(LLM)
+    faults = []
+    if flag and has_head:
+        faults = ["tie_word_embeddings is true, and lm_head.weight is there, to be overwritten"]
+    elif not flag and not has_head:
+        faults = ["tie_word_embeddings is false, and there is no lm_head.weight"]
+    return judge(faults, "tied, the head is left out" if flag else "not tied, the head is there")
+
+
+def dtype(out: ConvertedFolder) -> Finding:
+    """The dtype of the config against those of the tensors."""
+    claimed = out.dtype
+    floats = {name: t for name, t in out.tensors.items() if t.dtype.is_float}
+    if out.record.get("dtype") == "keep":
+        names = sorted({tensor.dtype.name for tensor in floats.values()})
+        fine = f"kept as stored: {', '.join(names)}; most bytes are {claimed}"
+        return judge([] if claimed in names else [f"none is {claimed}"], fine)
+    wrong = {name: t.dtype for name, t in floats.items() if t.dtype.name != claimed}
+    faults = [f"{name} is {kind}, torch_dtype says {claimed}" for name, kind in wrong.items()]
+    return judge(faults, f"all tensors are {claimed}")
+
+
+def tower(out: ConvertedFolder) -> Finding:
+    """Whether loaders take the tower's tensors that are in the folder."""
+    there = bool(out.part(VISUAL_ENCODER))
+    if out.format == "hf":
+        faults = [] if there else ["its tensors are not there"]
+        return judge(faults, "there, as the class needs it")
+    flag = out.config.get("unfreeze_mm_vision_tower")
+    if there and flag is not True:
+        what = "its tensors are there, but unfreeze_mm_vision_tower is not true"
+        return judge([f"{what}, so that LLaVA silently takes those of mm_vision_tower"], "")
+    if not there and flag is not False:
+        return judge(["unfreeze_mm_vision_tower is not false, and its tensors are not there"], "")
+    if not there:
+        return WARNING, "it is not here: LLaVA takes mm_vision_tower, LLaVA-NeXT computes NaN"
+    return OK, "there, with unfreeze_mm_vision_tower: true, which both LLaVA and NeXT load right"
+
+
+def generation(out: ConvertedFolder) -> Finding:
+    """Token ids within the vocabulary and alike in both configs; settings that all can load."""
+    values = out.json("generation_config.json")
+    if not values:
+        return judge(["there is none, or it is empty"], "")
+    size = integer(out.text, "vocab_size") or 0
+    faults = []
+    # In the format `hf`, ids may stand at the top or with the language model.
+    config = {**out.text, **out.config}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        here, there = _ids(values, key), _ids(config, key)
+        beyond = [n for n in (*here, *there) if not 0 <= n < size]
+        faults += [f"{key} {n} is beyond the {size} rows" for n in beyond]
+        if there and not here:
+            faults.append(f"{key} is {there} in config.json and missing in generation_config.json")
+        elif here and not there and key != "pad_token_id" and out.format == "llava":
+            faults.append(f"{key} is {here} in generation_config.json and missing in config.json")
+        elif not set(there) <= set(here):
+            faults.append(f"{key} is {there} in config.json, {here} in generation_config.json")
+    eos, bos = _ids(values, "eos_token_id"), _ids(values, "bos_token_id")
+    if not eos:
+        faults.append("there is no eos_token_id, so it never stops")
+    faults += valid_settings(values)[1]
+    return judge(faults, f"eos {eos}, bos {bos}, all below {size}")
+
+
+def _ids(values: Mapping[str, Json], key: str) -> list[int]:
+    value = values.get(key)
+    listed = value if isinstance(value, list) else [value]
+    return [n for n in listed if isinstance(n, int) and not isinstance(n, bool)]
+
+
+def image_processor(out: ConvertedFolder) -> Finding:
+    """The size that images are cropped to against the number of positions of the tower."""
+    values: dict[str, Any] = out.json(PREPROCESSOR)
+    if not values:
+        return judge([f"{PREPROCESSOR} is missing"], "")
+    faults = [
+        f"{key} is {values[key]!r}, expected three numbers"
+        for key in ("image_mean", "image_std")
+        if key in values and not _is_colour(values[key])
+    ]
+    faults += image_processor_faults(values)
+    tower = out.part(VISUAL_ENCODER)
+    patch = tower.get("vision_model.embeddings.patch_embedding.weight")
+    positions = tower.get("vision_model.embeddings.position_embedding.weight")
+    edge = patch.shape[-1] if patch is not None and patch.shape else None
+    if out.format == "hf":
+        faults += processor_faults(out.json(PROCESSOR), edge)
+    crop = values.get("crop_size", values.get("size"))
+    if isinstance(crop, dict):
+        crop = crop.get("height", crop.get("shortest_edge"))
+    if positions is None or not edge or not isinstance(crop, int):
+        return judge(faults, "") if faults else (SKIPPED, "the tower or the crop size is not there")
+    patches = (crop // edge) ** 2
+    if patches + 1 != positions.rows:
+        faults.append(
+            f"crops to {crop} pixels, {patches} patches of {edge}; the tower has "
+            f"{positions.rows - 1}"
+        )
+    return judge(faults, f"crops to {crop} pixels, as many patches as the tower has positions")
+
+
+def _is_colour(value: Json) -> bool:
+    numbers = value if isinstance(value, list) else []
+    return [type(n) in (int, float) for n in numbers] == [True] * 3

@@ -42,7 +42,7 @@ class Fault:
 
 
 class ConversionError(Exception):
-    """Base of all errors that a user can cause or mend; `faults` lists each of them."""
+    """Base of all errors that a user can cause or correct; `faults` lists each of them."""
 
     exit_status = 1
 

@@ -320,7 +320,7 @@ def flag(name: str) -> str:
 
 
 def choices(annotation: object) -> tuple[str, ...]:
-    """The values of the `Literal` in an annotation; none where there is no such thing."""
+    """The values of the `Literal` in an annotation; none for another annotation."""
     return tuple(v for each in members(annotation) if get_origin(each) is Literal
                  for v in get_args(each))  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_ranks_are_read(tmp_path: Path) -> None:
         (["YWI= 97"], "257: repeats rank 97 of line 98"),
         (["YWI= 300"], "rank 256 is missing of 257"),
         (["YWI= 99999999999"], "257: is not a token in base64, a space and a rank"),
-        (["?"] * 50, "is no file of tiktoken ranks"),
+        (["?"] * 50, "is not a file of tiktoken ranks"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -143,7 +143,7 @@ def test_special_tokens_must_follow_on_the_ranks(tmp_path: Path) -> None:
 def test_a_token_that_no_merge_makes_is_refused(tmp_path: Path) -> None:
     small(tmp_path, ["YWJj 256"])  # abc, without ab or bc
     tokenizer = prepare(tmp_path, {"<s>": 257})
-    with pytest.raises(ConversionError, match="token 256 is no merge of others"):
+    with pytest.raises(ConversionError, match="token 256 is not a merge of others"):
         tokenizer.made["tokenizer.json"]()
 
 

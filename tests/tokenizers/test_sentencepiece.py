@@ -182,7 +182,7 @@ def test_an_unknown_character_falls_back_to_its_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (model_of(SPECIAL, algorithm=1), "it is no byte-pair encoding"),
+        (model_of(SPECIAL, algorithm=1), "it is not a byte-pair encoding"),
         (model_of(SPECIAL, squeeze=True), "it treats spaces in a way of its own"),
         (
             model_of([*SPECIAL, Piece("▁▁", 0.0, USER_DEFINED)]),

@@ -18,7 +18,7 @@ def merges(
     """Each of `tokens` with the two parts that it is merged of, or None where it never is.
 
     `ranks` are of all tokens of more than one symbol; the lowest is merged first, the leftmost of
-    equal ones first. Whatever text a token is part of, all merges of lower rank inside it are done
+    equal ones first. In any text with the token, all merges of lower rank inside it are done
     before it is made: so its parts are what the merges below its own rank leave of it, and one
     pair a token is all that is needed.
 

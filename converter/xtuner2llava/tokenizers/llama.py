@@ -152,7 +152,7 @@ def _config(
 def _not_exact(model: SentencePieceModel) -> str | None:
     """Why huggingface/tokenizers cannot do exactly what the model says; None if it can."""
     if model.algorithm != BPE:
-        return "it is no byte-pair encoding"
+        return "it is not a byte-pair encoding"
     if model.removes_extra_spaces or not model.escapes_spaces:
         return "it treats spaces in a way of its own"
     if any(piece.kind == USER_DEFINED and _SPACE in piece.text for piece in model.pieces):

@@ -132,7 +132,7 @@ class _Pairs:
                 [
                     Fault(
                         self._where,
-                        f"token {self._vocab[token]} is no merge of others, so Qwen2Tokenizer "
+                        f"token {self._vocab[token]} is not a merge of others, so Qwen2Tokenizer "
                         "would never make it",
                     )
                     for token in unmade[:10]

@@ -70,7 +70,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
             elif number == _NORMALIZER:
                 normalizer |= _values(value)
     except (IndexError, ValueError, struct.error) as error:
-        raise CorruptFileError("is no SentencePiece model", where=str(path)) from error
+        raise CorruptFileError("is not a SentencePiece model", where=str(path)) from error
     if not pieces:
         raise CorruptFileError("is a SentencePiece model without pieces", where=str(path))
     charsmap = normalizer.get(2, b"")

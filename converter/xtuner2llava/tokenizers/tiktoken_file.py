@@ -34,7 +34,7 @@ def read_ranks(path: Path) -> Mapping[bytes, int]:
         if what is not None:
             faults.append(Fault(f"{path}:{number}", what))
         if len(faults) > _MAX_FAULTS or len(ranks) > _MAX_TOKENS:
-            faults.append(Fault(str(path), "is no file of tiktoken ranks"))
+            faults.append(Fault(str(path), "is not a file of tiktoken ranks"))
             break
     if not faults:
         lacking = next((rank for rank in range(len(places)) if rank not in places), None)

@@ -1,7 +1,7 @@
 """A tokenizer's files: which there are, what ids their tokens have, and how many.
 
 Read without transformers, because planning must answer at once, and because importing a tokenizer
-of a stranger's folder is more than reading it.
+of an untrusted folder is more than reading it.
 """
 
 from __future__ import annotations

@@ -188,8 +188,7 @@ class TrainingConfig:
 
     @property
     def pretrained_pth(self) -> str | None:
-        """The checkpoint that the training started from: a frozen part that is not in the
-        checkpoint at hand may have come from there."""
+        """The checkpoint that the training started from, which a frozen part may come from."""
         return self.model.text("pretrained_pth")
 
     @property
@@ -304,7 +303,7 @@ class TrainingConfig:
                 yield from lora.error("type", what, advice=_ONLY_LLAVA).faults
 
     def _unread_parts(self) -> Iterator[str]:
-        """The LLM or the tower where it is no dict, so that only the user can name its base."""
+        """The LLM or the tower where it is not a dict, so that only the user can name its base."""
         model = _known_section(self.config, "model")
         for part in ("llm", "visual_encoder") if model is not None else ():
             try:

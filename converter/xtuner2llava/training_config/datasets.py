@@ -259,7 +259,9 @@ class _Reader:
                 found[_identity(template)] = template
                 self._use(section, key, shown(value) if isinstance(value, Table) else str(template))
             elif template is None and value is not None:
-                self._notes.append(f"{section.name(key)} is {shown(value)}, no prompt template")
+                self._notes.append(
+                    f"{section.name(key)} is {shown(value)}, which is not a prompt template"
+                )
         if len(found) > 1:
             names = ", ".join(shown(template) for template in list(found.values())[:8])
             self._notes.append(f"there are several prompt templates: {names}; the first counts")

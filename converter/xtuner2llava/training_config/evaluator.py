@@ -411,7 +411,7 @@ class _Evaluator:
             return value, 0
         if id(value) in self._copies:
             return self._copies[id(value)]
-        # Stands until the copy is made: whoever meets it is a part of itself.
+        # Stands until the copy is made: a container that contains itself finds it.
         self._copies[id(value)] = (Unknown("it is nested too deeply", line), 0)
         if depth >= _NESTING_LIMIT:
             return self._copies[id(value)]

@@ -18,7 +18,7 @@ def linear_rope_factor(
     its `rope_scaling` is None or has no `factor`. A factor replaces the base's `rope_scaling`
     whole; `max_position_embeddings` of the config stays (xtuner/model/llava.py,
     `_prepare_for_long_context_training`, the same from v0.1.23 to today). Raises
-    `UnsupportedError` for a factor that is no positive number.
+    `UnsupportedError` for a factor that is not a positive number.
     """
     if max_position_embeddings is None or not original_max_position_embeddings:
         return None

@@ -77,7 +77,7 @@ def is_scalar(value: Value) -> TypeGuard[Key]:
 
 
 def shown(value: Value) -> str:
-    """A short text for messages, whatever the size of `value`."""
+    """A short text for messages, for a `value` of any size."""
     match value:
         case Reference():
             text = value.path

@@ -252,7 +252,7 @@ from xtuner2llava.writing import writer
 write = writer._Job._write
 def slow(self, shard):
     print("copying", flush=True)
-    while self.folder.finished("model-00001-of-" + shard.filename[-17:]):
+    while self.folder.state.finished("model-00001-of-" + shard.filename[-17:]):
         self.work.check()
         time.sleep(0.01)
     return write(self, shard)

@@ -26,8 +26,7 @@ from xtuner2llava.tensors import (
 )
 from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
 from xtuner2llava.writing.blocks import working_bytes
-from xtuner2llava.writing.budget import Budget
-from xtuner2llava.writing.work import Stopped
+from xtuner2llava.writing.jobs import Budget, Stopped
 
 
 def sparse(path: Path, *shape: int) -> Stored:
@@ -120,7 +119,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from test_writing_budget import largest
+from test_budget import largest
 from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
 from xtuner2llava.writing.blocks import working_bytes
 folder, kind, rows = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import pytest
 
-from xtuner2llava.errors import CorruptFileError, OutputError, PlanError, UsageError
-from xtuner2llava.tensors import SourceFile
+from xtuner2llava.errors import OutputError, PlanError, UsageError
 from xtuner2llava.writing import OutputFolder
+from xtuner2llava.writing.target import Target
 
 
 def publish(out: Path, data: bytes = b"new", **options: bool) -> Path:
@@ -71,7 +71,7 @@ def test_leaving_early_removes_what_cannot_be_resumed(
 def test_a_finished_file_does_not_keep_a_plan_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(PlanError), OutputFolder(tmp_path / "out", "f") as folder:
         folder.write_bytes("a", b"1")
-        folder.mark_finished("a", {"size": 1, "blake3": "00"})
+        folder.state.set_finished("a", {"size": 1, "blake3": "00"})
         raise PlanError("overflow")
     assert folder.kept is None
     assert list(tmp_path.iterdir()) == []
@@ -196,10 +196,10 @@ def test_a_stale_partial_folder_of_ours_is_cleared(tmp_path: Path) -> None:
     folder.__enter__()
     folder.write_bytes("stale", b"x")
     folder.write_bytes("sub/stale", b"x")
-    folder.mark_finished("stale", {"size": 1, "blake3": "00"})
-    folder._release()  # As the kernel does when a process is killed.
+    folder.state.set_finished("stale", {"size": 1, "blake3": "00"})
+    folder.state.unlock()  # As the kernel does when a process is killed.
     with OutputFolder(tmp_path / "out", "new", restart=True) as folder:
-        assert folder.finished("stale") is None
+        assert folder.state.finished("stale") is None
         assert names(folder.path) == [
             ".xtuner2llava",
             ".xtuner2llava/files",
@@ -213,16 +213,16 @@ def test_resume_keeps_finished_files_only(tmp_path: Path) -> None:
     folder.__enter__()
     for name in ("done", "short", "begun", "sub/begun"):
         folder.write_bytes(name, b"123")
-    folder.mark_finished("done", {"size": 3, "blake3": "aa"})
-    folder.mark_finished("short", {"size": 4, "blake3": "bb"})
-    folder._release()
+    folder.state.set_finished("done", {"size": 3, "blake3": "aa"})
+    folder.state.set_finished("short", {"size": 4, "blake3": "bb"})
+    folder.state.unlock()
     with OutputFolder(tmp_path / "out", "f") as folder:
-        found = [folder.finished(name) for name in ("done", "short", "begun")]
+        found = [folder.state.finished(name) for name in ("done", "short", "begun")]
         assert found == [{"size": 3, "blake3": "aa"}, None, None]
         assert not (folder.path / "begun").exists()
         assert not (folder.path / "sub").exists()
         folder.write_bytes("done", b"again")  # No longer what was finished.
-        assert folder.finished("done") is None
+        assert folder.state.finished("done") is None
 
 
 def test_an_empty_partial_folder_is_no_obstacle(tmp_path: Path) -> None:
@@ -235,32 +235,10 @@ def test_an_empty_partial_folder_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_damaged_record_means_unfinished(record: bytes, tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "f") as folder:
         folder.write_bytes("a", b"1")
-        folder.mark_finished("a", {"size": 1, "blake3": "00"})
-        assert folder.finished("a") == {"size": 1, "blake3": "00"}
+        folder.state.set_finished("a", {"size": 1, "blake3": "00"})
+        assert folder.state.finished("a") == {"size": 1, "blake3": "00"}
         (folder.path / ".xtuner2llava/finished/a.json").write_bytes(record)
-        assert folder.finished("a") is None
-
-
-def test_copies_are_byte_for_byte(tmp_path: Path) -> None:
-    source = tmp_path / "tokenizer.json"
-    source.write_bytes(bytes(range(256)) * 3000)
-    (tmp_path / "empty").touch()
-    with OutputFolder(tmp_path / "out", "f") as folder:
-        folder.copy_file("tokenizer.json", SourceFile.of(source))
-        folder.copy_file("sub/empty", SourceFile.of(tmp_path / "empty"))
-        out = folder.publish()
-    assert names(out) == ["sub", "sub/empty", "tokenizer.json"]
-    assert (out / "tokenizer.json").read_bytes() == source.read_bytes()
-    assert (out / "sub/empty").read_bytes() == b""
-
-
-def test_a_changed_source_is_not_copied(tmp_path: Path) -> None:
-    source = tmp_path / "tokenizer.json"
-    source.write_bytes(b"1")
-    known = SourceFile.of(source)
-    source.write_bytes(b"22")
-    with OutputFolder(tmp_path / "out", "f") as folder, pytest.raises(CorruptFileError):
-        folder.copy_file("tokenizer.json", known)
+        assert folder.state.finished("a") is None
 
 
 @pytest.mark.parametrize(
@@ -283,7 +261,7 @@ def test_a_changed_source_is_not_copied(tmp_path: Path) -> None:
 def test_names_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "f") as folder:
         before = names(tmp_path)
-        with pytest.raises(OutputError, match="is no name for a file"):
+        with pytest.raises(OutputError, match="is not a name for a file"):
             folder.write_bytes(name, b"x")
         assert names(tmp_path) == before
 
@@ -293,18 +271,18 @@ def leave_unfinished(out: Path, *, described: dict[str, str] | None = None) -> N
     folder = OutputFolder(out, "f", described=described or {}).__enter__()
     for name in ("done", "half", "begun"):
         folder.write_bytes(name, b"123")
-    folder.mark_finished("done", {"size": 3, "blake3": "aa"})
-    folder._begun("half").parent.mkdir()
-    folder._begun("half").write_text("{}")
-    folder._release()
+    folder.state.set_finished("done", {"size": 3, "blake3": "aa"})
+    folder.state._record("progress", "half").parent.mkdir()
+    folder.state._record("progress", "half").write_text("{}")
+    folder.state.unlock()
 
 
 def test_going_on_keeps_what_is_finished_and_what_has_progress(tmp_path: Path) -> None:
     leave_unfinished(tmp_path / "out")
     with OutputFolder(tmp_path / "out", "f") as folder:
         assert {path.name for path in folder.path.iterdir()} == {".xtuner2llava", "done", "half"}
-        folder.mark_finished("half", {"size": 3, "blake3": "bb"})
-        assert not folder._begun("half").exists()
+        folder.state.set_finished("half", {"size": 3, "blake3": "bb"})
+        assert not folder.state._record("progress", "half").exists()
 
 
 def test_another_conversion_is_not_thrown_away_and_what_differs_is_named(tmp_path: Path) -> None:
@@ -413,13 +391,13 @@ def test_what_appears_in_out_while_it_is_replaced_is_kept(
     """Between the last look and the removal: there, only the files of the record are removed."""
     out = tmp_path / "out"
     publish(out, b"old")
-    real = OutputFolder._remove_replaced
+    real = Target.remove_replaced
 
-    def meanwhile(self: OutputFolder) -> None:
+    def meanwhile(self: Target) -> None:
         thesis(tmp_path / "out.replaced")
         real(self)
 
-    monkeypatch.setattr(OutputFolder, "_remove_replaced", meanwhile)
+    monkeypatch.setattr(Target, "remove_replaced", meanwhile)
     with pytest.raises(OutputError, match=r"thesis.tex.*so this old folder stays; .* is complete"):
         publish(out, overwrite=True)
     assert (out / "config.json").read_bytes() == b"new"

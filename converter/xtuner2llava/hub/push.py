@@ -13,7 +13,7 @@ from xtuner2llava.hub.upload import Destination, Pushed, Upload, open_upload
 from xtuner2llava.options import ConvertOptions, OnProgress
 from xtuner2llava.verification.publishing import publishable_files
 from xtuner2llava.writing import WrittenShard
-from xtuner2llava.writing.work import Work
+from xtuner2llava.writing.jobs import Work
 
 
 def push_folder(

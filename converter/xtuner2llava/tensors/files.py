@@ -74,7 +74,7 @@ class SourceFile:
 class ZipMember:
     """An entry of a zip: `length` bytes at `offset` of its file, whose CRC-32 is `crc32`.
 
-    That is 0 where torch.save was told to compute none (`torch.serialization.set_crc32_options`).
+    That is 0 where torch.save computes none (`torch.serialization.set_crc32_options`).
     """
 
     name: str

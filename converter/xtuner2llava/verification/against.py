@@ -27,10 +27,9 @@ from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import TENSORS, Check, judge
 from xtuner2llava.writing import INDEX_NAME
 from xtuner2llava.writing.blocks import blocks, position, working_bytes
-from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
 from xtuner2llava.writing.disk import read_all
+from xtuner2llava.writing.jobs import DEFAULT_MEMORY, Budget, Work
 from xtuner2llava.writing.shards import Entry
-from xtuner2llava.writing.work import Work
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +125,7 @@ def compare(
     """
     work = Work(jobs, sum(p.tensor.nbytes for p in planned), on_progress)
     most = max((working_bytes(p.tensor) for p in planned), default=0)
-    budget = Budget(max(DEFAULT_BYTES, most))
+    budget = Budget(max(DEFAULT_MEMORY, most))
 
     def job(one: PlannedTensor) -> TensorDifference | None:
         with budget.take(working_bytes(one.tensor), work.check):

@@ -5,6 +5,7 @@ The order of use: `plan_shards`, `OutputFolder`, `write_shards` (which verifies)
 """
 
 from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.jobs import OnProgress
 from xtuner2llava.writing.nonfinite import NonFinite
 from xtuner2llava.writing.shards import (
     INDEX_NAME,
@@ -13,8 +14,6 @@ from xtuner2llava.writing.shards import (
     ShardPlan,
     plan_shards,
 )
-from xtuner2llava.writing.verify import verify_shards
-from xtuner2llava.writing.work import OnProgress
 from xtuner2llava.writing.writer import Deliver, Written, WrittenShard, computing_jobs, write_shards
 
 __all__ = [
@@ -30,6 +29,5 @@ __all__ = [
     "WrittenShard",
     "computing_jobs",
     "plan_shards",
-    "verify_shards",
     "write_shards",
 ]

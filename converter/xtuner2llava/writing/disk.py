@@ -21,8 +21,8 @@ _ADVICE = {
     "try a smaller --max-shard-size.",
     errno.EIO: "The disk reports a hardware or network fault; choose an OUT on another one.",
     errno.EROFS: "The file system is mounted read-only; choose an OUT on another one.",
-    errno.EACCES: "You may not write there; choose another OUT or mend its permissions.",
-    errno.EPERM: "You may not write there; choose another OUT or mend its permissions.",
+    errno.EACCES: "You may not write there; choose another OUT or change its permissions.",
+    errno.EPERM: "You may not write there; choose another OUT or change its permissions.",
 }
 
 

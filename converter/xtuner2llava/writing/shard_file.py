@@ -34,14 +34,12 @@ from xtuner2llava.writing.blocks import (
     stored_ranges,
     working_bytes,
 )
-from xtuner2llava.writing.budget import Budget
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors
+from xtuner2llava.writing.jobs import Budget, Stage, Stopped
 from xtuner2llava.writing.nonfinite import NonFinite, NonFiniteCounter
 from xtuner2llava.writing.shards import Entry, Shard
 from xtuner2llava.writing.source_sums import RangeSum, SourceSums, add_sums
-from xtuner2llava.writing.stage import Stage
 from xtuner2llava.writing.verify import WrittenFile
-from xtuner2llava.writing.work import Stopped
 
 if TYPE_CHECKING:
     import torch

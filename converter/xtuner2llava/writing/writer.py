@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
 from xtuner2llava.errors import VerificationError
-from xtuner2llava.writing.budget import DEFAULT_BYTES, Budget
-from xtuner2llava.writing.elsewhere import Elsewhere
+from xtuner2llava.writing.blocks import working_bytes
+from xtuner2llava.writing.executor import ExecutorWriter
 from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.jobs import DEFAULT_MEMORY, Budget, OnProgress, Work, default_jobs
 from xtuner2llava.writing.nonfinite import NonFinite
 from xtuner2llava.writing.shard_file import WrittenPart, hash_start, write_shard
 from xtuner2llava.writing.shards import Shard
 from xtuner2llava.writing.source_sums import SourceSums
 from xtuner2llava.writing.verify import verify_shard
-from xtuner2llava.writing.work import OnProgress, Work, default_jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def write_shards(
     shards: Sequence[Shard],
     *,
     jobs: int | None = None,
-    max_memory: int = DEFAULT_BYTES,
+    max_memory: int = DEFAULT_MEMORY,
     verify: bool = True,
     executor: Executor | None = None,
     deliver: Deliver | None = None,
@@ -84,18 +84,18 @@ def write_shards(
     if executor is not None:
         jobs = max(1, len(shards))  # Each only waits.
     work = Work(jobs, total, on_progress, passes=1 + verify + (deliver is not None))
-    missing = [shard.size for shard in shards if folder.finished(shard.filename) is None]
+    missing = [shard.size for shard in shards if folder.state.finished(shard.filename) is None]
     at_once = len(missing) if deliver is None else work.jobs
     folder.require_space(sum(sorted(missing, reverse=True)[:at_once]))
     budget = Budget(max_memory)
-    budget.require(shards)
+    budget.require({e.name: working_bytes(e.tensor) for s in shards for e in s.entries})
     with ExitStack() as stack:
-        elsewhere: Elsewhere | None = None
+        workers: ExecutorWriter | None = None
         if executor is not None:
-            elsewhere = stack.enter_context(Elsewhere(executor, folder, verify, max_memory))
+            workers = stack.enter_context(ExecutorWriter(executor, folder, verify, max_memory))
         elif computing_jobs(shards, jobs):
             import torch  # noqa: F401 - a second, which Ctrl-C can end here and not in a thread
-        job = _Job(folder, work, budget, SourceSums(shards), verify, elsewhere, deliver)
+        job = _Job(folder, work, budget, SourceSums(shards), verify, workers, deliver)
         results = work.run(job.run, shards)
         job.sources.finish(job.compare)
     return Written(
@@ -117,7 +117,7 @@ class _Job:
     budget: Budget
     sources: SourceSums
     verify: bool
-    elsewhere: Elsewhere | None
+    workers: ExecutorWriter | None
     deliver: Deliver | None
 
     def run(self, shard: Shard) -> tuple[WrittenShard, WrittenPart]:
@@ -128,7 +128,7 @@ class _Job:
             self.deliver(self.folder.path / shard.filename, written, self.work.advance)
             self.folder.discard(shard.filename)
         else:
-            self.folder.mark_finished(shard.filename, part.to_json())
+            self.folder.state.set_finished(shard.filename, part.to_json())
         return written, part
 
     def compare(self, shard: Shard) -> None:
@@ -137,29 +137,26 @@ class _Job:
         if not path.exists():
             return
         try:
-            verify_shard(path, shard, self.budget)
+            verify_shard(path, shard)
         except VerificationError:
             self.folder.discard(shard.filename)
             raise
 
     def _keep(self, shard: Shard) -> tuple[WrittenPart, int] | None:
         """What an earlier run finished, if the file is still the same."""
-        part = WrittenPart.from_json(self.folder.finished(shard.filename))
-        if part is None or part.size != shard.size:
+        part = WrittenPart.from_json(self.folder.state.finished(shard.filename))
+        if part is None or part.size != shard.size or part.verified < self.verify:
             return None
         path = self.folder.path / shard.filename
         if hash_start(path, part.size, self.work.check).hexdigest() != part.blake3:
             return None
-        self.work.advance(shard.size)
-        if self.verify and part.verified:
+        for _ in range(1 + self.verify):
             self.work.advance(shard.size)
-        elif self.verify:
-            verify_shard(path, shard, self.budget, self.work.advance)
-        return replace(part, verified=part.verified or self.verify), part.size
+        return part, part.size
 
     def _begun(self, shard: Shard) -> tuple[WrittenPart, blake3] | None:
         """What an earlier run wrote of it, if that is still there, and the hasher behind that."""
-        part = WrittenPart.from_json(self.folder.progress(shard.filename))
+        part = WrittenPart.from_json(self.folder.state.progress(shard.filename))
         ends = {entry.offset + entry.tensor.nbytes for entry in shard.entries}
         if part is None or part.size not in ends or part.verified < self.verify:
             return None
@@ -167,8 +164,8 @@ class _Job:
         return (part, digest) if digest.hexdigest() == part.blake3 else None
 
     def _write(self, shard: Shard) -> tuple[WrittenPart, int]:
-        if self.elsewhere is not None:
-            return self.elsewhere.write(shard, self.work), 0
+        if self.workers is not None:
+            return self.workers.write(shard, self.work), 0
         name = shard.filename
         begun = self._begun(shard)
         kept = 0 if begun is None else begun[0].size
@@ -181,7 +178,7 @@ class _Job:
                 self.sources,
                 begun=begun,
                 verify=self.verify,
-                record=lambda part: self.folder.mark_progress(name, part.to_json()),
+                record=lambda part: self.folder.state.set_progress(name, part.to_json()),
                 advance=self.work.advance,
             )
         return part, kept

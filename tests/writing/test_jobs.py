@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from xtuner2llava.writing.stage import Stage
-from xtuner2llava.writing.work import Stopped, Work
+from xtuner2llava.writing.jobs import Stage, Stopped, Work
 
 
 class Job:

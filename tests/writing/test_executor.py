@@ -24,7 +24,7 @@ from xtuner2llava.tensors import FLOAT16, cast
 from xtuner2llava.writing import (
     OutputFolder,
     ShardPlan,
-    elsewhere,
+    executor,
     plan_shards,
     verify,
     write_shards,
@@ -168,7 +168,7 @@ def test_a_worker_that_dies_leaves_what_can_be_resumed(
             return done
 
     # One after the other, so that the first is finished when the second dies.
-    monkeypatch.setattr("xtuner2llava.writing.work.ThreadPoolExecutor", one_thread)
+    monkeypatch.setattr("xtuner2llava.writing.jobs.ThreadPoolExecutor", one_thread)
     with pytest.raises(
         OutputError, match=r"00002-of-00002.*worker.*Broken(?s:.*)same command again"
     ):
@@ -192,7 +192,7 @@ def test_an_attempt_that_nobody_wants_ends_and_leaves_nothing(
     plan = plan_shards({"w": stored(tmp_path / "sources", "w", torch.arange(300_000.0))})
     attempts = tmp_path / "attempts"
     attempts.mkdir()
-    monkeypatch.setattr(elsewhere, "_LOOK_BYTES", 1)
+    monkeypatch.setattr(executor, "_LOOK_BYTES", 1)
     write_all = verify.write_all
 
     def remove(descriptor: int, data: memoryview, offset: int) -> None:
@@ -201,8 +201,8 @@ def test_an_attempt_that_nobody_wants_ends_and_leaves_nothing(
             path.unlink()
 
     monkeypatch.setattr(verify, "write_all", remove)
-    with pytest.raises(elsewhere.Stopped):
-        elsewhere.write_attempt(attempts, plan.shards[0], True, 10**8)
+    with pytest.raises(executor.Stopped):
+        executor.write_attempt(attempts, plan.shards[0], True, 10**8)
     assert list(attempts.iterdir()) == []
 
 

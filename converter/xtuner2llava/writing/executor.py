@@ -16,21 +16,20 @@ from types import TracebackType
 from uuid import uuid4
 
 from xtuner2llava.errors import ConversionError, OutputError
-from xtuner2llava.writing.budget import Budget
 from xtuner2llava.writing.disk import disk_errors
 from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.jobs import Budget, Stopped, Work
 from xtuner2llava.writing.shard_file import WrittenPart, write_shard
 from xtuner2llava.writing.shards import Shard
 from xtuner2llava.writing.source_sums import SourceSums
-from xtuner2llava.writing.work import Stopped, Work
+from xtuner2llava.writing.state import ATTEMPTS
 
-_PREFIX = "attempts-"
 _POLL_SECONDS = 0.2
-# How often a worker looks whether anybody still wants what it writes.
+# How often a worker looks whether its file is still there.
 _LOOK_BYTES = 64 << 20
 
 
-class Elsewhere:
+class ExecutorWriter:
     """Has shards of `folder` written by `executor`, each with `max_memory` bytes of buffers."""
 
     def __init__(
@@ -38,11 +37,11 @@ class Elsewhere:
     ) -> None:
         self._executor, self._folder = executor, folder
         self._verify, self._max_memory = verify, max_memory
-        self._attempts = folder.state / f"{_PREFIX}{uuid4().hex}"
+        self._attempts = folder.state.path / f"{ATTEMPTS}{uuid4().hex}"
 
-    def __enter__(self) -> Elsewhere:
+    def __enter__(self) -> ExecutorWriter:
         with disk_errors(self._attempts, "cannot be made"):
-            for left in self._folder.state.glob(f"{_PREFIX}*"):
+            for left in self._folder.state.path.glob(f"{ATTEMPTS}*"):
                 shutil.rmtree(left)
             self._attempts.mkdir()
         return self
@@ -70,7 +69,7 @@ class Elsewhere:
             path, checked = self._result(future, shard)
         finally:
             future.cancel()
-        self._folder.adopt(path, shard.filename)
+        self._folder.move_into_place(path, shard.filename)
         for _ in range(1 + self._verify):
             work.advance(shard.size)
         return checked

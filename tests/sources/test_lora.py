@@ -113,9 +113,9 @@ def test_rslora_of_a_rank_that_is_no_square() -> None:
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected LORA"),
         ({"peft_type": "PeftType.ADALORA"}, "peft_type is 'ADALORA', expected LORA"),
         ({"bias": "some"}, "bias='some', expected none, all or lora_only"),
-        ({"alpha_pattern": {"q|k": 8}}, "alpha_pattern 'q|k': 8 is no plain name"),
-        ({"alpha_pattern": {"(a+)+$": 8}}, "is no plain name"),
-        ({"alpha_pattern": {"q": "8"}}, "alpha_pattern 'q': '8' is no plain name"),
+        ({"alpha_pattern": {"q|k": 8}}, "alpha_pattern 'q|k': 8 is not a plain name"),
+        ({"alpha_pattern": {"(a+)+$": 8}}, "is not a plain name"),
+        ({"alpha_pattern": {"q": "8"}}, "alpha_pattern 'q': '8' is not a plain name"),
         ({"lora_alpha": "16"}, "lora_alpha='16', expected a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan, expected a number"),
         ({"lora_alpha": float("inf")}, "lora_alpha=inf, expected a number"),
@@ -211,7 +211,9 @@ def test_a_transposed_layer_is_known_by_its_shape(tmp_path: Path) -> None:
     square = {"c.lora_A.weight": A[:, :2], "c.lora_B.weight": B}
     found = merged(tmp_path, {"c.weight": torch.zeros(2, 2)}, square)
     assert found["c.weight"] == [[2.0, 4.0], [20.0, 40.0]]
-    with pytest.raises(UnsupportedError, match="a square weight does not show whether PEFT heeded"):
+    with pytest.raises(
+        UnsupportedError, match="a square weight does not show whether PEFT applied"
+    ):
         merged(tmp_path, {"c.weight": torch.zeros(2, 2)}, square, settings(fan_in_fan_out=True))
 
 

@@ -209,10 +209,13 @@ def test_another_base_is_one_fault_however_many_tensors_differ(tmp_path: Path) -
     opened = open_checkpoint(str(save_pth(tmp_path / "iter_2.pth", tensors, text)))
     assert [(f.where.rpartition(", ")[2], f.what) for f in opened.faults] == [
         (
+            "layers.0.norm.weight and 8 more",
+            "has shape [2], the base's has [3]; is it the one that was used?",
+        ),
+        (
             "layers.0.gone.weight and 8 more",
             "is saved beside the adapter, but the base has none",
         ),
-        ("layers.0.norm.weight and 8 more", "has shape [2], the base's has [3]"),
     ]
 
 

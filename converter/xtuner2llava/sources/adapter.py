@@ -23,7 +23,9 @@ _FACTOR = re.compile(
 )
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(?:\.default)?\.(?P<leaf>.+)")
 _ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<leaf>.+)")
-# Enough to tell a merge from rounding, which does not go its way: some 100,000 elements.
+_FIRST_FACTORS = ("lora_A", "lora_embedding_A")
+_IS_IT_THE_BASE = "is it the one that was used?"
+# Enough to distinguish a merge from rounding: some 100,000 elements.
 _MODULES_COMPARED, _ROWS_COMPARED = 4, 32
 
 
@@ -38,16 +40,17 @@ class Adapter:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The different ranks, ascending."""
-        return tuple(
-            sorted(
-                {
-                    tensor.shape[0]
-                    for module in self.factors.values()
-                    for kind, tensor in module.items()
-                    if kind in ("lora_A", "lora_embedding_A")
-                }
-            )
-        )
+        factors = [factor for module in self.factors.values() for factor in module.items()]
+        return tuple(sorted({t.rows for kind, t in factors if kind in _FIRST_FACTORS}))
+
+    @property
+    def title(self) -> str:
+        """What to call it in records: "LoRA (rank 64, alpha 16)"."""
+        if not self.factors:
+            return "saved biases"
+        alpha = self.settings.alpha if self.settings is not None else None
+        shown = "unknown" if alpha is None else f"{alpha:g}"
+        return f"LoRA (rank {', '.join(map(str, self.ranks))}, alpha {shown})"
 
     def own_base(self, where: str) -> Mapping[str, LazyTensor] | None:
         """The part's weights under the adapter, if they are saved beside it.
@@ -65,7 +68,7 @@ class Adapter:
                 f"other modules have theirs"
             )
             advice = "Expected are the base weights of all adapted modules, or of none."
-            raise_faults(UnsupportedError, [Fault.about(where, lacking, what, advice)])
+            raise UnsupportedError.from_faults([Fault.about(where, lacking, what, advice)])
         return self.replacements
 
 
@@ -104,8 +107,9 @@ def read_adapter(
         home[key] = tensor
     faults = []
     if unknown:
-        what = "an adapter or factor of a kind XTuner never makes"
-        faults.append(Fault.about(where, unknown, what))
+        faults.append(
+            Fault.about(where, unknown, "an adapter or factor of a kind XTuner never makes")
+        )
     if twice:
         what = "is there under two names, and which of them was trained is not recorded"
         faults.append(Fault.about(where, twice, what))
@@ -116,47 +120,41 @@ def read_adapter(
 
 def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[str, LazyTensor]:
     """The tensors of `base` with the adapter merged in. Raises `UnsupportedError`, all faults."""
-    settings = adapter.settings
     merged = dict(base)
-    faults: list[Fault] = []
-    unknown = [name for name in adapter.replacements if name not in base]
-    if unknown:
-        what = "is saved beside the adapter, but the base has none"
-        faults.append(Fault.about(where, unknown, what))
-    known = {name: t for name, t in adapter.replacements.items() if name in base}
-    # A saved embedding or head may have other rows: those of tokens that were added.
-    resized = [
-        name
-        for name, tensor in known.items()
-        if base[name].shape != tensor.shape and not _only_rows_differ(base[name], tensor)
-    ]
-    if resized:
-        found, expected = (list(t[resized[0]].shape) for t in (known, base))
-        what = f"has shape {found}, the base's has {expected}"
-        advice = "Is this the base model that was trained?"
-        faults.append(Fault.about(where, resized, what, advice))
-    merged.update((name, tensor) for name, tensor in known.items() if name not in resized)
-    # Mostly, what is wrong with one module is wrong with all.
+    # What is wrong, and all names of which it is true: mostly, those of all modules.
     refused: dict[str, list[str]] = {}
+    for name, tensor in adapter.replacements.items():
+        if name not in base:
+            refused.setdefault("is saved beside the adapter, but the base has none", []).append(
+                name
+            )
+        elif _fits(tensor, base[name]):
+            merged[name] = tensor
+        else:
+            shapes = f"has shape {list(tensor.shape)}, the base's has {list(base[name].shape)}"
+            refused.setdefault(f"{shapes}; {_IS_IT_THE_BASE}", []).append(name)
     for module, factors in adapter.factors.items():
         name = f"{module}.weight"
         try:
             if name not in base:
-                raise ValueError("the base model has no such module; is it the one that was used?")
+                raise ValueError(f"the base model has no such module; {_IS_IT_THE_BASE}")
             _check_bias(module, base, adapter)
-            merged[name] = _merged(merged[name], module, factors, settings)
+            merged[name] = _merged(merged[name], module, factors, adapter.settings)
         except ValueError as error:
-            refused.setdefault(str(error), []).append(module)
-    faults += [
-        Fault.about(where, [f"LoRA on {name}" for name in names], what)
-        for what, names in refused.items()
-    ]
+            refused.setdefault(str(error), []).append(f"LoRA on {module}")
+    faults = [Fault.about(where, names, what) for what, names in refused.items()]
     raise_faults(UnsupportedError, faults)
     return merged
 
 
-def _only_rows_differ(one: LazyTensor, other: LazyTensor) -> bool:
-    return len(one.shape) == len(other.shape) == 2 and one.row_shape == other.row_shape
+def _fits(saved: LazyTensor, own: LazyTensor) -> bool:
+    """Whether a saved tensor can replace the base's own.
+
+    An embedding or head may have other rows: those of tokens that were added.
+    """
+    if saved.shape == own.shape:
+        return True
+    return len(saved.shape) == len(own.shape) == 2 and saved.row_shape == own.row_shape
 
 
 def share_in(
@@ -187,7 +185,7 @@ def share_in(
 
 
 def _check_bias(module: str, base: Mapping[str, LazyTensor], adapter: Adapter) -> None:
-    """Raises `ValueError` where the bias of a module was trained and is not there.
+    """Raises `ValueError` where the bias of a module was trained and is missing.
 
     XTuner (`xtuner/model/utils.py`, `get_peft_model_state_dict`) and PEFT, up to 0.17, look for it
     under the name that the module has without an adapter, and save none with bias="lora_only".
@@ -213,8 +211,7 @@ def _merged(
     missing = [kind for kind in kinds if kind not in factors]
     if missing:
         raise ValueError(f"{' and '.join(missing)} is missing")
-    down, up = factors[kinds[0]], factors[kinds[1]]
-    magnitude = factors.get("lora_magnitude_vector")
+    down, up = (factors[kind] for kind in kinds)
     rank = down.rows
     if not rank:
         raise ValueError("its rank is 0")
@@ -224,6 +221,7 @@ def _merged(
             f"rank {rank} is in the shapes, but alpha is recorded nowhere; "
             "give --lora-alpha (LLM) or --vision-lora-alpha (tower)"
         )
+    magnitude = factors.get("lora_magnitude_vector")
     transposed = embedding or _is_transposed(weight, down, up, settings)
     if (magnitude is not None or settings.use_dora) and transposed:
         raise ValueError("DoRA on an embedding or a transposed layer cannot be merged")
@@ -250,6 +248,6 @@ def _is_transposed(
     inputs, outputs = down.shape[-1:], up.shape[:1]
     if inputs == outputs and settings.fan_in_fan_out:
         raise ValueError(
-            "fan_in_fan_out is set, and a square weight does not show whether PEFT heeded that"
+            "fan_in_fan_out is set, and a square weight does not show whether PEFT applied it"
         )
     return len(down.shape) == 2 and inputs != outputs and weight.shape == (*inputs, *outputs)

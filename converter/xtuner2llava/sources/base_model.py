@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.errors import (
-    CheckpointError,
-    ConversionError,
-    Fault,
-    UnsupportedError,
-    raise_faults,
-)
+from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UnsupportedError
 from xtuner2llava.hub.download import fetch_model, is_reference, local_path
 from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
 from xtuner2llava.storage.weights import (
-    Fingerprint,
     Weights,
     find_weights,
     open_weights,
     quantised,
 )
-from xtuner2llava.tensors import LazyTensor
 
 FLAGS = {LLM: "--llm", VISUAL_ENCODER: "--vision"}
 TITLES = {LLM: "LLM", VISUAL_ENCODER: "vision tower"}
 
 
 @dataclass(frozen=True, slots=True)
-class BaseWeights:
-    """A base model's lazy tensors, and the files that they lie in."""
-
-    tensors: Mapping[str, LazyTensor]
-    files: tuple[Fingerprint, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RecordedBase:
-    """The name of a base model, and the record that it stands in: "the XTuner config".
+    """The name of a base model, and the record that names it: "the XTuner config".
 
     `folder` has that name and lies beside the checkpoint, where no folder is at `name` itself.
     """
@@ -55,11 +38,11 @@ class RecordedBase:
 
 
 def find_beside(name: str, checkpoint: Path) -> Path | None:
-    """The folder of a model that is called as `name`'s last component, near `checkpoint`.
+    """The folder of a model, near `checkpoint`, that has the last component of `name` as its name.
 
-    It is looked for next to the checkpoint, then next to the folder that holds the checkpoint;
-    `name` may be a path of the machine that trained, or a Hub repo id. None if it is in neither,
-    or if there is a folder at `name` itself.
+    Next to the checkpoint, else next to the folder that holds it; `name` may be a path of the
+    machine that trained, or a Hub repo id. None if it is in neither, or if there is a folder at
+    `name` itself.
     """
     try:
         own = local_path(name)
@@ -78,11 +61,10 @@ def find_base(
 ) -> Path:
     """The folder of the base model of `part`.
 
-    `given` is the user's word, before which `recorded` does not count; either may be a folder
-    (relative to the working directory, as XTuner takes it) or a Hub repo id. A recorded one may
-    also lie beside the checkpoint. `weights` says whether they are needed too. Raises
-    `ConversionError` if there is no such folder, and says whose it is, who names it, and where it
-    was looked for.
+    `given` by the user counts before `recorded`; either may be a folder (relative to the working
+    directory, as XTuner takes it) or a Hub repo id. A recorded one may also lie beside the
+    checkpoint. `weights` says whether they are needed too. Raises `ConversionError` if there is no
+    such folder; the message says what names it, and where it was looked for.
     """
     reference = given if given is not None else recorded.place
     flag, title = FLAGS[part], TITLES[part]
@@ -113,32 +95,27 @@ def find_base(
     try:
         return fetch_model(reference, weights=weights)
     except CheckpointError as error:
-        raise_faults(
-            type(error),
-            [
-                Fault(where, f"{named} is not a folder here ({looked}); {f.where} {f.what}",
-                      f"{f.advice} {advice}".strip())
-                for f in error.faults
-            ],
-        )  # fmt: skip
-        raise
+        what = f"{named} is not a folder here ({looked});"
+        faults = [
+            Fault(where, f"{what} {fault.where} {fault.what}", f"{fault.advice} {advice}".strip())
+            for fault in error.faults
+        ]
+        raise type(error).from_faults(faults) from error
 
 
-def is_remote(given: str | None, recorded: str | None) -> bool:
-    """Whether `find_base` would go to the Hub for a base model that is called so."""
-    reference = given if given is not None else recorded
+def is_remote(reference: str | None) -> bool:
+    """Whether `find_base` would download the base model `reference`."""
     return reference is not None and not local_path(reference).is_dir() and is_reference(reference)
 
 
-def open_streamed(part: str, given: str | None, recorded: str | None, folder: Path) -> BaseWeights:
+def open_streamed(part: str, reference: str, folder: Path) -> Weights:
     """The weights of a base model on the Hub, read there as they are needed.
 
     `folder` is where `find_base` put its small files.
     """
     from xtuner2llava.hub.stream import open_remote
 
-    opened = open_remote(str(given if given is not None else recorded), folder)
-    return _checked(part, folder, opened, str(folder))
+    return _usable(part, open_remote(reference, folder), folder, str(folder))
 
 
 def read_config(part: str, folder: Path) -> ModelConfig:
@@ -172,7 +149,7 @@ def read_config(part: str, folder: Path) -> ModelConfig:
     return vision_tower_config(config)
 
 
-def open_base(part: str, folder: Path) -> BaseWeights:
+def open_base(part: str, folder: Path) -> Weights:
     """The weights of the base model in `folder`; headers only are read."""
     found = find_weights(folder)
     if found is None:
@@ -181,23 +158,19 @@ def open_base(part: str, folder: Path) -> BaseWeights:
             where=str(folder),
             advice="Expected model.safetensors or pytorch_model.bin, or their index.",
         )
-    return _checked(part, folder, open_weights(found), str(found))
+    return _usable(part, open_weights(found), folder, str(found))
 
 
-def _checked(part: str, folder: Path, opened: Weights, where: str) -> BaseWeights:
-    """The tensors of the part, if they can be used."""
+def _usable(part: str, opened: Weights, folder: Path, where: str) -> Weights:
+    """The tensors of the part. Raises `UnsupportedError` if there are none, or quantised ones."""
     tensors = opened.tensors
     if part == VISUAL_ENCODER:
         # A base may be a whole CLIPModel, of which XTuner loads the vision tower.
         tensors = {n: t for n, t in tensors.items() if n.startswith("vision_model.")}
     codes = quantised(tensors)
     if codes is not None:
-        raise UnsupportedError(
-            codes,
-            where=str(folder),
-            advice=f"Give the unquantised base model with {FLAGS[part]}.",
-        )
-    raise_faults(
-        UnsupportedError, [] if tensors else [Fault(where, f"has no {TITLES[part]} in it")]
-    )
-    return BaseWeights(tensors, opened.files)
+        advice = f"Give the unquantised base model with {FLAGS[part]}."
+        raise UnsupportedError(codes, where=str(folder), advice=advice)
+    if not tensors:
+        raise UnsupportedError(f"has no {TITLES[part]} in it", where=where)
+    return Weights(tensors, opened.files)

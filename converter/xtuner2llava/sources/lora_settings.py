@@ -1,16 +1,16 @@
-"""What the shapes of LoRA factors do not say, and what counts where the records disagree."""
+"""The settings of a LoRA that are not in the shapes of its factors: alpha, and how it is scaled."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
 
-# What LoraConfig can say without changing what the weights are (peft `tuners/lora/config.py`).
+# Keys of LoraConfig that do not change what the weights are (peft `tuners/lora/config.py`).
 _HARMLESS = frozenset(
     "auto_mapping exclude_modules inference_mode init_lora_weights "
     "layers_pattern layers_to_transform lora_dropout megatron_core modules_to_save "
@@ -21,7 +21,7 @@ _UNDERSTOOD = frozenset(
     "alpha_pattern base_model_name_or_path bias fan_in_fan_out lora_alpha r rank_pattern use_dora "
     "use_rslora".split()
 )
-# Beyond it lie only damage, infinity and NaN.
+# A larger one is damage, infinity or NaN.
 _LARGEST_ALPHA = 1e9
 # Initialisations that also change the base weights, so that the base is not what was trained on.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -29,7 +29,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What a record says of an adapter. `where` is the record: a file, or a flag.
+    """The settings of an adapter in one record. `where` is the record: a file, or a flag.
 
     `ranks` are all that it names; empty where it names none. `base` is the base model's name.
     """
@@ -57,21 +57,18 @@ class LoraSettings:
             faults.append(Fault(where, f"peft_type is {kind[:40]!r}, expected LORA"))
         start = values.get("init_lora_weights")
         if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-            faults.append(
-                Fault(where, f"init_lora_weights={start!r} changes the base weights too",
-                      "Merge with PEFT where the changed base is, and give the result as --llm.")
-            )  # fmt: skip
+            what = f"init_lora_weights={start!r} changes the base weights too"
+            advice = "Merge with PEFT where the changed base is, and give the result as --llm."
+            faults.append(Fault(where, what, advice))
         bias = values.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             faults.append(Fault(where, f"bias={bias!r}, expected none, all or lora_only"))
-        pattern = values.get("alpha_pattern") or {}
-        alphas: dict[str, float] = {}
-        for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
+        found = values.get("alpha_pattern")
+        pattern = found if isinstance(found, Mapping) else {}
+        for key, value in pattern.items():
             # PEFT takes keys as regular expressions; those of untrusted files are not run.
             if not re.fullmatch(r"[\w.]+", str(key)) or not _is_number(value):
-                faults.append(Fault(where, f"alpha_pattern {key!r}: {value!r} is no plain name"))
-            else:
-                alphas[str(key)] = float(value)
+                faults.append(Fault(where, f"alpha_pattern {key!r}: {value!r} is not a plain name"))
         alpha = values.get("lora_alpha")
         if alpha is not None and not _is_number(alpha):
             faults.append(Fault(where, f"lora_alpha={alpha!r}, expected a number"))
@@ -84,7 +81,7 @@ class LoraSettings:
             bool(values.get("use_dora")),
             bool(values.get("fan_in_fan_out")),
             str(bias),
-            alphas,
+            {str(key): float(value) for key, value in pattern.items()},
             _ranks(values),
             base if isinstance(base, str) and base else None,
         )
@@ -101,30 +98,22 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-# Reads what the XTuner config says of the adapter, if anything; may raise `ConversionError`.
-ReadConfig = Callable[[], LoraSettings | None]
-
-
 def settle(
     beside: LoraSettings | None,
-    read_config: ReadConfig,
+    config: LoraSettings | None,
     alpha: float | None,
     ranks: Sequence[int],
     flag: str,
 ) -> tuple[LoraSettings | None, list[str]]:
     """The settings to use, and notes on records that say otherwise.
 
-    `beside` is what adapter_config.json says, `alpha` the user's word by the option `flag`, `ranks`
-    those of the factors' shapes. A record that contradicts another, or the shapes, makes the scale
-    of the merge ambiguous: that raises `UnsupportedError`, unless the user's alpha decides.
+    `beside` is adapter_config.json and `config` the XTuner config, `alpha` what the user gave with
+    the option `flag`, `ranks` those of the factors' shapes. A record that contradicts the other, or
+    the shapes, makes the scale of the merge ambiguous: that raises `UnsupportedError`, unless the
+    user's alpha decides.
     """
-    config: LoraSettings | None = None
-    try:
-        config = read_config()
-    except ConversionError:
-        # Not needed, then: who says it counts first.
-        if beside is None and alpha is None:
-            raise
+    if beside is not None and beside.alpha is None and config is not None:
+        beside = replace(beside, alpha=config.alpha)
     records = [record for record in (beside, config) if record is not None]
     contradictions = [
         Fault(
@@ -137,10 +126,8 @@ def settle(
     ]
     faults: list[Fault] = []
     if beside is not None and config is not None:
-        if beside.alpha is None:
-            beside = replace(beside, alpha=config.alpha)
         where, other = beside.where, config.where
-        one, two = (f"lora_alpha {_alphas(record)}" for record in (beside, config))
+        one, two = (f"lora_alpha {_alphas(record)}" for record in records)
         if one != two:
             advice = f"They are of different trainings, or one was edited. {flag} N decides."
             contradictions.append(Fault(where, f"says {one}, {other} says {two}", advice))
@@ -149,17 +136,16 @@ def settle(
             if says != otherwise:
                 what = f"says {name}={says}, {other} says {name}={otherwise}"
                 faults.append(Fault(where, what, "Give the config of this training."))
+    raise_faults(UnsupportedError, [*(contradictions if alpha is None else ()), *faults])
+    chosen = beside or config
     if alpha is None:
-        raise_faults(UnsupportedError, [*contradictions, *faults])
-        return beside or config, []
-    raise_faults(UnsupportedError, faults)
+        return chosen, []
     notes = [
         f"{flag} {alpha:g} is used; {record.where} says lora_alpha {_alphas(record)}."
         for record in records
         if record.alpha_pattern or record.alpha not in (None, alpha)
     ]
     notes += [f"{fault.where} {fault.what}; {flag} {alpha:g} decides." for fault in contradictions]
-    chosen = beside or config
     if chosen is None:
         return LoraSettings(flag, alpha), notes
     return replace(chosen, where=flag, alpha=alpha, alpha_pattern={}), notes

@@ -1,0 +1,437 @@
+"""The LLM and the vision tower, each from the artifact, its adapter and its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.hub.download import local_path
+from xtuner2llava.options import SourceOptions
+from xtuner2llava.sources.adapter import Adapter, is_adapted, merge, read_adapter, share_in
+from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER, Artifact
+from xtuner2llava.sources.base_model import (
+    FLAGS,
+    TITLES,
+    RecordedBase,
+    find_base,
+    find_beside,
+    is_remote,
+    open_base,
+    open_streamed,
+    read_config,
+)
+from xtuner2llava.sources.lora_settings import LoraSettings, settle
+from xtuner2llava.sources.model_config import ModelConfig
+from xtuner2llava.sources.xtuner_folder import ADAPTERS
+from xtuner2llava.storage.json_file import text
+from xtuner2llava.storage.weights import Fingerprint, find_weights
+from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.training_config import TrainingConfig, shown
+
+_ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
+# An adapter is in a base's weights, or is not, where its share is this near to 1 or 0.
+_NEAR = 0.25
+
+# Opens the artifact that a run started from, if it is here; None if it is not.
+OpenPretrained = Callable[[str], Artifact | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the three parts of the trained model.
+
+    `origin` says where its tensors come from; `folder` holds its tokenizer or image processor;
+    `name` is what the records call its base model; `adapter` is what was merged into it. Without
+    tensors, it is not available.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    origin: str
+    trained: bool
+    config: ModelConfig | None = None
+    folder: Path | None = None
+    name: str | None = None
+    adapter: Adapter | None = None
+
+
+@dataclass(slots=True)
+class PartAssembly:
+    """The work for one part, and the notes, faults and files that it finds.
+
+    `stream_base`, `base_weights` and `before_training` are those of `assemble`.
+    """
+
+    part: str
+    artifact: Artifact
+    config: TrainingConfig | None
+    options: SourceOptions
+    open_pretrained: OpenPretrained
+    stream_base: bool
+    base_weights: bool
+    before_training: bool
+    recorded: RecordedBase = field(default_factory=lambda: RecordedBase(None))
+    base_files: list[Fingerprint] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    pending: list[Fault] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.part]
+
+    @property
+    def flag(self) -> str:
+        return FLAGS[self.part]
+
+    @property
+    def given(self) -> str | None:
+        """The base model that the user gave."""
+        return self.options.base(self.part)
+
+    @property
+    def reference(self) -> str | None:
+        """Where the base model is: a folder or a Hub repo id."""
+        return self.given if self.given is not None else self.recorded.place
+
+    def assembled(self) -> Part:
+        """The part, whole, from the artifact where it was trained, else from its base model.
+
+        What is wrong with it is collected in `faults`.
+        """
+        own = self.artifact.weights.get(self.part)
+        try:
+            self.recorded = self._recorded_base()
+            return self._assembled(own)
+        except ConversionError as error:
+            self.faults.extend(error.faults)
+        except OSError as error:
+            self.faults.append(Fault(self.flag, f"cannot be read ({error.strerror})"))
+        name = self.recorded.name
+        if self.part in self.artifact.adapters:
+            return Part({}, "adapter, its base not available", True, name=name)
+        if own is None:
+            return Part({}, "not available", False, name=name)
+        return Part(own, "trained", True, name=name)
+
+    def _assembled(self, own: Mapping[str, LazyTensor] | None) -> Part:
+        where = f"{self.artifact.path}, {self.title}"
+        adapter: Adapter | None = None
+        if self.part in self.artifact.adapters:
+            adapter = self._adapter(where)
+            own = adapter.own_base(where) if own is None else own
+        folder = self._folder(weights=own is None)
+        config = read_config(self.part, folder)
+        if self.part == VISUAL_ENCODER:
+            self._check_overrides(config)
+        name = self.recorded.name or self.given
+        part = Part({}, "trained", True, config, folder, name, adapter)
+        if own is not None and adapter is None:
+            return replace(part, tensors=own)
+        if own is not None and adapter is not None:
+            origin = f"{adapter.title} on the checkpoint's own weights"
+            part = replace(part, tensors=merge(own, adapter, where), origin=origin)
+            self._note_own_base(own, adapter)
+            return part
+        trained = adapter is not None or (self.before_training and self._will_be_trained())
+        if adapter is None and not self.before_training:
+            self._require_frozen()
+        base = self._base_tensors(folder, name or folder.name)
+        if base is None:
+            return replace(part, origin="not downloaded", trained=trained)
+        tensors, origin = base
+        if adapter is None:
+            return replace(part, tensors=tensors, origin=origin, trained=trained)
+        merged = merge(tensors, adapter, where)
+        if self.given is not None and adapter.factors:
+            self._note_given_base(self.given, tensors, adapter, part)
+        return replace(part, tensors=merged, origin=f"{adapter.title} on {origin}")
+
+    def _recorded_base(self) -> RecordedBase:
+        """The base model that the XTuner config names, or else adapter_config.json."""
+        settings = self.artifact.settings.get(self.part)
+        beside = settings.base if settings is not None else None
+        record, of_adapter = "the XTuner config", f"{ADAPTERS[self.part]}'s config"
+        name: str | None = None
+        try:
+            if self.config is not None:
+                name = self.config.llm_path if self.part == LLM else self.config.vision_path
+        except ConversionError:
+            if self.given is None and beside is None:
+                raise
+        if name is None:
+            name, record = beside, of_adapter
+        elif self.given is None and beside and _model_name(beside) != _model_name(name):
+            self.notes.append(
+                f"The base {self.title} is '{name}', as the XTuner config says; {of_adapter} says "
+                f"'{beside}'. {self.flag} decides."
+            )
+        if name is None:
+            return RecordedBase(None)
+        return RecordedBase(name, record, find_beside(name, self.artifact.path))
+
+    def _folder(self, *, weights: bool) -> Path:
+        """The folder of the part's config and small files, and of its weights if these are needed.
+
+        It is that of the artifact, where the weights are there too and the user gave no other.
+        """
+        own, recorded, checkpoint = (
+            self.artifact.folders.get(self.part),
+            self.recorded,
+            self.artifact.path,
+        )
+        if not weights and own is not None and self.given is None:
+            return own
+        needed = weights and self.base_weights
+        if self.stream_base and is_remote(self.reference):
+            needed = False
+        folder = find_base(self.part, self.given, recorded, checkpoint, weights=needed)
+        if self.given is None and recorded.folder is not None:
+            within = folder.parent == checkpoint.absolute().parent
+            near = "in the checkpoint's folder" if within else "beside the checkpoint's folder"
+            self.notes.append(
+                f"The base {self.title} is '{folder.name}' {near}: {recorded.record} names "
+                f"'{recorded.name}', which is not a folder here. {self.flag} decides."
+            )
+        return folder
+
+    def _check_overrides(self, tower: ModelConfig) -> None:
+        """Raises `UnsupportedError` where the XTuner config trained another tower than its base.
+
+        Further arguments of `from_pretrained` replace keys of the tower's config.
+        """
+        if self.config is None:
+            return
+        changed = [
+            Fault(
+                f"{self.config.where}, model.visual_encoder.{key}",
+                f"is {shown(value)} in training, and {tower.values.get(key)!r} in {tower.path}",
+                f"Give {self.flag} a folder whose config.json says what was trained.",
+            )
+            for key, value in self.config.vision_overrides.items()
+            if not key.startswith("_") and tower.values.get(key) != value
+        ]
+        raise_faults(UnsupportedError, changed)
+
+    def _adapter(self, where: str) -> Adapter:
+        """The part's adapter with its settings."""
+        adapter = read_adapter(self.artifact.adapters[self.part], None, where)
+        beside, alpha = self.artifact.settings.get(self.part), self.options.alpha(self.part)
+        config: LoraSettings | None = None
+        try:
+            config = self._config_lora()
+        except ConversionError:
+            # Not needed where another record, or the user, says it.
+            if beside is None and alpha is None:
+                raise
+        flag = _ALPHA_FLAGS[self.part]
+        settings, notes = settle(beside, config, alpha, adapter.ranks, flag)
+        self.notes.extend(notes)
+        return replace(adapter, settings=settings)
+
+    def _config_lora(self) -> LoraSettings | None:
+        """The LoRA of the XTuner config; its alpha need not be readable where the user gave one."""
+        if self.config is None:
+            return None
+        lora = self.config.llm_lora if self.part == LLM else self.config.visual_encoder_lora
+        if lora is None:
+            return None
+        values: dict[str, object] = {
+            **lora.other,
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+            "fan_in_fan_out": lora.fan_in_fan_out,
+            "bias": lora.bias,
+            "rank_pattern": dict(lora.rank_pattern),
+        }
+        try:
+            values["lora_alpha"], values["r"] = lora.lora_alpha, lora.r
+            values["alpha_pattern"] = dict(lora.alpha_pattern)
+        except ConversionError:
+            if self.options.alpha(self.part) is None:
+                raise
+        return LoraSettings.from_mapping(values, self.config.where)
+
+    def _will_be_trained(self) -> bool:
+        """Whether the training changes the part. Raises `ConversionError` for an adapter that
+        cannot be merged afterwards."""
+        if self.config is None:
+            return True
+        llm = self.part == LLM
+        frozen = self.config.freeze_llm if llm else self.config.freeze_visual_encoder
+        return self._config_lora() is not None or not frozen
+
+    def _require_frozen(self) -> None:
+        """Raises `UnsupportedError` where the XTuner config trains a part that is not here.
+
+        A note instead, if the user gave another model than the base: the trained one, merged or
+        taken out of the checkpoint before.
+        """
+        try:
+            if self.config is None or not self._will_be_trained():
+                return
+        except ConversionError:
+            return  # A config that cannot be read contradicts nothing.
+        what = f"XTuner config trains the {self.title}, and the checkpoint holds nothing of it"
+        if self.given is None or _model_name(self.given) == _model_name(self.recorded.name):
+            raise UnsupportedError(
+                f"the {what}",
+                where=str(self.artifact.path),
+                advice=f"Is it complete, and the config that of this run? If the trained "
+                f"{self.title} lies elsewhere, give it with {self.flag}.",
+            )
+        self.notes.append(
+            f"The {what}: the weights of {self.flag} '{self.given}' are used as trained."
+        )
+
+    def _base_tensors(self, folder: Path, name: str) -> tuple[Mapping[str, LazyTensor], str] | None:
+        """The part before this run and where it comes from; None if its weights are not here yet.
+
+        Not always the base model: the run may have started from an earlier stage's checkpoint
+        (`pretrained_pth`) that had trained the part. XTuner loads that after it has put LoRA
+        layers in, and not strictly: the names of an adapted part then match none of its full
+        weights, which are silently left out (xtuner/model/llava.py, `__init__`).
+        """
+        started, adapted = (
+            self._started_from(),
+            is_adapted(self.artifact.adapters.get(self.part, {})),
+        )
+        earlier = self.open_pretrained(started) if started is not None else None
+        if started is not None and earlier is None and not adapted:
+            self.notes.append(
+                f"The run started from '{started}', which cannot be read here. If that trained "
+                f"the {self.title}, give {self.flag} a folder with its weights: the base "
+                f"model's are used."
+            )
+        if started is not None and earlier is not None and self.part in earlier.weights:
+            if not adapted:
+                self.base_files.extend(earlier.files)
+                return earlier.weights[self.part], f"pretrained_pth {Path(started).name}"
+            self.notes.append(
+                f"The run started from '{started}', which holds a trained {self.title}. XTuner "
+                "does not load that under LoRA, so the adapter was trained on the base model's "
+                "weights, and these are used."
+            )
+        remote, found = is_remote(self.reference), find_weights(folder)
+        if self.stream_base and remote:
+            opened = open_streamed(self.part, str(self.reference), folder)
+        elif found is not None or not (self.before_training or (remote and not self.base_weights)):
+            opened = open_base(self.part, folder)
+        else:
+            fault = (
+                Fault(name, f"the weights of the base {self.title} are not here yet")
+                if self.before_training
+                else Fault(
+                    name,
+                    f"the weights of the base {self.title} are not in the local cache yet",
+                    "A conversion downloads them.",
+                )
+            )
+            self.faults.append(fault)
+            self.pending.append(fault)
+            return None
+        self.base_files.extend(opened.files)
+        return opened.tensors, f"base {Path(name).name if Path(name).is_dir() else name}"
+
+    def _started_from(self) -> str | None:
+        """`pretrained_pth`; a note where its value follows only from running code."""
+        try:
+            return self.config.pretrained_pth if self.config is not None else None
+        except ConversionError as error:
+            fault = error.faults[0]
+            self.notes.append(
+                f"{fault.where}: {fault.what}. If the run started from a checkpoint with a trained "
+                "LLM or vision tower, give a folder with its weights as --llm or --vision."
+            )
+            return None
+
+    def _note_own_base(self, own: Mapping[str, LazyTensor], adapter: Adapter) -> None:
+        """Notes that weights and an adapter lie together. Raises if the weights are merged ones."""
+        path, home = self.artifact.path, self.artifact.folders.get(self.part)
+        places = "under it, in the same file"
+        if home is not None:
+            at = "at top level" if home == path else f"in {home.name}/"
+            places = f"{at}, beside {ADAPTERS[self.part]}/"
+        share = self._share(own, adapter, home)
+        note = (
+            f"The checkpoint holds an adapter of the {self.title}, and the weights for it "
+            f"{places}: the adapter is merged onto these, as XTuner's chat and mmbench do."
+        )
+        if share is None or abs(share) > _NEAR:
+            note += " If they have it in them already, remove the adapter."
+        if self.given is not None:
+            note += f" {self.flag} gives config and small files only."
+        self.notes.append(note)
+
+    def _note_given_base(
+        self, given: str, base: Mapping[str, LazyTensor], adapter: Adapter, part: Part
+    ) -> None:
+        """Notes signs that the user gave a base merged before. Raises if it surely is one."""
+        share = self._share(base, adapter, part.folder)
+        if share is not None and abs(share) < _NEAR:
+            return
+        signs = list(self._signs_of_a_merge(given, base, adapter, part))
+        if signs:
+            self.notes.append(
+                f"The adapter of the {self.title} is merged onto {self.flag} '{given}', but "
+                f"{' and '.join(signs)}. If the adapter is in those weights already (`xtuner "
+                f"convert merge`), it is now in them twice: give the base model with {self.flag}."
+            )
+
+    def _signs_of_a_merge(
+        self, given: str, base: Mapping[str, LazyTensor], adapter: Adapter, part: Part
+    ) -> Iterator[str]:
+        recorded, folder = self.recorded, part.folder or Path(given)
+        for name in ("adapter_config.json", "xtuner_config.py"):
+            if (folder / name).is_file():
+                yield f"it holds {name}"
+        expected = _model_name(recorded.name)
+        if expected not in (None, _model_name(given)) and folder.parent.name != "snapshots":
+            yield f"{recorded.record} names '{recorded.name}'"
+            made_from = text(part.config.values, "_name_or_path") if part.config else None
+            if _model_name(made_from) == expected:
+                yield f"its config.json says that it was made from '{made_from}'"
+        for name, tensor in adapter.replacements.items():
+            if name in base and len(tensor.shape) > 1 and _same_start(tensor, base[name]):
+                yield "it has tensors that this training made"
+                return
+
+    def _share(
+        self, weights: Mapping[str, LazyTensor], adapter: Adapter, folder: Path | None
+    ) -> float | None:
+        """How much of the adapter `weights` hold already, where the recorded base is here.
+
+        Raises `UnsupportedError` if that is all of it.
+        """
+        recorded, given = self.recorded, self.given
+        try:
+            path = local_path(recorded.place or "")
+            if not recorded.place or not path.is_dir() or (folder and path.samefile(folder)):
+                return None
+            share = share_in(weights, open_base(self.part, path).tensors, adapter)
+        except (ConversionError, OSError):
+            return None
+        if share is None or abs(share - 1) > _NEAR:
+            return share
+        own = self.part in self.artifact.weights or given is None
+        raise UnsupportedError(
+            f"the adapter of the {self.title} is in these weights already: they are those of "
+            f"'{recorded.name}', which {recorded.record} names, with the adapter merged",
+            where=str(self.artifact.path) if own else f"{self.flag} {given}",
+            advice=f"Remove {ADAPTERS[self.part]}/, or replace these by the base model's weights."
+            if own
+            else f"Give the base model with {self.flag}; the adapter is merged here.",
+        )
+
+
+def _model_name(name: str | None) -> str | None:
+    """The last component of a model's path or repo id, also where that is a folder of the cache."""
+    parts = Path((name or "").partition("@")[0]).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1]) if parts else None
+
+
+def _same_start(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether the first rows of two tensors are equal."""
+    return one.shape == other.shape and bool((one.read(0, 1) == other.read(0, 1)).all())

@@ -50,7 +50,7 @@ def open_checkpoint(
     try:
         artifact = open_artifact(reference, options.weights)
     except OSError as error:
-        what = f"cannot be looked at ({error.strerror or error})"
+        what = f"cannot be read ({error.strerror or error})"
         raise CheckpointError(what, where=reference[:200]) from error
     training_config = None
     if options.xtuner_config is not None:

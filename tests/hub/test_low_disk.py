@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hub_server import HubServer, Repo
+from hub_server import HubServer, Repo, content
 
 REPO = "ann/llava-qwen-tiny"
 JOBS = 2
@@ -54,10 +54,6 @@ def command(checkpoints: Path, out: Path, *more: object) -> list[str]:
 
 def environment(hub: HubServer, home: Path) -> dict[str, str]:
     return {**os.environ, **hub.environment(home, hub.token)}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def shard_sizes(folder: Path) -> list[int]:

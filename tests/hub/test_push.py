@@ -6,55 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub_server import Blob, Client, HubServer
+from hub_server import Blob, Client, HubServer, content
 
 LARGE = ".safetensors"
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(
-    hub: HubServer, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Client]:
-    home = tmp_path_factory.mktemp("hub") / "home"
-    with Client(hub, home, checkpoints) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def quiet_hub(hub: HubServer) -> None:
-    """No repositories, requests or faults of the test before."""
-    hub.repos.clear()
-    hub.requests.clear()
-    hub.faults.clear()
-    hub.chunk_bytes = None
-
-
-@pytest.fixture(scope="module")
-def original(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from xtuner2llava import convert
-
-    out = tmp_path_factory.mktemp("converted") / "llava-qwen-tiny"
-    convert(
-        checkpoints / "qwen2_e_full_fullvis" / "iter_2.pth",
-        out,
-        llm=checkpoints / "bases/llm_qwen2",
-        vision=checkpoints / "bases/vision_clip",
-        vision_tower_name="openai/clip-tiny",
-        max_shard_size="200KB",
-    )
-    return out
 
 
 @pytest.fixture
@@ -63,10 +22,6 @@ def out(original: Path, tmp_path: Path) -> Path:
     copy = tmp_path / original.name
     shutil.copytree(original, copy)
     return copy
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def shards_of(folder: Path) -> set[str]:
@@ -361,7 +316,7 @@ def test_a_card_that_the_hub_refuses(hub: HubServer, client: Client, out: Path) 
         ("ann/llava-qwen", {"token": None}, "HubError", "needs a token, and there is none"),
         ("ann/llava-qwen", {"token": "hf_wrong"}, "HubError", "the Hub answered 401"),
         ("ben/llava-qwen", {}, "HubError", "the Hub answered 403"),
-        ("an n/llava", {}, "UsageError", "is no name for a repository"),
+        ("an n/llava", {}, "UsageError", "is not a name for a repository"),
     ],
 )
 def test_refusals_say_what_to_do(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hub_server import Client, HubServer
+from hub_server import Client, HubServer, content
 
 CARD = (
     b"---\nlicense: other\nlicense_name: tiny-license\nlicense_link: LICENSE\n"
@@ -29,14 +29,6 @@ OTHERS = {
     "onnx/model.onnx": b"not needed",
     "modeling_tiny.py": b"raise SystemExit",
 }
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +178,13 @@ def test_private_gated_missing_and_wrong_revisions(
     out = tmp_path / "llava-qwen"
     hub.add("meta/gated", hub.repos[names.llm].content(), gated=True)
     private = fault(client, names, out, token=None)
-    assert f"{names.trained}: is no repository on the Hub that this token can see" in private
+    assert f"{names.trained}: is not a repository on the Hub that this token can see" in private
     assert "log in" in private
     text = fault(client, names, out, llm="meta/gated", vision="openai/nothing")
     assert "2 faults" in text
     assert "; meta/gated is gated" in text
     assert "Ask for access" in text
-    assert "; openai/nothing is no repository" in text
+    assert "; openai/nothing is not a repository" in text
     assert "has no such revision" in fault(client, names, out, checkpoint=f"{names.trained}@v9")
     assert "401" in fault(client, names, out, **{"token": "hf_wrong"})
     assert hub.token not in private + text
@@ -215,7 +207,7 @@ def test_offline_the_cache_serves(
         text = fault(offline, names, tmp_path / "llava-qwen-3", llm="qwen/other")
     assert content(tmp_path / "llava-qwen-1") == content(tmp_path / "llava-qwen-2")
     assert hub.requests == []
-    assert "; qwen/other is neither in the local cache nor can the Hub be reached" in text
+    assert "; qwen/other is not in the local cache, and the Hub cannot be reached" in text
 
 
 def test_a_hub_that_is_down_is_said(tmp_path: Path) -> None:
@@ -230,7 +222,7 @@ def test_a_hub_that_is_down_is_said(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "nor can the Hub be reached" in done.stderr
+    assert "and the Hub cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
 
 

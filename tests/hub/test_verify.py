@@ -5,53 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub_server import Client, HubServer
+from hub_server import Client, HubServer, content
 
 REPO = "ann/llava-qwen-tiny"
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(
-    hub: HubServer, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Client]:
-    home = tmp_path_factory.mktemp("hub") / "home"
-    with Client(hub, home, checkpoints) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def published(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a conversion wrote."""
-    from xtuner2llava import convert
-
-    out = tmp_path_factory.mktemp("converted") / "llava-qwen-tiny"
-    convert(
-        checkpoints / "qwen2_e_full_fullvis" / "iter_2.pth",
-        out,
-        llm=checkpoints / "bases/llm_qwen2",
-        vision=checkpoints / "bases/vision_clip",
-        vision_tower_name="openai/clip-tiny",
-        max_shard_size="200KB",
-    )
-    return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
-@pytest.fixture(autouse=True)
-def quiet_hub(hub: HubServer) -> None:
-    hub.repos.clear()
-    hub.requests.clear()
+def published(original: Path) -> dict[str, bytes]:
+    return content(original)
 
 
 def failed(found: dict[str, Any]) -> dict[str, str]:
@@ -145,7 +111,7 @@ def test_checksums_that_the_hub_states_are_compared(
 def test_what_cannot_be_looked_at_is_said(hub: HubServer, client: Client, tmp_path: Path) -> None:
     missing = client.ask("verify", "ann/nothing")
     assert missing.error == "CheckpointError"
-    assert "ann/nothing: is not a folder here, and is no repository" in missing.text
+    assert "ann/nothing: is not a folder here, and is not a repository" in missing.text
     hub.add("ann/gated-llava", {"config.json": b"{}"}, gated=True)
     hub.repos["ann/gated-llava"].readers.clear()
     against = client.ask("verify", "ann/gated-llava", against=tmp_path)

@@ -4,12 +4,12 @@
         client.call("push", out, "ann/model")
         assert hub.repos["ann/model"].content() == ...
 
-It keeps files in memory, logs every request, and can be told to fail one (`HubServer.fail`).
+It keeps files in memory, logs every request, and fails where a test says so (`HubServer.fail`).
 """
 
 from hub_server.client import Answer, Client
 from hub_server.faults import Fault
 from hub_server.server import HubServer, Request
-from hub_server.store import Blob, Repo
+from hub_server.store import Blob, Repo, content
 
-__all__ = ["Answer", "Blob", "Client", "Fault", "HubServer", "Repo", "Request"]
+__all__ = ["Answer", "Blob", "Client", "Fault", "HubServer", "Repo", "Request", "content"]

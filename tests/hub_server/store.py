@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # The Hub gives every repository such a file; what it names goes to LFS.
@@ -121,3 +122,12 @@ class Repo:
             else:
                 raise ValueError(line["key"])
         return self.put(branch, files, header["summary"])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a folder on disk by path, as `Repo.content` has them of a repository."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

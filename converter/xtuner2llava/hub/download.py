@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.hub.errors import hub_errors, is_transient
 
-REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _SMALL = re.compile(
     r"[^/]+\.(json|tiktoken|jinja)|tokenizer\.model|merges\.txt|vocab\.txt|xtuner_config\.py"
 )
@@ -22,18 +22,13 @@ _CARD = "README.md"  # says license and languages, which what is made of it inhe
 _SAFETENSORS = re.compile(r"(adapter_)?model[^/]*\.safetensors")
 _TORCH = re.compile(r"(pytorch_model|adapter_model)[^/]*\.bin")
 _XTUNER_FOLDERS = (
-    "",
-    "projector",
-    "visual_encoder",
-    "visual_encoder_adapter",
-    "llm_adapter",
-    "llm",
-)
+    "", "projector", "visual_encoder", "visual_encoder_adapter", "llm_adapter", "llm",
+)  # fmt: skip
 # Endings of files, which no repository of a model has.
 _FILES = tuple(
     ".pth .pt .bin .ckpt .safetensors .gguf .json .py .yaml .yml .txt .log .zip .tar .gz".split()
 )
-# What mmengine calls the folder of a run, and its checkpoints, and XTuner what it makes of them.
+# Folders of mmengine's runs, and the names of checkpoints and of what XTuner makes of them.
 _OUTPUT_FOLDERS = ("work_dir", "work_dirs")
 _OUTPUT = re.compile(r"(iter|epoch)_\d+\w*")
 _MAX_REF_BYTES = 256
@@ -75,10 +70,10 @@ def local_path(text: str) -> Path:
 def is_reference(text: str) -> bool:
     """Whether `text` can be a repo id: nothing that exists here, and not a path that should.
 
-    A path is told by a file's ending, by a first component that is a folder here, and by the names
-    that mmengine and XTuner give.
+    A path has a file's ending, a first component that is a folder here, or a name that mmengine or
+    XTuner gives.
     """
-    match = REFERENCE.fullmatch(text)
+    match = _REFERENCE.fullmatch(text)
     if match is None or Path(text).exists() or text.lower().endswith(_FILES):
         return False
     parts = match["repo"].split("/")
@@ -94,9 +89,7 @@ def fetch_model(reference: str, *, weights: bool) -> Path:
 
     Only what lies at top level; `.bin` weights only where there are no safetensors.
     """
-    return _fetch(
-        reference, lambda names: [_CARD, *_needed(names, "", weights=weights)], "config.json"
-    )
+    return _fetch(reference, [""], [_CARD], weights=weights, always="config.json")
 
 
 def fetch_checkpoint(reference: str) -> Path:
@@ -104,43 +97,25 @@ def fetch_checkpoint(reference: str) -> Path:
 
     Of each part's folder, `.bin` weights are fetched only where it has no safetensors.
     """
-    return _fetch(
-        reference,
-        lambda names: [
-            name for home in _XTUNER_FOLDERS for name in _needed(names, home, weights=True)
-        ],
-        "projector/config.json",
-    )
+    return _fetch(reference, _XTUNER_FOLDERS, [], weights=True, always="projector/config.json")
 
 
-def _needed(names: Sequence[str], home: str, *, weights: bool) -> list[str]:
-    """Of the files `names` of a repository, those that are needed of the folder `home`."""
-    prefix = f"{home}/" if home else ""
-    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    needed = [name for name in inside if _SMALL.fullmatch(name)]
-    if weights:
-        safetensors = [name for name in inside if _SAFETENSORS.fullmatch(name)]
-        needed += safetensors or [name for name in inside if _TORCH.fullmatch(name)]
-    return [prefix + name for name in needed]
-
-
-def repository_at(reference: str, folder: Path) -> str:
-    """The repository of `reference` at the commit whose files lie in `folder`, a snapshot."""
-    match = REFERENCE.fullmatch(reference)
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """The repository and the revision of `owner/name@revision`. Raises `CheckpointError`."""
+    match = _REFERENCE.fullmatch(reference)
     if match is None:
-        raise CheckpointError("is no Hub repo id", where=reference)
-    return f"{match['repo']}@{folder.name}"
+        raise CheckpointError("is not a Hub repo id", where=reference)
+    return match["repo"], match["revision"]
 
 
-def _fetch(reference: str, choose: Callable[[Sequence[str]], Sequence[str]], always: str) -> Path:
-    """The snapshot with those files of the repository that `choose` takes.
+def _fetch(
+    reference: str, folders: Sequence[str], besides: Sequence[str], *, weights: bool, always: str
+) -> Path:
+    """The snapshot with those files of `folders` that are needed, and `besides`.
 
     Where the Hub cannot be asked, the snapshot that is in the cache and has at least `always`.
     """
-    match = REFERENCE.fullmatch(reference)
-    if match is None:
-        raise CheckpointError("is no Hub repo id", where=reference)
-    repo, revision = match["repo"], match["revision"]
+    repo, revision = split_reference(reference)
     with hub_errors(reference, CheckpointError):
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -154,6 +129,18 @@ def _fetch(reference: str, choose: Callable[[Sequence[str]], Sequence[str]], alw
                 repo, revision=revision, allow_patterns=[always], local_files_only=True
             )
             return Path(cached)
-        chosen = choose([sibling.rfilename for sibling in info.siblings or ()])
-        patterns = [glob.escape(name) for name in chosen]
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        needed = [name for folder in folders for name in _needed(names, folder, weights=weights)]
+        patterns = [glob.escape(name) for name in (*besides, *needed)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+def _needed(names: Sequence[str], home: str, *, weights: bool) -> list[str]:
+    """Of the files `names` of a repository, those that are needed of the folder `home`."""
+    prefix = f"{home}/" if home else ""
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    needed = [name for name in inside if _SMALL.fullmatch(name)]
+    if weights:
+        safetensors = [name for name in inside if _SAFETENSORS.fullmatch(name)]
+        needed += safetensors or [name for name in inside if _TORCH.fullmatch(name)]
+    return [prefix + name for name in needed]

@@ -10,11 +10,11 @@ from typing import TypeVar
 from xtuner2llava.errors import ConversionError, HubError, UsageError
 
 _T = TypeVar("_T")
-_MAX_WAIT = 8.0  # seconds between two tries
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 _READ = "log in with `hf auth login` or set HF_TOKEN."
 _AGAIN = "Run the same command again: what the Hub has already is not sent again."
+_FORBIDDEN = "The token may not write there: make one that may, or give an owner that is yours."
 # 412 is a commit by somebody else in between.
 CONFLICT = 412
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -35,16 +35,16 @@ def hub_errors(where: str, kind: type[ConversionError] = HubError) -> Iterator[N
         from huggingface_hub.errors import HFValidationError
 
         cause = root_cause(error)
-        said = _said(cause, reading=kind is not HubError)
-        if said is None:
+        described = _describe(cause, reading=kind is not HubError)
+        if described is None:
             raise
         invalid = isinstance(cause, HFValidationError) and kind is HubError
-        what, advice = said
+        what, advice = described
         raise (UsageError if invalid else kind)(what, where=where, advice=advice) from error
 
 
 def with_retries(call: Callable[[], _T], tries: int = 3) -> _T:
-    """What `call` gives, asked `tries` times where the network or the server fails.
+    """The result of `call`, which is made `tries` times where the network or the server fails.
 
     huggingface_hub tries again itself, but not everywhere, and older versions in fewer places.
     """
@@ -54,7 +54,7 @@ def with_retries(call: Callable[[], _T], tries: int = 3) -> _T:
         except Exception as error:
             if not is_transient(root_cause(error)):
                 raise
-            time.sleep(min(_MAX_WAIT, attempt))
+            time.sleep(attempt)
     return call()
 
 
@@ -69,9 +69,8 @@ def http_status(error: BaseException) -> int | None:
     """The status that the Hub answered with; None if `error` is not about an answer."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not isinstance(error, HfHubHTTPError):
-        return None
-    return int(getattr(error.response, "status_code", 0)) or None
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    return int(getattr(response, "status_code", 0)) or None
 
 
 def is_transient(error: BaseException) -> bool:
@@ -94,55 +93,40 @@ def _is_of_network(error: BaseException) -> bool:
     return closed or isinstance(error, (OSError, *HfHubHTTPError.__bases__))
 
 
-def _said(error: Exception, *, reading: bool) -> tuple[str, str] | None:
+def _describe(error: Exception, *, reading: bool) -> tuple[str, str] | None:
     """What happened and what to do; None for what is not a failure of the Hub."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    if isinstance(error, HFValidationError):
-        what = f"is no name for a repository ({first_line})"
-        return what, "Expected owner/name, of letters, digits, '-', '_' and '.'."
-    if isinstance(error, GatedRepoError):
-        what = "is gated: its owner grants access on its page"
-        return what, f"Ask for access there, then {_READ}" if reading else "Ask for access there."
-    if isinstance(error, RevisionNotFoundError):
-        return "has no such revision", "Check the name."
-    if isinstance(error, RepositoryNotFoundError):
-        advice = f"Check the spelling; for a private one, {_READ}"
-        what = "is no repository on the Hub that this token can see"
-        return what, advice if reading else f"Check the spelling of the owner. {LOG_IN}"
-    if isinstance(error, LocalEntryNotFoundError):
-        what = "is neither in the local cache nor can the Hub be reached"
-        return what, "Download it where there is a network, and give its folder."
+    again = "Run the same command again." if reading else _AGAIN
+    match error:
+        case errors.HFValidationError():
+            what = f"is not a name for a repository ({first_line})"
+            return what, "Expected owner/name, of letters, digits, '-', '_' and '.'."
+        case errors.GatedRepoError():
+            log_in = f", then {_READ}" if reading else "."
+            return "is gated: its owner grants access on its page", f"Ask for access there{log_in}"
+        case errors.RevisionNotFoundError():
+            return "has no such revision", "Check the name."
+        case errors.RepositoryNotFoundError():
+            spelling = f"; for a private one, {_READ}" if reading else f" of the owner. {LOG_IN}"
+            what = "is not a repository on the Hub that this token can see"
+            return what, f"Check the spelling{spelling}"
+        case errors.LocalEntryNotFoundError():
+            what = "is not in the local cache, and the Hub cannot be reached"
+            return what, "Download it where there is a network, and give its folder."
     status = http_status(error)
     if status is not None:
         server = str(getattr(error, "server_message", None) or "") or first_line
-        return f"the Hub answered {status}: {server[:500]}", _advice(status, reading=reading)
+        advice = {CONFLICT: f"Others commit to it at the same time. {again}"}
+        advice |= dict.fromkeys(_TRANSIENT, again)
+        advice[401] = f"The token is not valid{f': {_READ}' if reading else f'. {LOG_IN}'}"
+        advice[403] = "" if reading else _FORBIDDEN
+        return f"the Hub answered {status}: {server[:500]}", advice.get(status, "")
     if isinstance(error, ValueError) and "README.md" in str(error):
         what = f"the Hub does not take the model card: {' '.join(str(error).split())[:500]}"
         return what, "Fix the lines between the --- of README.md, or of the --card-template."
-    again = "Run the same command again." if reading else _AGAIN
     if _is_of_network(error):
         return f"the Hub cannot be reached ({type(error).__name__}: {first_line})", again
     # Malformed answers are ValueErrors there.
     return (f"failed ({first_line})", again) if isinstance(error, ValueError) else None
-
-
-def _advice(status: int, *, reading: bool) -> str:
-    if status == 401:
-        return (
-            f"The token is not valid: {_READ}" if reading else f"The token is not valid. {LOG_IN}"
-        )
-    if status == 403 and not reading:
-        return "The token may not write there: make one that may, or give an owner that is yours."
-    if status == CONFLICT:
-        return "Others commit to it at the same time. Run the same command again."
-    if status in _TRANSIENT:
-        return "Run the same command again." if reading else _AGAIN
-    return ""

@@ -1,4 +1,4 @@
-"""A published model as a folder to look at: all of it but the data of its tensors."""
+"""A published model as a folder: all of it but the data of its tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from xtuner2llava.errors import CheckpointError, OutputError
-from xtuner2llava.hub.download import REFERENCE
+from xtuner2llava.hub.download import split_reference
 from xtuner2llava.hub.errors import hub_errors, with_retries
 from xtuner2llava.hub.stream import RemoteFile
 from xtuner2llava.storage.safetensors_file import MAX_HEADER_BYTES, START_BYTES
@@ -42,16 +42,13 @@ def published_copy(reference: str) -> Iterator[PublishedCopy]:
     Small files are downloaded; of weight files, the header is read by HTTP range. Raises
     `CheckpointError` where the Hub does not give them.
     """
-    match = REFERENCE.fullmatch(reference)
-    if match is None:
-        raise CheckpointError("is no Hub repo id", where=reference)
-    repo = match["repo"]
+    repo, revision = split_reference(reference)
     with hub_errors(reference, CheckpointError):
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.hf_api import RepoFile
 
         api = HfApi()
-        info = with_retries(lambda: api.model_info(repo, revision=match["revision"]))
+        info = with_retries(lambda: api.model_info(repo, revision=revision))
         commit = str(info.sha)
         tree = with_retries(lambda: list(api.list_repo_tree(repo, revision=commit)))
         # The server says the names: only those of files in this folder count.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsupportedError
-from xtuner2llava.hub.download import repository_at
+from xtuner2llava.hub.download import split_reference
 from xtuner2llava.hub.errors import hub_errors, with_retries
 from xtuner2llava.storage.safetensors_file import read_header
 from xtuner2llava.storage.weights import Fingerprint, Weights, open_shards
@@ -37,7 +37,7 @@ def open_remote(reference: str, folder: Path) -> Weights:
     Raises `CheckpointError` where the Hub does not give them.
     """
     # The folder is that of a commit: the files must be of the same.
-    repository = repository_at(reference, folder)
+    repository = f"{split_reference(reference)[0]}@{folder.name}"
     index = folder / _INDEX
     files = remote_files(repository)
     if index.is_file():

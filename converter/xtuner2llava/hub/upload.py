@@ -132,12 +132,6 @@ class Upload:
             # A new branch is made with the commit; until then the default one stands for it.
             self._has_branch = self._head() is not None
 
-    @property
-    def link(self) -> str:
-        """The address of the model's page."""
-        page = f"{self._api.endpoint}/{self.repo_id}"
-        return page if self._destination.revision is None else f"{page}/tree/{self._branch}"
-
     def check_card(self, text: str) -> None:
         """Raises `HubError` if the Hub would refuse this README.md, hours later."""
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -154,8 +148,7 @@ class Upload:
                 headers=build_hf_headers(),
             )
             if answer.status_code == 400:
-                found = answer.json().get("errors", [])
-                messages = [str(entry.get("message")) for entry in found]
+                messages = [str(entry.get("message")) for entry in answer.json().get("errors", [])]
                 raise ValueError(f"README.md: {'; '.join(messages)}")
             hf_raise_for_status(answer)
 
@@ -167,7 +160,6 @@ class Upload:
         from huggingface_hub import CommitOperationAdd
 
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
-        size = operation.upload_info.size
         revision = self._branch if self._has_branch else None
         with hub_errors(f"{self.repo_id}: {name}"):
             with_retries(
@@ -175,7 +167,7 @@ class Upload:
             )
         if operation.path_or_fileobj == b"":  # The Hub has it.
             self._operations[name] = operation
-        elif size <= _MAX_PLAIN_BYTES:
+        elif operation.upload_info.size <= _MAX_PLAIN_BYTES:
             self.add(name, path.read_bytes())
         else:
             raise HubError(
@@ -193,46 +185,43 @@ class Upload:
     def commit(self) -> Pushed:
         """Makes all files visible at once, and checks that the Hub shows what was sent.
 
-        Weights of an earlier model go with the same commit. A README.md on the Hub that somebody
+        Weights of an earlier model go with the same commit. A README.md on the Hub that its owner
         wrote stays. Nothing is committed if all of it is there already.
         """
-        message = self._destination.commit_message or "LLaVA model converted by xtuner2llava"
         with hub_errors(self.repo_id):
-            commit, removed = self._commit(message)
-            there = self._files(commit)
-        wrong = self._missing(there)
+            if not self._has_branch:
+                self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True)
+            commit, removed = self._commit()
+            wrong = self._missing(self._files(commit))
         if wrong:
             raise VerificationError(
                 f"the Hub shows another content of {', '.join(wrong[:5])} at {commit}",
                 where=self.repo_id,
-                advice="Push again; if it stays so, look whether its .gitignore names them.",
+                advice="Push again; if it stays so, check whether its .gitignore names them.",
             )
+        page = f"{self._api.endpoint}/{self.repo_id}"
         return Pushed(
             repo_id=self.repo_id,
             revision=self._branch,
             commit=commit,
-            link=self.link,
+            link=page if self._destination.revision is None else f"{page}/tree/{self._branch}",
             files=tuple(sorted(self._operations)),
             nbytes=sum(op.upload_info.size for op in self._operations.values()),
             removed=tuple(removed),
             notes=tuple(self._notes),
         )
 
-    def _commit(self, message: str) -> tuple[str, list[str]]:
+    def _commit(self) -> tuple[str, list[str]]:
         """The commit that has everything, and what it removed."""
         from huggingface_hub import CommitOperationDelete
 
-        if not self._has_branch:
-            self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True)
+        message = self._destination.commit_message or "LLaVA model converted by xtuner2llava"
         for attempt in range(1, _TRIES + 1):
             head = self._head()
             there = self._files(head) if head is not None else {}
-            self._respect_card(there, head)
-            stale = [
-                name
-                for name in sorted(there)
-                if _OLD_WEIGHTS.fullmatch(name) and name not in self._operations
-            ]
+            self._keep_card(there, head)
+            old = [name for name in sorted(there) if _OLD_WEIGHTS.fullmatch(name)]
+            stale = [name for name in old if name not in self._operations]
             missing = self._missing(there)
             if head is not None and not stale and not missing:
                 return head, stale
@@ -241,12 +230,12 @@ class Upload:
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ]
             try:
+                # `parent_commit` shows a change by others, or a lost answer to this very commit.
                 done = self._api.create_commit(
                     self.repo_id,
                     operations,
                     commit_message=message,
                     revision=self._branch,
-                    # So a change by others, or a lost answer to this very commit, is seen.
                     parent_commit=head,
                 )
                 return done.oid, stale
@@ -273,11 +262,10 @@ class Upload:
     def _files(self, commit: str) -> dict[str, RepoFile]:
         from huggingface_hub.hf_api import RepoFile
 
-        def files() -> dict[str, RepoFile]:
-            tree = self._api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
-            return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-        return with_retries(files)
+        tree = with_retries(
+            lambda: [*self._api.list_repo_tree(self.repo_id, recursive=True, revision=commit)]
+        )
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def _missing(self, there: Mapping[str, RepoFile]) -> list[str]:
         """The files that are not `there` with the content that was sent."""
@@ -287,8 +275,8 @@ class Upload:
             if name not in there or not _is_same(operation, there[name])
         )
 
-    def _respect_card(self, there: Mapping[str, RepoFile], head: str | None) -> None:
-        """Leaves the text that somebody wrote on the Hub as it is, and all metadata there."""
+    def _keep_card(self, there: Mapping[str, RepoFile], head: str | None) -> None:
+        """Keeps the text of a card that its owner wrote on the Hub, and all metadata there."""
         ours = self._operations.get(CARD_NAME)
         if ours is None or CARD_NAME not in there or _is_same(ours, there[CARD_NAME]):
             return
@@ -298,16 +286,13 @@ class Upload:
             return
         path = self._api.hf_hub_download(self.repo_id, CARD_NAME, revision=head)
         theirs = Path(path).read_text(encoding="utf-8", errors="replace")
-        merged = (
-            with_extra_keys(theirs, text)
-            if is_generated(theirs)
-            else with_front_matter_of(theirs, text)
-        )
+        merge = with_extra_keys if is_generated(theirs) else with_front_matter_of
+        merged = merge(theirs, text)
         if merged is not None:
             self.add(CARD_NAME, merged.encode("utf-8"))
             return
         del self._operations[CARD_NAME]
-        self._notes.append("README.md on the Hub is somebody's own, and stays as it is.")
+        self._notes.append("README.md on the Hub is its owner's own, and stays as it is.")
 
 
 def _is_same(operation: CommitOperationAdd, found: RepoFile) -> bool:

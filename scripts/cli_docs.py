@@ -22,6 +22,12 @@ Written by `scripts/cli_docs.py` from `options.py`; do not edit it.
 In Python, the functions of the same names take the same options, with the same defaults, as keyword
 arguments: `--max-shard-size 2GB` is `max_shard_size="2GB"`, `--no-verify` is `verify=False`. The
 options of `Talk`, `--dry-run` and `--dask` are those of the command line only.
+
+Results go to stdout, everything else to stderr. The exit status is 0, 1 for what was refused or
+failed, and 2 for a command that contradicts itself. With `--json`, an error is JSON on stdout too,
+`{"error": {"type": "PlanError", "faults": [{"where": "", "what": "", "advice": ""}]}}`, where
+`type` is the class of the [error](api.md#errors). Where stderr is not a terminal, `convert`,
+`verify` and `push` write a line when a stage ends: time, stage, bytes, seconds.
 """
 
 

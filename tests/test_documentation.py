@@ -33,6 +33,8 @@ BLOCK = re.compile(
 )
 # Seconds, and the bytes of a folder, which change with the words of its model card.
 CHANGING = re.compile(r"\b\d+\.\d s\b|\b\d+\.\d\d kB(?= in \d+ shard)")
+# The lines that a command writes about its stages where stderr is not a terminal, as here.
+LOG = re.compile(r"^\d{4}-\d\d-\d\dT[\d:]{8} .*\n", re.MULTILINE)
 # In a clone only; the scripts have a test of their own.
 SCRIPTS = ("./scripts/demo", "./scripts/test")
 MAX_WORDS, MAX_LINE, MAX_README = 30, 120, 130
@@ -126,7 +128,7 @@ def test_the_examples_run_in_order(page: Path, environment: dict[str, str], tmp_
             text=True,
             check=False,
         )
-        found = fault(example, done.returncode, done.stdout)
+        found = fault(example, done.returncode, LOG.sub("", done.stdout))
         assert found is None, f"{found}\n{example.text}\n{done.stdout}"
 
 

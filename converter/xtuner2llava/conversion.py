@@ -10,9 +10,8 @@ publish   OUT.partial becomes OUT, or a commit on the Hub             hub/
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from xtuner2llava.metadata.next_steps import folder_name_warnings, next_steps
 from xtuner2llava.metadata.provenance import describe, fingerprint, provenance, sources
 from xtuner2llava.metadata.report import Report
 from xtuner2llava.metadata.small_files import small_files, xtuner_config_file
+from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.metadata.version import version
 from xtuner2llava.options import (
     ConvertOptions,
@@ -39,7 +39,7 @@ from xtuner2llava.planning.llava_config import json_bytes
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.planner import make_plan
 from xtuner2llava.planning.ties import first_difference
-from xtuner2llava.sources import open_checkpoint, open_training
+from xtuner2llava.sources import Checkpoint, open_checkpoint, open_training
 from xtuner2llava.sources.xtuner_folder import PART_FOLDERS
 from xtuner2llava.writing import OutputFolder, Written, WrittenShard, write_shards
 from xtuner2llava.writing.out_record import RECORD_NAME
@@ -54,10 +54,9 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
     """Converts the XTuner checkpoint at `checkpoint` into the folder `out`, see `api.convert`."""
     destination = _destination(options)
     template = None if options.card_template is None else Template.read(options.card_template)
-    timer = _Timer()
-    with timer.stage("open"):
-        opened = open_checkpoint(checkpoint, options, stream_base=options.stream_base)
-    with timer.stage("plan"):
+    stages = Stages()
+    opened = _open(checkpoint, options, stages)
+    with stages.stage("plan") as stage:
         planned = make_plan(opened, options)
         untied = _untied(planned)
         if untied:
@@ -68,7 +67,8 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
             small["xtuner_config.py"] = xtuner_config_file(opened, options.xtuner_config)
         card = model_card(planned, version(), options, verified=options.verify, template=template)
         small[CARD_NAME] = card.encode("utf-8")
-        work = _Work(Path(out), options, planned, small, destination, timer)
+        stage.nbytes = planned.nbytes
+        work = _Work(Path(out), options, planned, small, destination, stages)
     if options.on_plan is not None:
         options.on_plan(planned)
     return (None if options.overwrite else work.already_done()) or work.write()
@@ -96,7 +96,7 @@ class _Work:
     planned: Plan
     small: Mapping[str, bytes]
     destination: Destination | None
-    timer: _Timer
+    stages: Stages
 
     def already_done(self) -> Report | None:
         """The report on an `out` that is this conversion already; it is published if asked for."""
@@ -108,18 +108,19 @@ class _Work:
         if self.destination is not None:
             from xtuner2llava.hub import push as hub
 
-            with self.timer.stage("upload"):
+            with self.stages.stage("upload") as stage:
                 pushed = hub.push_folder(
                     self.out,
                     self.destination,
                     jobs=self.options.jobs,
                     on_progress=self.options.on_progress,
                 )
+                stage.nbytes = pushed.nbytes
         return self._report(found, pushed, already=True)
 
     def write(self) -> Report:
         """Writes and publishes it, or goes on with what an earlier run left."""
-        options, planned, timer = self.options, self.planned, self.timer
+        options, planned, stages = self.options, self.planned, self.stages
         pushed: Pushed | None = None
         with ExitStack() as stack:
             folder = stack.enter_context(self._folder())
@@ -130,7 +131,7 @@ class _Work:
 
                 upload = stack.enter_context(open_upload(self.destination))
                 upload.check_card(self.small[CARD_NAME].decode("utf-8"))
-            with timer.stage("write"):
+            with stages.stage("write") as stage:
                 written = write_shards(
                     folder,
                     planned.shards.shards,
@@ -143,9 +144,10 @@ class _Work:
                         options.on_progress, "write" if upload is None else "write and upload"
                     ),
                 )
-            with timer.stage("describe"):
+                stage.nbytes = sum(shard.size for shard in written.shards)
+            with stages.stage("describe"):
                 done = self._describe(folder, written)
-            with timer.stage("publish"):
+            with stages.stage("publish"):
                 if upload is None:
                     folder.publish()
                 else:
@@ -153,7 +155,7 @@ class _Work:
         if self.destination is not None and pushed is None:
             from xtuner2llava.hub import push as hub
 
-            with timer.stage("upload"):
+            with stages.stage("upload") as stage:
                 pushed = hub.publish_converted(
                     self.out,
                     tuple(done.blake3),
@@ -161,6 +163,7 @@ class _Work:
                     jobs=options.jobs,
                     on_progress=options.on_progress,
                 )
+                stage.nbytes = pushed.nbytes
         return self._report(done, pushed, shards=written.shards)
 
     def _folder(self) -> OutputFolder:
@@ -213,7 +216,7 @@ class _Work:
             plan=self.planned,
             files=dict(sorted(done.files.items())),
             blake3=dict(done.blake3),
-            seconds=self.timer.seconds,
+            seconds=self.stages.seconds,
             verified=self.options.verify and not already,
             resumed=tuple(shard.filename for shard in shards if shard.kept),
             kept_bytes=sum(shard.kept_bytes for shard in shards),
@@ -231,12 +234,22 @@ def push(out: PathOrText, repo_id: str, options: PushOptions) -> Pushed:
     from xtuner2llava.hub.upload import Destination
 
     destination = Destination.of(repo_id, options)
-    return push_folder(Path(out), destination, jobs=options.jobs, on_progress=options.on_progress)
+    with Stages().stage("upload") as stage:
+        pushed = push_folder(
+            Path(out), destination, jobs=options.jobs, on_progress=options.on_progress
+        )
+        stage.nbytes = pushed.nbytes
+    return pushed
 
 
 def plan(checkpoint: PathOrText, options: Options) -> Plan:
     """What `convert` would do, see `api.plan`."""
-    return make_plan(open_checkpoint(checkpoint, options, stream_base=options.stream_base), options)
+    stages = Stages()
+    opened = _open(checkpoint, options, stages)
+    with stages.stage("plan") as stage:
+        planned = make_plan(opened, options)
+        stage.nbytes = planned.nbytes
+    return planned
 
 
 def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
@@ -246,6 +259,13 @@ def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
     if Path(checkpoint).suffix == ".py":
         return inspect_checkpoint(open_training(checkpoint, options), options)
     return inspect_checkpoint(open_checkpoint(checkpoint, options, base_weights=False), options)
+
+
+def _open(checkpoint: PathOrText, options: Options, stages: Stages) -> Checkpoint:
+    with stages.stage("open") as stage:
+        opened = open_checkpoint(checkpoint, options, stream_base=options.stream_base)
+        stage.nbytes = sum(file.size for file in (*opened.artifact.files, *opened.base_files))
+    return opened
 
 
 def _untied(planned: Plan) -> list[str]:
@@ -265,16 +285,3 @@ def _named(on_progress: OnProgress | None, stage: str) -> Callable[[int, int], N
     if on_progress is None:
         return None
     return lambda done, total: on_progress(stage, done, total)
-
-
-class _Timer:
-    """Wall time of the stages, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -40,13 +40,14 @@ def arguments(checkpoints: Path) -> list[object]:
     return [checkpoints / CASE / "iter_2.pth", *bases, "--vision-tower-name", "openai/clip"]
 
 
-def test_convert_reports_on_stdout_and_is_silent_on_stderr(
+def test_convert_reports_on_stdout_and_logs_its_stages_on_stderr(
     arguments: list[object], tmp_path: Path
 ) -> None:
     checkpoint, *options = arguments
     done = run("convert", checkpoint, tmp_path / "llava-qwen2", *options)
     assert done.returncode == 0
-    assert done.stderr == ""
+    stages = [line.split()[1] for line in done.stderr.splitlines()]
+    assert stages == ["open:", "plan:", "write:", "describe:", "publish:"]
     assert "verified bit for bit" in done.stdout
     assert {path.name for path in (tmp_path / "llava-qwen2").iterdir()} >= {
         "config.json",

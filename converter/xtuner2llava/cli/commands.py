@@ -7,13 +7,14 @@ What is heavy is imported where it is used, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xtuner2llava.cli import flags
-from xtuner2llava.cli.progress import ProgressBar
+from xtuner2llava.cli.progress import progress, show_log
 from xtuner2llava.cli.terminal import accept_any_text, columns, printable, shortened, wrapped
-from xtuner2llava.errors import ConversionError
+from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.options import (
     OUTPUT,
     SPEED,
     TALK,
     ConvertOptions,
     InspectOptions,
-    OnProgress,
     Options,
     PushOptions,
     SourceOptions,
@@ -49,29 +49,65 @@ _MAX_FAULTS = 200
 
 
 class _Group(click.Group):
-    """Turns errors into messages, and exceptions of Ctrl-C and bugs into short ones."""
+    """Turns errors into messages, and exceptions of Ctrl-C and bugs into short ones.
+
+    With --json, an error is JSON on stdout too: for pipelines, which read nothing else.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # What the group must know of errors, also where the arguments are not understood.
+        ctx.obj = {"json": "--json" in args, "verbose": False, "interrupted": False}
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ConversionError as error:
             _tell_faults(error)
-            _exit(ctx, error, error.exit_status)
+            _end(ctx, error, error.faults, error.exit_status)
+        except click.UsageError as error:
+            if ctx.obj["json"]:
+                _print_error("UsageError", [_usage_fault(error)])
+            raise
         except KeyboardInterrupt as error:
-            _say(f"Interrupted. {error}".strip(), err=True)
-            _exit(ctx, error, 130)
+            what = f"Interrupted. {error}".strip()
+            _say(what, err=True)
+            _end(ctx, error, [Fault("", what)], 130)
         except BrokenPipeError:
             ctx.exit(1)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            _say(
-                f"Error: {type(error).__name__}: {error}\n"
+            fault = Fault(
+                "",
+                f"{type(error).__name__}: {error}",
                 "This is a fault of xtuner2llava. Please report it with what -v prints.",
-                err=True,
             )
-            _exit(ctx, error, 1)
+            _say(f"Error: {fault.what}\n{fault.advice}", err=True)
+            _end(ctx, error, [fault], 1)
         return None
+
+
+def _end(ctx: click.Context, error: BaseException, faults: Sequence[Fault], status: int) -> None:
+    if ctx.obj["verbose"]:
+        traceback.print_exception(error)
+    if ctx.obj["json"]:
+        _print_error(type(error).__name__, faults)
+    ctx.exit(status)
+
+
+def _print_error(kind: str, faults: Sequence[Fault]) -> None:
+    _print_json({"error": {"type": kind, "faults": [asdict(fault) for fault in faults]}})
+
+
+def _usage_fault(error: click.UsageError) -> Fault:
+    """What click found wrong with the arguments."""
+    where = error.ctx.command_path if error.ctx is not None else ""
+    if isinstance(error, click.NoSuchOption):
+        where = error.option_name
+    elif isinstance(error, click.BadParameter) and error.param is not None:
+        where = error.param.opts[0]
+    return Fault(where, error.format_message(), f"See `{where} --help`." if " " in where else "")
 
 
 def _answer_interrupts(ctx: click.Context) -> None:
@@ -89,18 +125,6 @@ def _answer_interrupts(ctx: click.Context) -> None:
 
     signal.signal(signal.SIGINT, stop)
     ctx.call_on_close(lambda: signal.signal(signal.SIGINT, before))
-
-
-def _heeding_interrupts(on_progress: OnProgress) -> OnProgress:
-    """`on_progress`, raising once more what a library that was being imported has swallowed."""
-    noted = click.get_current_context().obj
-
-    def update(stage: str, done: int, total: int) -> None:
-        if noted.get("interrupted"):
-            raise KeyboardInterrupt
-        on_progress(stage, done, total)
-
-    return update
 
 
 def _fitting_threads(jobs: int | None) -> Callable[[Plan], None]:
@@ -123,12 +147,6 @@ def _fitting_threads(jobs: int | None) -> Callable[[Plan], None]:
     return fit
 
 
-def _exit(ctx: click.Context, error: BaseException, status: int) -> None:
-    if (ctx.obj or {}).get("verbose"):
-        traceback.print_exception(error)
-    ctx.exit(status)
-
-
 def _say(text: str, *, err: bool = False) -> None:
     click.echo(wrapped(printable(text), columns(sys.stderr if err else sys.stdout)), err=err)
 
@@ -149,6 +167,8 @@ def _indent(text: str) -> str:
 
 def _remember_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
     ctx.obj["verbose"] = value
+    if value:
+        show_log(logging.DEBUG)
     return value
 
 
@@ -167,7 +187,7 @@ def _talk(command: flags.Function) -> flags.Function:
         flags.option(TALK, "-q", "--quiet", is_flag=True, callback=_calm_the_hub,
                      help="Only errors on stderr."),
         flags.option(TALK, "-v", "--verbose", is_flag=True, callback=_remember_verbose,
-                     expose_value=False, help="More on stderr, and tracebacks."),
+                     expose_value=False, help="What is read from where, each shard, tracebacks."),
         flags.option(TALK, "--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
     ):  # fmt: skip
         command = option(command)
@@ -197,7 +217,6 @@ def main(ctx: click.Context, /) -> None:
     # Threads of torch that wait for work shall not spin: the cores are needed for hashing. It must
     # be said before torch is imported; the library leaves it to whoever owns the process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    ctx.obj = {}  # Commands note here what the group must know of errors, such as --verbose.
     _answer_interrupts(ctx)
     accept_any_text()
 
@@ -237,12 +256,11 @@ def convert(
             from xtuner2llava.cli.dask_cluster import dask_executor
 
             executor = stack.enter_context(dask_executor(dask))
-        bar = stack.enter_context(ProgressBar(show=not quiet and sys.stderr.isatty()))
         options = replace(
             options,
             executor=executor,
             on_plan=None if executor else _fitting_threads(options.jobs),
-            on_progress=_heeding_interrupts(bar.update),
+            on_progress=stack.enter_context(progress(quiet=quiet)),
         )
         report = run(checkpoint, out, options)
     if as_json:
@@ -267,8 +285,8 @@ def push(out: str, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> No
     from xtuner2llava.conversion import push as run
 
     options = flags.collect(PushOptions, given)
-    with ProgressBar(show=not quiet and sys.stderr.isatty()) as bar:
-        pushed = run(out, repo_id, replace(options, on_progress=_heeding_interrupts(bar.update)))
+    with progress(quiet=quiet) as on_progress:
+        pushed = run(out, repo_id, replace(options, on_progress=on_progress))
     if as_json:
         _print_json(pushed.to_dict())
     elif not quiet:
@@ -325,9 +343,8 @@ def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given:
     from xtuner2llava.cli.verification import render_verification
     from xtuner2llava.verification import verify_folder
 
-    with ProgressBar(show=not quiet and sys.stderr.isatty()) as bar:
-        options = replace(options, on_progress=_heeding_interrupts(bar.update))
-        verification = verify_folder(out, options)
+    with progress(quiet=quiet) as on_progress:
+        verification = verify_folder(out, replace(options, on_progress=on_progress))
     if as_json:
         _print_json(verification.to_dict())
     elif not quiet:

@@ -1,47 +1,84 @@
-"""The progress bar: bytes, rate and time left, on a terminal only."""
+"""What is said while a command runs: a bar on a terminal, else lines of the log; all on stderr."""
 
 from __future__ import annotations
 
-from types import TracebackType
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from xtuner2llava.cli.terminal import printable
+from xtuner2llava.options import OnProgress
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_FORMAT, _TIME = "%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"
 
-class ProgressBar:
-    """Shows how far a stage is, on stderr; with `show` false it does nothing."""
 
-    def __init__(self, *, show: bool) -> None:
-        self._show = show
-        self._stage = ""
-        self._bar: tqdm[NoReturn] | None = None
+class _Handler(logging.Handler):
+    """Writes each record as one line, above the bar if there is one."""
 
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` bytes of `stage` are done."""
-        if not self._show:
-            return
-        if self._bar is None or stage != self._stage:
+    def emit(self, record: logging.LogRecord) -> None:
+        line = printable(self.format(record)).replace("\n", "\\n")
+        if "tqdm" in sys.modules:
             from tqdm import tqdm
 
-            self._close()
-            self._stage = stage
-            self._bar = tqdm(total=total, desc=stage, unit="B", unit_scale=True, leave=False)
-        bar = self._bar
+            tqdm.write(line, file=sys.stderr)
+        else:
+            click.echo(line, err=True)
+
+
+def show_log(level: int) -> None:
+    """Shows the log of the library from `level` on until the running command ends."""
+    logger, handler = logging.getLogger("xtuner2llava"), _Handler()
+    handler.setFormatter(logging.Formatter(_FORMAT, _TIME))
+    before = logger.level
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    click.get_current_context().find_root().call_on_close(end)
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[OnProgress]:
+    """Takes (stage, bytes done, bytes in all) for a bar on a terminal.
+
+    Without a terminal, a line for each stage says that it ended.
+    """
+    noted = click.get_current_context().obj
+    on_terminal = sys.stderr.isatty()
+    if not (quiet or on_terminal or noted["verbose"]):
+        show_log(logging.INFO)
+    bar, shown = None, ""
+
+    def update(stage: str, done: int, total: int) -> None:
+        nonlocal bar, shown
+        if noted["interrupted"]:  # A library that was being imported may have swallowed it.
+            raise KeyboardInterrupt
+        if quiet or not on_terminal:
+            return
+        if bar is None or stage != shown:
+            bar, shown = _replace(bar, stage, total), stage
         bar.update(done - bar.n)
 
-    def __enter__(self) -> ProgressBar:
-        return self
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
 
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+def _replace(bar: tqdm[NoReturn] | None, stage: str, total: int) -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    if bar is not None:
+        bar.close()
+    return tqdm(total=total, desc=stage, unit="B", unit_scale=True, leave=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ from xtuner2llava.tokenizers import (
 )
 from xtuner2llava.writing.shards import plan_shards
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
@@ -91,7 +94,17 @@ def make_plan(checkpoint: Checkpoint, options: Options, untied: Collection[str] 
     found = assess(checkpoint, options, untied)
     raise_faults(PlanError, [*found.faults, *found.pending])
     assert found.plan is not None  # noqa: S101
+    _log_plan(found.plan)
     return found.plan
+
+
+def _log_plan(plan: Plan) -> None:
+    for file in plan.mapping.files:
+        _log.debug("mapping: %s, SHA-256 %s", file.name, file.sha256)
+    for path in plan.files:
+        _log.debug("%s: copied from %s", path.name, path.parent)
+    for name in plan.made_files:
+        _log.debug("%s: made", name)
 
 
 def assess(checkpoint: Checkpoint, options: Options, untied: Collection[str] = ()) -> Assessment:

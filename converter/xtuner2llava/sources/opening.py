@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from os import fspath
 from pathlib import Path
@@ -28,6 +29,7 @@ from xtuner2llava.storage.weights import (
 )
 from xtuner2llava.training_config import TrainingConfig
 
+_log = logging.getLogger(__name__)
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
@@ -57,7 +59,7 @@ def open_checkpoint(
         training_config = TrainingConfig.from_file(Path(options.xtuner_config))
     elif artifact.config is not None:
         training_config = TrainingConfig.from_text(*artifact.config)
-    return assemble(
+    opened = assemble(
         artifact,
         training_config,
         options,
@@ -65,6 +67,8 @@ def open_checkpoint(
         stream_base=stream_base,
         base_weights=base_weights,
     )
+    _log_sources(opened)
+    return opened
 
 
 def open_training(path: PathOrText, options: SourceOptions | None = None) -> Checkpoint:
@@ -74,7 +78,7 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
     """
     training_config = TrainingConfig.from_file(path)
     artifact = Artifact(Path(path), "XTuner config, before training", {}, ())
-    return assemble(
+    opened = assemble(
         artifact,
         training_config,
         options or SourceOptions(),
@@ -82,6 +86,19 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
         base_weights=False,
         before_training=True,
     )
+    _log_sources(opened)
+    return opened
+
+
+def _log_sources(opened: Checkpoint) -> None:
+    artifact, config = opened.artifact, opened.training_config
+    _log.debug("checkpoint: %s: %s", artifact.path, artifact.layout)
+    if config is not None:
+        _log.debug("XTuner config: %s", config.where)
+    for file in (*artifact.files, *opened.base_files):
+        _log.debug("weights: %s, %d bytes", file.name, file.size)
+    for title, part in (("LLM", opened.llm), ("vision tower", opened.visual_encoder)):
+        _log.debug("%s: %s; config and small files from %s", title, part.origin, part.folder)
 
 
 def open_artifact(reference: str, weights: str = MASTER) -> Artifact:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import CheckpointError, ConversionError, CorruptFileError, UsageError
 from xtuner2llava.hub.download import is_reference
+from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.checks import config, names, structure
@@ -77,7 +78,10 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     repository = fspath(out)
     if "/" in repository and not Path(out).exists() and is_reference(repository):
         return _verify_published(repository, options)
-    folder, checks = check_folder(Path(out), options)
+    stages = Stages()
+    with stages.stage("look") as stage:
+        folder, checks = check_folder(Path(out), options)
+        stage.nbytes = _weight_bytes(Path(out))
     figures: dict[str, Json] = {}
     broken = {c.name for c in checks if c.result == FAILED} & {_CONFIG, _HEADERS}
     if folder is None or broken:
@@ -89,13 +93,17 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     if options.against is not None:
         from xtuner2llava.verification.against import against_checks, plan_again
 
-        plan = plan_again(fspath(options.against), options, folder)
-        checks += against_checks(folder, plan, options, figures)
+        with stages.stage("plan"):
+            plan = plan_again(fspath(options.against), options, folder)
+        with stages.stage("compare") as stage:
+            checks += against_checks(folder, plan, options, figures)
+            stage.nbytes = plan.nbytes
     if options.reference is not None or (plan is not None and options.logits):
         from xtuner2llava.verification.logits import run_checks
 
         counter = partial(byte_counter, options.on_progress)
-        checks += run_checks(folder, plan, options, figures, counter)
+        with stages.stage("logits"):
+            checks += run_checks(folder, plan, options, figures, counter)
     return Verification(Path(out), tuple(checks), figures)
 
 
@@ -115,10 +123,13 @@ def check_folder(
         checks.append(Check(RECORD_NAME, *judge(folder.damage[RECORD_NAME], "")))
     checks += _made(_CHECKS, folder)
     checks += [*tokenizer_checks(folder), *_made(_TEXT_CHECKS, folder)]
-    total = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    counter = byte_counter(options.on_progress, "checksums", total)
+    counter = byte_counter(options.on_progress, "checksums", _weight_bytes(path))
     checks += [*record_checks(folder, counter, published), *_as_asked(folder, options)]
     return folder, checks
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def _made(

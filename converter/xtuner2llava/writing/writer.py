@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -20,6 +22,8 @@ from xtuner2llava.writing.shard_file import WrittenPart, hash_start, write_shard
 from xtuner2llava.writing.shards import Shard
 from xtuner2llava.writing.source_sums import SourceSums
 from xtuner2llava.writing.verify import verify_shard
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class _Job:
     deliver: Deliver | None
 
     def run(self, shard: Shard) -> tuple[WrittenShard, WrittenPart]:
+        start = time.perf_counter()
         part, kept = self._keep(shard) or self._write(shard)
         self.sources.add(part.sums, self.compare)
         written = WrittenShard(shard.filename, shard.size, part.blake3, kept)
@@ -129,6 +134,10 @@ class _Job:
             self.folder.discard(shard.filename)
         else:
             self.folder.state.set_finished(shard.filename, part.to_json())
+        seconds = time.perf_counter() - start
+        _log.debug(
+            "%s: %d bytes, %d of them kept, %.3f s", shard.filename, shard.size, kept, seconds
+        )
         return written, part
 
     def compare(self, shard: Shard) -> None:

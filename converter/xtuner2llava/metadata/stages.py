@@ -1,0 +1,34 @@
+"""The stages of a conversion or a check: their wall time, and a line of the log for each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Stage:
+    """A stage that runs; `nbytes` is what it read or wrote, where that is counted."""
+
+    nbytes: int | None = None
+
+
+class Stages:
+    """Wall time of the stages that ended, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Logs "name: bytes, seconds" when it ends without an exception."""
+        stage, start = Stage(), time.perf_counter()
+        yield stage
+        seconds = self.seconds[name] = round(time.perf_counter() - start, 3)
+        amount = "" if stage.nbytes is None else f"{stage.nbytes} bytes, "
+        _log.info("%s: %s%.3f s", name, amount, seconds)

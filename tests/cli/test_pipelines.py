@@ -1,0 +1,178 @@
+"""What a pipeline reads: errors as JSON, exit codes, and the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from reference.cases import CASES
+from xtuner2llava import ConversionError, convert, plan
+from xtuner2llava.cli import commands
+from xtuner2llava.cli.commands import main
+
+CASE = "qwen2_d_lora_vislora"
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d (\S+): (?:\d+ bytes, )?\d+\.\d{3} s")
+LOGGER = logging.getLogger("xtuner2llava")
+
+
+@pytest.fixture
+def words(checkpoints: Path) -> list[str]:
+    case = CASES[CASE]
+    bases = ["--llm", str(checkpoints / case.llm), "--vision", str(checkpoints / case.vision)]
+    return [str(checkpoints / CASE / "iter_2.pth"), *bases, "--vision-tower-name", "openai/clip"]
+
+
+@pytest.fixture
+def given(checkpoints: Path) -> dict[str, Any]:
+    case = CASES[CASE]
+    return {"llm": checkpoints / case.llm, "vision": checkpoints / case.vision,
+            "vision_tower_name": "openai/clip"}  # fmt: skip
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def error_of(result: Result) -> dict[str, Any]:
+    """The error that is all of stdout."""
+    found = json.loads(result.stdout)
+    assert list(found) == ["error"]
+    assert all(list(f) == ["where", "what", "advice"] for f in found["error"]["faults"])
+    return found["error"]
+
+
+def test_an_error_is_json_with_every_fault_and_text_on_stderr(
+    words: list[str], tmp_path: Path
+) -> None:
+    done = run("convert", words[0], tmp_path / "out", *words[1:], "--mapping", "llama", "--json")
+    error = error_of(done)
+    assert done.exit_code == 1
+    assert error["type"] == "PlanError"
+    assert {f["where"] for f in error["faults"]} == {"families/llama.yaml:13"}
+    assert len(error["faults"]) == 3
+    assert "is not a tensor of LlamaForCausalLM" in error["faults"][0]["what"]
+    assert error["faults"][0]["advice"].startswith("Drop it with a reason")
+    assert "Error, 3 faults" in done.stderr
+    assert not (tmp_path / "out").exists()
+    plain = run("convert", words[0], tmp_path / "out", *words[1:], "--mapping", "llama")
+    assert (plain.exit_code, plain.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "what"),
+    [
+        (["plan", "x", "--dtype", "int8"], "--dtype", "'int8' is not one of"),
+        (["verify", "x", "--jobs", "many"], "--jobs", "'many' is not a valid integer"),
+        (["push", "x"], "repo_id", "Missing argument 'REPO_ID'"),
+        (["convert", "x", "y", "--nonsense"], "--nonsense", "No such option"),
+        (["convert", "x", "y", "--jobs", "0"], "--jobs", "is 0, expected a whole number"),
+        (["inspect", "nothing.pth"], "nothing.pth", "no such file or folder"),
+        (["plan", ""], "CHECKPOINT", "not empty"),
+    ],
+)
+def test_a_wrong_call_is_json_too_and_exits_with_2(
+    command: list[str], where: str, what: str
+) -> None:
+    done = run(*command, "--json")
+    error = error_of(done)
+    assert (done.exit_code, error["type"]) == (2, "UsageError")
+    (fault,) = error["faults"]
+    assert fault["where"] == where
+    assert what in fault["what"]
+    assert done.stderr != ""
+    assert run(*command).stdout == ""
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KeyError("x"), 1), (KeyboardInterrupt(), 130)])
+def test_bugs_and_interrupts_are_json_too(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(commands, "_show_plan", fail)
+    done = run("plan", *words, "--json")
+    assert done.exit_code == status
+    assert error_of(done)["type"] == type(raised).__name__
+    assert "Traceback" not in done.stderr
+
+
+def test_each_stage_is_a_line_without_a_terminal(words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "llava-qwen2"
+    done = run("convert", words[0], out, *words[1:], "--json")
+    lines = [LINE.fullmatch(line) for line in done.stderr.splitlines()]
+    assert [line and line[1] for line in lines] == [
+        "open", "plan", "write", "describe", "publish",
+    ]  # fmt: skip
+    seconds = json.loads(done.stdout)["seconds"]
+    assert [*seconds] == ["open", "plan", "write", "describe", "publish"]
+    written = next(x for x in done.stderr.splitlines() if " write: " in x)
+    assert f" {(out / 'model.safetensors').stat().st_size} bytes," in written
+    checked = run("verify", out, "--against", *words)
+    assert [LINE.fullmatch(x)[1] for x in checked.stderr.splitlines()] == [  # type: ignore[index]
+        "look", "plan", "compare",
+    ]  # fmt: skip
+    assert run("verify", out, "-q").stderr == ""
+    assert run("plan", *words).stderr == ""
+    assert LOGGER.handlers == []
+
+
+def test_verbose_says_what_is_read_from_where(
+    words: list[str], checkpoints: Path, tmp_path: Path
+) -> None:
+    done = run("convert", words[0], tmp_path / "llava-qwen2", *words[1:], "-v")
+    llm, vision = (checkpoints / "bases" / name for name in ("llm_qwen2", "vision_clip"))
+    for line in (
+        f"checkpoint: {words[0]}: iter .pth file",
+        f"XTuner config: {words[0]} (meta.cfg)",
+        f"weights: iter_2.pth, {Path(words[0]).stat().st_size} bytes",
+        f"LLM: LoRA (rank 16, alpha 32) on base bases/llm_qwen2; config and small files from {llm}",
+        f"config and small files from {vision}",
+        "mapping: families/qwen2.yaml, SHA-256 ",
+        f"merges.txt: copied from {llm}",
+        "model.safetensors: ",
+    ):
+        assert line in done.stderr, line
+    assert f"copied from {llm}" in run("plan", *words, "-v").stderr
+
+
+def test_a_log_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name cannot forge a line, or move the cursor."""
+    with main.make_context("xtuner2llava", ["plan", "x"]):
+        commands.show_log(logging.INFO)
+        LOGGER.info("a\n2026-01-01T00:00:00 write: \x1b[1A")
+        LOGGER.debug("not shown")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r" a\n2026-01-01T00:00:00 write: \x1b[1A")
+    assert (LOGGER.handlers, LOGGER.level) == ([], logging.NOTSET)
+
+
+def test_the_library_logs_and_prints_nothing(
+    checkpoints: Path,
+    given: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = checkpoints / CASE / "iter_2.pth"
+    convert(checkpoint, tmp_path / "llava-qwen2", **given)
+    with pytest.raises(ConversionError):
+        plan(checkpoint, **given, mapping="llama")
+    assert capfd.readouterr() == ("", "")
+    assert (LOGGER.handlers, LOGGER.level, LOGGER.propagate) == ([], logging.NOTSET, True)
+    assert caplog.records == []
+    with caplog.at_level(logging.DEBUG, "xtuner2llava"):
+        report = convert(checkpoint, tmp_path / "llava-qwen2-b", **given, max_shard_size="200KB")
+    at = {level: [r.getMessage() for r in caplog.records if r.levelno == level]
+          for level in (logging.INFO, logging.DEBUG)}  # fmt: skip
+    assert {r.name.partition(".")[0] for r in caplog.records} == {"xtuner2llava"}
+    assert [line.partition(":")[0] for line in at[logging.INFO]] == [*report.seconds]
+    shards = [line.partition(":")[0] for line in at[logging.DEBUG] if line.startswith("model-")]
+    assert sorted(shards) == sorted(report.blake3)
+    assert len(shards) > 1

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.mapping import Catalogue, Family
-from xtuner2llava.mapping.caveats import Caveat, Condition, Requirement
+from xtuner2llava.mapping.caveats import Caveat
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/compatibility.md"
@@ -118,7 +118,7 @@ def family_table(results: Results, catalogue: Catalogue) -> str:
         cells = [family_cell(results, catalogue, family, format_) for format_ in FORMATS]
         limits = [limit(caveat) for caveat in family.caveats if is_limit(caveat)]
         for format_ in FORMATS:
-            described = catalogue.formats[format_].classes.get(family.becomes.name)
+            described = catalogue.formats[format_].classes.get(family.target_class.name)
             limits += [
                 f"{limit(c)} in `{format_}`" for c in (described.caveats if described else ())
             ]
@@ -131,7 +131,7 @@ def family_table(results: Results, catalogue: Catalogue) -> str:
 
 
 def family_cell(results: Results, catalogue: Catalogue, family: Family, format_: str) -> str:
-    refused = catalogue.refusals.of_format(format_).get(family.becomes.name)
+    refused = catalogue.refusals.of_format(format_).get(family.target_class.name)
     found = [r for r in results.exact if (r.family, r.format) == (family.name, format_)]
     if refused is not None and not found and refused.where in results.refused:
         return "refused"
@@ -184,17 +184,11 @@ def refusal_table(results: Results, catalogue: Catalogue) -> str:
             if requirement.where not in results.refused:
                 sys.exit(f"No test shows the refusal of {requirement.where}.")
             architecture = catalogue.classes[name].architecture
-            rows.append([f"some `{architecture}`", f"`{format_}`", reason(requirement)])
+            because = published(requirement.because.text)
+            rows.append([f"some `{architecture}`", f"`{format_}`", because])
         for name, fault in catalogue.refusals.of_format(format_).items():
             rows.append([f"`{catalogue.classes[name].architecture}`", f"`{format_}`", fault.what])
     return table(["refused", "in", "because"], rows)
-
-
-def reason(requirement: Requirement) -> str:
-    """Why a config is refused that does not meet a requirement."""
-    if isinstance(requirement, Condition):
-        return published(requirement.because.text)
-    return f"`{requirement.key}` is not `{requirement.expected}`"
 
 
 def is_limit(caveat: Caveat) -> bool:

@@ -108,7 +108,7 @@ def values(result: Result | Prompts) -> Mapping[str, str | int]:
 
 def table(results: Iterable[Result], catalogue: Catalogue) -> str:
     """A row for each program, version and output; a column for each class that an LLM becomes."""
-    classes = sorted({family.becomes.name for family in catalogue.families.values()})
+    classes = sorted({family.target_class.name for family in catalogue.families.values()})
     rows: dict[tuple[int, str, str], list[Result]] = {}
     for result in results:
         rows.setdefault(result.output, []).append(result)

@@ -41,7 +41,7 @@ def faults(page: str) -> Iterator[str]:
         if architectures != ", ".join(f"`{a}`" for a in family.match.architectures):
             yield f"{name}: other architectures"
         for format_, cell in (("llava", llava), ("hf", hf)):
-            can = family.becomes.name in CATALOGUE.formats[format_].classes
+            can = family.target_class.name in CATALOGUE.formats[format_].classes
             if not (EXACT.fullmatch(cell) if can else cell == "refused"):
                 yield f"{name}: {cell} in {format_}"
     table = page.partition("| refused | in | because |\n")[2].partition("<!--")[0]
@@ -112,8 +112,8 @@ def made_up(difference: float = 1.4e-6) -> list[dict[str, Any]]:
     refused += [requirement.where for requirement in requirements("llava")]
     for name, family in CATALOGUE.families.items():
         for format_ in ("llava", "hf"):
-            if family.becomes.name not in CATALOGUE.formats[format_].classes:
-                refused.append(CATALOGUE.formats[format_].refused[family.becomes.name].where)
+            if family.target_class.name not in CATALOGUE.formats[format_].classes:
+                refused.append(CATALOGUE.formats[format_].refused[family.target_class.name].where)
                 continue
             result = {"family": name, "format": format_, "layout": "iter .pth file"}
             result |= {"llm": "full", "tower": "frozen", "real": name == "yi"}

@@ -67,11 +67,11 @@ def plain(source: Source, tensors: Any, family: Family) -> Plain:
     values = family.translate_config(source.config).values
     made = apply(family.expand(source.config, tensors.keys()), tensors)
     shapes = {name: tensor.shape for name, tensor in made.outputs.items()}
-    assert check_against_class(family.becomes, values, shapes, made.origins) == []
+    assert check_against_class(family.target_class, values, shapes, made.origins) == []
     config = {
         **values,
-        "model_type": family.becomes.model_type,
-        "architecture": family.becomes.architecture,
+        "model_type": family.target_class.model_type,
+        "architecture": family.target_class.architecture,
         "pad_token_id": source.config.get("pad_token_id"),
     }
     read = {name: tensor.read(0, tensor.rows) for name, tensor in made.outputs.items()}

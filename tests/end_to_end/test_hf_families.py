@@ -85,7 +85,7 @@ def test_every_family_and_every_class_are_tried() -> None:
     tried = {kind if kind in catalogue.families else KINDS[kind].model_type
              for kind, _ in CASES.values()}  # fmt: skip
     assert tried == set(catalogue.families)
-    becomes = {catalogue.families[name].becomes.name for name in tried}
+    becomes = {catalogue.families[name].target_class.name for name in tried}
     assert set(catalogue.formats["hf"].classes) == becomes
 
 

@@ -97,7 +97,7 @@ def test_a_default_beside_a_key_like_it_is_named(
     # What the file says is not in doubt, and what is equal is no matter.
     if key != "rope_scaling" and key == other:
         assert doubts(own(tmp_path, f"  set: {{{key}: {value}}}\n", becomes), config) == []
-    default = CATALOGUE.classes[becomes].default[key]
+    default = CATALOGUE.classes[becomes].config.default[key]
     if default is not None and named == other:
         assert doubts(own(tmp_path, becomes=becomes), {**LAB, other: default}) == []
     scaling = key == "rope_scaling"

@@ -11,7 +11,7 @@ from xtuner2llava.errors import MappingError
 from xtuner2llava.mapping import (
     Applied,
     Catalogue,
-    Chat,
+    ChatDefaults,
     Family,
     Generation,
     apply,
@@ -51,7 +51,7 @@ QWEN: dict[str, object] = {
 
 
 def class_names(family: str, config: Mapping[str, object]) -> list[str]:
-    plain = CATALOGUE.families[family].becomes
+    plain = CATALOGUE.families[family].target_class
     return [*plain.tensors(plain.complete(config)[0])]
 
 
@@ -122,9 +122,9 @@ def test_identity_families(name: str, architecture: str) -> None:
     names = class_names(name, config)
     source = {**config, "architectures": [architecture], "model_type": name}
     family = CATALOGUE.detect(source, names)
-    assert family.name == family.becomes.name == name
+    assert family.name == family.target_class.name == name
 
-    plain = family.becomes
+    plain = family.target_class
     shapes = {n: e.shape for n, e in plain.tensors(plain.complete(config)[0]).items()}
     shapes["model.layers.1.self_attn.rotary_emb.inv_freq"] = (2,)
     applied = convert(family, source, shapes)
@@ -166,7 +166,7 @@ def test_qwen_1_becomes_qwen_2() -> None:
 
     applied = convert(family, QWEN, shapes)
     made = {name: tensor.shape for name, tensor in applied.outputs.items()}
-    assert check_against_class(family.becomes, translated.values, made, applied.origins) == []
+    assert check_against_class(family.target_class, translated.values, made, applied.origins) == []
     sources = {name: origin.sources for name, origin in applied.origins.items()}
     # c_proj(w1(x) * silu(w2(x))): the gate is w2.
     assert sources["model.layers.1.mlp.gate_proj.weight"] == ("transformer.h.1.mlp.w2.weight",)
@@ -350,9 +350,11 @@ def test_tokens_and_templates() -> None:
     qwen = Generation("<|endoftext|>", ("<|im_end|>", "<|endoftext|>"), "<|endoftext|>")
     for name in ("qwen", "qwen2"):
         assert CATALOGUE.families[name].generation == qwen
-        assert CATALOGUE.families[name].chat == Chat("qwen_chat", ("<|im_end|>", "<|endoftext|>"))
+        assert CATALOGUE.families[name].chat == ChatDefaults(
+            "qwen_chat", ("<|im_end|>", "<|endoftext|>")
+        )
     assert CATALOGUE.families["llama"].generation == Generation(None, (), None)
-    assert CATALOGUE.families["llama"].chat == Chat(None, ())
+    assert CATALOGUE.families["llama"].chat == ChatDefaults(None, ())
     assert CATALOGUE.families["qwen"].tokenizer["class"] == "Qwen2Tokenizer"
 
 
@@ -439,7 +441,7 @@ generation: {pad: "<|extra_0|>"}
     applied = convert(family, config, shapes)
     made = {name: tensor.shape for name, tensor in applied.outputs.items()}
     translated = family.translate_config(config)
-    assert check_against_class(family.becomes, translated.values, made, applied.origins) == []
+    assert check_against_class(family.target_class, translated.values, made, applied.origins) == []
     assert applied.origins["model.norm.weight"].where == "my-qwen.yaml:6"
     assert applied.origins["lm_head.weight"].where.startswith("families/qwen.yaml:")
     assert family.generation == Generation(
@@ -490,7 +492,7 @@ def test_the_example_of_the_page_works(tmp_path: Path) -> None:
     applied = convert(family, config, shapes)
     made = {name: tensor.shape for name, tensor in applied.outputs.items()}
     translated = family.translate_config(config)
-    assert check_against_class(family.becomes, translated.values, made, applied.origins) == []
+    assert check_against_class(family.target_class, translated.values, made, applied.origins) == []
     assert translated.values["rms_norm_eps"] == 1e-5
     with pytest.raises(MappingError, match="and gelu is not it here"):
         family.translate_config({**config, "activation": "gelu"})

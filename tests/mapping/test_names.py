@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xtuner2llava.mapping.fold import fold
-from xtuner2llava.mapping.names import below, join, matches, nearest, parse_name
+from xtuner2llava.mapping.names import below, fold, join, matches, nearest, parse_name
 
 
 @pytest.mark.parametrize(

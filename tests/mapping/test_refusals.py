@@ -101,7 +101,7 @@ def test_a_right_file_has_no_faults(tmp_path: Path) -> None:
         ),
         (
             "  - {split: a, into: b, sizes: [1]}",
-            ":6: what `into` or `concat` names is a list",
+            ":6: the value of `into` or `concat` is a list",
         ),
         (
             "  - {split: a, into: [b], sizes: [1], dim: 2}",
@@ -126,6 +126,14 @@ def test_a_right_file_has_no_faults(tmp_path: Path) -> None:
         (
             "  - {unstack: a, for: {e: 2}, into: ['b{e}', 'c{e}'], sizes: [1]}",
             ":6: 2 names in `into`, 1 numbers in `sizes`",
+        ),
+        (
+            "  - {unstack: a, for: {e: 2}, into: 'b{e}', sizes: [1, 2]}",
+            ":6: 1 names in `into`, 2 numbers in `sizes`",
+        ),
+        (
+            "  - {unstack: 'a{e}', for: {e: 2}, into: 'b{e}'}",
+            ":6: `a{e}`: `e` is not a loop variable",
         ),
         (
             "  - for: {i: 2}\n    rules: [{unstack: '{i}', for: {i: 2}, into: 'b{i}'}]",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import Applied, RuleSet, apply, expand
+from xtuner2llava.mapping import Applied, RuleSet, apply
+from xtuner2llava.mapping.expand import expand
 from xtuner2llava.mapping.rules import read_rules
 from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.yaml import read_document
@@ -40,7 +41,7 @@ def rules(text: str, parent: RuleSet | None = None, name: str = "t.yaml") -> Rul
     """The rules of a list in YAML; the first one stands in line 2."""
     document = read_document(f"tensors:\n{text}\n".encode(), name)
     reader = Reader(document)
-    found = RuleSet(read_rules(reader, document.root.entries["tensors"]), parent)
+    found = RuleSet(read_rules(reader, document.table["tensors"]), parent)
     reader.finish()
     return found
 
@@ -339,7 +340,7 @@ def test_faults_suggest_the_name_that_was_meant(given: Given) -> None:
         ),
         (
             "- keep: [w]\n- {move: u, to: v}",
-            "`u` is the beginning of no tensor's name",
+            "`u` is not the beginning of a tensor's name",
         ),
     ],
 )

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping.yaml import Items, Scalar, Table, read_document
+from xtuner2llava.mapping.yaml import read_document
 
 
 def value(text: str) -> object:
-    node = read_document(f"x: {text}\n".encode(), "a.yaml").root.entries["x"]
-    assert isinstance(node, Scalar)
-    return node.value
+    return read_document(f"x: {text}\n".encode(), "a.yaml").table["x"].value
 
 
 def faults(data: bytes | str) -> list[str]:
@@ -54,18 +52,21 @@ def test_scalars_are_those_of_yaml_1_2(text: str, expected: object) -> None:
 
 
 def test_every_value_and_key_knows_its_line() -> None:
-    root = read_document(b"# first\na: 1\nb:\n  - x\n  - {c: 2}\n", "a.yaml").root
-    assert root.lines == {"a": 2, "b": 3}
-    items = root.entries["b"]
-    assert isinstance(items, Items)
-    assert [node.line for node in items.values] == [4, 5]
-    assert isinstance(items.values[1], Table)
-    assert items.values[1].lines == {"c": 5}
+    table = read_document(b"# first\na: 1\nb:\n  - x\n  - {c: 2}\n", "a.yaml").table
+    assert {key: (node.key_line, node.line) for key, node in table.items()} == {
+        "a": (2, 2),
+        "b": (3, 4),
+    }
+    items = table["b"].value
+    assert isinstance(items, list)
+    assert [node.line for node in items] == [4, 5]
+    assert isinstance(items[1].value, dict)
+    assert items[1].value["c"].key_line == 5
 
 
 def test_keys_are_texts_as_written() -> None:
-    root = read_document(b"null: 1\n1: 2\non: 3\n", "a.yaml").root
-    assert [*root.entries] == ["null", "1", "on"]
+    table = read_document(b"null: 1\n1: 2\non: 3\n", "a.yaml").table
+    assert [*table] == ["null", "1", "on"]
 
 
 def test_all_duplicate_keys_are_named() -> None:

@@ -174,18 +174,13 @@ def _normalize_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _groups_as_thirds(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    import xtuner2llava.mapping
+    from xtuner2llava.mapping import rules
     from xtuner2llava.tensors import split
-
-    assert xtuner2llava.mapping.apply
 
     def wrong(tensor: Any, groups: int, slots: Any) -> Any:
         return split(tensor, [groups * slot for slot in slots])
 
-    # The package has a function of that name, which hides the module.
-    monkeypatch.setattr(sys.modules["xtuner2llava.mapping.apply"], "deinterleave", wrong)
+    monkeypatch.setattr(rules, "deinterleave", wrong)
 
 
 def _ranks_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -419,7 +419,7 @@ def list_mappings(as_json: bool) -> None:
 
     catalogue = Catalogue.shipped()
     rows = [
-        ("family", name, found.llms or "", found.becomes.architecture)
+        ("family", name, found.llms or "", found.target_class.architecture)
         for name, found in catalogue.families.items()
     ]
     for name, described in catalogue.formats.items():

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
+from importlib.resources import files
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError
 from xtuner2llava.mapping.detect import Match, Refusals, choose, read_refusals
 from xtuner2llava.mapping.family import Family, read_family, read_match_only
 from xtuner2llava.mapping.format import Format, read_format
-from xtuner2llava.mapping.names import nearest
-from xtuner2llava.mapping.plain_class import PlainClass, read_class
+from xtuner2llava.mapping.names import advice_for
+from xtuner2llava.mapping.plain_class import read_class
 from xtuner2llava.mapping.prompt_templates import PromptTemplate, read_prompt_templates
 from xtuner2llava.mapping.yaml import MAX_BYTES, Document, read_document
 
@@ -25,12 +26,10 @@ class Catalogue:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._families = _Shelf(folder / "families", "family", self._family)
-        self._formats = _Shelf(folder / "formats", "format", self._format)
-        self._classes = _Shelf(folder / "classes", "class", read_class)
-        self.families: Mapping[str, Family] = self._families
-        self.formats: Mapping[str, Format] = self._formats
-        self.classes: Mapping[str, PlainClass] = self._classes
+        self.families = _Shelf(folder / "families", "family", self._read_family)
+        self.formats = _Shelf(folder / "formats", "format", self._read_format)
+        self.classes = _Shelf(folder / "classes", "class", read_class)
+        self._shelves: tuple[_Shelf[Any], ...] = (self.families, self.formats, self.classes)
 
     @classmethod
     @cache
@@ -39,8 +38,6 @@ class Catalogue:
 
         The same one each time: each of its files is parsed once in a process.
         """
-        from importlib.resources import files
-
         installed = Path(str(files("xtuner2llava"))) / "mappings"
         if installed.is_dir():
             return cls(installed)
@@ -49,9 +46,9 @@ class Catalogue:
     def with_family_file(self, path: Path) -> Family:
         """The family of the user's own file, which may extend a shipped one.
 
-        What comes of it is exact if the file is right. Raises `MappingError` with all its faults.
+        Its results are exact if the file is right. Raises `MappingError` with all its faults.
         """
-        return replace(self._family(_read(path, path.name)), if_right=path.name)
+        return replace(self._read_family(_read(path, path.name)), if_right=path.name)
 
     def detect(self, config: Mapping[str, object], names: Collection[str] | None) -> Family:
         """The shipped family of an LLM with this config and these tensor names.
@@ -66,13 +63,10 @@ class Catalogue:
 
     def text_of(self, name: str) -> str:
         """The YAML of the shipped family, format or class `name`, in this order."""
-        shelves: list[_Shelf[Family] | _Shelf[Format] | _Shelf[PlainClass]] = [
-            *(self._families, self._formats, self._classes)
-        ]
-        for shelf in shelves:
+        for shelf in self._shelves:
             if name in shelf:
                 return shelf.path(name).read_text(encoding="utf-8")
-        known = [name for shelf in shelves for name in shelf]
+        known = [name for shelf in self._shelves for name in shelf]
         raise MappingError(f"there is no mapping `{name}`", advice=_known(name, known))
 
     @cached_property
@@ -95,34 +89,29 @@ class Catalogue:
 
     def check(self, path: Path) -> list[Fault]:
         """All faults of a family, format or class file; none if it is right."""
-        readers: dict[str, Callable[[Document], object]] = {
-            "family": self._family,
-            "format": self._format,
-            "class": read_class,
-        }
         try:
             document = _read(path, path.name)
-            kinds = [kind for kind in readers if kind in document.root.entries]
-            if len(kinds) != 1:
+            found = [shelf for shelf in self._shelves if shelf.kind in document.table]
+            if len(found) != 1:
                 raise MappingError(
-                    f"says {' and '.join(kinds) or 'nothing'} of family, format and class; "
-                    "it is one of them",
-                    where=document.where(document.root.line),
+                    f"says {' and '.join(shelf.kind for shelf in found) or 'nothing'} of family, "
+                    "format and class; it is one of them",
+                    where=document.where(document.line),
                     advice="Begin it with `schema: 1` and, say, `family: NAME`.",
                 )
-            readers[kinds[0]](document)
+            found[0].parse(document)
         except ConversionError as error:
             return list(error.faults)
         return []
 
     @cached_property
     def _matches(self) -> dict[str, Match]:
-        return {name: read_match_only(self._families.document(name)) for name in self._families}
+        return {name: read_match_only(self.families.document(name)) for name in self.families}
 
-    def _family(self, document: Document) -> Family:
+    def _read_family(self, document: Document) -> Family:
         return read_family(document, self.families.__getitem__, self.classes.__getitem__)
 
-    def _format(self, document: Document) -> Format:
+    def _read_format(self, document: Document) -> Format:
         format_ = read_format(document, self.formats.__getitem__)
         return replace(format_, refused=self.refusals.of_format(format_.name))
 
@@ -134,14 +123,12 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
     """
 
     def __init__(self, folder: Path, kind: str, parse: Callable[[Document], _T]) -> None:
-        self._folder, self._kind, self._parse = folder, kind, parse
+        self.kind, self.parse = kind, parse
+        self._folder = folder
+        self._names = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
         self._documents: dict[str, Document] = {}
         self._parsed: dict[str, _T] = {}
         self._parsing: list[str] = []
-
-    @cached_property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(sorted(path.stem for path in self._folder.glob("*.yaml")))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -165,22 +152,21 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
         if name in self._parsed:
             return self._parsed[name]
         if name not in self._names:
-            what = f"there is no {self._kind} `{name}`"
+            what = f"there is no {self.kind} `{name}`"
             raise MappingError(what, advice=_known(name, self._names))
         if name in self._parsing:
             chain = " extends ".join([*self._parsing, name])
             raise MappingError(f"extends itself: {chain}")
         self._parsing.append(name)
         try:
-            self._parsed[name] = self._parse(self.document(name))
+            self._parsed[name] = self.parse(self.document(name))
         finally:
             self._parsing.pop()
         return self._parsed[name]
 
 
 def _known(name: str, names: Collection[str]) -> str:
-    near = nearest(name, list(names))
-    return f"Did you mean `{near}`?" if near else f"Known: {', '.join(names)}."
+    return advice_for(name, [*names], f"Known: {', '.join(names)}.")
 
 
 def _read(path: Path, name: str) -> Document:
@@ -195,5 +181,5 @@ def _read(path: Path, name: str) -> Document:
 
 
 def check_file(path: Path) -> list[Fault]:
-    """All faults of a mapping file, in the light of the shipped ones; none if it is right."""
+    """All faults of a mapping file, which may name shipped ones; none if it is right."""
     return Catalogue.shipped().check(path)

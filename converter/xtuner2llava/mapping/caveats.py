@@ -1,4 +1,4 @@
-"""What a target cannot be, and what may differ in it: requirements, caveats and their limits."""
+"""What may differ in a target, and the limits within which it is exact."""
 
 from __future__ import annotations
 
@@ -7,76 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.mapping.expressions import Environment, Expression, lookup, same, say, show
-from xtuner2llava.mapping.names import Template
+from xtuner2llava.errors import MappingError
+from xtuner2llava.mapping.expressions import Environment, Expression, say, show
+from xtuner2llava.mapping.names import TextTemplate
 from xtuner2llava.mapping.schema import Reader
-from xtuner2llava.mapping.yaml import Items, Node, Scalar
+from xtuner2llava.mapping.yaml import Node
 
 _BOUND = re.compile(r"(<=|>=|<|>) ?([0-9]{1,4}(?:\.[0-9]{1,4}){0,3})", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Equality:
-    """A config key must have one value; a key that is not there is null."""
-
-    where: str
-    key: str
-    expected: str | int | float | bool | None
-
-    def fault(self, environment: Environment) -> Fault | None:
-        found = lookup(environment, self.key)
-        if same(found, self.expected):
-            return None
-        what = f"`{self.key}` is {show(found)}, only {show(self.expected)} can be expressed"
-        return Fault(self.where, what)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """An expression must hold; `because` says to people why, with the config's values in it."""
-
-    TITLE: ClassVar = "a requirement"
-    where: str
-    that: Expression
-    because: Template
-
-    def fault(self, environment: Environment) -> Fault | None:
-        try:
-            if self.that.condition(environment):
-                return None
-        except MappingError as error:
-            return error.faults[0]
-        found = ", ".join(
-            f"{name} is {show(environment.get(name))}" for name in sorted(self.that.names)
-        )
-        expected = f"Expected `{self.that.text}`; here {found}."
-        return Fault(self.where, say(self.because, environment), expected)
-
-
-Requirement = Equality | Condition
-
-
-def read_requirements(reader: Reader, node: Node | None) -> tuple[Requirement, ...]:
-    """Those of a table, as in `{no_bias: true}`, or of a list of `that` and `because`."""
-    if isinstance(node, Items):
-        found: tuple[Requirement, ...] = reader.value(tuple[Condition, ...], node, "`require`")
-        return found
-    equalities = []
-    for key, line, value in reader.entries(node, "`require`"):
-        reader.names_read.add(key.partition(".")[0])
-        if isinstance(value, Scalar):
-            equalities.append(Equality(reader.where(line), key, value.value))
-        else:
-            what = f"`{key}`: a required value is a number, a text, true, false or null"
-            reader.fault(value.line, what, "Conditions are a list of `that` and `because`.")
-    return tuple(equalities)
-
-
-def failures(requirements: Sequence[Requirement], environment: Environment) -> list[Fault]:
-    """A fault for each requirement that does not hold."""
-    faults = (requirement.fault(environment) for requirement in requirements)
-    return [fault for fault in faults if fault is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +32,7 @@ class Limit:
 
     @classmethod
     def unproven(cls, what: str) -> Limit:
-        """That the result depends on `what`, which is the user's word for it and has no proof."""
+        """That the result depends on `what`, for which the user's word is the only proof."""
         return cls(
             f"Exact if {what} is right; its logits were not compared. "
             "`verify OUT --reference FILE.npz` compares them with the trained model's.",
@@ -109,7 +46,7 @@ class Limit:
 
 
 def _read_length(reader: Reader, node: Node) -> Expression:
-    value = node.value if isinstance(node, Scalar) else None
+    value = node.value
     if isinstance(value, int | float) and (isinstance(value, bool | float) or value <= 0):
         what = f"`exact_up_to` is {show(value)}, a number of tokens was expected"
         reader.fault(node.line, what)
@@ -132,7 +69,7 @@ class Caveat:
     TITLE: ClassVar = "a caveat"
     where: str
     when: Expression | None = None
-    say: Template
+    say: TextTemplate
     exact_up_to: Annotated[Expression | None, _read_length] = None
     transformers: Annotated[str | None, _read_versions] = None
 
@@ -158,17 +95,24 @@ def limits(caveats: Sequence[Caveat], environment: Environment) -> list[Limit]:
 
 def in_range(version: str, versions: str) -> bool:
     """Whether `version`, such as `4.45.2` or `5.0.0.dev0`, is one of `versions`."""
-    numbers = _numbers(version)
+    number = _numbers(version)
     for sign, bound in _BOUND.findall(versions):
         other = _numbers(bound)
-        width = max(len(numbers), len(other))
-        left, right = (list(n) + [0] * (width - len(n)) for n in (numbers, other))
-        holds = {"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}
+        holds = {
+            "<": number < other,
+            "<=": number <= other,
+            ">": number > other,
+            ">=": number >= other,
+        }
         if not holds[sign]:
             return False
     return True
 
 
 def _numbers(version: str) -> list[int]:
+    """Its numbers, without zeros at the end, so that 5.0 is 5."""
     found = re.match(r"[0-9]+(?:\.[0-9]+)*", version, re.ASCII)
-    return [int(part) for part in found[0].split(".")] if found else []
+    numbers = [int(part) for part in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return numbers

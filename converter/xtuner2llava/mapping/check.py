@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from xtuner2llava.errors import Fault
 from xtuner2llava.mapping.apply import Origin
-from xtuner2llava.mapping.fold import Suggestions, TensorFaults, fold, shortened
-from xtuner2llava.mapping.plain_class import Expected, PlainClass
+from xtuner2llava.mapping.names import Suggestions, TensorFaults, fold, shortened
+from xtuner2llava.mapping.plain_class import ExpectedTensor, PlainClass
 
 
 def check_against_class(
@@ -22,55 +22,42 @@ def check_against_class(
     their shape if they are. `origins` tells which rule made a tensor, so that a fault can point
     at it. Raises `MappingError` where the config makes no shapes.
     """
-    expected = plain.tensors(config)
-    tied = plain.tied_names(config)
+    expected, tied = plain.tensors(config), plain.tied_names(config)
     made_by = {name: origin.where for name, origin in (origins or {}).items()}
     extra = [name for name in shapes if name not in expected]
-    lacking = [name for name in expected if name not in shapes and name not in tied]
-    wrong = TensorFaults()
+    lacking, wrong, too_many = TensorFaults(), TensorFaults(), TensorFaults()
+    like = Suggestions({folded.template: str(folded) for folded in fold(extra)})
+    for name, tensor in expected.items():
+        if name not in shapes and name not in tied:
+            what = f"is missing: {plain.architecture} has it and no rule makes it"
+            near = like.near(name)
+            advice = f"{near} is like it, and not expected." if near else ""
+            lacking.add(tensor.where, name, what, advice)
     for name, shape in shapes.items():
-        if name in expected and tuple(shape) != expected[name].shape:
-            where = made_by.get(name, expected[name].where)
-            wrong.add(where, name, *_wrong_shape(plain, config, tuple(shape), expected[name]))
-    faults = [*_lacking(plain, expected, lacking, extra), *wrong.faults()]
-    too_many = TensorFaults()
-    for name in extra:
-        too_many.add(
-            made_by.get(name, plain.file.name),
-            name,
-            f"is not a tensor of {plain.architecture} with this config",
-            "Drop it with a reason, or give it the name that it has there.",
-        )
-    return shortened([*faults, *too_many.faults()])
+        one = expected.get(name)
+        if one is None:
+            too_many.add(
+                made_by.get(name, plain.file.name),
+                name,
+                f"is not a tensor of {plain.architecture} with this config",
+                "Drop it with a reason, or give it the name that it has there.",
+            )
+        elif tuple(shape) != one.shape:
+            what = (
+                f"has shape {list(shape)}, {plain.architecture} expects "
+                f"[{', '.join(one.formulas)}] = {list(one.shape)}"
+            )
+            wrong.add(made_by.get(name, one.where), name, what, _advice(config, shape, one))
+    return shortened([*lacking.faults(), *wrong.faults(), *too_many.faults()])
 
 
-def _wrong_shape(
-    plain: PlainClass, config: Mapping[str, object], shape: tuple[int, ...], expected: Expected
-) -> tuple[str, str]:
-    """What is wrong with a shape, and which config keys the tensor contradicts."""
-    what = (
-        f"has shape {list(shape)}, {plain.architecture} expects "
-        f"[{', '.join(expected.formulas)}] = {list(expected.shape)}"
-    )
+def _advice(config: Mapping[str, object], shape: tuple[int, ...], expected: ExpectedTensor) -> str:
+    """Which config keys a tensor contradicts, and where its shape stands."""
     doubtful = []
     if len(shape) == len(expected.shape):
-        sizes = zip(expected.formulas, expected.shape, shape, strict=True)
         doubtful = [
-            f"`{formula}` is {wanted} in the config, the tensor says {found}."
-            for formula, wanted, found in sizes
+            f"`{formula}` is {wanted} in the config, the tensor says {found}. "
+            for formula, wanted, found in zip(expected.formulas, expected.shape, shape, strict=True)
             if wanted != found and formula in config
         ]
-    return what, " ".join([*doubtful, f"The shape stands in {expected.where}."])
-
-
-def _lacking(
-    plain: PlainClass, expected: Mapping[str, Expected], lacking: list[str], extra: list[str]
-) -> list[Fault]:
-    meant = Suggestions({folded.template: str(folded) for folded in fold(extra)})
-    faults = TensorFaults()
-    for name in lacking:
-        near = meant.near(name)
-        what = f"is missing: {plain.architecture} has it and no rule makes it"
-        advice = f"{near} is like it, and not expected." if near else ""
-        faults.add(expected[name].where, name, what, advice)
-    return faults.faults()
+    return "".join([*doubtful, f"The shape stands in {expected.where}."])

@@ -1,20 +1,80 @@
-"""What a mapping says about config keys: `keep`, `derive`, `set`, and `default` for the source."""
+"""What a mapping says about config keys: how they are made, and what a config must be."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.mapping.caveats import Requirement, read_requirements
-from xtuner2llava.mapping.expressions import Environment, Expression
-from xtuner2llava.mapping.schema import Reader
-from xtuner2llava.mapping.yaml import Node, Scalar
+from xtuner2llava.mapping.expressions import Environment, Expression, lookup, same, say, show
+from xtuner2llava.mapping.names import TextTemplate
+from xtuner2llava.mapping.schema import ABSENT, Reader
+from xtuner2llava.mapping.yaml import Node
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    """How one key of the target's config comes about.
+class Requirement:
+    """An expression must hold; `because` says to people why, with the config's values in it."""
+
+    TITLE: ClassVar = "a requirement"
+    where: str
+    that: Expression
+    because: TextTemplate
+
+    def fault(self, environment: Environment) -> Fault | None:
+        """Why it does not hold. An expression that has no value does not."""
+        try:
+            if self.that.condition(environment):
+                return None
+        except MappingError as error:
+            return error.faults[0]
+        found = ", ".join(
+            f"{name} is {show(environment.get(name))}" for name in sorted(self.that.names)
+        )
+        expected = f"Expected `{self.that.text}`; here {found}."
+        return Fault(self.where, say(self.because, environment), expected)
+
+
+def read_requirements(reader: Reader, node: Node) -> tuple[Requirement, ...]:
+    """Those of a table, as in `{no_bias: true}`, or of a list of `that` and `because`."""
+    if isinstance(node.value, list):
+        return tuple(reader.value(tuple[Requirement, ...], node, "`require`"))
+    found = []
+    for key, value in reader.table(node, "`require`").items():
+        reader.names_read.add(key.partition(".")[0])
+        if isinstance(value.value, list | dict):
+            what = f"`{key}`: a required value is a number, a text, true, false or null"
+            reader.fault(value.line, what, "Conditions are a list of `that` and `because`.")
+        else:
+            found.append(_equality(reader.where(value.key_line), key, value.value))
+    return tuple(found)
+
+
+def _equality(where: str, key: str, expected: object) -> Requirement:
+    """That a key has one value; a key that is not there is null."""
+    text = f"`{key}` has a value that cannot be expressed"
+    return Requirement(
+        where,
+        Expression(
+            f"{key} == {show(expected)}",
+            where,
+            frozenset([key.partition(".")[0]]),
+            lambda scope: same(lookup(scope.environment, key), expected),
+        ),
+        TextTemplate(text, (text,)),
+    )
+
+
+def failures(requirements: Sequence[Requirement], environment: Environment) -> list[Fault]:
+    """A fault for each requirement that does not hold."""
+    faults = (requirement.fault(environment) for requirement in requirements)
+    return [fault for fault in faults if fault is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigKey:
+    """How one key of the target's config is made.
 
     With `derive` it is the value of the expression; with `keep`, that of the same key of the
     source, if it is there; else the constant `value`.
@@ -30,7 +90,7 @@ class Key:
 class ConfigRules:
     """The keys that are made, by name; `keep_all` keeps all others that the target has."""
 
-    keys: Mapping[str, Key] = field(default_factory=dict)
+    keys: Mapping[str, ConfigKey] = field(default_factory=dict)
     default: Mapping[str, object] = field(default_factory=dict)
     keep_all: bool = False
     requirements: tuple[Requirement, ...] = ()
@@ -62,41 +122,35 @@ class ConfigRules:
         return values
 
 
-def read_config_rules(reader: Reader, node: Node | None, allowed: Collection[str]) -> ConfigRules:
+def read_config_rules(reader: Reader, node: Node, allowed: Collection[str]) -> ConfigRules:
     """The `config` table, which has the keys `allowed`; a key is made in one way only."""
     table = reader.table(node, "`config`")
     reader.keys(table, allowed, "`config`")
-    kept, derived, constants, default, nest = (
-        table.entries.get(key) for key in ("keep", "derive", "set", "default", "nest")
-    )
-    keys: dict[str, Key] = {}
+    keys: dict[str, ConfigKey] = {}
 
-    def add(name: str, line: int, key: Key) -> None:
+    def add(name: str, line: int, **made: object) -> None:
         if name in keys:
             reader.fault(line, f"`{name}` is already made by {keys[name].where}")
-        keys.setdefault(name, key)
+        keys.setdefault(name, ConfigKey(reader.where(line), **made))  # type: ignore[arg-type]
 
-    keep_all = isinstance(kept, Scalar) and kept.value == "all"
-    if not keep_all:
+    def entries(key: str) -> Collection[tuple[str, Node]]:
+        return reader.table(table.get(key, ABSENT), f"`{key}`").items()
+
+    kept = table.get("keep", ABSENT)
+    if kept.value != "all":
         for item in reader.items(kept, "`keep`, if it is not `all`,"):
-            name = reader.text(item, "a config key")
-            reader.names_read.add(name)
-            add(name, item.line, Key(reader.where(item.line), keep=True))
-    for name, line, value in reader.entries(derived, "`derive`"):
-        add(name, line, Key(reader.where(line), derive=reader.expression(value, f"`{name}`")))
-    for name, line, value in reader.entries(constants, "`set`"):
-        add(name, line, Key(reader.where(line), value=reader.constant(value)))
-    values = {key: reader.constant(n) for key, _, n in reader.entries(default, "`default`")}
-    reader.names_read.update(values)
-    requirements = read_requirements(reader, table.entries.get("require"))
+            add(reader.text(item, "a config key"), item.line, keep=True)
+    reader.names_read.update(keys)
+    for name, value in entries("derive"):
+        add(name, value.key_line, derive=reader.expression(value, f"`{name}`"))
+    for name, value in entries("set"):
+        add(name, value.key_line, value=reader.constant(value))
+    default = {name: reader.constant(value) for name, value in entries("default")}
+    reader.names_read.update(default)
     return ConfigRules(
-        keys, values, keep_all, requirements, read_texts(reader, nest, "`nest`", ("llm", "vision"))
+        keys,
+        default,
+        kept.value == "all",
+        read_requirements(reader, table.get("require", ABSENT)),
+        reader.texts(table.get("nest", ABSENT), "`nest`", ("llm", "vision")),
     )
-
-
-def read_texts(
-    reader: Reader, node: Node | None, what: str, allowed: Collection[str]
-) -> dict[str, str]:
-    """A table of texts with the keys `allowed`."""
-    reader.keys(reader.table(node, what), allowed, what)
-    return {key: reader.text(value, f"`{key}`") for key, _, value in reader.entries(node, what)}

@@ -9,23 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 from xtuner2llava.errors import Fault, MappingError, UnsupportedError
 from xtuner2llava.mapping.expressions import Expression, say, show
-from xtuner2llava.mapping.fold import fold
-from xtuner2llava.mapping.names import Template
+from xtuner2llava.mapping.names import TextTemplate, fold
 from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.yaml import Document
 
 _MAX_NAMES = 8
-
-
-class Evidence(NamedTuple):
-    """What speaks for a family and what against it; nothing against means that it matches."""
-
-    agree: list[str]
-    differ: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +35,29 @@ class Match:
     def __bool__(self) -> bool:
         return bool(self.architectures or self.model_type or self.tensors)
 
-    def evidence(self, config: Mapping[str, object], names: Collection[str] | None) -> Evidence:
-        found = Evidence([], [])
+    def evidence(
+        self, config: Mapping[str, object], names: Collection[str] | None
+    ) -> tuple[list[str], list[str]]:
+        """What agrees with an LLM, and what differs."""
+        agree, differ = [], []
         for key, wanted, said in (
             ("architecture", self.architectures, _texts(config.get("architectures"))),
             ("model_type", self.model_type, _texts(config.get("model_type"))),
         ):
             if wanted and said:
                 if set(wanted) & set(said):
-                    found.agree.append(key)
+                    agree.append(key)
                 else:
-                    found.differ.append(f"its {key} is {' or '.join(wanted)}")
-        absent = [name for name in self.tensors if names is not None and name not in names]
-        if absent:
-            found.differ.append(f"it has a tensor `{absent[0]}`")
-        elif self.tensors and names is not None:
-            found.agree.append("tensor names")
+                    differ.append(f"its {key} is {' or '.join(wanted)}")
+        if self.tensors and names is not None:
+            absent = [name for name in self.tensors if name not in names]
+            if absent:
+                differ.append(f"it has a tensor `{absent[0]}`")
+            else:
+                agree.append("tensor names")
         if self.when is not None and not _holds(self.when, config):
-            found.differ.append(f"its config says `{self.when.text}`")
-        return found
+            differ.append(f"its config says `{self.when.text}`")
+        return agree, differ
 
     def fits(self, config: Mapping[str, object], names: Collection[str] | None) -> bool:
         agree, differ = self.evidence(config, names)
@@ -76,7 +72,8 @@ def choose(
     Raises `MappingError` if none does, or several: with what was seen, which came near, and why
     they are not it.
     """
-    fitting = [family for family, match in matches.items() if match.fits(config, names)]
+    found = {family: match.evidence(config, names) for family, match in matches.items() if match}
+    fitting = [family for family, (agree, differ) in found.items() if agree and not differ]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -84,29 +81,25 @@ def choose(
             f"families {' and '.join(fitting)} both fit this LLM",
             advice="Say which one is meant, with `--mapping NAME`.",
         )
-    found = {family: match.evidence(config, names) for family, match in matches.items() if match}
     near = "".join(
         f"\n    {family} has the same {' and '.join(agree)}, but {' and '.join(differ)}"
         for family, (agree, differ) in found.items()
         if agree
     )
+    folded = fold(names or ())
+    listed = ", ".join(str(name) for name in folded[:_MAX_NAMES]) or "none"
+    more = f" and {len(folded) - _MAX_NAMES:,} more kinds" if len(folded) > _MAX_NAMES else ""
+    seen = (
+        f"architectures are {show(config.get('architectures'))}, model_type is "
+        f"{show(config.get('model_type'))}, and tensors are {listed}{more}"
+    )
     known = f"\n    Known families: {', '.join(found)}"
     raise MappingError(
-        f"no family fits this LLM, whose {_seen(config, names)}{near or known}",
+        f"no family fits this LLM, whose {seen}{near or known}",
         advice=(
             "Name a family that has the same tensors with `--mapping NAME`, or begin a mapping of "
             "your own with `xtuner2llava mappings draft CHECKPOINT`."
         ),
-    )
-
-
-def _seen(config: Mapping[str, object], names: Collection[str] | None) -> str:
-    folded = fold(names or ())
-    listed = ", ".join(str(name) for name in folded[:_MAX_NAMES])
-    more = f" and {len(folded) - _MAX_NAMES:,} more kinds" if len(folded) > _MAX_NAMES else ""
-    return (
-        f"architectures are {show(config.get('architectures'))}, model_type is "
-        f"{show(config.get('model_type'))}, and tensors are {listed or 'none'}{more}"
     )
 
 
@@ -120,30 +113,25 @@ def _holds(condition: Expression, config: Mapping[str, object]) -> bool:
 
 def _texts(value: object) -> tuple[str, ...]:
     """A config is untrusted: anything but a text, or texts in a list, says nothing."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list | tuple) else ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """A kind of LLM that no format can carry; the texts may name keys of its config."""
-
-    TITLE: ClassVar = "a refusal"
-    where: str
-    match: Match
-    because: Template
-    instead: Template
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(text for text in values if isinstance(text, str))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassRefusal:
-    """A plain class that a format cannot carry."""
+    """Why a format cannot carry a plain class, and what to do instead."""
 
     TITLE: ClassVar = "a refusal"
     where: str
-    because: Template
-    instead: Template
+    because: TextTemplate
+    instead: TextTemplate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal(ClassRefusal):
+    """A kind of LLM that no format can carry; the texts may name keys of its config."""
+
+    match: Match
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +145,8 @@ class Refusals:
         """Raises `UnsupportedError` with the reason if an LLM is one of `llms`."""
         for refusal in self.llms:
             if refusal.match.fits(config, names):
-                raise UnsupportedError(
-                    say(refusal.because, config),
-                    where=refusal.where,
-                    advice=say(refusal.instead, config),
-                )
+                what, advice = say(refusal.because, config), say(refusal.instead, config)
+                raise UnsupportedError(what, where=refusal.where, advice=advice)
 
     def of_format(self, name: str) -> Mapping[str, Fault]:
         """The faults of the plain classes that the format `name` cannot have."""
@@ -172,8 +157,8 @@ class Refusals:
 
 
 def read_refusals(document: Document) -> Refusals:
-    """The refusals of a file. Raises `MappingError` with all faults of the file."""
+    """The refusals in a file. Raises `MappingError` with all faults of the file."""
     reader = Reader(document)
-    found = reader.bind(Refusals, document.root, "this file", ("schema",))
+    found = reader.root(Refusals, "this file")
     reader.finish()
     return found

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from xtuner2llava.errors import MappingError, UnsupportedError
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.mapping.expressions import show
-from xtuner2llava.mapping.fold import fold
-from xtuner2llava.mapping.names import parse_name
+from xtuner2llava.mapping.names import fold, parse_name
 from xtuner2llava.mapping.plain_class import PlainClass
 from xtuner2llava.mapping.similar import SPELLINGS
 
@@ -402,12 +401,12 @@ def _config(
         elif first.isidentifier() and not keyword.iskeyword(first):
             # Other versions of transformers want a float.
             derive[key] = f"{spelling} * 1.0" if key == "rope_theta" else spelling
-        elif key in plain.required:
+        elif key in plain.config.required:
             constant[key] = "0    # required, and not in the config: say it"
         elif key == "sliding_window":
             constant[key] = "null    # the class would have one"
         elif key != "rope_scaling":
-            missing[key] = show(plain.default[key])
+            missing[key] = show(plain.config.default[key])
     biased = plain.name == "llama" and f"{_O}.bias" in layout.inside.found
     if biased and "attention_bias" not in keep:
         constant["attention_bias"] = "true    # of q, k, v and o"

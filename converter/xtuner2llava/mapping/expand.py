@@ -1,49 +1,22 @@
 """Rules made literal: loops run, prefixes joined, numbers computed, subtrees and globs resolved.
 
-Who takes a tensor is decided in this order: a rule that names it, then a `drop` with a glob, then
-the `move` with the longest prefix. So a format can move a whole tower and still drop one tensor.
+The rule that takes a tensor is, in this order, one that names it, a `drop` with a glob, and the
+`move` with the longest prefix. So a format can move a whole tower and still drop one tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.expressions import Environment
-from xtuner2llava.mapping.fold import shortened
-from xtuner2llava.mapping.names import below, join, matches
-from xtuner2llava.mapping.rules import Block, Entry, Rule, RuleSet
+from xtuner2llava.mapping.names import below, join, matches, shortened
+from xtuner2llava.mapping.rules import Block, Entry, Rule, RuleSet, Step
 
 # The largest models have some 50,000 tensors; a loop over a hostile config ends here.
 _MAX_STEPS = 200_000
 # Of a checkpoint with few tensors, more rules than this are not worth the seconds they take.
 _STEPS_OF_ANY, _STEPS_A_TENSOR = 20_000, 8
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One rule for literal tensor names.
-
-    `numbers` are what the rule's expressions came to, and `formulas` how the rule writes them.
-    `groups` are those of `deinterleave`, or the number of tensors that `unstack` takes apart.
-    """
-
-    verb: str
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    where: str
-    numbers: tuple[int, ...] = ()
-    formulas: tuple[str, ...] = ()
-    groups: int = 0
-    dim: int = 0
-    value: float = 0.0
-    lossy: bool = False
-    because: str = ""
-
-    @property
-    def formula(self) -> str:
-        return f"[{', '.join(self.formulas)}]"
 
 
 def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> list[Step]:
@@ -66,13 +39,13 @@ def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> 
     layer: RuleSet | None = rules
     while layer is not None:
         steps = list(literal_steps(layer.entries, environment, faults, most))
-        patterns += (step for step in steps if _is_pattern(step))
+        patterns += (step for step in steps if step.rule.is_pattern)
         if layer is rules:
             own_moves = {step.sources[0] for step in patterns if step.verb == "move"} - {""}
         own = [
             step
             for step in steps
-            if not _is_pattern(step)
+            if not step.rule.is_pattern
             and made.isdisjoint(step.targets)
             and read.isdisjoint(step.sources)
         ]
@@ -82,8 +55,7 @@ def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> 
         named += (step for step in own if step.verb != "drop" or step.sources[0] in present)
         layer = layer.parent
     raise_faults(MappingError, shortened(faults))
-    found = _resolve(patterns, [name for name in names if name not in read], own_moves)
-    return named + found
+    return named + _resolve(patterns, [name for name in names if name not in read], own_moves)
 
 
 def literal_steps(
@@ -96,15 +68,15 @@ def literal_steps(
 
     Steps of `move`, and of `drop` with a glob, still stand for all the names they cover.
     """
-    yield from _Walk(faults, most).entries(entries, environment, "", "")
+    yield from _Expansion(faults, most).steps(entries, environment, "", "")
 
 
-class _Walk:
+class _Expansion:
     def __init__(self, faults: list[Fault], most: int) -> None:
         self._faults, self._most = faults, most
-        self._count = self._parts = 0
+        self._rules = self._members = 0
 
-    def entries(
+    def steps(
         self, entries: Sequence[Entry], environment: Environment, source: str, target: str
     ) -> Iterator[Step]:
         for entry in entries:
@@ -112,66 +84,56 @@ class _Walk:
                 if entry.condition is not None and not entry.condition.condition(environment):
                     continue
                 if isinstance(entry, Rule):
-                    self._charge(entry.where)
+                    self._count_rules(1, entry.where)
                     yield self._step(entry, environment, source, target)
                     continue
-                rounds = list(self._rounds(entry, environment))
+                rounds = self._rounds(entry, environment)
             except MappingError as error:
                 self._faults.extend(error.faults)
                 continue
             for inner in rounds:
-                yield from self.entries(
+                yield from self.steps(
                     entry.rules,
                     inner,
                     join(source, entry.source.render(inner)),
                     join(target, entry.target.render(inner)),
                 )
 
-    def _rounds(self, block: Block, environment: Environment) -> Iterator[Environment]:
+    def _rounds(self, block: Block, environment: Environment) -> list[Environment]:
         """The environment of each round of a block's loops; the last variable runs fastest."""
-        rounds: list[Environment] = [environment]
-        for variable, times in block.loops:
-            following: list[Environment] = []
-            for outer in rounds:
-                for number in range(times.integer(outer)):
-                    self._charge(block.where)
-                    following.append({**outer, variable: number})
-            rounds = following
-        yield from rounds
+        rounds = [environment]
+        for variable, times in block.loops.items():
+            # A count may depend on the variables before it.
+            counts = [times.integer(outer) for outer in rounds]
+            self._count_rules(sum(counts), block.where)
+            rounds = [
+                {**outer, variable: number}
+                for outer, count in zip(rounds, counts, strict=True)
+                for number in range(count)
+            ]
+        return rounds
 
     def _step(self, rule: Rule, environment: Environment, source: str, target: str) -> Step:
         numbers = tuple(number.integer(environment) for number in rule.numbers)
-        groups = rule.groups.integer(environment) if rule.groups else 0
-        inners = [environment]
-        if rule.each is not None:
-            variable, count = rule.each
-            groups = count.integer(environment)
-            self._parts += groups * len(rule.targets)
-            if self._parts > _MAX_STEPS:
+        count = rule.count.integer(environment) if rule.count else 0
+        members = [environment]
+        if rule.variable is not None:
+            self._members += count * len(rule.targets)
+            if self._members > _MAX_STEPS:
                 raise MappingError(f"makes more than {_MAX_STEPS:,} tensors", where=rule.where)
-            inners = [{**environment, variable: number} for number in range(groups)]
+            members = [{**environment, rule.variable: number} for number in range(count)]
         return Step(
-            rule.verb,
+            rule,
             tuple(join(source, name.render(environment)) for name in rule.sources),
-            tuple(join(target, name.render(i)) for i in inners for name in rule.targets),
-            rule.where,
+            tuple(join(target, name.render(member)) for member in members for name in rule.targets),
             numbers,
-            tuple(number.text for number in rule.numbers),
-            groups,
-            rule.dim,
-            rule.value,
-            rule.lossy,
-            rule.because,
+            count,
         )
 
-    def _charge(self, where: str) -> None:
-        self._count += 1
-        if self._count > self._most:
+    def _count_rules(self, more: int, where: str) -> None:
+        self._rules += more
+        if self._rules > self._most:
             raise MappingError(f"its loops make more than {self._most:,} rules", where=where)
-
-
-def _is_pattern(step: Step) -> bool:
-    return step.verb == "move" or (step.verb == "drop" and "*" in step.sources[0])
 
 
 def _resolve(
@@ -189,14 +151,14 @@ def _resolve(
     found: list[Step] = []
     idle = {step.sources[0]: step for step in reversed(moves) if step.sources[0] in expected}
     for name in names:
-        step = next((s for s in drops if matches(s.sources[0], name)), None)
+        step = next((step for step in drops if matches(step.sources[0], name)), None)
         if step is not None:
-            found.append(Step("drop", (name,), (), step.where, because=step.because))
+            found.append(Step(step.rule, (name,), ()))
             continue
         for step in moves:
             rest = below(name, step.sources[0])
             if rest is not None:
                 idle.pop(step.sources[0], None)
-                found.append(Step("move", (name,), (join(step.targets[0], rest),), step.where))
+                found.append(Step(step.rule, (name,), (join(step.targets[0], rest),)))
                 break
     return found + list(idle.values())

@@ -14,45 +14,98 @@ from __future__ import annotations
 import ast
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping.names import Template, nearest
+from xtuner2llava.mapping.names import TextTemplate, nearest
 
 Environment: TypeAlias = Mapping[str, object]
 
-# Numbers beyond 64 bits are no model's sizes, and Python refuses to print very long ones.
+# No size of a model is beyond 64 bits, and Python refuses to print very long numbers.
 _MAX_MAGNITUDE = 2**63
 _MAX_LENGTH = 500
 _MAX_DEPTH = 40
 _LITERALS = {"true": True, "false": False, "null": None}
-_FUNCTIONS = ("is_float", "len", "max", "min")
-_ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
+
+
+class NoValueError(Exception):
+    """Why an expression has no value; the caller that knows its place makes it a fault."""
+
+
+class _Scope(NamedTuple):
+    """The names that an expression knows, and whether others are null or faults."""
+
+    environment: Environment
+    absent_is_null: bool
+
+    def find(self, container: object, key: str, node: ast.expr) -> object:
+        """The value of `key` in `container`, which `node` asks for."""
+        if isinstance(container, Mapping) and key in container:
+            return _bounded(container[key])
+        if self.absent_is_null and (container is None or isinstance(container, Mapping)):
+            return None
+        if not isinstance(container, Mapping):
+            raise NoValueError(f"`{ast.unparse(node)}` has no part `{key}`")
+        keys = sorted(str(known) for known in container)
+        near = nearest(key, keys)
+        meant = f"; did you mean `{near}`?" if near else "."
+        known = ", ".join(keys[:20]) + (", …" if len(keys) > 20 else "") or "none"
+        kind = "a known name" if container is self.environment else "there"
+        raise NoValueError(f"`{ast.unparse(node)}` is not {kind}{meant} Known: {known}")
+
+
+# A part of an expression, as a function.
+_Part: TypeAlias = Callable[[_Scope], object]
+
+
+def _truth(value: object) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise NoValueError(f"{show(value)} is neither true nor false")
+
+
+def _is_in(value: object, values: object) -> bool:
+    if not isinstance(values, list | tuple):
+        raise NoValueError(f"`in` needs a list, not {show(values)}")
+    return any(same(value, one) for one in values)
+
+
+def _length(value: object) -> int:
+    if not isinstance(value, Mapping | list | tuple):
+        raise NoValueError(f"`len` needs a list or table, not {show(value)}")
+    return len(value)
+
+
+_OF_NUMBERS: Mapping[type[ast.AST] | str, Callable[..., object]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-}
-_ORDER: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+    "min": lambda *numbers: min(numbers),
+    "max": lambda *numbers: max(numbers),
 }
-_ALLOWED: tuple[type[ast.AST], ...] = (
-    *(ast.BinOp, ast.BoolOp, ast.Compare, ast.List, ast.UnaryOp, ast.Attribute, ast.Load),
-    *(ast.And, ast.Or, ast.Not, ast.USub, ast.UAdd, ast.Eq, ast.NotEq, ast.In, ast.NotIn),
-    *_ARITHMETIC,
-    *_ORDER,
-)
-
-
-class NoValueError(Exception):
-    """Why an expression has no value here; whoever knows its place makes a fault of it."""
+_OF_ANY: Mapping[type[ast.AST] | str, Callable[..., object]] = {
+    ast.List: lambda *items: [*items],
+    ast.Not: lambda value: not _truth(value),
+    ast.Eq: lambda left, right: same(left, right),
+    ast.NotEq: lambda left, right: not same(left, right),
+    ast.In: _is_in,
+    ast.NotIn: lambda value, values: not _is_in(value, values),
+    "is_float": lambda value: isinstance(value, float),
+    "len": _length,
+}
+_FUNCTIONS = ("is_float", "len", "max", "min")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +114,13 @@ class Expression:
 
     text: str
     where: str
-    tree: ast.expr
     names: frozenset[str]
     """First parts of the names it reads: `vision` for `vision.hidden_size`."""
+    compute: _Part
 
     def value(self, environment: Environment) -> object:
         """Its value. Raises `MappingError` where it has none."""
-        return self._evaluated(environment, absent_is_null=False)
+        return self._computed(_Scope(environment, absent_is_null=False))
 
     def integer(self, environment: Environment) -> int:
         """Its value, which must be a whole number of at least 0: a size, a count."""
@@ -80,14 +133,13 @@ class Expression:
 
     def condition(self, environment: Environment) -> bool:
         """Whether it holds; names that are not there are null, and null is false."""
-        value = self._evaluated(environment, absent_is_null=True)
-        if value is None or isinstance(value, bool):
-            return bool(value)
-        raise self._error(_not_truth(value))
+        return bool(self._computed(_Scope(environment, absent_is_null=True), _truth))
 
-    def _evaluated(self, environment: Environment, *, absent_is_null: bool) -> object:
+    def _computed(
+        self, scope: _Scope, convert: Callable[[object], object] = lambda value: value
+    ) -> object:
         try:
-            return _Evaluator(environment, absent_is_null).value(self.tree)
+            return convert(self.compute(scope))
         except NoValueError as wrong:
             raise self._error(str(wrong)) from None
 
@@ -96,151 +148,108 @@ class Expression:
 
 
 def parse_expression(source: str | int | float | bool | None, where: str) -> Expression:
-    """The expression that a YAML scalar says; numbers, booleans and null stand for themselves.
+    """The expression in a YAML scalar; numbers, booleans and null stand for themselves.
 
     Raises `MappingError` at `where` for anything but the language above.
     """
-    if not isinstance(source, str):
-        return Expression(show(source), where, ast.Constant(source), frozenset())
-    text = source.strip().replace("\n", " ")
+    text = source.strip().replace("\n", " ") if isinstance(source, str) else show(source)
     shown = text if len(text) <= 80 else text[:80] + "…"
     if len(text) > _MAX_LENGTH:
         what = f"`{shown}` has {len(text)} characters, an expression may have {_MAX_LENGTH}"
         raise MappingError(what, where=where)
+    tree: ast.expr = ast.Constant(source)
     try:
         # Backslashes make nothing that is needed here, and escapes that Python warns about.
         if "\\" in text:
             raise ValueError
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text, mode="eval").body
+        if isinstance(source, str):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise MappingError(f"`{shown}` is not an expression", where=where) from None
+    names: set[str] = set()
     try:
-        return Expression(text, where, tree, frozenset(_names(tree)))
+        compute = _compile(tree, names)
     except NoValueError as wrong:
         advice = "Expressions are arithmetic and comparisons over config keys, nothing else."
         raise MappingError(f"`{shown}`: {wrong}", where=where, advice=advice) from None
+    return Expression(text, where, frozenset(names), compute)
 
 
-def _names(tree: ast.expr) -> Iterator[str]:
-    """The names of `tree`; raises `NoValueError` at the first thing outside the whitelist."""
-    waiting: list[tuple[ast.AST, int]] = [(tree, 1)]
-    while waiting:
-        node, depth = waiting.pop()
-        if depth > _MAX_DEPTH:
-            raise NoValueError(f"is nested more than {_MAX_DEPTH} levels deep")
-        children: Iterator[ast.AST] = ast.iter_child_nodes(node)
-        match node:
-            case ast.Constant(value=str() | int() | float() | None):
-                continue
-            case ast.Constant():
-                raise NoValueError("has a literal that is neither a number nor a string")
-            case ast.Name(id=name):
-                if name not in _LITERALS:
-                    yield name
-                continue
-            case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments, keywords=[]) if (
-                name in _FUNCTIONS
-            ):
-                children = iter(arguments)
-            case ast.Call():
-                raise NoValueError(f"the only functions are {', '.join(_FUNCTIONS)}")
-            case ast.Attribute(value=value) if not isinstance(value, ast.Name | ast.Attribute):
-                raise NoValueError("a dot goes between names only")
-            case _ if not isinstance(node, _ALLOWED):
-                raise NoValueError(f"{type(node).__name__} is not allowed")
-        waiting.extend((child, depth + 1) for child in children)
+def _compile(node: ast.expr, names: set[str], depth: int = 1) -> _Part:
+    """`node` as a function of a scope; adds to `names` the first parts of the names in it.
+
+    Raises `NoValueError` for all syntax that is not listed here.
+    """
+    if depth > _MAX_DEPTH:
+        raise NoValueError(f"is nested more than {_MAX_DEPTH} levels deep")
+    operation = partial(_operation, names, depth + 1)
+    match node:
+        case ast.Constant(value=str() | int() | float() | None as constant):
+            _bounded(constant)
+            return lambda scope: constant
+        case ast.Constant():
+            raise NoValueError("has a literal that is neither a number nor a string")
+        case ast.Name(id=name) if name in _LITERALS:
+            return lambda scope: _LITERALS[name]
+        case ast.Name(id=name):
+            names.add(name)
+            return lambda scope: scope.find(scope.environment, name, node)
+        case ast.Attribute(value=ast.Name() | ast.Attribute() as owner, attr=name):
+            container = _compile(owner, names, depth + 1)
+            return lambda scope: scope.find(container(scope), name, node)
+        case ast.Attribute():
+            raise NoValueError("a dot goes between names only")
+        case ast.List(elts=items):
+            return operation(ast.List, *items)
+        case ast.UnaryOp(op=sign, operand=operand):
+            return operation(type(sign), operand)
+        case ast.BinOp(left=left, op=sign, right=right):
+            return operation(type(sign), left, right)
+        case ast.BoolOp(op=word, values=values):
+            # `or` ends at the first true part, `and` at the first false one.
+            parts = [_compile(value, names, depth + 1) for value in values]
+            ending = isinstance(word, ast.Or)
+            return lambda scope: any(_truth(part(scope)) is ending for part in parts) is ending
+        case ast.Compare(left=left, ops=signs, comparators=rights):
+            pairs = zip([left, *rights], signs, rights, strict=False)
+            links = [operation(type(sign), one, other) for one, sign, other in pairs]
+            return lambda scope: all(link(scope) for link in links)
+        case ast.Call(func=ast.Name(id=name), args=[_, *more] as arguments, keywords=[]) if (
+            name in _FUNCTIONS
+        ):
+            if more and name in _OF_ANY:
+                raise NoValueError(f"`{name}` takes one value")
+            return operation(name, *arguments)
+        case ast.Call():
+            raise NoValueError(f"the only functions are {', '.join(_FUNCTIONS)}")
+    raise NoValueError(f"{type(node).__name__} is not allowed")
 
 
-class _Evaluator:
-    """One walk over a whitelisted tree, which calls nothing that a name stands for."""
+def _operation(
+    names: set[str], depth: int, kind: type[ast.AST] | str, *operands: ast.expr
+) -> _Part:
+    function = _OF_NUMBERS.get(kind) or _OF_ANY.get(kind)
+    if function is None:
+        raise NoValueError(f"{getattr(kind, '__name__', kind)} is not allowed")
+    parts = [_compile(operand, names, depth) for operand in operands]
 
-    def __init__(self, environment: Environment, absent_is_null: bool) -> None:
-        self._environment, self._absent_is_null = environment, absent_is_null
-
-    def value(self, node: ast.expr) -> object:
-        match node:
-            case ast.Constant():
-                return _bounded(node.value)
-            case ast.Name() if node.id in _LITERALS:
-                return _LITERALS[node.id]
-            case ast.Name() | ast.Attribute():
-                return _bounded(self._lookup(ast.unparse(node)))
-            case ast.List():
-                return [self.value(item) for item in node.elts]
-            case ast.UnaryOp(op=ast.Not()):
-                return not self._truth(node.operand)
-            case ast.UnaryOp():
-                number = self._number(node.operand)
-                return -number if isinstance(node.op, ast.USub) else number
-            case ast.BinOp():
-                return self._arithmetic(node)
-            case ast.BoolOp():
-                # `or` ends at the first true part, `and` at the first false one.
-                ending = isinstance(node.op, ast.Or)
-                return any(self._truth(part) is ending for part in node.values) is ending
-            case ast.Compare():
-                lefts = [node.left, *node.comparators]
-                return all(map(self._holds, lefts, node.ops, node.comparators))
-            case ast.Call(func=ast.Name(id=name)):
-                return self._call(name, node.args)
-        raise NoValueError(f"{type(node).__name__} is not allowed")
-
-    def _lookup(self, name: str) -> object:
-        value: object = self._environment
-        for depth, part in enumerate(name.split(".")):
-            if isinstance(value, Mapping) and part in value:
-                value = value[part]
-            elif self._absent_is_null and (value is None or isinstance(value, Mapping)):
-                return None
-            else:
-                raise NoValueError(_unknown(name, part, value, depth))
-        return value
-
-    def _truth(self, node: ast.expr) -> bool:
-        value = self.value(node)
-        if value is None or isinstance(value, bool):
-            return bool(value)
-        raise NoValueError(_not_truth(value))
-
-    def _number(self, node: ast.expr) -> int | float:
-        value = self.value(node)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise NoValueError(f"`{ast.unparse(node)}` is {show(value)}, expected a number")
-        return value
-
-    def _arithmetic(self, node: ast.BinOp) -> object:
-        left, right = self._number(node.left), self._number(node.right)
+    def compute(scope: _Scope) -> object:
+        values = [part(scope) for part in parts]
+        if kind in _OF_NUMBERS:
+            for operand, value in zip(operands, values, strict=True):
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    what = f"`{ast.unparse(operand)}` is {show(value)}, expected a number"
+                    raise NoValueError(what)
         try:
-            return _bounded(_ARITHMETIC[type(node.op)](left, right))
+            return _bounded(function(*values))
         except ZeroDivisionError:
             raise NoValueError("divides by zero") from None
         except OverflowError:
             raise NoValueError("the result is too large") from None
 
-    def _holds(self, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> bool:
-        if isinstance(sign, ast.Eq | ast.NotEq):
-            return same(self.value(left), self.value(right)) is isinstance(sign, ast.Eq)
-        if isinstance(sign, ast.In | ast.NotIn):
-            item, items = self.value(left), self.value(right)
-            if not isinstance(items, list | tuple):
-                raise NoValueError(f"`in` needs a list, not {show(items)}")
-            return any(same(item, other) for other in items) is isinstance(sign, ast.In)
-        return _ORDER[type(sign)](self._number(left), self._number(right))
-
-    def _call(self, name: str, arguments: list[ast.expr]) -> object:
-        if name in ("min", "max"):
-            numbers = [self._number(argument) for argument in arguments]
-            return min(numbers) if name == "min" else max(numbers)
-        if len(arguments) != 1:
-            raise NoValueError(f"`{name}` takes one value")
-        value = self.value(arguments[0])
-        if name == "is_float":
-            return isinstance(value, float)
-        if isinstance(value, Mapping | list | tuple):
-            return len(value)
-        raise NoValueError(f"`len` needs a list or table, not {show(value)}")
+    return compute
 
 
 def _bounded(value: object) -> object:
@@ -249,33 +258,15 @@ def _bounded(value: object) -> object:
     return value
 
 
-def _not_truth(value: object) -> str:
-    return f"{show(value)} is neither true nor false"
-
-
-def _unknown(name: str, part: str, value: object, depth: int) -> str:
-    """Says that `name` is not known because `part` is not in `value`, and what is."""
-    if not isinstance(value, Mapping):
-        return f"`{name}` has no part `{part}`"
-    keys = sorted(str(key) for key in value)
-    near = nearest(part, keys)
-    listed = ", ".join(keys[:20]) + (", …" if len(keys) > 20 else "")
-    kind = "a known name" if depth == 0 else "there"
-    meant = f"; did you mean `{near}`?" if near else "."
-    return f"`{name}` is not {kind}{meant} Known: {listed or 'none'}"
-
-
 def lookup(environment: Environment, name: str) -> object:
     """The value of a dotted name; null where it, or what it is part of, is not there."""
     value: object = environment
     for part in name.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(part)
+        value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def say(template: Template, environment: Environment) -> str:
+def say(template: TextTemplate, environment: Environment) -> str:
     """A text for people, with the config's values in its placeholders."""
     values = {name: lookup(environment, name) for name in template.variables}
     return template.render(

@@ -7,40 +7,26 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.mapping.caveats import Caveat, Limit, Requirement, failures, limits
-from xtuner2llava.mapping.config_rules import ConfigRules, read_config_rules
+from xtuner2llava.mapping.caveats import Caveat, Limit, limits
+from xtuner2llava.mapping.config_rules import ConfigRules, failures, read_config_rules
 from xtuner2llava.mapping.detect import Match
-from xtuner2llava.mapping.expand import Step, expand
+from xtuner2llava.mapping.expand import expand
 from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.format import Format
-from xtuner2llava.mapping.names import nearest
+from xtuner2llava.mapping.names import advice_for
 from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
-from xtuner2llava.mapping.rules import Entry, RuleSet, read_rules
-from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.rules import RuleSet, Step, read_rules
+from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.similar import doubtful_defaults
 from xtuner2llava.mapping.yaml import Document, Node
 
-_CONFIG_KEYS = ("default", "require", "keep", "derive", "set")
-_TOKENIZER_KEYS = ("class", "convert", "files", "special_tokens")
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).
 HOUSEKEEPING = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "model_type",
-        "pad_token_id",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
+    (
+        *("_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures"),
+        *("attn_implementation", "auto_map", "bos_token_id", "dtype", "eos_token_id", "model_type"),
+        *("pad_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"),
+    )
 )
 
 
@@ -58,7 +44,7 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class ChatDefaults:
     """The prompt template that XTuner trains this family with, by its name there, and stop words.
 
     They go to the card and to conversion.json. None and empty where the family has no single one.
@@ -70,7 +56,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class TranslatedConfig:
-    """The plain class's config, all its keys explicit, and source keys that nothing looked at.
+    """The plain class's config, all its keys explicit, and source keys that nothing reads.
 
     `doubts` name defaults of the class that stand beside a key of `not_carried` like them.
     """
@@ -80,35 +66,45 @@ class TranslatedConfig:
     doubts: tuple[Limit, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+def _read_rules(reader: Reader, node: Node) -> RuleSet:
+    return RuleSet(read_rules(reader, node))
+
+
+def _read_config(reader: Reader, node: Node) -> ConfigRules:
+    return read_config_rules(reader, node, ("default", "require", "keep", "derive", "set"))
+
+
+def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
+    table = reader.table(node, "`tokenizer`")
+    reader.keys(table, ("class", "convert", "files", "special_tokens"), "`tokenizer`")
+    return {name: reader.constant(value) for name, value in table.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """An LLM family, with the tables of the families it extends already merged in."""
 
-    name: str
-    becomes: PlainClass
-    match: Match
-    dims: Mapping[str, Expression]
-    rules: RuleSet
-    config: ConfigRules
-    tokenizer: Mapping[str, object]
-    generation: Generation
-    chat: Chat
-    caveats: tuple[Caveat, ...]
-    files: tuple[MappingFile, ...]
-    """This file, those it extends, and the class: what a conversion should be put down to."""
-    names_read: frozenset[str]
-    if_right: str | None = None
-    """What its results depend on where only the user says so; None for one that is shipped."""
+    name: str = field(metadata=key("family"))
     llms: str | None = None
     """The models that it is for, as people call them."""
+    match: Match = field(default_factory=Match)
+    dims: Mapping[str, Expression] = field(default_factory=dict)
+    rules: Annotated[RuleSet, _read_rules] = field(metadata=key("tensors"), default=RuleSet())
+    config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
+    tokenizer: Annotated[Mapping[str, object], _read_tokenizer] = field(default_factory=dict)
+    generation: Generation = Generation()
+    chat: ChatDefaults = ChatDefaults()
+    caveats: tuple[Caveat, ...] = ()
+    target_class: PlainClass = field(metadata=GIVEN)
+    files: tuple[MappingFile, ...] = field(metadata=GIVEN)
+    """This file, those it extends, and the class: the provenance of a conversion."""
+    names_read: frozenset[str] = field(metadata=GIVEN, default=frozenset())
+    if_right: str | None = field(metadata=GIVEN, default=None)
+    """What its results depend on where only the user says so; None for one that is shipped."""
 
     @property
     def file(self) -> MappingFile:
         return self.files[0]
-
-    @property
-    def requirements(self) -> tuple[Requirement, ...]:
-        return self.config.requirements
 
     def environment(self, config: Mapping[str, object]) -> Environment:
         """What its expressions know: the source config, its defaults, and `dims`."""
@@ -126,22 +122,30 @@ class Family:
         Raises `MappingError` with every requirement that does not hold: those of this family, of
         the class, and with `format_` also of that class there.
         """
-        environment = self.environment(config)
-        faults = failures(self.requirements, environment)
+        plain, environment = self.target_class, self.environment(config)
+        faults = failures(self.config.requirements, environment)
         made = self.config.make(environment, faults)
-        if self.config.keep_all:
-            made = {k: environment[k] for k in self.becomes.known if k in environment} | made
-        values, wrong = self.becomes.complete(made)
-        faults += wrong
-        if format_ is not None:
-            faults += format_.class_faults(self.becomes.name, values)
-        raise_faults(MappingError, list(dict.fromkeys(faults)))
         read = self.names_read | HOUSEKEEPING
         if self.config.keep_all:
-            read |= {*self.becomes.known}
+            made = {k: environment[k] for k in plain.known if k in environment} | made
+            read |= {*plain.known}
+        values, wrong = plain.complete(made)
+        faults += wrong
+        if format_ is not None:
+            faults += format_.class_faults(plain.name, values)
+        raise_faults(MappingError, list(dict.fromkeys(faults)))
         unread = tuple(k for k, value in config.items() if k not in read and value is not None)
-        standing = {key: values[key] for key in self.becomes.default if key not in made}
-        return TranslatedConfig(values, unread, self._doubts(standing, config, unread))
+        standing = {k: values[k] for k in plain.config.default if k not in made}
+        doubts = tuple(
+            Limit(
+                f"{key} is {show(default)}, the default of {plain.architecture}, and nothing"
+                f" reads {other}, which the LLM's config says is {show(value)}: in a mapping,"
+                f" `derive: {{{key}: {other}}}` reads it, `set: {{{key}: {show(default)}}}` says"
+                " that the default is right."
+            )
+            for key, default, other, value in doubtful_defaults(standing, config, unread)
+        )
+        return TranslatedConfig(values, unread, doubts)
 
     def limits(self, config: Mapping[str, object]) -> list[Limit]:
         """The caveats that hold for a source config. Raises `MappingError`."""
@@ -153,23 +157,6 @@ class Family:
         if self.if_right is not None or self.match.fits(config, names):
             return self
         return replace(self, if_right=f"family {self.name} for this LLM")
-
-    def _doubts(
-        self,
-        standing: Mapping[str, object],
-        config: Mapping[str, object],
-        unread: tuple[str, ...],
-    ) -> tuple[Limit, ...]:
-        """A limit for each key of `standing`, the class's defaults, that a key unread is like."""
-        return tuple(
-            Limit(
-                f"{key} is {show(default)}, the default of {self.becomes.architecture}, and nothing"
-                f" reads {other}, which the LLM's config says is {show(value)}: in a mapping,"
-                f" `derive: {{{key}: {other}}}` reads it, `set: {{{key}: {show(default)}}}` says"
-                " that the default is right."
-            )
-            for key, default, other, value in doubtful_defaults(standing, config, unread)
-        )
 
     def over(self, parent: Family) -> Family:
         """This family with the tables of `parent` under its own; `match` is its own."""
@@ -183,7 +170,7 @@ class Family:
             generation=Generation(
                 own.bos or theirs.bos, own.eos or theirs.eos, own.pad or theirs.pad
             ),
-            chat=Chat(
+            chat=ChatDefaults(
                 self.chat.template or parent.chat.template,
                 self.chat.stop_words or parent.chat.stop_words,
             ),
@@ -194,36 +181,12 @@ class Family:
         )
 
 
-def _read_config(reader: Reader, node: Node | None) -> ConfigRules:
-    return read_config_rules(reader, node, _CONFIG_KEYS)
-
-
-def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
-    table = reader.table(node, "`tokenizer`")
-    reader.keys(table, _TOKENIZER_KEYS, "`tokenizer`")
-    return {key: reader.constant(value) for key, value in table.entries.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _FamilyFile:
-    family: str
-    llms: str | None = None
-    extends: str | None = None
-    becomes: str | None = None
-    match: Match = field(default_factory=Match)
-    dims: Mapping[str, Expression] = field(default_factory=dict)
-    tensors: Annotated[tuple[Entry, ...], read_rules] = ()
-    config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
-    tokenizer: Annotated[Mapping[str, object], _read_tokenizer] = field(default_factory=dict)
-    generation: Generation = Generation()
-    chat: Chat = Chat()
-    caveats: tuple[Caveat, ...] = ()
-
-
 def read_match_only(document: Document) -> Match:
     """What a family file says about which LLMs it is for, without looking at the rest of it."""
     reader = Reader(document)
-    match: Match = reader.value(Match, document.root.entries.get("match"), "`match`")
+    match = Match()
+    if "match" in document.table:
+        match = reader.bind(Match, document.table["match"], "`match`")
     reader.finish()
     return match
 
@@ -233,55 +196,42 @@ def read_family(
     find_family: Callable[[str], Family],
     find_class: Callable[[str], PlainClass],
 ) -> Family:
-    """The family that a file describes; `find_…` load what it names, or raise `MappingError`.
+    """The family in a file; `find_…` load what it names, or raise `MappingError`.
 
     Of a family that it extends it takes every table, and puts its own entries over them; `match`
     is its own, since two families that match the same LLM would be none. Raises `MappingError`
     with all faults of the file.
     """
-    reader, root = Reader(document), document.root
-    file = reader.root(_FamilyFile, "a family")
+    reader, table = Reader(document), document.table
     parent = reader.found("extends", find_family)
-    plain = reader.found("becomes", find_class) or (parent.becomes if parent else None)
-    if "extends" not in root.entries:
-        for key in ("becomes", "tensors"):
-            if key not in root.entries:
-                reader.fault(root.line, f"a family needs `{key}`")
-    config = parent.config.under(file.config) if parent else file.config
-    if plain is not None:
-        line = root.lines.get("config", root.line)
-        _check_keys(reader, line, config, plain)
-    reader.finish()
-    assert plain is not None  # noqa: S101 - else there was a fault
-    family = Family(
-        file.family,
-        plain,
-        file.match,
-        file.dims,
-        RuleSet(file.tensors),
-        file.config,
-        file.tokenizer,
-        file.generation,
-        file.chat,
-        file.caveats,
-        (MappingFile(document.name, document.sha256),),
-        frozenset(reader.names_read),
-        llms=file.llms,
+    plain = reader.found("becomes", find_class) or (parent.target_class if parent else None)
+    file = MappingFile(document.name, document.sha256)
+    family = reader.root(
+        Family, "a family", ("extends", "becomes"), target_class=plain, files=(file,)
     )
-    family = family if parent is None else family.over(parent)
-    return replace(family, files=(*family.files, plain.file))
+    for name in () if "extends" in table else ("becomes", "tensors"):
+        if name not in table:
+            reader.fault(document.line, f"a family needs `{name}`")
+    family = replace(family, names_read=frozenset(reader.names_read))
+    if parent is not None:
+        family = family.over(parent)
+    if plain is not None:
+        line = table["config"].key_line if "config" in table else document.line
+        _check_keys(reader, line, family.config, plain)
+        family = replace(family, files=(*family.files, plain.file))
+    reader.finish()
+    return family
 
 
 def _check_keys(reader: Reader, line: int, rules: ConfigRules, plain: PlainClass) -> None:
     """Faults for keys that the class does not have, and for those it needs and nothing makes."""
-    for name, key in rules.keys.items():
+    for name, made in rules.keys.items():
         if name not in plain.known:
-            near = nearest(name, plain.known)
-            advice = f"Did you mean `{near}`?" if near else f"It has: {', '.join(plain.known)}."
             what = f"`{name}` is not a config key of {plain.architecture} in transformers 4.37"
-            reader.faults.append(Fault(key.where, what, advice))
-    lacking = [key for key in plain.required if key not in rules.keys]
+            advice = advice_for(name, plain.known, f"It has: {', '.join(plain.known)}.")
+            reader.faults.append(Fault(made.where, what, advice))
+    lacking = [name for name in plain.config.required if name not in rules.keys]
     if lacking and not rules.keep_all:
-        listed = ", ".join(f"`{key}`" for key in lacking)
+        listed = ", ".join(f"`{name}`" for name in lacking)
         what = f"`config` does not make {listed}, which {plain.architecture} needs"
         reader.fault(line, what, "Say it with `keep`, `derive` or `set`.")

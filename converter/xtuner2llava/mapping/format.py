@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.mapping.caveats import (
-    Caveat,
-    Limit,
+from xtuner2llava.mapping.caveats import Caveat, Limit, limits
+from xtuner2llava.mapping.config_rules import (
+    ConfigRules,
     Requirement,
     failures,
-    limits,
+    read_config_rules,
     read_requirements,
 )
-from xtuner2llava.mapping.config_rules import ConfigRules, read_config_rules, read_texts
-from xtuner2llava.mapping.expand import Step, expand
+from xtuner2llava.mapping.expand import expand
 from xtuner2llava.mapping.expressions import Environment
 from xtuner2llava.mapping.folder_name import FolderName
 from xtuner2llava.mapping.plain_class import MappingFile
-from xtuner2llava.mapping.rules import Entry, RuleSet, read_rules
-from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.rules import RuleSet, Step, read_rules
+from xtuner2llava.mapping.schema import ABSENT, GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document, Node
 
 COMPONENTS = ("llm", "projector", "visual_encoder")
-_CONFIG_KEYS = ("keep", "derive", "set", "nest")
+
+
 _Requirements = Annotated[tuple[Requirement, ...], read_requirements]
-_Rules = Annotated[tuple[Entry, ...], read_rules]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +36,46 @@ class FormatClass:
     TITLE: ClassVar = "a class"
     architecture: str
     model_type: str
-    requirements: _Requirements = field(default=(), metadata={"key": "require"})
+    requirements: _Requirements = field(metadata=key("require"), default=())
     folder_name: FolderName = field(default_factory=FolderName)
     caveats: tuple[Caveat, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+def _read_tensors(reader: Reader, node: Node) -> Mapping[str, RuleSet]:
+    table = reader.table(node, "`tensors`")
+    reader.keys(table, COMPONENTS, "`tensors`")
+    return {name: RuleSet(read_rules(reader, table.get(name, ABSENT))) for name in COMPONENTS}
+
+
+def _read_config(reader: Reader, node: Node) -> ConfigRules:
+    return read_config_rules(reader, node, ("keep", "derive", "set", "nest"))
+
+
+def _read_tokens(reader: Reader, node: Node) -> Mapping[str, str]:
+    return reader.texts(node, "`tokens`", ("image", "pad"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """An output format, with the format it extends already merged in."""
 
-    name: str
-    classes: Mapping[str, FormatClass]
-    rules: Mapping[str, RuleSet]
+    name: str = field(metadata=key("format"))
+    classes: Mapping[str, FormatClass] = field(default_factory=dict)
+    rules: Annotated[Mapping[str, RuleSet], _read_tensors] = field(
+        metadata=key("tensors"), default_factory=dict
+    )
     """By component, one of `COMPONENTS`."""
-    config_rules: ConfigRules
-    files: tuple[MappingFile, ...]
-    refused: Mapping[str, Fault] = field(default_factory=dict)
-    """Plain classes that it cannot have, each with the reason."""
-    requirements: tuple[Requirement, ...] = ()
-    tokens: Mapping[str, str] = field(default_factory=dict)
+    config_rules: Annotated[ConfigRules, _read_config] = field(
+        metadata=key("config"), default=ConfigRules()
+    )
+    requirements: _Requirements = field(metadata=key("require"), default=())
+    tokens: Annotated[Mapping[str, str], _read_tokens] = field(default_factory=dict)
     """Tokens that the tokenizer must have, by what they are for: `image` and `pad`."""
     processor: str | None = None
     """The class of transformers that prepares texts and images together, if there is one."""
+    files: tuple[MappingFile, ...] = field(metadata=GIVEN)
+    refused: Mapping[str, Fault] = field(metadata=GIVEN, default_factory=dict)
+    """Plain classes that it cannot have, each with the reason."""
 
     @property
     def file(self) -> MappingFile:
@@ -71,14 +88,13 @@ class Format:
         return self.config_rules.nest
 
     def class_faults(self, name: str, values: Mapping[str, object]) -> list[Fault]:
-        """Why this format cannot say an LLM of the plain class `name` with this config."""
-        if name not in self.classes:
-            if name in self.refused:
-                return [self.refused[name]]
-            known = ", ".join(self.classes)
-            what = f"the format {self.name} has no class for {name}; it has {known}"
-            return [Fault(self.file.name, what)]
-        return failures(self.classes[name].requirements, values)
+        """Why this format does not support an LLM of the plain class `name` with this config."""
+        if name in self.classes:
+            return failures(self.classes[name].requirements, values)
+        if name in self.refused:
+            return [self.refused[name]]
+        what = f"the format {self.name} has no class for {name}; it has {', '.join(self.classes)}"
+        return [Fault(self.file.name, what)]
 
     def faults(self, environment: Environment) -> list[Fault]:
         """Its requirements that do not hold; `environment` is that of `config`."""
@@ -108,56 +124,39 @@ class Format:
         raise_faults(MappingError, faults)
         return values
 
-
-def _read_config(reader: Reader, node: Node | None) -> ConfigRules:
-    return read_config_rules(reader, node, _CONFIG_KEYS)
-
-
-def _read_tokens(reader: Reader, node: Node) -> Mapping[str, str]:
-    return read_texts(reader, node, "`tokens`", ("image", "pad"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensors:
-    llm: _Rules = ()
-    projector: _Rules = ()
-    visual_encoder: _Rules = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _FormatFile:
-    format: str
-    extends: str | None = None
-    classes: Mapping[str, FormatClass] = field(default_factory=dict)
-    require: _Requirements = ()
-    tokens: Annotated[Mapping[str, str], _read_tokens] = field(default_factory=dict)
-    processor: str | None = None
-    tensors: _Tensors = _Tensors()
-    config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
+    def over(self, parent: Format) -> Format:
+        """This format with the tables of `parent` under its own."""
+        return replace(
+            self,
+            classes={**parent.classes, **self.classes},
+            rules={
+                name: RuleSet(
+                    self.rules[name].entries if name in self.rules else (), parent.rules[name]
+                )
+                for name in COMPONENTS
+            },
+            config_rules=parent.config_rules.under(self.config_rules),
+            requirements=(*parent.requirements, *self.requirements),
+            tokens={**parent.tokens, **self.tokens},
+            processor=self.processor or parent.processor,
+            files=(*self.files, *parent.files),
+        )
 
 
 def read_format(document: Document, find_format: Callable[[str], Format]) -> Format:
-    """The format that a file describes. Raises `MappingError` with all faults of the file."""
-    reader, root = Reader(document), document.root
-    file = reader.root(_FormatFile, "a format")
+    """The format in a file. Raises `MappingError` with all faults of the file."""
+    reader, table = Reader(document), document.table
+    file = MappingFile(document.name, document.sha256)
+    found = reader.root(Format, "a format", ("extends",), files=(file,))
     parent = reader.found("extends", find_format)
-    if "extends" not in root.entries:
-        tensors = reader.table(root.entries.get("tensors"), "`tensors`")
-        needed = [("a format", root, key) for key in ("classes", "tensors")]
-        needed += [("`tensors`", tensors, key) for key in COMPONENTS if "tensors" in root.entries]
-        for what, table, key in needed:
-            if key not in table.entries:
-                reader.fault(table.line, f"{what} needs `{key}`")
+    if "extends" not in table:
+        needed = [("a format", document.line, table, name) for name in ("classes", "tensors")]
+        if "tensors" in table:
+            node = table["tensors"]
+            of_tensors = reader.table(node, "`tensors`")
+            needed += [("`tensors`", node.line, of_tensors, name) for name in COMPONENTS]
+        for what, line, there, name in needed:
+            if name not in there:
+                reader.fault(line, f"{what} needs `{name}`")
     reader.finish()
-    if parent is None:
-        parent = Format("", {}, dict.fromkeys(COMPONENTS, RuleSet()), ConfigRules(), ())
-    return Format(
-        file.format,
-        {**parent.classes, **file.classes},
-        {key: RuleSet(getattr(file.tensors, key), parent.rules[key]) for key in COMPONENTS},
-        parent.config_rules.under(file.config),
-        (MappingFile(document.name, document.sha256), *parent.files),
-        requirements=(*parent.requirements, *file.require),
-        tokens={**parent.tokens, **file.tokens},
-        processor=file.processor or parent.processor,
-    )
+    return found.over(parent) if parent else found

@@ -1,22 +1,26 @@
-"""Tensor names: with placeholders, as globs, and near misses."""
+"""Tensor names: with placeholders, as globs, near misses, and folded over layers in messages."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+from xtuner2llava.errors import Fault
 
 _T = TypeVar("_T")
 _MAX_LENGTH = 500
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 # Enough to find a slip; comparing with every name of a large model would take seconds.
 _MAX_CANDIDATES = 400
+_MAX_SUGGESTIONS = 10
+_MAX_FAULTS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
+class TextTemplate:
     """A text with placeholders such as `{i}`; `parts` alternates literals and their names."""
 
     text: str
@@ -35,15 +39,15 @@ class Template:
         )
 
 
-def parse_template(text: str) -> Template:
+def parse_template(text: str) -> TextTemplate:
     """Raises `ValueError` for braces that are not around a name."""
     parts = tuple(_PLACEHOLDER.split(text))
     if any("{" in literal or "}" in literal for literal in parts[::2]):
         raise ValueError(f"`{text}`: braces go around a name, as in {{i}}")
-    return Template(text, parts)
+    return TextTemplate(text, parts)
 
 
-def parse_name(text: str, *, glob: bool = False) -> Template:
+def parse_name(text: str, *, glob: bool = False) -> TextTemplate:
     """A tensor name, or the start of one; raises `ValueError` for what cannot be one.
 
     Only a `glob` may hold `*` (anything within one dotted part) and `**` (any number of parts).
@@ -66,31 +70,27 @@ def join(prefix: str, name: str) -> str:
 
 def below(name: str, prefix: str) -> str | None:
     """What follows `prefix` in `name`: empty if that is all, None if it does not begin so."""
-    if not prefix:
-        return name
-    if name == prefix:
-        return ""
+    if not prefix or name == prefix:
+        return name[len(prefix) :]
     return name[len(prefix) + 1 :] if name.startswith(prefix + ".") else None
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether the glob `pattern` covers all of `name`, in at most the product of their lengths."""
-
-    def part(wanted: str, found: str) -> bool:
-        if "*" not in wanted:
-            return wanted == found
-        return _covers(wanted, found, "*", str.__eq__)
-
-    return _covers(pattern.split("."), name.split("."), "**", part)
+    return _covers(
+        pattern.split("."),
+        name.split("."),
+        "**",
+        lambda wanted, found: _covers(wanted, found, "*", str.__eq__),
+    )
 
 
 def _covers(
     pattern: Sequence[_T], items: Sequence[_T], star: _T, equal: Callable[[_T, _T], bool]
 ) -> bool:
     """Wildcard matching with one step back: `star` is any number of items, others one each."""
-    at = taken = 0
+    at = taken = retry = 0
     last_star = -1
-    retry = 0
     while taken < len(items):
         if at < len(pattern) and pattern[at] == star:
             last_star, retry = at, taken
@@ -113,3 +113,104 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
     usable = [text for text in candidates[:_MAX_CANDIDATES] if len(text) <= _MAX_LENGTH]
     found = difflib.get_close_matches(name, usable, n=1, cutoff=0.7)
     return found[0] if found else None
+
+
+def advice_for(name: str, known: Sequence[str], otherwise: str) -> str:
+    """The advice for a name that is not one of `known`: the one that was meant, or `otherwise`."""
+    near = nearest(name, known)
+    return f"Did you mean `{near}`?" if near else otherwise
+
+
+class Suggestions:
+    """What `texts` say of the key most like a name; for ten kinds of names, as each takes long."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts = texts
+        self._found: dict[str, str | None] = {}
+
+    def near(self, name: str) -> str | None:
+        template = unnumbered(name)
+        if template not in self._found and len(self._found) < _MAX_SUGGESTIONS:
+            near = nearest(template, list(self._texts))
+            self._found[template] = self._texts[near] if near else None
+        return self._found.get(template)
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Names that differ only in numbers: `model.layers.{0..31}.mlp.up_proj.weight`; how many."""
+
+    text: str
+    template: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"`{self.text}`" + (f" ({self.count:,} tensors)" if self.count > 1 else "")
+
+
+def unnumbered(name: str) -> str:
+    """`name` with `{}` for each of its parts that is a number."""
+    return ".".join("{}" if _is_number(part) else part for part in name.split("."))
+
+
+def fold(names: Iterable[str]) -> list[Folded]:
+    """`names` in the order given, those that differ only in numbers as one."""
+    groups: dict[str, list[list[int]]] = {}
+    for name in names:
+        numbers = [int(part) for part in name.split(".") if _is_number(part)]
+        groups.setdefault(unnumbered(name), []).append(numbers)
+    found = []
+    for template, rows in groups.items():
+        runs = [_runs(sorted(set(column))) for column in zip(*rows, strict=True)]
+        first, *pieces = template.split("{}")
+        text = first + "".join(map("".join, zip(runs, pieces, strict=False)))
+        found.append(Folded(text, template, len(rows)))
+    return found
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) <= 9
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """`{0..3,7}`; a single number stands as it is; after four runs, an ellipsis."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    shown = ["..".join(map(str, ends)) for ends in runs[:4]]
+    return "{" + ",".join(shown) + (",…" if len(runs) > 4 else "") + "}"
+
+
+class TensorFaults:
+    """Collects faults that each name one tensor; those that are alike are folded."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[str, str, str], list[str]] = {}
+
+    def add(self, where: str, name: str, what: str, advice: str = "") -> None:
+        """A fault at `where` that reads: the name, a space, `what`."""
+        self._names.setdefault((where, what, advice), []).append(name)
+
+    def faults(self) -> list[Fault]:
+        """In the order of the first name of each, at most forty and a last one that counts."""
+        return shortened(
+            [
+                Fault(where, f"{folded} {what}", advice)
+                for (where, what, advice), names in self._names.items()
+                for folded in fold(names)
+            ]
+        )
+
+
+def shortened(faults: Sequence[Fault]) -> list[Fault]:
+    """The first forty faults, and one that says how many more there are."""
+    unique = list(dict.fromkeys(faults))
+    if len(unique) <= _MAX_FAULTS:
+        return unique
+    more = Fault("", f"and {len(unique) - _MAX_FAULTS:,} more faults of this kind")
+    return [*unique[:_MAX_FAULTS], more]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.mapping.schema import Reader
+from xtuner2llava.mapping.schema import ABSENT, Reader
 from xtuner2llava.mapping.yaml import Document
 
 
@@ -29,11 +29,11 @@ class PromptTemplate:
 def read_prompt_templates(document: Document) -> Mapping[str, PromptTemplate]:
     """The templates by name. Raises `MappingError` with all faults of the file."""
     reader = Reader(document)
-    root, title = document.root, "a prompt template"
-    reader.keys(root, ("schema", "templates"), "this file")
+    table, title = document.table, "a prompt template"
+    reader.keys(table, ("schema", "templates"), "this file")
     found = {
-        name: reader.bind(PromptTemplate, reader.table(node, title), title, name=name)
-        for name, _, node in reader.entries(root.entries.get("templates"), "`templates`")
+        name: reader.bind(PromptTemplate, node, title, name=name)
+        for name, node in reader.table(table.get("templates", ABSENT), "`templates`").items()
     }
     reader.finish()
     return found

@@ -1,4 +1,4 @@
-"""Rules as written: one verb each, in blocks that give prefixes and loops.
+"""The rules of the language: one verb each, in blocks that give prefixes and loops.
 
 `keep` and `rename` hold many names; each becomes a `Rule` of its own, with its own line, so that
 a child file can replace one of them and an error can point at one of them.
@@ -6,15 +6,33 @@ a child file can replace one of them and an error can point at one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import accumulate
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from xtuner2llava.errors import Fault
 from xtuner2llava.mapping.expressions import Expression
-from xtuner2llava.mapping.names import Template, join, nearest
-from xtuner2llava.mapping.schema import Reader
-from xtuner2llava.mapping.yaml import Items, Node, Scalar, Table
+from xtuner2llava.mapping.names import TextTemplate, advice_for, join
+from xtuner2llava.mapping.schema import ABSENT, Reader
+from xtuner2llava.mapping.yaml import Node
+from xtuner2llava.tensors import (
+    FLOAT32,
+    Columns,
+    Fill,
+    LazyTensor,
+    Normalize,
+    Piece,
+    Rows,
+    Transpose,
+    concat,
+    deinterleave,
+    split,
+    unstack,
+)
+
+_Names: TypeAlias = tuple[TextTemplate, ...]
+_Tensors: TypeAlias = Sequence[LazyTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,32 +40,37 @@ class Rule:
     """What one verb says, names still with placeholders and numbers still as expressions.
 
     `numbers` are the rows of each part (split, unstack), the rows of each slot (deinterleave), the
-    rows (resize), or the shape (fill, shapes). `each` is the variable in the targets of `unstack`,
-    and how many of them there are.
+    rows (resize), or the shape (fill, shapes). `count` is that of the groups (deinterleave), or of
+    the stacked tensors (unstack), which the `variable` in the targets numbers.
     """
 
     verb: str
     where: str
-    sources: tuple[Template, ...] = ()
-    targets: tuple[Template, ...] = ()
+    sources: _Names = ()
+    targets: _Names = ()
     numbers: tuple[Expression, ...] = ()
-    groups: Expression | None = None
-    each: tuple[str, Expression] | None = None
+    count: Expression | None = None
+    variable: str | None = None
     dim: int = 0
     value: float = 0.0
     lossy: bool = False
     because: str = ""
     condition: Expression | None = None
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether it stands for all names that a prefix or a glob covers."""
+        return self.verb == "move" or (self.verb == "drop" and "*" in self.sources[0].text)
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rules that share a loop, a prefix on either side, and a condition."""
+    """Rules that share loops, a prefix on either side, and a condition."""
 
     where: str
-    loops: tuple[tuple[str, Expression], ...]
-    source: Template
-    target: Template
+    loops: Mapping[str, Expression]
+    source: TextTemplate
+    target: TextTemplate
     rules: tuple[Entry, ...]
     condition: Expression | None = None
 
@@ -63,42 +86,176 @@ class RuleSet:
     parent: RuleSet | None = None
 
 
-# The keys of each verb besides itself; those that may be left out end in a question mark.
-_VERBS: dict[str, tuple[str, ...]] = {
-    "keep": (),
-    "rename": (),
-    "move": ("to",),
-    "split": ("into", "sizes", "dim?"),
-    "concat": ("into",),
-    "deinterleave": ("into", "groups", "slots"),
-    "unstack": ("into", "for", "sizes?"),
-    "transpose": ("into",),
-    "normalize": ("into",),
-    "resize": ("into", "rows", "lossy?"),
-    "fill": ("shape", "value?"),
-    "drop": ("because",),
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A rule for literal tensor names, with the values of its `numbers` and its `count`."""
+
+    rule: Rule
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    numbers: tuple[int, ...] = ()
+    count: int = 0
+
+    @property
+    def verb(self) -> str:
+        return self.rule.verb
+
+    @property
+    def where(self) -> str:
+        return self.rule.where
+
+    @property
+    def formulas(self) -> tuple[str, ...]:
+        """`numbers` as the rule writes them."""
+        return tuple(number.text for number in self.rule.numbers)
+
+    def make(self, sources: _Tensors) -> _Tensors:
+        """One tensor for each target. Raises `ValueError` where the shapes do not fit."""
+        return _VERBS[self.verb].make(self, sources)
+
+
+def _split(step: Step, sources: _Tensors) -> _Tensors:
+    source, dim = sources[0], step.rule.dim
+    if len(source.shape) <= dim or sum(step.numbers) != source.shape[dim]:
+        raise ValueError(
+            f"its shape is {list(source.shape)}, and [{', '.join(step.formulas)}] = "
+            f"{list(step.numbers)} makes {sum(step.numbers):,} {'columns' if dim else 'rows'}"
+        )
+    if dim == 0:
+        return split(source, step.numbers)
+    ends = zip(accumulate(step.numbers), step.numbers, strict=True)
+    return [Columns(source, end - size, end) for end, size in ends]
+
+
+def _unstack(step: Step, sources: _Tensors) -> _Tensors:
+    members = unstack(sources[0], step.count)
+    if not step.numbers:
+        return members
+    return [part for member in members for part in _split(step, [member])]
+
+
+def _resize(step: Step, sources: _Tensors) -> _Tensors:
+    (source,), (rows,) = sources, step.numbers
+    if not source.shape:
+        raise ValueError("a scalar has no rows")
+    if rows == source.rows:
+        return sources
+    if rows > source.rows:
+        zeros = Fill(source.dtype, (rows - source.rows, *source.row_shape), 0.0)
+        return [Rows([Piece(source, 0, source.rows), Piece(zeros, 0, zeros.rows)])]
+    if not step.rule.lossy:
+        raise ValueError(
+            f"it has {source.rows:,} rows, and [{', '.join(step.formulas)}] = [{rows}] would cut "
+            "some; that needs `lossy: true`"
+        )
+    return [Rows([Piece(source, 0, rows)])]
+
+
+def _name(reader: Reader, node: Node, *, glob: bool = False) -> _Names:
+    return (reader.name(reader.text(node, "a tensor name"), node.line, glob=glob),)
+
+
+def _glob(reader: Reader, node: Node) -> _Names:
+    return _name(reader, node, glob=True)
+
+
+def _prefix(reader: Reader, node: Node) -> _Names:
+    """The beginning of names, which may be empty."""
+    return (reader.name("", node.line),) if node.value == "" else _name(reader, node)
+
+
+def _names(reader: Reader, node: Node) -> _Names:
+    if node.value == []:
+        reader.fault(node.line, "a list of names is empty")
+    items = reader.items(node, "the value of `into` or `concat`")
+    return tuple(name for item in items for name in _name(reader, item))
+
+
+def _name_or_names(reader: Reader, node: Node) -> _Names:
+    return (_names if isinstance(node.value, list) else _name)(reader, node)
+
+
+def _rows(reader: Reader, node: Node) -> tuple[Expression, ...]:
+    return (reader.expression(node, "`rows`"),)
+
+
+def _dim(reader: Reader, node: Node) -> int:
+    if node.value in (0, 1):
+        return 1 if node.value else 0
+    reader.fault(node.line, "`dim` is 0 (rows) or 1 (columns)")
+    return 0
+
+
+class _Verb(NamedTuple):
+    """What a verb makes of its sources, how the value of its own key and of `into` is read, and its
+    other keys; those that may be left out end in a question mark."""
+
+    make: Callable[[Step, _Tensors], _Tensors]
+    read: Callable[[Reader, Node], _Names]
+    into: Callable[[Reader, Node], _Names] | None = None
+    keys: tuple[str, ...] = ()
+
+
+# What the other keys are in `Rule`.
+_FIELDS: Mapping[str, tuple[str, Any]] = {
+    "to": ("targets", Annotated[_Names, _prefix]),
+    "sizes": ("numbers", tuple[Expression, ...]),
+    "slots": ("numbers", tuple[Expression, ...]),
+    "shape": ("numbers", tuple[Expression, ...]),
+    "rows": ("numbers", Annotated[tuple[Expression, ...], _rows]),
+    "groups": ("count", Expression),
+    "dim": ("dim", Annotated[int, _dim]),
+    "value": ("value", float),
+    "lossy": ("lossy", bool),
+    "because": ("because", str),
+    "if": ("condition", Expression | None),
 }
-_MANY_TARGETS = ("split", "deinterleave")
+_VERBS: Mapping[str, _Verb] = {
+    "keep": _Verb(lambda step, sources: sources, _name),
+    "rename": _Verb(lambda step, sources: sources, _name),
+    "move": _Verb(lambda step, sources: sources, _prefix, keys=("to",)),
+    "split": _Verb(_split, _name, _names, ("sizes", "dim?")),
+    "concat": _Verb(lambda step, sources: [concat(sources)], _names, _name),
+    "deinterleave": _Verb(
+        lambda step, sources: deinterleave(sources[0], step.count, step.numbers),
+        _name,
+        _names,
+        ("groups", "slots"),
+    ),
+    "unstack": _Verb(_unstack, _name, _name_or_names, ("for", "sizes?")),
+    "transpose": _Verb(lambda step, sources: [Transpose(sources[0])], _name, _name),
+    "normalize": _Verb(lambda step, sources: [Normalize(sources[0])], _name, _name),
+    "resize": _Verb(_resize, _name, _name, ("rows", "lossy?")),
+    # No file says its dtype; a cast at the end of the plan gives it that of its neighbours.
+    "fill": _Verb(
+        lambda step, sources: [Fill(FLOAT32, step.numbers, step.rule.value)],
+        _name,
+        keys=("shape", "value?"),
+    ),
+    "drop": _Verb(lambda step, sources: (), _glob, keys=("because",)),
+}
+# Only in the file of a class: the names and shapes that it has.
+_SHAPES: Mapping[str, _Verb] = {"shapes": _Verb(lambda step, sources: (), _name)}
 
 
-def read_rules(reader: Reader, node: Node | None) -> tuple[Entry, ...]:
+def read_rules(reader: Reader, node: Node) -> tuple[Entry, ...]:
     """The rules of a family's or a format's list."""
     return _Rules(reader, _VERBS, ("from", "to")).read(node)
 
 
-def read_shapes(reader: Reader, node: Node | None) -> tuple[Entry, ...]:
+def read_shapes(reader: Reader, node: Node) -> tuple[Entry, ...]:
     """The rules of a class, which only say names and shapes."""
-    return _Rules(reader, {"shapes": ()}, ("prefix", "prefix")).read(node)
+    return _Rules(reader, _SHAPES, ("prefix", "prefix")).read(node)
 
 
 class _Rules:
     def __init__(
-        self, reader: Reader, verbs: dict[str, tuple[str, ...]], prefixes: tuple[str, str]
+        self, reader: Reader, verbs: Mapping[str, _Verb], prefixes: tuple[str, str]
     ) -> None:
         self._reader, self._verbs, self._prefixes = reader, verbs, prefixes
 
-    def read(self, node: Node | None) -> tuple[Entry, ...]:
-        rules = self._entries(node, frozenset())
+    def read(self, node: Node) -> tuple[Entry, ...]:
+        rules = tuple(self._entries(node))
         made: dict[str, str] = {}
         for name, where in _targets(rules, ""):
             if made.setdefault(name, where) != where:
@@ -107,219 +264,125 @@ class _Rules:
                 self._reader.faults.append(Fault(where, what, advice))
         return rules
 
-    def _entries(self, node: Node | None, variables: frozenset[str]) -> tuple[Entry, ...]:
-        found: list[Entry] = []
+    def _entries(self, node: Node) -> Iterator[Entry]:
         for item in self._reader.items(node, "a set of rules"):
-            table = item if isinstance(item, Table) else Table(item.line, {}, {})
-            if table is not item:
+            if not isinstance(item.value, dict):
                 self._reader.fault(item.line, "a rule is a table of keys and values")
-            elif "rules" in table.entries:
-                found.append(self._block(table, variables))
+            elif "rules" in item.value:
+                yield self._block(item, item.value)
             else:
-                found.extend(self._rule(table, variables))
-        return tuple(found)
+                yield from self._rule(item, item.value)
 
-    def _block(self, table: Table, outer: frozenset[str]) -> Block:
-        reader = self._reader
+    def _block(self, node: Node, table: Mapping[str, Node]) -> Block:
+        reader, outer, used = self._reader, self._reader.variables, self._reader.used
         reader.keys(table, ("for", *dict.fromkeys(self._prefixes), "rules", "if"), "a block")
-        loops = self._loops(table, outer)
-        variables = outer | {name for name, _, _ in loops}
-        source, target = (self._prefix(table, key, variables) for key in self._prefixes)
-        rules = self._entries(table.entries["rules"], variables)
+        loops = self._loops(table)
+        reader.variables, reader.used = outer | loops.keys(), set()
+        empty = Node(node.line, node.line, "")
+        (source,), (target,) = (_prefix(reader, table.get(key, empty)) for key in self._prefixes)
+        rules = tuple(self._entries(table["rules"]))
         if not rules:
-            reader.fault(table.line, "a block without rules")
-        used = {*source.variables, *target.variables, *_variables(rules)}
-        for name, line, _ in loops:
-            if name not in used and name.isidentifier():
+            reader.fault(node.line, "a block without rules")
+        for name, times in loops.items():
+            if name not in reader.used and name.isidentifier():
                 what = f"the loop variable `{name}` is not used in any name"
-                reader.fault(line, what, f"Write {{{name}}} where its number belongs.")
-        times = tuple((name, count) for name, _, count in loops)
-        where = reader.where(table.line)
-        return Block(where, times, source, target, rules, self._expression(table, "if"))
+                advice = f"Write {{{name}}} where its number belongs."
+                reader.faults.append(Fault(times.where, what, advice))
+        reader.variables, reader.used = outer, used | reader.used
+        condition = reader.value(Expression | None, table.get("if", ABSENT), "`if`")
+        return Block(reader.where(node.line), loops, source, target, rules, condition)
 
-    def _loops(self, table: Table, outer: frozenset[str]) -> list[tuple[str, int, Expression]]:
-        """The variables of `for`, the line of each, and how often it runs."""
-        reader = self._reader
-        loops = []
-        for name, line, node in reader.entries(table.entries.get("for"), "`for`"):
-            loops.append((name, line, reader.expression(node, f"`{name}`")))
+    def _loops(self, table: Mapping[str, Node]) -> dict[str, Expression]:
+        """The variables of `for`, and how often each runs."""
+        reader, loops = self._reader, {}
+        for name, times in reader.table(table.get("for", ABSENT), "`for`").items():
+            loops[name] = reader.expression(times, f"`{name}`")
             if not name.isidentifier():
-                reader.fault(line, f"`{name}` cannot be a loop variable")
-            if name in outer:
-                reader.fault(line, f"`{name}` is already the variable of an outer loop")
+                reader.fault(times.key_line, f"`{name}` cannot be a loop variable")
+            if name in reader.variables:
+                what = f"`{name}` is already the variable of an outer loop"
+                reader.fault(times.key_line, what)
         return loops
 
-    def _prefix(self, table: Table, key: str, variables: frozenset[str]) -> Template:
-        node = table.entries.get(key)
-        if node is None or (isinstance(node, Scalar) and node.value == ""):
-            return self._name("", table.line, variables)
-        return self._name(self._reader.text(node, f"`{key}`"), node.line, variables)
-
-    def _rule(self, table: Table, variables: frozenset[str]) -> Sequence[Rule]:
+    def _rule(self, node: Node, table: Mapping[str, Node]) -> Iterator[Rule]:
         reader = self._reader
-        verbs = [key for key in table.entries if key in self._verbs]
-        if len(verbs) != 1:
-            found = " and ".join(f"`{verb}`" for verb in verbs) or "none"
-            line = table.lines[verbs[1]] if verbs else table.line
-            meant = [nearest(key, [*self._verbs]) for key in table.entries if not verbs]
-            known = f"The verbs are {', '.join(self._verbs)}; a block has `rules`."
-            advice = next((f"Did you mean `{verb}`?" for verb in meant if verb), known)
-            reader.fault(line, f"a rule has one verb, this one has {found}", advice)
-            return ()
-        (verb,) = verbs
-        keys = self._verbs[verb]
-        reader.keys(table, (verb, *(key.rstrip("?") for key in keys), "if"), f"`{verb}`")
-        for key in keys:
-            if not key.endswith("?") and key not in table.entries:
-                reader.fault(table.line, f"`{verb}` needs `{key}`")
-        if verb in ("keep", "rename", "shapes"):
-            return list(self._one_a_name(verb, table, variables))
-        return (self._single(verb, table, variables),)
-
-    def _one_a_name(self, verb: str, table: Table, variables: frozenset[str]) -> Iterator[Rule]:
-        reader, node = self._reader, table.entries[verb]
-        condition = self._expression(table, "if")
-        if verb == "keep":
-            for item in node.values if isinstance(node, Items) else (node,):
-                text = reader.text(item, "a tensor name")
-                name = self._name(text, item.line, variables)
-                yield Rule(verb, reader.where(item.line), (name,), (name,), condition=condition)
+        found = [key for key in table if key in self._verbs]
+        if len(found) != 1:
+            listed = " and ".join(f"`{verb}`" for verb in found) or "none"
+            advice = f"The verbs are {', '.join(self._verbs)}; a block has `rules`."
+            for key in [] if found else reversed([*table]):
+                advice = advice_for(key, [*self._verbs], advice)
+            line = table[found[1]].key_line if found else node.line
+            reader.fault(line, f"a rule has one verb, this one has {listed}", advice)
             return
-        for text, line, value in reader.entries(node, f"`{verb}`"):
-            name, where = self._name(text, line, variables), reader.where(line)
-            if verb == "shapes":
-                shape = reader.value(tuple[Expression, ...], value, "a shape")
-                yield Rule(verb, where, (), (name,), shape, condition=condition)
+        name = found[0]
+        verb = self._verbs[name]
+        keys = ("into", *verb.keys) if verb.into else verb.keys
+        allowed = (name, *(key.rstrip("?") for key in keys), "if")
+        reader.keys(table, allowed, f"`{name}`")
+        for key in keys:
+            if not key.endswith("?") and key not in table:
+                reader.fault(node.line, f"`{name}` needs `{key}`")
+        values = {
+            field: reader.value(kind, table[key], f"`{key}`")
+            for key, (field, kind) in _FIELDS.items()
+            if key in table and key in allowed
+        }
+        if name in ("keep", "rename", "shapes"):
+            yield from self._one_a_name(name, table[name], values.get("condition"))
+            return
+        values["targets" if name == "fill" else "sources"] = verb.read(reader, table[name])
+        loops = self._loops(table) if "for" in keys else {}
+        if loops:
+            values["variable"], values["count"] = next(iter(loops.items()))
+        if verb.into and "into" in table:
+            outer = reader.variables
+            reader.variables |= loops.keys()
+            values["targets"] = verb.into(reader, table["into"])
+            reader.variables = outer
+        rule = Rule(name, reader.where(table[name].key_line), **values)
+        self._check_numbers(table, rule)
+        if "for" in keys:
+            self._check_members(table, rule, len(loops))
+        yield rule
+
+    def _one_a_name(self, verb: str, node: Node, condition: Expression | None) -> Iterator[Rule]:
+        reader = self._reader
+        if verb == "keep":
+            for item in node.value if isinstance(node.value, list) else [node]:
+                name = _name(reader, item)
+                yield Rule(verb, reader.where(item.line), name, name, condition=condition)
+            return
+        for text, value in reader.table(node, f"`{verb}`").items():
+            name, where = (reader.name(text, value.key_line),), reader.where(value.key_line)
+            if verb == "rename":
+                yield Rule(verb, where, name, _name(reader, value), condition=condition)
             else:
-                target = self._name(reader.text(value, "the new name"), value.line, variables)
-                yield Rule(verb, where, (name,), (target,), condition=condition)
+                shape = reader.value(tuple[Expression, ...], value, "a shape")
+                yield Rule(verb, where, (), name, shape, condition=condition)
 
-    def _single(self, verb: str, table: Table, outer: frozenset[str]) -> Rule:
-        reader, entries = self._reader, table.entries
-        loops = self._loops(table, outer) if verb == "unstack" else []
-        inner = outer | {name for name, _, _ in loops}
-        into = entries.get("to" if verb == "move" else "into")
-        listed = verb in _MANY_TARGETS or (verb == "unstack" and isinstance(into, Items))
-        sources = self._names(verb, entries[verb], outer, many=verb == "concat")
-        targets = self._names(verb, into, inner, many=listed)
-        if verb == "fill":
-            sources, targets = (), sources
-        numbers: tuple[Expression, ...] = ()
-        for key in ("sizes", "slots", "shape"):
-            if key in entries:
-                numbers = reader.value(tuple[Expression, ...], entries[key], f"`{key}`")
-        if "rows" in entries:
-            numbers = (reader.expression(entries["rows"], "`rows`"),)
-        self._check_parts(table, listed, targets, numbers)
-        if verb == "unstack":
-            self._check_members(table, loops, targets)
-        return Rule(
-            verb,
-            reader.where(table.lines[verb]),
-            sources,
-            targets,
-            numbers,
-            self._expression(table, "groups"),
-            (loops[0][0], loops[0][2]) if loops else None,
-            dim=self._dim(entries.get("dim")),
-            value=self._value(entries.get("value")),
-            lossy=reader.flag(entries.get("lossy"), "`lossy`"),
-            because=reader.text(entries.get("because"), "`because`"),
-            condition=self._expression(table, "if"),
-        )
-
-    def _check_parts(
-        self,
-        table: Table,
-        listed: bool,
-        targets: Sequence[Template],
-        numbers: Sequence[Expression],
-    ) -> None:
+    def _check_numbers(self, table: Mapping[str, Node], rule: Rule) -> None:
         """A fault unless each of several targets has its number of rows."""
-        key = "slots" if "slots" in table.entries else "sizes"
-        sizes = table.entries.get(key)
-        if listed and isinstance(sizes, Items) and isinstance(table.entries.get("into"), Items):
-            if len(numbers) != len(targets):
-                what = f"{len(targets)} names in `into`, {len(numbers)} numbers in `{key}`"
-                self._reader.fault(sizes.line, what)
-        elif "unstack" in table.entries and sizes is None and len(targets) > 1:
-            what = f"{len(targets)} names in `into`, and no `sizes`"
+        key = "slots" if "slots" in table else "sizes"
+        names, numbers = len(rule.targets), len(rule.numbers)
+        if key in table and numbers and names and names != numbers:
+            what = f"{names} names in `into`, {numbers} numbers in `{key}`"
+            self._reader.fault(table[key].line, what)
+        elif rule.verb == "unstack" and names > 1 and not numbers:
+            what = f"{names} names in `into`, and no `sizes`"
             advice = "Say how many rows each of them has."
-            self._reader.fault(table.lines["into"], what, advice)
+            self._reader.fault(table["into"].key_line, what, advice)
 
-    def _check_members(
-        self,
-        table: Table,
-        loops: Sequence[tuple[str, int, Expression]],
-        targets: Sequence[Template],
-    ) -> None:
+    def _check_members(self, table: Mapping[str, Node], rule: Rule, loops: int) -> None:
         """Faults unless `unstack` has one loop, whose variable tells its targets apart."""
-        if "for" in table.entries and len(loops) != 1:
-            what = f"`for` of `unstack` has {len(loops)} variables, expected one"
-            self._reader.fault(table.lines["for"], what)
-        for target in targets:
-            if loops and loops[0][0] not in target.variables:
-                what = f"`{target.text}` does not say which one it is"
-                self._reader.fault(table.lines["into"], what, f"Write {{{loops[0][0]}}} in it.")
-
-    def _names(
-        self, verb: str, node: Node | None, variables: frozenset[str], *, many: bool
-    ) -> tuple[Template, ...]:
-        """The names of a rule: a list where the verb takes `many`, else a single one."""
-        if node is None:
-            return ()
-        values = self._reader.items(node, "what `into` or `concat` names") if many else (node,)
-        if isinstance(node, Items) and not values:
-            self._reader.fault(node.line, "a list of names is empty")
-        names = []
-        for value in values:
-            # Only a subtree may be everything; a tensor has a name.
-            everything = verb == "move" and isinstance(value, Scalar) and value.value == ""
-            text = "" if everything else self._reader.text(value, "a tensor name")
-            names.append(self._name(text, value.line, variables, glob=verb == "drop"))
-        return tuple(names)
-
-    def _name(
-        self, text: str, line: int, variables: frozenset[str], *, glob: bool = False
-    ) -> Template:
-        name = self._reader.name(text, line, glob=glob)
-        for variable in name.variables:
-            if variable not in variables:
-                known = ", ".join(sorted(variables)) or "none here"
-                what = f"`{text}`: `{variable}` is not a loop variable"
-                self._reader.fault(line, what, f"Known loop variables: {known}.")
-        return name
-
-    def _expression(self, table: Table, key: str) -> Expression | None:
-        node = table.entries.get(key)
-        return None if node is None else self._reader.expression(node, f"`{key}`")
-
-    def _dim(self, node: Node | None) -> int:
-        value = node.value if isinstance(node, Scalar) else None
-        if node is None or value in (0, 1):
-            return int(value or 0)
-        self._reader.fault(node.line, "`dim` is 0 (rows) or 1 (columns)")
-        return 0
-
-    def _value(self, node: Node | None) -> float:
-        value = node.value if isinstance(node, Scalar) else None
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if node is not None:
-            self._reader.fault(node.line, "`value` is a number")
-        return 0.0
-
-
-def _variables(rules: Sequence[Entry]) -> set[str]:
-    """The placeholders of all names below; the depth is that of the document."""
-    found: set[str] = set()
-    for rule in rules:
-        if isinstance(rule, Block):
-            found |= {*rule.source.variables, *rule.target.variables, *_variables(rule.rules)}
-        else:
-            for name in (*rule.sources, *rule.targets):
-                found.update(name.variables)
-    return found
+        if "for" in table and loops != 1:
+            what = f"`for` of `unstack` has {loops} variables, expected one"
+            self._reader.fault(table["for"].key_line, what)
+        for name in rule.targets:
+            if rule.variable and rule.variable not in name.variables:
+                what = f"`{name.text}` does not say which one it is"
+                advice = f"Write {{{rule.variable}}} in it."
+                self._reader.fault(table["into"].key_line, what, advice)
 
 
 def _targets(rules: Sequence[Entry], prefix: str) -> Iterator[tuple[str, str]]:

@@ -2,26 +2,37 @@
 
 A dataclass says what a table may hold: its fields are the keys, and their types the kinds of value.
 A field without default is required, and `where` is filled with the table's place. The key is the
-field's name without an underscore at its end, or what its metadata says. `Annotated` adds what
-messages call a value, or the function that reads it. Binding goes on after a fault, with an empty
-value in its place, so that one error lists all that is wrong with a file.
+field's name without an underscore at its end, or what `key` names; `GIVEN` ones have none.
+`Annotated` adds what messages call a value, or the function that reads it. Binding goes on after a
+fault, with an empty value in its place, so that one error lists all that is wrong with a file.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.expressions import Expression, parse_expression, show
-from xtuner2llava.mapping.names import Template, nearest, parse_name, parse_template
-from xtuner2llava.mapping.yaml import Document, Items, Node, Scalar, Table
+from xtuner2llava.mapping.names import TextTemplate, advice_for, parse_name, parse_template
+from xtuner2llava.mapping.yaml import Document, Node
 
 SCHEMA = 1
+# What a key that a table does not have is read from.
+ABSENT = Node(1, 1, None)
 _T = TypeVar("_T")
+
+
+# The metadata of a field that has no key: the caller of `bind` gives it, or it keeps its default.
+GIVEN: Mapping[str, None] = {"key": None}
+
+
+def key(name: str) -> Mapping[str, str]:
+    """The metadata of a field that YAML calls `name`."""
+    return {"key": name}
 
 
 class _Key(NamedTuple):
@@ -32,28 +43,34 @@ class _Key(NamedTuple):
 
 
 @cache
-def _keys_of(kind: type) -> tuple[_Key, ...]:
+def _keys_of(kind: Any) -> tuple[_Key, ...]:
     """The keys of a table that is bound to the dataclass `kind`."""
     hints = get_type_hints(kind, include_extras=True)
     return tuple(
         _Key(
-            field.metadata.get("key", field.name.rstrip("_")),
+            name,
             field.name,
             hints[field.name],
             field.default is MISSING and field.default_factory is MISSING,
         )
         for field in fields(kind)
-        if field.init and field.name != "where"
+        if (name := field.metadata.get("key", field.name.rstrip("_"))) and field.name != "where"
     )
 
 
 class Reader:
-    """One document, the faults found in it so far, and the config keys that it looks at."""
+    """One document, the faults found in it so far, and the config keys that it looks at.
+
+    `variables` are those of the loops around what is being read, and `used` the ones that names
+    have mentioned.
+    """
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.faults: list[Fault] = []
         self.names_read: set[str] = set()
+        self.variables: frozenset[str] = frozenset()
+        self.used: set[str] = set()
 
     def where(self, line: int) -> str:
         return self.document.where(line)
@@ -70,43 +87,40 @@ class Reader:
 
         raise_faults(MappingError, list(dict.fromkeys(sorted(self.faults, key=line))))
 
-    def root(self, kind: type[_T], title: str) -> _T:
-        """The document's table as `kind`, after its `schema`."""
-        root = self.document.root
-        schema = root.entries.get("schema")
+    def root(
+        self, kind: type[_T], title: str, besides: Collection[str] = (), **given: object
+    ) -> _T:
+        """The document's table as `kind`, after its `schema`; see `bind`."""
+        root = Node(self.document.line, self.document.line, self.document.table)
+        schema = self.document.table.get("schema")
         if schema is None:
             self.fault(root.line, "`schema` is missing", f"Begin the file with `schema: {SCHEMA}`.")
-        elif not (isinstance(schema, Scalar) and schema.value == SCHEMA):
-            found = show(schema.value) if isinstance(schema, Scalar) else "no number"
+        elif schema.value != SCHEMA:
+            found = "not a number" if isinstance(schema.value, list | dict) else show(schema.value)
             self.fault(schema.line, f"`schema` is {found}, this version reads {SCHEMA}")
-        return self.bind(kind, root, title, ("schema",))
+        return self.bind(kind, root, title, ("schema", *besides), **given)
 
     def bind(
-        self,
-        kind: type[_T],
-        table: Table,
-        title: str,
-        besides: tuple[str, ...] = (),
-        **given: object,
+        self, kind: type[_T], node: Node, title: str, besides: Collection[str] = (), **given: object
     ) -> _T:
-        """`table` as the dataclass `kind`, whose fields `given` the table has no keys for.
+        """A table as the dataclass `kind`, whose fields `given` have no keys in it.
 
-        The table may also have the keys `besides`.
+        It may also have the keys `besides`.
         """
+        table = self.table(node, title)
         keys = [key for key in _keys_of(kind) if key.field not in given]  # type: ignore[arg-type]
         self.keys(table, (*besides, *(key.name for key in keys)), title)
-        values: dict[str, Any] = dict(given)
+        values: dict[str, Any] = {"where": self.where(node.line)} if _has_place(kind) else {}
+        values |= given
         for key in keys:
-            node = table.entries.get(key.name)
-            if node is None and key.required:
-                self.fault(table.line, f"{title} needs `{key.name}`")
-            if node is not None or key.required:
-                values[key.field] = self.value(key.kind, node, f"`{key.name}`")
-        if any(field.name == "where" for field in fields(kind)):  # type: ignore[arg-type]
-            values["where"] = self.where(table.line)
+            if key.required and key.name not in table:
+                self.fault(node.line, f"{title} needs `{key.name}`")
+            if key.required or key.name in table:
+                found = table.get(key.name, ABSENT)
+                values[key.field] = self.value(key.kind, found, f"`{key.name}`")
         return kind(**values)
 
-    def value(self, kind: Any, node: Node | None, what: str) -> Any:
+    def value(self, kind: Any, node: Node, what: str) -> Any:
         """`node` as the type `kind`; what is absent, or something else, is empty."""
         origin, arguments = get_origin(kind), get_args(kind)
         if origin is Annotated:
@@ -114,128 +128,137 @@ class Reader:
                 return arguments[1](self, node)
             return self.value(arguments[0], node, arguments[1])
         if origin in (Union, types.UnionType):
-            return None if node is None else self.value(arguments[0], node, what) or None
+            return None if node is ABSENT else self.value(arguments[0], node, what) or None
         if origin is tuple:
-            return self._tuple(arguments[0], node, what)
+            # A single text is a list of one.
+            single = arguments[0] is str and node is not ABSENT and not isinstance(node.value, list)
+            items = [node] if single else self.items(node, what)
+            return tuple(self.value(arguments[0], item, what) for item in items)
         if origin is not None and issubclass(origin, Mapping):
-            entries = self.table(node, what).entries
-            return {key: self.value(arguments[1], n, f"`{key}`") for key, n in entries.items()}
-        if is_dataclass(kind) and kind not in (Expression, Template):
-            title = getattr(kind, "TITLE", what)
-            return self.bind(kind, self.table(node, title), title)  # type: ignore[arg-type]
-        readers: dict[Any, Callable[[Node | None, str], Any]] = {
+            entries = self.table(node, what).items()
+            return {key: self.value(arguments[1], value, f"`{key}`") for key, value in entries}
+        readers: dict[Any, Callable[[Node, str], Any]] = {
             str: self.text,
             bool: self.flag,
+            float: self.number,
             Expression: self.expression,
-            Template: self.sentence,
+            TextTemplate: self.sentence,
             object: lambda node, _: self.constant(node),
         }
-        return readers[kind](node, what)
+        if kind in readers:
+            return readers[kind](node, what)
+        return self.bind(kind, node, getattr(kind, "TITLE", what))
 
-    def _tuple(self, kind: Any, node: Node | None, what: str) -> tuple[Any, ...]:
-        """The values of a list; a single text is a list of one."""
-        if kind is str and node is not None and not isinstance(node, Items):
-            return (self.text(node, what),)
-        return tuple(self.value(kind, item, what) for item in self.items(node, what))
-
-    def keys(self, table: Table, allowed: Collection[str], what: str) -> None:
+    def keys(self, table: Mapping[str, Node], allowed: Collection[str], what: str) -> None:
         """Faults for the keys that `what` does not have."""
-        for key, line in table.lines.items():
+        for key, node in table.items():
             if key not in allowed:
-                near = nearest(key, list(allowed))
-                advice = f"Did you mean `{near}`?" if near else f"It has: {', '.join(allowed)}."
-                self.fault(line, f"{what} has no key `{key}`", advice)
+                advice = advice_for(key, [*allowed], f"It has: {', '.join(allowed)}.")
+                self.fault(node.key_line, f"{what} has no key `{key}`", advice)
 
-    def table(self, node: Node | None, what: str) -> Table:
-        """`node` as a table; an empty one where it is absent or something else."""
-        if isinstance(node, Table):
-            return node
-        if node is not None:
-            self.fault(node.line, f"{what} is a table of keys and values")
-        return Table(node.line if node else self.document.root.line, {}, {})
-
-    def entries(self, node: Node | None, what: str) -> Iterator[tuple[str, int, Node]]:
-        """Key, line and value of each entry of a table."""
-        table = self.table(node, what)
-        for key, value in table.entries.items():
-            yield key, table.lines[key], value
-
-    def items(self, node: Node | None, what: str) -> tuple[Node, ...]:
-        """The values of a list; none where it is absent or something else."""
-        if isinstance(node, Items):
-            return node.values
-        if node is not None:
-            self.fault(node.line, f"{what} is a list")
-        return ()
-
-    def text(self, node: Node | None, what: str) -> str:
-        """A string; empty where it is absent or something else."""
-        if isinstance(node, Scalar) and isinstance(node.value, str) and node.value:
+    def table(self, node: Node, what: str) -> dict[str, Node]:
+        if isinstance(node.value, dict):
             return node.value
-        if node is not None:
-            self.fault(node.line, f"{what} is a text")
+        self._wrong(node, f"{what} is a table of keys and values")
+        return {}
+
+    def items(self, node: Node, what: str) -> list[Node]:
+        if isinstance(node.value, list):
+            return node.value
+        self._wrong(node, f"{what} is a list")
+        return []
+
+    def text(self, node: Node, what: str) -> str:
+        """A text that is not empty."""
+        if isinstance(node.value, str) and node.value:
+            return node.value
+        self._wrong(node, f"{what} is a text")
         return ""
 
-    def flag(self, node: Node | None, what: str) -> bool:
-        if isinstance(node, Scalar) and isinstance(node.value, bool):
+    def flag(self, node: Node, what: str) -> bool:
+        if isinstance(node.value, bool):
             return node.value
-        if node is not None:
-            self.fault(node.line, f"{what} is true or false")
+        self._wrong(node, f"{what} is true or false")
         return False
 
-    def constant(self, node: Node | None) -> object:
-        """The value as plain data: scalars, lists and dictionaries with text keys."""
-        if isinstance(node, Items):
-            return [self.constant(value) for value in node.values]
-        if isinstance(node, Table):
-            return {key: self.constant(value) for key, value in node.entries.items()}
-        return None if node is None else node.value
+    def number(self, node: Node, what: str) -> float:
+        if isinstance(node.value, int | float) and not isinstance(node.value, bool):
+            return float(node.value)
+        self._wrong(node, f"{what} is a number")
+        return 0.0
 
-    def expression(self, node: Node | None, what: str) -> Expression:
-        """A number or an expression; null where it is neither, or absent."""
-        line = node.line if node is not None else self.document.root.line
-        if isinstance(node, Scalar) and node.value is not None:
+    def constant(self, node: Node) -> object:
+        """The value as plain data: scalars, lists and dictionaries with text keys."""
+        if isinstance(node.value, list):
+            return [self.constant(item) for item in node.value]
+        if isinstance(node.value, dict):
+            return {key: self.constant(value) for key, value in node.value.items()}
+        return node.value
+
+    def texts(self, node: Node, what: str, allowed: Collection[str]) -> dict[str, str]:
+        """A table of texts with the keys `allowed`."""
+        table = self.table(node, what)
+        self.keys(table, allowed, what)
+        return {key: self.text(value, f"`{key}`") for key, value in table.items()}
+
+    def expression(self, node: Node, what: str) -> Expression:
+        """A number or an expression; null where it is something else."""
+        if not isinstance(node.value, list | dict | None):
             try:
-                expression = parse_expression(node.value, self.where(line))
+                expression = parse_expression(node.value, self.where(node.line))
                 self.names_read |= expression.names
                 return expression
             except MappingError as error:
                 self.faults.extend(error.faults)
-        elif node is not None:
-            self.fault(line, f"{what} is a number or an expression")
-        return parse_expression(None, self.where(line))
+        else:
+            self._wrong(node, f"{what} is a number or an expression")
+        return parse_expression(None, self.where(node.line))
 
-    def name(self, text: str, line: int, *, glob: bool = False) -> Template:
-        """A tensor name with its placeholders; a fault at `line` where `text` cannot be one."""
-        return self._template(text, line, lambda: parse_name(text, glob=glob))
-
-    def sentence(self, node: Node | None, what: str) -> Template:
+    def sentence(self, node: Node, what: str) -> TextTemplate:
         """A text for people, with placeholders for config keys."""
-        text = self.text(node, what)
-        line = node.line if node is not None else self.document.root.line
-        template = self._template(text, line, lambda: parse_template(text))
+        template = self._template(node.line, parse_template, self.text(node, what))
         self.names_read.update(name.partition(".")[0] for name in template.variables)
         return template
+
+    def name(self, text: str, line: int, *, glob: bool = False) -> TextTemplate:
+        """A tensor name, whose placeholders are loop variables."""
+        name = self._template(line, lambda text: parse_name(text, glob=glob), text)
+        for variable in name.variables:
+            if variable not in self.variables:
+                known = ", ".join(sorted(self.variables)) or "none here"
+                what = f"`{text}`: `{variable}` is not a loop variable"
+                self.fault(line, what, f"Known loop variables: {known}.")
+        self.used.update(name.variables)
+        return name
 
     def found(self, key: str, find: Callable[[str], _T]) -> _T | None:
         """What `find` gives for the name under the root's `key`; None where there is nothing.
 
         Faults inside the file that is named are that file's.
         """
-        node = self.document.root.entries.get(key)
-        if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
+        node = self.document.table.get(key, ABSENT)
+        name = self.text(node, f"`{key}`")
+        if not name:
             return None
         try:
-            return find(node.value)
+            return find(name)
         except MappingError as error:
             for fault in error.faults:
                 where = fault.where or self.where(node.line)
                 self.faults.append(Fault(where, fault.what, fault.advice))
             return None
 
-    def _template(self, text: str, line: int, parse: Callable[[], Template]) -> Template:
+    def _template(self, line: int, parse: Callable[[str], TextTemplate], text: str) -> TextTemplate:
         try:
-            return parse()
+            return parse(text)
         except ValueError as error:
             self.fault(line, str(error))
-            return Template(text, (text,))
+            return TextTemplate(text, (text,))
+
+    def _wrong(self, node: Node, what: str) -> None:
+        if node is not ABSENT:
+            self.fault(node.line, what)
+
+
+def _has_place(kind: Any) -> bool:
+    return any(field.name == "where" for field in fields(kind))

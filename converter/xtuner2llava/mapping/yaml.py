@@ -1,4 +1,4 @@
-"""YAML text as a tree of values that know their lines; nothing else of YAML comes through.
+"""YAML text as a tree of values that know their lines; nothing else of YAML is accepted.
 
 PyYAML's loaders take the last of duplicate keys silently, read `no` as false and `1e-5` as a
 string, and `yaml.compose` follows aliases, so that a few bytes can become gigabytes. So the tree is
@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import yaml
 
-from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.errors import Fault, MappingError
 
 # A family is a few kilobytes. The bounds keep a hostile file to a fraction of a second and to a
 # few megabytes, and the depth keeps recursion over the tree harmless.
@@ -35,49 +34,37 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
-
-@dataclass(frozen=True, slots=True)
-class Scalar:
-    """A string, number, boolean or null, and the line that it begins on, counted from 1."""
-
-    line: int
-    value: str | int | float | bool | None
+Scalar: TypeAlias = str | int | float | bool | None
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    """A list of values."""
+class Node:
+    """A scalar, a list, or a table in the file's order.
+
+    `line` is the one that it begins on, counted from 1, and `key_line` that of its key: the two are
+    the same for the items of a list.
+    """
 
     line: int
-    values: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Values by key, in the file's order; `lines` says where each key stands."""
-
-    line: int
-    entries: dict[str, Node]
-    lines: dict[str, int]
-
-
-Node: TypeAlias = "Scalar | Items | Table"
+    key_line: int
+    value: Scalar | list[Node] | dict[str, Node]
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A whole file: how errors call it, the SHA-256 of its bytes, and its table."""
+    """A whole file: its name in errors, the SHA-256 of its bytes, and its table."""
 
     name: str
     sha256: str
-    root: Table
+    line: int
+    table: dict[str, Node]
 
     def where(self, line: int) -> str:
         return f"{self.name}:{line}"
 
 
 def read_document(data: bytes, name: str) -> Document:
-    """The table that the YAML text `data` is; `name` stands in errors, as in `qwen.yaml:12`.
+    """The table in the YAML text `data`; errors name the file as in `qwen.yaml:12`.
 
     Raises `MappingError` with all faults of the text. A syntax error ends the reading, so it is
     the last one.
@@ -95,11 +82,11 @@ def read_document(data: bytes, name: str) -> Document:
         raise MappingError("is not UTF-8 text", where=f"{name}:{line}") from error
     composer = _Composer(text, name)
     root = composer.root()
-    if not isinstance(root, Table) and not composer.faults:
+    if isinstance(root.value, dict) and not composer.faults:
+        return Document(name, hashlib.sha256(data).hexdigest(), root.line, root.value)
+    if not composer.faults:
         composer.fault(root.line, "is not a table of keys and values")
-    raise_faults(MappingError, composer.faults)
-    assert isinstance(root, Table)  # noqa: S101 - else there was a fault
-    return Document(name, hashlib.sha256(data).hexdigest(), root)
+    raise MappingError.from_faults(composer.faults)
 
 
 class _TooLarge(Exception):
@@ -112,9 +99,7 @@ class _Composer:
     def __init__(self, text: str, name: str) -> None:
         self._text, self._name = text, name
         # libyaml, where PyYAML has it, is ten times faster.
-        self._events: Iterator[yaml.Event] = yaml.parse(
-            text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
+        self._events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         self._count, self._line = 0, 1
         self.faults: list[Fault] = []
 
@@ -122,17 +107,14 @@ class _Composer:
         self.faults.append(Fault(f"{self._name}:{line}", what, advice))
 
     def root(self) -> Node:
-        """The document's value; an empty list where there is none."""
-        root: Node = Items(1, ())
-        documents = 0
+        """The document's value; null where there is none."""
+        root: Node | None = None
         try:
             while not isinstance(event := self._next(), yaml.StreamEndEvent):
-                if isinstance(event, yaml.DocumentStartEvent):
-                    documents += 1
-                    if documents > 1:
-                        self.fault(self._line, "a second document begins here, a mapping is one")
-                        break
-                elif isinstance(event, yaml.NodeEvent):
+                if isinstance(event, yaml.DocumentStartEvent) and root is not None:
+                    self.fault(self._line, "a second document begins here, a mapping is one")
+                    break
+                if isinstance(event, yaml.NodeEvent):
                     root = self._node(event, 0)
         except _TooLarge as error:
             self.fault(self._line, f"has more than {error}, mappings have few")
@@ -142,7 +124,7 @@ class _Composer:
         except yaml.reader.ReaderError as error:
             line = self._text.count("\n", 0, error.position) + 1
             self.fault(line, f"is not YAML: {error.reason}")
-        return root
+        return root or Node(1, 1, None)
 
     def _next(self) -> yaml.Event:
         event = next(self._events)
@@ -152,47 +134,50 @@ class _Composer:
             raise _TooLarge(f"{_MAX_VALUES:,} values")
         return event
 
-    def _node(self, event: yaml.Event, depth: int, *, key: bool = False) -> Node:
-        """The value that begins with `event`; the scalars of a `key` stay strings."""
+    def _node(self, event: yaml.Event, depth: int, key_line: int = 0) -> Node:
+        """The value that begins with `event`."""
         line = self._line
+        key_line = key_line or line
         if isinstance(event, yaml.AliasEvent):
             self.fault(line, f"`*{event.anchor}` is an alias, which mappings do not have")
-            return Scalar(line, None)
+            return Node(line, key_line, None)
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if anchor is not None:
             self.fault(line, f"`&{anchor}` is an anchor, which mappings do not have")
         if tag is not None:
             self.fault(line, f"`{tag}` is a tag, which mappings do not have")
         if isinstance(event, yaml.ScalarEvent):
-            resolves = event.implicit[0] and not key
-            return self._resolve(event.value, line) if resolves else Scalar(line, event.value)
+            value = self._resolve(event.value, line) if event.implicit[0] else event.value
+            return Node(line, key_line, value)
         if depth == _MAX_DEPTH:
             raise _TooLarge(f"{_MAX_DEPTH} levels")
         if isinstance(event, yaml.MappingStartEvent):
-            return self._table(line, depth)
-        values: list[Node] = []
+            return Node(line, key_line, self._table(depth))
+        items: list[Node] = []
         while not isinstance(event := self._next(), yaml.SequenceEndEvent):
-            values.append(self._node(event, depth + 1))
-        return Items(line, tuple(values))
+            items.append(self._node(event, depth + 1))
+        return Node(line, key_line, items)
 
-    def _table(self, line: int, depth: int) -> Table:
-        table = Table(line, {}, {})
+    def _table(self, depth: int) -> dict[str, Node]:
+        table: dict[str, Node] = {}
         while not isinstance(event := self._next(), yaml.MappingEndEvent):
-            key = self._node(event, depth + 1, key=True)
-            text = key.value if isinstance(key, Scalar) and isinstance(key.value, str) else ""
-            if not isinstance(key, Scalar):
-                self.fault(key.line, "a list or table cannot be a key")
-            value = self._node(self._next(), depth + 1)
-            if text in table.entries:
-                what = f"`{text}` is already given in line {table.lines[text]}"
-                self.fault(key.line, what, "Keep one of them.")
-                continue
-            table.entries[text], table.lines[text] = value, key.line
+            line = self._line
+            # Keys stay texts as written.
+            key = self._node(event, depth + 1)
+            text = event.value if isinstance(event, yaml.ScalarEvent) else ""
+            if isinstance(key.value, list | dict):
+                self.fault(line, "a list or table cannot be a key")
+            value = self._node(self._next(), depth + 1, line)
+            if text in table:
+                what = f"`{text}` is already given in line {table[text].key_line}"
+                self.fault(line, what, "Keep one of them.")
+            else:
+                table[text] = value
         return table
 
     def _resolve(self, text: str, line: int) -> Scalar:
         if text in _CONSTANTS:
-            return Scalar(line, _CONSTANTS[text])
+            return _CONSTANTS[text]
         number: int | float | None = None
         if len(text) <= _MAX_NUMBER_LENGTH:
             if _INTEGER.fullmatch(text):
@@ -201,5 +186,5 @@ class _Composer:
                 number = float(text)
         if (number is not None and not math.isfinite(number)) or _NOT_FINITE.fullmatch(text):
             self.fault(line, f"`{text}` is not a finite number")
-            return Scalar(line, 0)
-        return Scalar(line, text if number is None else number)
+            return 0
+        return text if number is None else number

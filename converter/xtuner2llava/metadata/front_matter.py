@@ -70,7 +70,7 @@ def front_matter(plan: Plan) -> dict[str, Json]:
     if plan.mapping.format == "hf":
         # Official LLaVA folders are read by LLaVA's own code, which the Hub has no name for.
         values["library_name"] = "transformers"
-    values["tags"] = ["llava", "xtuner", plan.mapping.becomes]
+    values["tags"] = ["llava", "xtuner", plan.mapping.target_class]
     return values
 
 

@@ -25,9 +25,11 @@ def next_steps(planned: Plan) -> tuple[str, ...]:
             "AutoProcessor.from_pretrained; README.md has the lines.",
         )
     sglang = PROGRAMS["sglang"]
-    if planned.config["model_type"] == sglang.model_type and sglang.takes(planned.mapping.becomes):
+    if planned.config["model_type"] == sglang.model_type and sglang.takes(
+        planned.mapping.target_class
+    ):
         return ("Serve it with SGLang: python -m sglang.launch_server --model-path OUT",)
-    is_next = not PROGRAMS["llava"].takes(planned.mapping.becomes)
+    is_next = not PROGRAMS["llava"].takes(planned.mapping.target_class)
     who = PROGRAMS["llava-next" if is_next else "llava"].title
     return (
         f"Load it with {who}: load_pretrained_model(path, None, folder_name); README.md has the "

@@ -61,7 +61,7 @@ def provenance(
         "base_files": _files(checkpoint.base_files),
         "mapping": {
             "family": plan.mapping.family,
-            "becomes": plan.mapping.becomes,
+            "becomes": plan.mapping.target_class,
             "format": plan.mapping.format,
             "files": [{"name": f.name, "sha256": f.sha256} for f in plan.mapping.files],
         },

@@ -24,7 +24,7 @@ def usage(plan: Plan, prompt: Prompt | None) -> Iterator[str]:
 
 def _official(plan: Plan, text: str) -> Iterator[str]:
     name = plan.suggested_name
-    is_next = not PROGRAMS["llava"].takes(plan.mapping.becomes)
+    is_next = not PROGRAMS["llava"].takes(plan.mapping.target_class)
     yield f"With {_NEXT if is_next else f'{_LLAVA} or {_NEXT}'}:"
     yield from ("", "```python", "import torch", "from PIL import Image")
     yield "from llava.constants import IMAGE_TOKEN_INDEX"
@@ -72,7 +72,7 @@ def _name_rule(plan: Plan) -> str:
 def _sglang(plan: Plan) -> Iterator[str]:
     tower = str(plan.config.get("mm_vision_tower")).lower()
     fits = (
-        PROGRAMS["sglang"].takes(plan.mapping.becomes)
+        PROGRAMS["sglang"].takes(plan.mapping.target_class)
         and plan.config.get("mm_projector_type") == "mlp2x_gelu"
         and ("clip" in tower or "siglip" in tower)
     )

@@ -13,7 +13,7 @@ from xtuner2llava.storage.json_file import Json
 
 def config_json(
     format_: Format,
-    becomes: PlainClass,
+    target_class: PlainClass,
     values: Mapping[str, object],
     format_keys: Mapping[str, object],
     tower_class: PlainClass,
@@ -24,7 +24,7 @@ def config_json(
     ids: TokenIds,
 ) -> dict[str, Json]:
     """The whole config. `model_type`, if given, stands in place of the format's own."""
-    described = format_.classes[becomes.name]
+    described = format_.classes[target_class.name]
     keys, kind = _json(format_keys), model_type or described.model_type
     nest = format_.nest
     if "llm" not in nest:
@@ -36,7 +36,7 @@ def config_json(
             dtype=dtype,
             ids=ids,
         )
-    nested = {nest["llm"]: text_config(becomes, _json(values), dtype, ids)}
+    nested = {nest["llm"]: text_config(target_class, _json(values), dtype, ids)}
     if "vision" in nest:
         nested[nest["vision"]] = vision_config(tower_class, _json(tower))
     return nested_config(

@@ -70,7 +70,7 @@ def plain_config(
     findings.note(*(limit.text for limit in limits))
     if translated.not_carried:
         keys = ", ".join(translated.not_carried)
-        findings.note(f"Config keys that {family.becomes.name} does not have: {keys}.")
+        findings.note(f"Config keys that {family.target_class.name} does not have: {keys}.")
     return dict(translated.values), limits
 
 
@@ -82,7 +82,7 @@ def translate(
     Raises `MappingError` where it cannot be said.
     """
     translated = family.translate_config(config, format_)
-    of_class = format_.class_limits(family.becomes.name, translated.values)
+    of_class = format_.class_limits(family.target_class.name, translated.values)
     return translated, [*family.limits(config), *translated.doubts, *of_class]
 
 
@@ -103,7 +103,7 @@ def plain_language_model(
     made = apply(family.expand(config, tensors.keys()), tensors, where=family.file.name)
     values, outputs, dropped = dict(values), dict(made.outputs), list(made.dropped)
     ties: list[Tie] = []
-    for name, same_as in family.becomes.tied_names(values).items():
+    for name, same_as in family.target_class.tied_names(values).items():
         if name not in outputs or same_as not in outputs:
             continue
         if name in untied or are_surely_different(outputs[name], outputs[same_as]):
@@ -117,16 +117,16 @@ def plain_language_model(
         if not are_surely_equal(tensor, outputs[same_as]):
             ties.append(Tie(name, tensor, same_as, outputs[same_as]))
         dropped.append(Dropped(name, f"the same as {same_as}, to which it is tied", "config"))
-    values["vocab_size"] = _trained_rows(family.becomes, values, outputs, made.origins)
+    values["vocab_size"] = _trained_rows(family.target_class, values, outputs, made.origins)
     shapes = {name: tensor.shape for name, tensor in outputs.items()}
-    findings.faults.extend(check_against_class(family.becomes, values, shapes, made.origins))
-    order = {name: place for place, name in enumerate(family.becomes.tensors(values))}
+    findings.faults.extend(check_against_class(family.target_class, values, shapes, made.origins))
+    order = {name: place for place, name in enumerate(family.target_class.tensors(values))}
     ordered = dict(sorted(outputs.items(), key=lambda item: order.get(item[0], len(order))))
     return LanguageModel(family, values, ordered, made.origins, tuple(ties), tuple(dropped))
 
 
 def _trained_rows(
-    becomes: PlainClass,
+    target_class: PlainClass,
     values: Mapping[str, object],
     tensors: Mapping[str, LazyTensor],
     origins: Mapping[str, Origin],
@@ -135,7 +135,7 @@ def _trained_rows(
 
     Raises `PlanError` where the embedding and the head have different numbers of rows.
     """
-    rows = {n: tensors[n].rows for n in vocabulary_tensors(becomes, values) if n in tensors}
+    rows = {n: tensors[n].rows for n in vocabulary_tensors(target_class, values) if n in tensors}
     if len(set(rows.values())) > 1:
         listed = " and ".join(f"{n} has {count:,} rows" for n, count in rows.items())
         raise PlanError(

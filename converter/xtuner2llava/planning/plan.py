@@ -48,7 +48,7 @@ class MappingInUse:
     """The mapping in use: the family, the plain class it becomes, the format, and their files."""
 
     family: str
-    becomes: str
+    target_class: str
     format: str
     files: tuple[MappingFile, ...]
 
@@ -130,7 +130,7 @@ class Plan:
             "layout": checkpoint.artifact.layout,
             "parts": {name: part.origin for name, part in parts.items()},
             "family": self.mapping.family,
-            "becomes": self.mapping.becomes,
+            "becomes": self.mapping.target_class,
             "format": self.mapping.format,
             "architecture": self.architecture,
             **self.verdict.to_dict(),

@@ -354,7 +354,7 @@ class _Planner:
         checkpoint, format_, found = self._checkpoint, self._format, self._found
         model = parts.llm
         assert model is not None and parts.tower is not None  # noqa: S101
-        becomes = model.family.becomes
+        target_class = model.family.target_class
         components: dict[str, Mapping[str, LazyTensor]] = {LLM: prepared.llm_tensors}
         if parts.writes_tower:
             components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
@@ -367,7 +367,7 @@ class _Planner:
         found.note(unchecked_note(tensors))
         config = config_json(
             format_,
-            becomes,
+            target_class,
             prepared.values,
             prepared.format_keys,
             self._tower_class,
@@ -380,7 +380,7 @@ class _Planner:
             checkpoint=checkpoint,
             mapping=MappingInUse(
                 model.family.name,
-                becomes.name,
+                target_class.name,
                 format_.name,
                 (*model.family.files, *format_.files),
             ),
@@ -410,7 +410,7 @@ class _Planner:
         return depth_of(self._checkpoint.projector.tensors)
 
     def _class_of(self, family: Family) -> FormatClass:
-        return self._format.classes[family.becomes.name]
+        return self._format.classes[family.target_class.name]
 
     @property
     def _tower_class(self) -> PlainClass:
@@ -464,7 +464,7 @@ class _Planner:
         rows = rows_for(model.rows, tokenizer.highest_id + 1)
         if rows == model.rows:
             return dict(model.values), model.tensors
-        names = vocabulary_tensors(model.family.becomes, model.values)
+        names = vocabulary_tensors(model.family.target_class, model.values)
         added = ", ".join(f"{use} {index}" for use, index in tokens.items() if index >= model.rows)
         self._found.note(
             f"The vocabulary has {rows} rows in place of {model.rows}, for the tokens that are "

@@ -10,12 +10,14 @@ from xtuner2llava.planning.programs import PROGRAMS
 
 def check_program(name: str | None, family: Family | None) -> None:
     """Raises `UnsupportedError` where the program has no class for what the LLM becomes."""
-    if name is None or family is None or PROGRAMS[name].takes(family.becomes.name):
+    if name is None or family is None or PROGRAMS[name].takes(family.target_class.name):
         return
-    others = [other for other, program in PROGRAMS.items() if program.takes(family.becomes.name)]
+    others = [
+        other for other, program in PROGRAMS.items() if program.takes(family.target_class.name)
+    ]
     raise UnsupportedError(
-        f"{PROGRAMS[name].title} has no class for {family.becomes.architecture}, which this LLM "
-        "becomes",
+        f"{PROGRAMS[name].title} has no class for {family.target_class.architecture}, which this "
+        "LLM becomes",
         where=flag("for_"),
         advice=f"Programs that have one: {', '.join(others)}.",
     )

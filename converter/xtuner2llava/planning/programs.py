@@ -20,9 +20,9 @@ class Program:
     classes: tuple[str, ...] | None = None
     seen: frozenset[str] = frozenset()
 
-    def takes(self, becomes: str) -> bool:
-        """Whether it loads an LLM of the class `becomes`."""
-        return self.classes is None or becomes in self.classes
+    def takes(self, target_class: str) -> bool:
+        """Whether it loads an LLM of the plain class `target_class`."""
+        return self.classes is None or target_class in self.classes
 
 
 _VLLM = frozenset("internlm2 llama mistral mixtral phi3 qwen2 qwen2_moe qwen3".split())

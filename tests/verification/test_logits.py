@@ -60,6 +60,22 @@ def test_equal_weights_give_equal_bits(checkpoints: Path, whole: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_few_positions_at_a_time_give_the_same_figures(
+    checkpoints: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def figures(name: str) -> Any:
+        found: Any = run(checkpoints, whole).figures["logits"]
+        return found["largest_logit"], found["distances"][name]
+
+    pair = "rounded - wrong: gate and up"
+    scale, distance = figures(pair)
+    monkeypatch.setattr("xtuner2llava.verification.logits.streams._LOGITS", 5 * 384)
+    # Of matrices of other sizes, sums may run in another order.
+    few_scale, few = figures(pair)
+    assert few_scale == pytest.approx(scale)
+    assert few == pytest.approx(distance)
+
+
 # Sealed, and with all tensors right: only the config's own comparison sees these besides.
 BLIND: dict[str, tuple[dict[str, Any], str]] = {
     "rope_theta": ({"rope_theta": 500.0}, "layer 0"),

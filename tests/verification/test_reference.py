@@ -150,6 +150,14 @@ def test_the_logits_of_xtuner_itself(
         ({"input_ids": numpy.zeros((2, 4), numpy.int64)}, "not one prompt"),
         ({"input_ids": numpy.array([[1, 2, 3]])}, "-200 in input_ids needs pixel_values"),
         ({"input_ids": numpy.array([["a", "b"]])}, "input_ids is <U1 [1, 2]"),
+        (
+            {"image_features": numpy.zeros((2, 16, 64), numpy.float32)},
+            "image_features is float32 [2, 16, 64], expected float32 of one image",
+        ),
+        (
+            {"pixel_values": numpy.zeros((28, 28), numpy.float32)},
+            "pixel_values is float32 [28, 28], expected float32 of one image",
+        ),
         ({"logits": numpy.array([object()])}, "is not a file of numpy.savez"),
     ],
 )

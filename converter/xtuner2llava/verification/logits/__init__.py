@@ -16,7 +16,7 @@ from xtuner2llava.options import VerifyOptions
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
-from xtuner2llava.verification.logits.compare import LOGITS, folder_side, logits_checks
+from xtuner2llava.verification.logits.compare import LOGITS, folder_model, logits_checks
 from xtuner2llava.verification.logits.reference import read_reference, reference_checks
 from xtuner2llava.verification.outcome import REFERENCE, Check
 
@@ -42,7 +42,7 @@ def run_checks(
     if options.reference is not None:
         given = read_reference(Path(options.reference))
         try:
-            side = folder_side(out, None if plan is None else plan.checkpoint)
-            yield from reference_checks(side, given, figures, counter("reference"))
+            folder = folder_model(out, None if plan is None else plan.checkpoint)
+            yield from reference_checks(folder, given, figures, counter("reference"))
         except ConversionError as error:
             yield Check.failed(REFERENCE, error)

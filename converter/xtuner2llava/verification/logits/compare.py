@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
@@ -21,7 +22,6 @@ from xtuner2llava.verification.logits.streams import (
     TRAINED,
     Figures,
     Run,
-    Side,
     Stream,
     fixed_input,
 )
@@ -47,21 +47,21 @@ def logits_checks(
     advance: Callable[[int], None],
 ) -> Iterator[Check]:
     """Runs both models and compares their logits; `figures` gets the numbers."""
-    folder = folder_side(out, plan.checkpoint)
-    streams = [Stream(FOLDER, folder)]
+    folder = folder_model(out, plan.checkpoint)
+    streams = [folder]
     try:
-        source = _source_side(plan.checkpoint, trust_remote_code)
+        source = _source_model(plan.checkpoint, trust_remote_code)
     except UnsupportedError as error:
         yield Check(LOGITS, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
         result = Run(streams, fixed_input(folder), [(FOLDER, FOLDER)], advance).figures()
         figures["logits"] = result.to_dict()
         yield wrong_check(result, FOLDER, 0.0)
         return
-    rounded = Reading(plan.dtype)
-    streams = [Stream(ROUNDED, source, rounded), Stream(NUDGED, source, rounded, True), *streams]
+    rounded = replace(source, name=ROUNDED, reading=Reading(plan.dtype))
+    streams = [rounded, replace(rounded, name=NUDGED, nudged=True), folder]
     pairs = [(ROUNDED, FOLDER), (ROUNDED, NUDGED)]
     if any(planned.how != "copy" for planned in plan.tensors):
-        streams = [Stream(TRAINED, source), *streams]
+        streams = [source, *streams]
         pairs += [(TRAINED, FOLDER)]
     given = fixed_input(folder, source)
     result = Run(streams, given, pairs, advance, compared=(ROUNDED, FOLDER)).figures()
@@ -101,7 +101,7 @@ def wrong_check(result: Figures, against: str, least: float, name: str = _OF_WRO
     return Check(name, FAILED, f"a wrong model is not further away than a right one: {detail}")
 
 
-def _source_side(checkpoint: Checkpoint, trust: bool) -> Side:
+def _source_model(checkpoint: Checkpoint, trust: bool) -> Stream:
     """The trained model in its own architecture. Raises `UnsupportedError` if it cannot be run."""
     llm, training = checkpoint.llm, checkpoint.training_config
     assert llm.config is not None  # noqa: S101 - it was planned
@@ -112,7 +112,8 @@ def _source_side(checkpoint: Checkpoint, trust: bool) -> Side:
     projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
     layer = -2 if training is None else training.visual_select_layer
     tensors = checkpoint.visual_encoder.tensors
-    return Side(language, ClipTower(_vision_config(checkpoint), tensors, projector, layer))
+    tower = ClipTower(_vision_config(checkpoint), tensors, projector, layer)
+    return Stream(TRAINED, language, tower)
 
 
 def _vision_config(checkpoint: Checkpoint) -> Mapping[str, Json]:
@@ -145,7 +146,7 @@ def _source_config(values: dict[str, Json], folder: str, trust: bool) -> Any:
     return config
 
 
-def folder_side(out: ConvertedFolder, checkpoint: Checkpoint | None) -> Side:
+def folder_model(out: ConvertedFolder, checkpoint: Checkpoint | None) -> Stream:
     """The folder as its own config has it. Raises `ConversionError` where it cannot be run.
 
     Without tensors or a config of its own, the tower is that of `checkpoint`.
@@ -161,4 +162,4 @@ def folder_side(out: ConvertedFolder, checkpoint: Checkpoint | None) -> Side:
         tower = tower or checkpoint.visual_encoder.tensors
         vision = vision or _vision_config(checkpoint)
     language = LayeredLLM(plain_config(out.text), out.part(LLM))
-    return Side(language, ClipTower(vision, tower, out.part(PROJECTOR), layer))
+    return Stream(FOLDER, language, ClipTower(vision, tower, out.part(PROJECTOR), layer))

@@ -6,9 +6,10 @@ no class for the LLM: the folder alone is run, on the file's prompt.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from xtuner2llava.verification.logits.streams import (
     Figures,
     ModelInput,
     Run,
-    Side,
     Stream,
 )
 from xtuner2llava.verification.logits.values import Reading
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _OF_WRONG = "logits of a wrong model differ from the reference"
 _IMAGE = -200  # XTuner's and LLaVA's IMAGE_TOKEN_INDEX
+# Of one image: (channels, height, width), and (patches, hidden size).
+_DIMENSIONS = {"pixel_values": 3, "image_features": 2}
 _MAX_BYTES = 1 << 30
 _ADVICE = "docs/mappings.md has the lines that make such a file."
 # How many times further than one more rounding of every weight the folder may be: the file may come
@@ -58,16 +60,18 @@ def read_reference(path: Path) -> GivenLogits:
 
     arrays = _arrays(path)
     ids, logits = arrays.get("input_ids"), arrays.get("logits")
-    images = {k: arrays[k] for k in ("pixel_values", "image_features") if k in arrays}
+    images = {key: arrays[key] for key in _DIMENSIONS if key in arrays}
     faults: list[str] = []
     if ids is None or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size < 2:
         faults.append(f"input_ids is {_shape(ids)}, expected whole numbers, (1, tokens)")
     if logits is None or logits.dtype.kind != "f" or logits.dtype.itemsize < 4:
         faults.append(f"logits is {_shape(logits)}, expected float32, (positions, vocabulary)")
     faults += [
-        f"{key} is {_shape(image)}, expected float32"
+        f"{key} is {_shape(image)}, expected float32 of one image"
         for key, image in images.items()
-        if image.dtype.kind != "f" or not 1 < image.ndim <= 4
+        if image.dtype.kind != "f"
+        or image.ndim < _DIMENSIONS[key]
+        or math.prod(image.shape[: -_DIMENSIONS[key]]) != 1
     ]
     _raise(path, faults)
     assert ids is not None and logits is not None  # noqa: S101 - a fault otherwise
@@ -84,14 +88,12 @@ def read_reference(path: Path) -> GivenLogits:
         faults.append(f"logits is {_shape(logits)}, expected finite (positions, vocabulary)")
     _raise(path, faults)
     cut = places[0] if places else len(row)
-    pixels, features = (
-        torch.from_numpy(images[key]).float().reshape(1, *images[key].shape[-count:])
-        if key in images
-        else None
-        for key, count in (("pixel_values", 3), ("image_features", 2))
-    )
-    if pixels is not None:
-        features = None
+    image = {
+        key: torch.from_numpy(array).float().reshape(1, *array.shape[-_DIMENSIONS[key] :])
+        for key, array in images.items()
+    }
+    pixels = image.get("pixel_values")
+    features = image.get("image_features") if pixels is None else None
     return GivenLogits(ModelInput(row[:cut], row[cut + 1 :], pixels, features), found)
 
 
@@ -125,17 +127,17 @@ def _shape(array: Any) -> str:
 
 
 def reference_checks(
-    side: Side,
+    folder: Stream,
     reference: GivenLogits,
     figures: dict[str, Json],
     advance: Callable[[int], None],
 ) -> Iterator[Check]:
-    """Runs the folder `side` on the prompt of `reference` and compares the logits."""
-    _require_fit(side, reference)
+    """Runs `folder` on the prompt of `reference` and compares the logits."""
+    _require_fit(folder, reference)
     streams = [
-        Stream(FOLDER, side),
-        Stream(NUDGED_FOLDER, side, nudged=True),
-        Stream(MOVED_FOLDER, side, Reading(moved=True)),
+        folder,
+        replace(folder, name=NUDGED_FOLDER, nudged=True),
+        replace(folder, name=MOVED_FOLDER, reading=Reading(moved=True)),
     ]
     pairs = [(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)]
     run = Run(streams, reference.given, pairs, advance, reference=reference.logits)
@@ -162,9 +164,9 @@ def tolerance(result: Figures) -> tuple[float, str]:
     return rounding, f"{_ROUNDINGS} times what one more rounding of the weights changes"
 
 
-def _require_fit(side: Side, reference: GivenLogits) -> None:
+def _require_fit(folder: Stream, reference: GivenLogits) -> None:
     """Raises `CheckpointError` where the folder cannot be run on the prompt."""
-    given, language, tower = reference.given, side.language, side.tower.config
+    given, language, tower = reference.given, folder.language, folder.tower.config
     rows, hidden = language.weights[language.embedding].shape
     length = len(given.before) + len(given.after)
     beyond = [n for n in sorted({*given.before, *given.after}) if not 0 <= n < rows]

@@ -27,7 +27,7 @@ REFERENCE = "reference"  # logits that are given
 _WRONG = "wrong: "
 _BEFORE, _AFTER = 8, 24  # tokens before and after the image
 _HEAD_ELEMENTS = 2 << 20
-_POSITIONS = 64  # whose logits are in memory at once
+_LOGITS = 4 << 20  # of each model that are in memory at once
 # What is exchanged within one layer, where both have the same shape.
 _EXCHANGES = (
     ("gate and up", ".gate_proj.", ".up_proj."),
@@ -38,25 +38,14 @@ _EXCHANGES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """One of the two models, as its config has it."""
-
-    language: LayeredLLM
-    tower: ClipTower
-
-
-@dataclass(frozen=True, slots=True)
 class Stream:
-    """A model to run: its weights, how they are read, and whether hidden states are nudged."""
+    """A model to run: its parts, how their values are read, and whether states are nudged."""
 
     name: str
-    side: Side
-    reading: Reading = Reading()  # noqa: RUF009 - frozen
+    language: LayeredLLM
+    tower: ClipTower
+    reading: Reading = field(default_factory=Reading)
     nudged: bool = False
-
-    @property
-    def weights(self) -> tuple[LayeredLLM, Reading]:
-        return self.side.language, self.reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +90,17 @@ class Figures:
         }
 
 
-def fixed_input(*sides: Side) -> ModelInput:
+def fixed_input(*models: Stream) -> ModelInput:
     """A fixed image of the size that the tower takes, and ids spread over the vocabulary."""
     import torch
 
-    size, channels = (sides[0].tower.config.get(key) for key in ("image_size", "num_channels"))
+    size, channels = (models[0].tower.config.get(key) for key in ("image_size", "num_channels"))
     steps = torch.linspace(0, 1, size if isinstance(size, int) else 224)
     waves = [
         1.5 * torch.sin(6.0 * (1 + c) * steps[:, None] + 11.0 * steps[None, :] * (2 + c))
         for c in range(channels if isinstance(channels, int) else 3)
     ]
-    rows = min(side.language.weights[side.language.embedding].rows for side in sides)
+    rows = min(model.language.weights[model.language.embedding].rows for model in models)
     ids = [(17 + 7919 * n) % rows for n in range(_BEFORE + _AFTER)]
     return ModelInput(ids[:_BEFORE], ids[_BEFORE:], torch.stack(waves)[None])
 
@@ -145,8 +134,10 @@ class Run:
         if all(image is not None for image in images.values()):
             self._note("image features", images)
         self._note("embeddings", self._hidden)
-        for number in range(self.streams[0].side.language.count):
-            for (language, reading), group in groupby(self.streams, lambda one: one.weights):
+        for number in range(self.streams[0].language.count):
+            for (language, reading), group in groupby(
+                self.streams, lambda stream: (stream.language, stream.reading)
+            ):
                 self._layer(number, language, reading, list(group))
             self._note(f"layer {number}", self._hidden)
         self._head()
@@ -156,11 +147,11 @@ class Run:
         """Makes the hidden states that go into the first layer; returns the image's."""
         import torch
 
-        given, side = self.given, stream.side
-        hidden = side.language.embed([*given.before, *given.after], stream.reading)
+        given = self.given
+        hidden = stream.language.embed([*given.before, *given.after], stream.reading)
         image = given.features
         if given.pixels is not None:
-            image = side.tower.features(given.pixels, stream.reading)
+            image = stream.tower.features(given.pixels, stream.reading)
         if image is not None:
             cut = len(given.before)
             hidden = torch.cat([hidden[:, :cut], image, hidden[:, cut:]], dim=1)
@@ -204,10 +195,11 @@ class Run:
         wrong = [(one, name) for one in ones if one != TRAINED for name in self._wrong]
         parts: dict[tuple[str, str], list[torch.Tensor]] = {p: [] for p in [*self.pairs, *wrong]}
         positions = figures.positions if reference is None else len(reference)
-        heads = [s.side.language.weights[s.side.language.head].rows for s in self.streams]
+        heads = [s.language.weights[s.language.head].rows for s in self.streams]
         figures.columns = min([*heads, *([] if reference is None else [reference.shape[1]])])
-        for start in range(0, positions, _POSITIONS):
-            stop = min(start + _POSITIONS, positions)
+        step = max(1, _LOGITS // figures.columns)
+        for start in range(0, positions, step):
+            stop = min(start + step, positions)
             logits = {}
             if reference is not None:
                 logits[REFERENCE] = reference[start:stop, : figures.columns].float()
@@ -228,7 +220,7 @@ class Run:
         """What the head of `stream` makes of `states`; it is read in blocks of rows."""
         import torch
 
-        weight = stream.side.language.weights[stream.side.language.head]
+        weight = stream.language.weights[stream.language.head]
         blocks: dict[str, list[torch.Tensor]] = {name: [] for name in states}
         step = max(1, _HEAD_ELEMENTS // max(1, weight.shape[1]))
         for start in range(0, self._figures.columns, step):

@@ -309,7 +309,7 @@ OPTIMIZER = "optimizer_state_dict"
         (
             3,
             edit("*rank_1_*optim*", OPTIMIZER, "fp32_flat_groups", value=[torch.ones(4)] * 2),
-            ["bytes given", "rank 1 has 8 elements, its parameters 15"],
+            ["has more elements than the ranks hold", "rank 1 has 8 elements, its parameters 15"],
         ),
         (2, edit("*model*", "param_shapes", value=[]), ["has no param_shapes"]),
         (2, edit("*model*", "param_shapes", value=[{}]), ["has no param_shapes"]),
@@ -331,14 +331,18 @@ OPTIMIZER = "optimizer_state_dict"
         (
             3,
             edit("*model*", "frozen_param_shapes", value={"llm.f": (3, 3)}),
-            ["frozen llm.f is not in every rank"],
+            ["llm.f: is frozen, and not in every rank"],
         ),
         (
             2,
             edit("*model*", "param_shapes", value=[{"a": (23,)}, {"b": (17,)}]),
             ["2 tensors belong to no part of LLaVA, such as 'a'"],
         ),
-        (2, lambda folder: torch.save([1], folder / "mp_rank_00_model_states.pt"), ["is no file"]),
+        (
+            2,
+            lambda folder: torch.save([1], folder / "mp_rank_00_model_states.pt"),
+            ["is not a file of DeepSpeed"],
+        ),
     ],
 )  # fmt: skip
 def test_a_directory_that_is_not_whole_is_refused(

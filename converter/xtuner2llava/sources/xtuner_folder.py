@@ -57,25 +57,27 @@ class _Folder:
 
     def artifact(self) -> Artifact:
         path = self._path
-        weights: dict[str, dict[str, LazyTensor]] = {}
-        folders: dict[str, Path] = {}
-        for part in (PROJECTOR, VISUAL_ENCODER, LLM):
-            home = path / part
-            found = self._weights(home, "model", "pytorch_model") if home.is_dir() else None
-            if part == LLM:
-                found, home = self._top_level(found, home)
-            if found is not None:
-                weights[part], folders[part] = found, home
+        homes = {part: path / part for part in (PROJECTOR, VISUAL_ENCODER, LLM)}
+        folders = {part: home for part, home in homes.items() if home.is_dir()}
+        if self._has_llm_at_top(has_folder=LLM in folders):
+            folders[LLM] = path
+        weights = {part: self._weights(home) for part, home in folders.items()}
         adapters: dict[str, dict[str, LazyTensor]] = {}
         settings: dict[str, LoraSettings] = {}
         for part, name in ADAPTERS.items():
             home = path / name
             if home.is_dir():
-                adapters[part] = self._weights(home, "adapter_model", "adapter_model")
+                adapters[part] = self._weights(home, ("adapter_model", "adapter_model"))
                 if (home / _ADAPTER).is_file():
                     values = read_json(home / _ADAPTER)
                     settings[part] = LoraSettings.from_mapping(values, str(home / _ADAPTER))
+        if folders.get(LLM) != path:
+            self._unread += unread_weights(path, None, ())
         self._unread += [f"{entry.name}/" for entry in sorted(path.iterdir()) if _is_left(entry)]
+        notes = (
+            f"{path.name} also holds {', '.join(self._unread)}, not read: where weights are there "
+            "twice, safetensors go before .bin, and one file before shards, as in transformers.",
+        )
         return Artifact(
             path=path,
             layout="XTuner folder",
@@ -85,75 +87,64 @@ class _Folder:
             files=tuple(self._files),
             config=_config_text(path / _CONFIG),
             folders=folders,
-            notes=self._notes(),
+            notes=notes if self._unread else (),
         )
 
-    def _top_level(
-        self, in_folder: dict[str, LazyTensor] | None, home: Path
-    ) -> tuple[dict[str, LazyTensor] | None, Path]:
-        """The LLM and its folder: `in_folder`, that of `home`, or what lies at top level."""
-        path = self._path
-        at_top = find_weights(path)
-        if in_folder is not None:
-            if at_top is not None:
-                raise UnsupportedError(
-                    f"holds two LLMs: {at_top.name} at top level, and the one in {home.name}/",
-                    where=str(path),
-                    advice="Move the one that is not meant out of the folder.",
-                )
-            self._unread += unread_weights(path, None, ())
-            return in_folder, home
-        loose = [name for name in unread_weights(path, None, ()) if name.endswith(_LOADABLE)]
-        if at_top is None and (adapters := [n for n in loose if n.startswith("adapter_model")]):
+    def _has_llm_at_top(self, *, has_folder: bool) -> bool:
+        """Whether the LLM is at top level; raises `CheckpointError` where that is not clear."""
+        path, at_top, loose = self._path, find_weights(self._path), _loose(self._path)
+        if has_folder and at_top is not None:
+            raise UnsupportedError(
+                f"holds two LLMs: {at_top.name} at top level, and the one in {LLM}/",
+                where=str(path),
+                advice="Move the one that is not meant out of the folder.",
+            )
+        adapters = [name for name in loose if name.startswith("adapter_model")]
+        if not has_folder and at_top is None and adapters:
             raise UnsupportedError(
                 f"holds {adapters[0]} at top level, and nothing says of which part",
                 where=str(path),
                 advice=f"An adapter of the LLM, with its {_ADAPTER}, belongs in {ADAPTERS[LLM]}/.",
             )
-        if at_top is not None or loose:
-            return self._weights(path, "model", "pytorch_model"), path
+        if not has_folder and (at_top is not None or loose):
+            return True
         config = path / "config.json"
-        expects_weights = config.is_file() and not (path / ADAPTERS[LLM]).is_dir()
-        if expects_weights and "architectures" in read_json(config):
+        expected = not has_folder and not (path / ADAPTERS[LLM]).is_dir() and config.is_file()
+        if expected and "architectures" in read_json(config):
             what = "has the config.json of an LLM, and no weights of it"
             raise CorruptFileError(what, where=str(path), advice=_INCOMPLETE)
-        self._unread += unread_weights(path, None, ())
-        return None, path
+        return False
 
-    def _weights(self, home: Path, *stems: str) -> dict[str, LazyTensor]:
+    def _weights(
+        self, home: Path, stems: tuple[str, str] = ("model", "pytorch_model")
+    ) -> dict[str, LazyTensor]:
         """All tensors of one of the folders, which must have some."""
-        found = find_weights(home, (stems[0], stems[-1]))
-        prefix = "" if home == self._path else f"{home.name}/"
+        found = find_weights(home, stems)
         if found is None:
-            loose = [name for name in unread_weights(home, None, ()) if name.endswith(_LOADABLE)]
-            what = (
-                f"has {loose[0]}, but not the index that names it"
-                if loose
-                else "has no weights in it"
-            )
+            loose = _loose(home)
+            what = "has no weights in it"
+            if loose:
+                what = f"has {loose[0]}, but not the index that names it"
             names = f"{stems[0]}.safetensors, {stems[-1]}.bin or their index"
             advice = f"Expected {names}. {_INCOMPLETE}"
             raise CorruptFileError(what, where=str(home), advice=advice)
         opened = open_weights(found)
-        what_kind = quantised(opened.tensors)
-        if what_kind is not None:
-            raise UnsupportedError(what_kind, where=str(found))
+        codes = quantised(opened.tensors)
+        if codes is not None:
+            raise UnsupportedError(codes, where=str(found))
+        prefix = "" if home == self._path else f"{home.name}/"
         self._files += [Fingerprint(prefix + f.name, f.size, f.digest) for f in opened.files]
         self._unread += [prefix + name for name in unread_weights(home, found, opened.files)]
         return dict(opened.tensors)
 
-    def _notes(self) -> tuple[str, ...]:
-        if not self._unread:
-            return ()
-        return (
-            f"{self._path.name} also holds {', '.join(self._unread)}, not read: where weights are "
-            "there twice, safetensors go before .bin, and one file before shards, as in "
-            "transformers.",
-        )
+
+def _loose(folder: Path) -> list[str]:
+    """Weight files that could be loaded if they had the right name or an index."""
+    return [name for name in unread_weights(folder, None, ()) if name.endswith(_LOADABLE)]
 
 
 def _is_left(entry: Path) -> bool:
-    """Whether `entry` is a folder that holds weights, and none of those that XTuner writes."""
+    """Whether `entry` is a folder that holds weights, and not one of those that XTuner writes."""
     if entry.name in PART_FOLDERS or not entry.is_dir():
         return False
     return (entry / _ADAPTER).is_file() or bool(unread_weights(entry, None, ()))

@@ -1,35 +1,27 @@
 """The real transformers classes: made from a config, and what their tensors are called in files.
 
-Whatever version of transformers is installed: configs are given to it in the words of 4.37, which
-all versions read, and names that a version changed in memory are changed back.
+Any version of transformers may be installed: configs are given to it with the keys of 4.37, which
+all versions read, and its modules are described by the files that they are loaded from.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xtuner2llava.errors import CorruptFileError, UnsupportedError
 from xtuner2llava.storage.json_file import Json
 
-if TYPE_CHECKING:
-    import torch
-
 # A hostile config may ask for a billion layers; no model has more than these.
 _MOST = {"num_hidden_layers": 1000, "num_local_experts": 1000, "n_layer": 1000}
-# Experts in files, and in the memory of transformers 5 (`conversion_mapping.py` there).
-_EXPERT = re.compile(
-    r"(?P<layer>.+\.)(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\."
-    r"(?P<part>w[123]|(?:gate|up|down)_proj)\.weight"
-)
-_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "gate_proj": "gate_proj",
-          "up_proj": "up_proj", "down_proj": "down_proj"}  # fmt: skip
-_FUSED, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-_MIXTRAL_GATE, _GATE = ".block_sparse_moe.gate.weight", ".mlp.gate.weight"
+# The experts of a layer as transformers 5 holds them (`conversion_mapping.py` there): gate and up
+# of each expert in one tensor, and down in another.
+_GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 _TOWER = "vision_model."
+_Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +29,12 @@ class ClassShapes:
     """The tensors of a class under the names of files; `optional` ones need not be there."""
 
     title: str
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, _Shape]
     optional: frozenset[str]
 
 
 def plain_config(values: Mapping[str, Json]) -> Any:
-    """The transformers config with these `values`, of which `model_type` says the class.
+    """The transformers config with these `values`, among them the `model_type` of its class.
 
     Raises `UnsupportedError` for a `model_type` that the installed transformers does not have, and
     `CorruptFileError` for values that it does not take.
@@ -50,43 +42,31 @@ def plain_config(values: Mapping[str, Json]) -> Any:
     import transformers
     from transformers import AutoConfig
 
-    given = in_older_words(values)
-    model_type = given.pop("model_type", None)
+    # Neither is about what is computed, and both may name classes that are not known here.
+    given = {k: v for k, v in values.items() if k not in ("architectures", "auto_map")}
+    rope = given.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
+        del given["rope_parameters"]
+        scaling = dict(rope)
+        if "rope_theta" in scaling:
+            given["rope_theta"] = scaling.pop("rope_theta")
+        kind = scaling.get("rope_type", scaling.get("type"))
+        given["rope_scaling"] = scaling if kind not in (None, "default") else None
     for key, most in _MOST.items():
         number = given.get(key)
         if isinstance(number, int) and number > most:
             raise CorruptFileError(f"{key} is {number:,}", where="config.json")
-    # Neither is about what is computed, and both may name classes that are not known here.
-    given.pop("architectures", None)
-    given.pop("auto_map", None)
+    model_type = given.pop("model_type", None)
     known = getattr(transformers, "CONFIG_MAPPING", {})
     if not isinstance(model_type, str) or model_type not in known:
         raise UnsupportedError(
             f"transformers {transformers.__version__} has no model_type {model_type!r}",
             where="config.json",
         )
-    try:
-        return AutoConfig.for_model(model_type, **given)
-    except Exception as error:
-        what = f"transformers does not take it: {type(error).__name__}: {error}"
-        raise CorruptFileError(what, where="config.json") from error
+    return _made("config", lambda: AutoConfig.for_model(model_type, **given))
 
 
-def in_older_words(values: Mapping[str, Json]) -> dict[str, Json]:
-    """A config with `rope_theta` and `rope_scaling` for transformers 5's `rope_parameters`."""
-    result = dict(values)
-    rope = result.get("rope_parameters")
-    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
-        del result["rope_parameters"]
-        scaling = dict(rope)
-        if "rope_theta" in scaling:
-            result["rope_theta"] = scaling.pop("rope_theta")
-        kind = scaling.get("rope_type", scaling.get("type"))
-        result["rope_scaling"] = scaling if kind not in (None, "default") else None
-    return result
-
-
-def language_model_shapes(values: Mapping[str, Json], found: Iterable[str]) -> ClassShapes:
+def language_model_shapes(values: Mapping[str, Json], found: Container[str]) -> ClassShapes:
     """What the class of the config `values` has; a tied head may be left out of `found`."""
     import torch
     import transformers
@@ -94,11 +74,10 @@ def language_model_shapes(values: Mapping[str, Json], found: Iterable[str]) -> C
     classes: Any = transformers
     config = plain_config(values)
     with torch.device("meta"):
-        model = _made(lambda: classes.AutoModelForCausalLM.from_config(config))
-    shapes = _file_shapes(model)
+        model = _made("model", lambda: classes.AutoModelForCausalLM.from_config(config))
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    head = {"lm_head.weight"} if tied and "lm_head.weight" not in set(found) else set()
-    return ClassShapes(type(model).__name__, shapes, frozenset(head))
+    head = {"lm_head.weight"} if tied and "lm_head.weight" not in found else set()
+    return ClassShapes(type(model).__name__, _shapes(model), frozenset(head))
 
 
 def tower_shapes(values: Mapping[str, Json]) -> ClassShapes:
@@ -106,8 +85,7 @@ def tower_shapes(values: Mapping[str, Json]) -> ClassShapes:
     import torch
 
     with torch.device("meta"):
-        model = _made(lambda: new_tower(values))
-    shapes = _file_shapes(model, _TOWER)
+        shapes = _shapes(_made("model", lambda: new_tower(values)))
     optional = frozenset(name for name in shapes if name.endswith("position_ids"))
     return ClassShapes("CLIPVisionModel", shapes, optional)
 
@@ -122,8 +100,8 @@ def new_tower(values: Mapping[str, Json], **others: object) -> Any:
     return classes.CLIPVisionModel(classes.CLIPVisionConfig(**{**known, **others}))
 
 
-def tower_config_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Json]:
-    """A vision config for tensors of these shapes; they do not say the number of heads.
+def tower_config_of_shapes(shapes: Mapping[str, _Shape]) -> dict[str, Json]:
+    """A vision config for tensors of these shapes; the number of heads cannot be seen in them.
 
     Raises `CorruptFileError` where there are no such tensors.
     """
@@ -146,66 +124,46 @@ def tower_config_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, J
     }
 
 
-def installed_names(
-    tensors: Mapping[str, torch.Tensor], wanted: Iterable[str]
-) -> dict[str, torch.Tensor]:
-    """`tensors` of files under the names that the modules of the installed version have.
+def in_files(model: Any) -> dict[str, list[tuple[str, _Shape]]]:
+    """For each tensor of `model`, the names and shapes of what files have in its place.
 
-    transformers 5 has no module `vision_model`, and holds the experts of a layer in two tensors:
-    gate and up by expert, and down by expert.
+    That is the tensor itself, under the same name or another; or, for the experts of a layer that
+    are one tensor here, those whose concatenation it is.
     """
-    import torch
-
-    names = set(wanted)
-    result = dict(tensors)
-    if not any(name.startswith(_TOWER) for name in names):
-        result = {name.removeprefix(_TOWER): tensor for name, tensor in result.items()}
-    if not any(name.endswith(_FUSED) for name in names):
-        return result
-    layers: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
-    for name in list(result):
-        match = _EXPERT.fullmatch(name)
-        if match is not None:
-            part = _PARTS[match["part"]]
-            layers.setdefault(match["layer"], {})[int(match["expert"]), part] = result.pop(name)
-        elif name.endswith(_MIXTRAL_GATE):
-            result[name.replace(_MIXTRAL_GATE, _GATE)] = result.pop(name)
-    for layer, parts in layers.items():
-        order = range(1 + max(expert for expert, _ in parts))
-        if len(parts) != 3 * len(order):
-            continue  # Something is missing, and is missed where names are compared.
-        joined = [torch.cat([parts[n, "gate_proj"], parts[n, "up_proj"]]) for n in order]
-        result[f"{layer}{_FUSED}"] = torch.stack(joined)
-        result[f"{layer}{_DOWN}"] = torch.stack([parts[n, "down_proj"] for n in order])
-    return result
-
-
-def _file_shapes(model: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's tensors as files have them, where all begin with `prefix`."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    mixtral = getattr(model.config, "model_type", None) == "mixtral"
+    kind = getattr(model.config, "model_type", None)
+    experts, *gate_up, down = (
+        ("block_sparse_moe", "w1", "w3", "w2")
+        if kind == "mixtral"
+        else ("mlp", "gate_proj", "up_proj", "down_proj")
+    )
+    found: dict[str, list[tuple[str, _Shape]]] = {}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
-        if name.endswith(_FUSED):
-            layer = name.removesuffix(_FUSED)
-            experts, both, hidden = shape
-            for part, kind in _PARTS.items():
-                if part.startswith("w") is mixtral:
-                    inner = "block_sparse_moe" if mixtral else "mlp"
-                    size = (hidden, both // 2) if kind == "down_proj" else (both // 2, hidden)
-                    for n in range(experts):
-                        shapes[f"{layer}{inner}.experts.{n}.{part}.weight"] = size
-        elif mixtral and name.endswith(_GATE):
-            shapes[name.replace(_GATE, _MIXTRAL_GATE)] = shape
-        elif not name.endswith(_DOWN):
-            shapes[name if name.startswith(prefix) else prefix + name] = shape
-    return shapes
+        stored = name
+        if name.endswith((_GATE_UP, _DOWN)):
+            parts = gate_up if name.endswith(_GATE_UP) else [down]
+            inner = f"{name.removesuffix(_GATE_UP).removesuffix(_DOWN)}{experts}.experts"
+            size = (shape[1] // len(parts), shape[2])
+            found[name] = [
+                (f"{inner}.{n}.{part}.weight", size) for n in range(shape[0]) for part in parts
+            ]
+            continue
+        if kind == "mixtral":
+            stored = name.replace(".mlp.gate.weight", ".block_sparse_moe.gate.weight")
+        elif kind == "clip_vision_model" and not name.startswith(_TOWER):
+            stored = _TOWER + name
+        found[name] = [(stored, shape)]
+    return found
 
 
-def _made(make: Any) -> Any:
+def _shapes(model: Any) -> dict[str, _Shape]:
+    return {name: shape for parts in in_files(model).values() for name, shape in parts}
+
+
+def _made(what: str, make: Callable[[], Any]) -> Any:
     """What `make` makes; raises `CorruptFileError` where transformers does not."""
     try:
         return make()
     except Exception as error:
-        what = f"transformers makes no model of it: {type(error).__name__}: {error}"
-        raise CorruptFileError(what, where="config.json") from error
+        text = f"transformers makes no {what} of it: {type(error).__name__}: {error}"
+        raise CorruptFileError(text, where="config.json") from error

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.verification.plain_model import installed_names
+from xtuner2llava.verification.plain_model import in_files
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,21 @@ class Layers:
         self.normed: torch.Tensor | None = None
         self._layer.register_forward_pre_hook(self._before, with_kwargs=True)
         self._layer.register_forward_hook(self._after)
-        head = model.get_output_embeddings()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(self._before_head)
+        # Rows of these are read as they are needed.
+        apart = [n for n, m in model.named_modules() if head is not None and m in (embedding, head)]
+        start = f"{self.prefix}.0."
+        self._inner: dict[str, list[str]] = {}
+        self._outer: dict[str, list[str]] = {}
+        for name, parts in in_files(model).items():
+            files = [file for file, _ in parts]
+            if name.startswith(start):
+                inner = [file.partition(start)[2] for file in files]
+                self._inner[name.removeprefix(start)] = inner
+            elif name.rpartition(".")[0] not in apart:
+                self._outer[name] = files
         self.free()
 
     def load_outer(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -62,42 +74,37 @@ class Layers:
         Raises `CheckpointError` unless they are all that the model has, but for the embedding and
         the head of a language model.
         """
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        rows = {
-            f"{name}.{inner}"
-            for name, module in self.model.named_modules()
-            if head is not None and module in (embedding, head)
-            for inner in module.state_dict()
-        }
-        outer = {name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")}
-        self.model.load_state_dict(self._named(tensors, outer, rows), strict=False, assign=True)
+        self._load(self.model, self._outer, tensors)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts a layer's float32 `tensors`, by their names within the layer, in its place.
 
         Raises `CheckpointError` unless they are exactly those of the layer.
         """
-        # `installed_names` looks at whole names.
-        start = f"{self.prefix}.0."
-        given = {f"{start}{name}": tensor for name, tensor in tensors.items()}
-        named = self._named(given, {f"{start}{name}" for name in self._layer.state_dict()}, set())
-        inner = {name.removeprefix(start): tensor for name, tensor in named.items()}
-        self._layer.load_state_dict(inner, strict=False, assign=True)
+        self._load(self._layer, self._inner, tensors)
 
-    def _named(
-        self, tensors: Mapping[str, torch.Tensor], wanted: set[str], besides: set[str]
-    ) -> dict[str, torch.Tensor]:
-        """`tensors` under the names that the model has, which are all of `wanted` but `besides`."""
-        wanted = {name for name in wanted if not name.endswith(_BUFFERS)}
-        given = {name: t for name, t in tensors.items() if not name.endswith(_BUFFERS)}
-        named = installed_names(given, wanted)
-        different = sorted(named.keys() ^ (wanted - besides))
+    def _load(
+        self, module: Any, files: Mapping[str, list[str]], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Puts `tensors` in place of those of `module`, each of which is made of its `files`."""
+        import torch
+
+        wanted = {file for parts in files.values() for file in parts}
+        different = [n for n in sorted(tensors.keys() ^ wanted) if not n.endswith(_BUFFERS)]
         if different:
             raise CheckpointError(
                 f"{type(self.model).__name__} and the tensors to run it with differ in "
                 f"{', '.join(different[:3])}"
             )
-        return named
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        named = {
+            name: tensors[parts[0]]
+            if len(parts) == 1
+            else torch.cat([tensors[part] for part in parts]).view(shapes[name])
+            for name, parts in files.items()
+            if not name.endswith(_BUFFERS)
+        }
+        module.load_state_dict(named, strict=False, assign=True)
 
     def free(self) -> None:
         """Gives the memory of the layer back; its buffers stay."""

@@ -83,13 +83,13 @@ def files(*names: str) -> Callable[[Path], None]:
         (files(".metadata", "__0_0.distcp"), "a distributed checkpoint (DCP)", "XTuner 0.1"),
         (
             files("iter_500.pth", "iter_1000.pth", "last_checkpoint"),
-            "no checkpoint that XTuner writes",
+            "not a checkpoint that XTuner writes",
             "It holds iter_1000.pth, iter_500.pth: give one of these.",
         ),
-        (files("epoch_1.pth"), "no checkpoint that XTuner writes", "It holds epoch_1.pth"),
+        (files("epoch_1.pth"), "not a checkpoint that XTuner writes", "It holds epoch_1.pth"),
         (
             files("notes.txt"),
-            "no checkpoint that XTuner writes",
+            "not a checkpoint that XTuner writes",
             "Expected iter_N.pth, a DeepSpeed directory, or an iter_N_xtuner folder.",
         ),
         (files(), "an empty folder", "Expected iter_N.pth"),

@@ -93,7 +93,7 @@ def test_a_projector_that_was_taken_out_of_its_folder(tmp_path: Path) -> None:
     assert "the projector alone" in refused(lone).what
     (lone / "config.json").unlink()
     for name in ("model.safetensors", "pytorch_model.bin"):
-        assert "the weights of a projector alone" in refused(lone / name).what
+        assert "the projector alone" in refused(lone / name).what
         assert "iter_N_xtuner folder that it belongs to" in refused(lone / name).advice
 
 

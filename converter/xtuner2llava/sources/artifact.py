@@ -10,6 +10,7 @@ from pathlib import Path
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.adapter import is_adapted
 from xtuner2llava.sources.lora_settings import LoraSettings
+from xtuner2llava.storage.pickle_reader import Value
 from xtuner2llava.storage.weights import Fingerprint, quantised
 from xtuner2llava.tensors import LazyTensor
 
@@ -27,17 +28,25 @@ _UNQUANTISED = (
     "Codes are not the weights that became them. Of a QLoRA training, give the file that XTuner "
     "wrote: it holds the adapter alone, which is merged onto the unquantised base."
 )
+# What such an input is, and what to give instead.
+PROJECTOR_ALONE = (
+    "the projector alone, which is one part of what XTuner's training made",
+    "Give the iter_N_xtuner folder that it belongs to, or XTuner's iter_N.pth.",
+)
+ADAPTER_ALONE = (
+    "a LoRA adapter alone, without the projector that belongs to it",
+    "Give the iter_N_xtuner folder that it lies in, or XTuner's iter_N.pth.",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """The tensors of each part that was trained, and what else stands in the artifact.
+    """The tensors of each part that was trained, and what else the artifact holds.
 
-    A part that was frozen is absent from `weights`; one that was trained as LoRA stands in
-    `adapters`, with `settings` where an `adapter_config.json` lies beside it. One in both is an
-    adapter that lies beside the weights under it. `config` is the
-    XTuner config's text and where it stands; `folders` are those with a part's own `config.json`,
-    tokenizer or image processor.
+    A part that was frozen is absent from `weights`; one that was trained as LoRA is in `adapters`,
+    with `settings` where an `adapter_config.json` lies beside it. One in both is an adapter beside
+    the weights under it. `config` is the XTuner config's text and its place; `folders` are those
+    with a part's own `config.json`, tokenizer or image processor.
     """
 
     path: Path
@@ -58,14 +67,18 @@ def artifact_of_state(
     layout: str,
     files: tuple[Fingerprint, ...],
     *,
-    config: tuple[str, str] | None = None,
-    iteration: int | None = None,
+    meta: Value = None,
+    meta_file: Path | None = None,
     notes: tuple[str, ...] = (),
 ) -> Artifact:
     """The artifact whose tensors are LLaVAModel's state dict, as in every layout but one.
 
-    Raises `UnsupportedError`, which says what the tensors are, where they are not those.
+    `meta`, which lies in `meta_file`, is what mmengine saves beside it: the config as text, and the
+    iteration. Raises `UnsupportedError`, which says what the tensors are, where they are not those.
     """
+    recorded = meta if isinstance(meta, dict) else {}
+    text, iteration = recorded.get("cfg"), recorded.get("iter")
+    config = (text, f"{meta_file} (meta.cfg)") if isinstance(text, str) else None
     parts: dict[str, dict[str, LazyTensor]] = {}
     others: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
@@ -75,7 +88,7 @@ def artifact_of_state(
         else:
             others[name] = tensor
     # With bias="all", XTuner saves every bias, those of frozen parts and of the tower too
-    # (`get_peft_model_state_dict` in xtuner/model/utils.py): such a part is no whole model.
+    # (`get_peft_model_state_dict` in xtuner/model/utils.py): such a part is not a whole model.
     adapters = {
         part: found
         for part, found in parts.items()
@@ -95,9 +108,15 @@ def artifact_of_state(
         what = f"{len(others)} tensors belong to no part of LLaVA, such as '{next(iter(others))}'"
         faults.append(Fault(str(path), what, _EXPECTED))
     raise_faults(UnsupportedError, faults)
-    weights = {part: found for part, found in parts.items() if part not in adapters}
     return Artifact(
-        path, layout, weights, files, adapters, config=config, iteration=iteration, notes=notes
+        path,
+        layout,
+        {part: found for part, found in parts.items() if part not in adapters},
+        files,
+        adapters,
+        config=config,
+        iteration=iteration if isinstance(iteration, int) else None,
+        notes=notes,
     )
 
 
@@ -111,13 +130,11 @@ def _without_projector(
         what = f"has tensors of {' and '.join(parts)}, but none of the projector"
         advice = "XTuner's LLaVAModel always saves `projector.*`; is this the right file?"
     elif others and all(_OF_PROJECTOR.fullmatch(name) for name in others):
-        what = "the weights of a projector alone, which is one part of what XTuner's training made"
-        advice = "Give the iter_N_xtuner folder that it belongs to, or XTuner's iter_N.pth."
+        what, advice = PROJECTOR_ALONE
     elif is_adapted(others):
-        what = "a LoRA adapter alone, without the projector that belongs to it"
-        advice = "Give the iter_N_xtuner folder that it lies in, or XTuner's iter_N.pth."
+        what, advice = ADAPTER_ALONE
     else:
         seen = ", ".join(list(others)[:3]) or "no tensors at all"
-        what = f"no LLaVA checkpoint of XTuner: no projector.*, but {seen}"
+        what = f"not a LLaVA checkpoint of XTuner: no projector.*, but {seen}"
         advice = "Give XTuner's iter_N.pth, its DeepSpeed directory, or an iter_N_xtuner folder."
     return Fault(str(path), what, advice)

@@ -1,4 +1,4 @@
-"""`config.json` files, in the vocabulary of transformers 4.37 whoever wrote them.
+"""`config.json` files of any version of transformers, in the vocabulary of 4.37.
 
 LLaVA is pinned to transformers 4.37.2, so that is the vocabulary of everything inside: `rope_theta`
 and `rope_scaling` (transformers 5 writes `rope_parameters`), `torch_dtype` (5: `dtype`),
@@ -13,7 +13,7 @@ from pathlib import Path
 from xtuner2llava.errors import CorruptFileError
 from xtuner2llava.storage.json_file import Json, integer, read_json, text
 
-# What transformers assumes of a CLIP vision tower whose config leaves it out
+# The defaults of transformers for a CLIP vision tower
 # (transformers 4.37.2 `models/clip/configuration_clip.py`, `CLIPVisionConfig`).
 _CLIP_VISION_DEFAULTS: dict[str, Json] = {
     "hidden_size": 768,
@@ -33,7 +33,7 @@ _LARGEST_INTEGER = 2**53
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A model's config, its values in 4.37 vocabulary, and the file it came from."""
+    """A model's config file, and its values in 4.37 vocabulary."""
 
     path: Path
     values: dict[str, Json]
@@ -49,13 +49,13 @@ class ModelConfig:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The config of the model in `folder`. Raises `CorruptFileError` if it has none."""
+    """The config of the model in `folder`. Raises `CorruptFileError` if there is none."""
     path = folder / "config.json"
     return ModelConfig(path, in_437_vocabulary(read_json(path)))
 
 
 def in_437_vocabulary(values: dict[str, Json]) -> dict[str, Json]:
-    """The same config as transformers 4.37 would spell it; keys that it does not know stay."""
+    """The same config in the keys of transformers 4.37; keys that it does not know stay."""
     result = dict(values)
     if "dtype" in result:
         dtype = result.pop("dtype")
@@ -76,7 +76,7 @@ def in_437_vocabulary(values: dict[str, Json]) -> dict[str, Json]:
 
 
 def _rope_scaling(scaling: Json) -> Json:
-    """`rope_scaling` with `type`; None where it says that nothing is scaled."""
+    """`rope_scaling` with `type`; None where nothing is scaled."""
     if not isinstance(scaling, dict):
         return scaling
     result = dict(scaling)
@@ -96,7 +96,7 @@ def _rope_scaling(scaling: Json) -> Json:
 def vision_tower_config(config: ModelConfig) -> ModelConfig:
     """The vision tower's own config, complete: of a whole CLIP model, its `vision_config`.
 
-    Raises `CorruptFileError` where a size is no positive integer.
+    Raises `CorruptFileError` where a size is not a positive integer.
     """
     values = config.values
     nested = values.get("vision_config")

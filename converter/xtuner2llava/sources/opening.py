@@ -1,4 +1,4 @@
-"""`open_checkpoint`: finds out what it was given, and opens it."""
+"""`open_checkpoint`: recognizes the layout of a path or Hub repo id, and opens it."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def open_checkpoint(
 
     With `stream_base`, the base LLM's weights are read from the Hub as they are needed, and not
     stored; without `base_weights`, those of base models are not downloaded. Raises
-    `CheckpointError` for what cannot be opened, and says what it is. What is missing beside it
-    stands in `faults`.
+    `CheckpointError` for what cannot be opened, and says what it is. What is missing beside it is
+    in `faults`.
     """
     options = options or SourceOptions()
     reference = fspath(checkpoint)
@@ -102,7 +102,7 @@ def _log_sources(opened: Checkpoint) -> None:
 
 
 def open_artifact(reference: str, weights: str = MASTER) -> Artifact:
-    """What lies at `reference`, by what is in it rather than by its name."""
+    """The artifact at `reference`, recognized by its content rather than its name."""
     path = local_path(reference)
     directory = zero_directory(path)
     if directory is not None:

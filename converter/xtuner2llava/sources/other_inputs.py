@@ -1,10 +1,11 @@
-"""What is given in a checkpoint's place: what it is, and what to give instead."""
+"""Inputs that are not checkpoints: what they are, and what to give instead."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from xtuner2llava.errors import UnsupportedError, UsageError
+from xtuner2llava.sources.artifact import ADAPTER_ALONE, PROJECTOR_ALONE
 from xtuner2llava.sources.xtuner_folder import PART_FOLDERS, is_xtuner_folder
 from xtuner2llava.storage.json_file import read_json, text
 from xtuner2llava.storage.small_file import read_small
@@ -18,14 +19,12 @@ _MAX_LAST_BYTES = 4096
 
 
 def not_there(reference: str, path: Path) -> UsageError:
-    """That nothing is at `path`, where it was looked for, and what lies there instead."""
+    """The error that nothing is at `path`, with the checkpoints that lie near it."""
     expected = (
         "Expected an iter_N.pth file or directory, an iter_N_xtuner folder, or a Hub repo id."
     )
     try:
-        where = Path(path).absolute().parent
-        while not where.is_dir():
-            where = where.parent
+        where = next(above for above in path.absolute().parents if above.is_dir())
         inner = sorted(name for name in _names(where) if name.startswith(_CHECKPOINTS))
         advice = f"Looked for it in {where}"
         advice += f", which holds {', '.join(inner[:4])}." if inner else f". {expected}"
@@ -35,7 +34,7 @@ def not_there(reference: str, path: Path) -> UsageError:
 
 
 def unlike_a_checkpoint(path: Path) -> UnsupportedError | None:
-    """Why a file is none of `torch.save`, where its name says so."""
+    """The error for a file whose name shows that it is not a checkpoint."""
     if path.name == _LAST:
         named = read_small(path, _MAX_LAST_BYTES).decode("utf-8", "replace").strip()
         beside = path.parent / Path(named).name
@@ -47,7 +46,7 @@ def unlike_a_checkpoint(path: Path) -> UnsupportedError | None:
         )
     if path.suffix == ".py":
         return UnsupportedError(
-            "a Python file, such as an XTuner config, and no checkpoint",
+            "a Python file, such as an XTuner config, not a checkpoint",
             where=str(path),
             advice="`inspect` says what a training with it will become; to convert, give "
             "iter_N.pth, and the config with --xtuner-config.",
@@ -64,7 +63,7 @@ def xtuner_folder_of(path: Path) -> Path | None:
 
 
 def unknown_folder(path: Path) -> UnsupportedError:
-    """What a folder is that holds no checkpoint, as far as its files tell."""
+    """The error for a folder without a checkpoint, by the files in it."""
     names = _names(path)
     whole = xtuner_folder_of(path)
     if whole is not None:
@@ -74,12 +73,11 @@ def unknown_folder(path: Path) -> UnsupportedError:
         what = "a distributed checkpoint (DCP), which XTuner's v1 trainer writes, and not for LLaVA"
         advice = "LLaVA is trained by XTuner 0.1 and 0.2: expected iter_N.pth or iter_N_xtuner."
     elif "adapter_config.json" in names:
-        what = "a LoRA adapter alone, without the projector that belongs to it"
-        advice = "Give the iter_N_xtuner folder that it lies in, or XTuner's iter_N.pth."
+        what, advice = ADAPTER_ALONE
     elif "config.json" in names:
         what, advice = _model_folder(path)
     else:
-        what = "an empty folder" if not names else "no checkpoint that XTuner writes"
+        what = "an empty folder" if not names else "not a checkpoint that XTuner writes"
         inner = sorted(name for name in names if name.startswith(_CHECKPOINTS))
         advice = f"It holds {', '.join(inner[:4])}: give one of these." if inner else _EXPECTED
     return UnsupportedError(what, where=str(path), advice=advice)
@@ -88,8 +86,7 @@ def unknown_folder(path: Path) -> UnsupportedError:
 def _model_folder(path: Path) -> tuple[str, str]:
     kind = text(read_json(path / "config.json"), "model_type") or "unknown"
     if kind == "projector":
-        what = "the projector alone, which is one part of what XTuner's training made"
-        return what, "Give the iter_N_xtuner folder that it belongs to, or XTuner's iter_N.pth."
+        return PROJECTOR_ALONE
     what = f"a Hugging Face model folder (model_type {kind[:40]!r}) without XTuner's projector/"
     if "llava" in kind.lower():
         return what, "It is LLaVA already: give what XTuner wrote."

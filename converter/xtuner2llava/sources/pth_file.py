@@ -14,14 +14,14 @@ from xtuner2llava.storage.pickle_reader import TensorReference, Value
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import Fingerprint, tensor_references
 
-# What mmengine's `save_checkpoint` writes; an optimizer's state is no weight.
+# What mmengine's `save_checkpoint` writes; the tensors of an optimizer are not weights.
 _TOP_LEVEL = ("meta", "state_dict", "message_hub", "optimizer", "param_schedulers")
 
 
 def open_pth_file(path: Path) -> Artifact:
     """The `.pth` file `path`; no tensor is read.
 
-    Raises `CheckpointError` and says what the file is where it is no LLaVA checkpoint of XTuner.
+    Raises `CheckpointError` and says what the file is where it is not a LLaVA checkpoint of XTuner.
     """
     opened = TorchFile(path)
     value = opened.value
@@ -34,14 +34,13 @@ def open_pth_file(path: Path) -> Artifact:
             where=str(path),
             advice="Give the directory that it lies in.",
         )
-    meta = value.get("meta") if isinstance(value, dict) else None
     return artifact_of_state(
         opened.tensors(tensor_references(state_dict, str(path))),
         path,
         "iter .pth file",
         (Fingerprint(path.name, opened.file.size, opened.digest),),
-        config=config_text(meta, path),
-        iteration=iteration(meta),
+        meta=value.get("meta") if isinstance(value, dict) else None,
+        meta_file=path,
         notes=() if state_dict is value else _unread(value, path),
     )
 
@@ -61,14 +60,3 @@ def _unread(value: Value, path: Path) -> tuple[str, ...]:
 def _has_tensors(value: Value) -> bool:
     inner = value.values() if isinstance(value, dict) else (value,)
     return any(isinstance(entry, TensorReference) for entry in inner)
-
-
-def config_text(meta: Value, path: Path) -> tuple[str, str] | None:
-    """The XTuner config that mmengine keeps in a checkpoint's `meta`, and where it stands."""
-    text = meta.get("cfg") if isinstance(meta, dict) else None
-    return (text, f"{path} (meta.cfg)") if isinstance(text, str) else None
-
-
-def iteration(meta: Value) -> int | None:
-    found = meta.get("iter") if isinstance(meta, dict) else None
-    return found if isinstance(found, int) else None

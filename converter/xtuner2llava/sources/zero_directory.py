@@ -20,7 +20,6 @@ from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.artifact import Artifact, artifact_of_state
-from xtuner2llava.sources.pth_file import config_text, iteration
 from xtuner2llava.storage.pickle_reader import Record, TensorReference, Value
 from xtuner2llava.storage.small_file import inside, read_small
 from xtuner2llava.storage.torch_file import TorchFile
@@ -77,7 +76,6 @@ def open_zero_directory(path: Path, weights: str = MASTER) -> Artifact:
     else:
         layout = f"DeepSpeed directory, {ranks} ranks, 16-bit module weights"
         tensors = _module_weights(path, first, has_master=bool(optimizers))
-    meta = first.value.get("meta")
     fingerprints = tuple(rank.fingerprint for rank in (*models, *optimizers))
     unread = unread_weights(path, None, fingerprints)
     return artifact_of_state(
@@ -85,8 +83,8 @@ def open_zero_directory(path: Path, weights: str = MASTER) -> Artifact:
         path,
         layout,
         fingerprints,
-        config=config_text(meta, first.path),
-        iteration=iteration(meta),
+        meta=first.value.get("meta"),
+        meta_file=first.path,
         notes=(f"{path.name} also holds {', '.join(unread)}, not read.",) if unread else (),
     )
 

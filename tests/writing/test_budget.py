@@ -119,7 +119,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from test_budget import largest
+from writing.test_budget import largest
 from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
 from xtuner2llava.writing.blocks import working_bytes
 folder, kind, rows = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

@@ -1,27 +1,29 @@
-"""Times `xtuner2llava convert` against `cp`, `dd`, BLAKE3, and loading everything with torch.
+"""Times `xtuner2llava convert` against `cp`, `dd`, bare loops, and loading everything with torch.
 
     python scripts/bench.py --size 2GB [--stored float32] [--dtype keep] [--runs 5]
     python scripts/bench.py --size 6GB --layout zero3 [--ranks 8]
     python scripts/bench.py --size 4GB --layout lora --stored float16 [--rank 512]
-    ... [--contenders NAME ...] [--json | --markdown]
+    ... [--contenders cp loop convert ...] [--json | --markdown]
 
 It makes a Llama-shaped checkpoint of that size, with a small CLIP tower: `iter_1.pth` as mmengine
 writes it, a DeepSpeed ZeRO-3 directory, or LoRA on every linear layer of a base LLM of that size,
-which is timed against the bare matrix products and, if it is installed, PEFT's merge.
+which is timed against the bare matrix products and, if `--peft-python` is a Python that has it,
+PEFT's merge.
 Each run takes the contenders in turn, so that what else the machine does falls on all of them; the
 first is not counted. Each starts from a warm page cache after `sync`, and those that write end with
 their output flushed. Ratios are to the baseline of the same run: median, lowest and highest.
-`convert` is the command line in a fresh process, so that starting Python counts. BLAKE3 of the
-output, which `convert` computes, is a contender too.
+`convert` is the command line in a fresh process, so that starting Python counts. Two parts of it
+are contenders too: BLAKE3 of the output, and the system calls of a copy with its checks and nothing
+else.
 Memory is the largest resident set of the process, CPU its user and system time; read and written
 are its `rchar` and `wchar` of /proc/self/io for each byte of the output. Needs about three times
-the size of free disk, in DIR, and leaves nothing there.
+the size of free disk, in DIR, and leaves nothing there. docs/performance.md has the commands that
+made its tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -36,21 +38,23 @@ from pathlib import Path
 from bench_model import ITEMSIZE, make_input
 
 UNITS = {"MB": 10**6, "GB": 10**9}
-CP, DD, SHA, CONVERT, NO_VERIFY = (
-    "cp and sync",
-    "dd: read all, write all",
-    "BLAKE3 of the output",
-    "convert",
-    "convert --no-verify",
-)
-NAIVE_NAME, PEFT_NAME = "torch.load, save_file", "PEFT merge, save_pretrained"
-PRODUCTS_NAME, PRODUCTS64_NAME = "float32 products", "float64 products"
 CONTENDERS = {
-    "file": (CP, DD, SHA, CONVERT, NO_VERIFY, NAIVE_NAME),
-    "zero3": (CP, DD, SHA, CONVERT, NO_VERIFY),
-    "lora": (CP, SHA, CONVERT, NO_VERIFY, PRODUCTS_NAME, PRODUCTS64_NAME, PEFT_NAME),
+    "cp": "cp and sync",
+    "dd": "dd: read all, write all",
+    "blake3": "BLAKE3 of the output",
+    "loop": "system calls and checks, bare",
+    "convert": "convert",
+    "no-verify": "convert --no-verify",
+    "torch": "torch.load, save_file",
+    "products32": "float32 products",
+    "products64": "float64 products",
+    "peft": "PEFT merge, save_pretrained",
 }
-NAMES = tuple(dict.fromkeys(name for names in CONTENDERS.values() for name in names))
+BY_LAYOUT = {
+    "file": ("cp", "dd", "blake3", "loop", "convert", "no-verify", "torch"),
+    "zero3": ("cp", "dd", "blake3", "loop", "convert", "no-verify"),
+    "lora": ("cp", "blake3", "convert", "no-verify", "products32", "products64", "peft"),
+}
 
 NAIVE = """
 import json, os, sys, torch
@@ -90,6 +94,47 @@ def digest(path):
 
 shards = sorted(Path(sys.argv[1]).glob("*.safetensors"))
 list(ThreadPoolExecutor(len(os.sched_getaffinity(0))).map(digest, shards))
+"""
+
+# What a copy cannot do without: it is copied in the kernel, read back, looked at, and flushed.
+LOOP = """
+import os, sys, zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np
+from blake3 import blake3
+
+def check(file, start, stop, digest, crc, view):
+    for place in range(start, stop, len(view)):
+        part = view[: stop - place]
+        os.preadv(file, [part], place)
+        digest.update(part)
+        crc[0] = zlib.crc32(part, crc[0])
+        bits = np.frombuffer(part[: len(part) // 4 * 4], "<u4")
+        bits.max(), bits.view("<i4").max()
+
+def copy(path, out):
+    source, size = os.open(path, os.O_RDONLY), path.stat().st_size
+    file = os.open(out, os.O_RDWR | os.O_CREAT)
+    digest, crc, view = blake3(), [0], memoryview(bytearray(1 << 19))
+    with ThreadPoolExecutor(1) as checker, ThreadPoolExecutor(1) as flusher:
+        checked = flushed = None
+        for start in range(0, size, 8 << 20):
+            done, stop = start, min(start + (8 << 20), size)
+            while done < stop:
+                done += os.copy_file_range(source, file, stop - done, done, done)
+            checked and checked.result()
+            checked = checker.submit(check, file, start, stop, digest, crc, view)
+            if start % (256 << 20) == 0 and start:
+                flushed = flusher.submit(os.fsync, file)
+    checked.result()
+    os.fsync(file)
+
+work, out = Path(sys.argv[1]), Path(sys.argv[2])
+out.mkdir()
+with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as files:
+    shards = sorted(work.glob("*.safetensors"))
+    list(files.map(lambda path: copy(path, out / path.name), shards))
 """
 
 PEFT = """
@@ -195,13 +240,13 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     measured = summarise(runs, written)
-    times = "x " + baseline(runs).split()[0].rstrip(":")
+    times = "x " + baseline(runs)
     if options.markdown:
         print(f"| {written / 1e9:.1f} GB, {options.runs} runs | seconds | {times} | CPU s | read "
               "| written | peak memory |\n|---|---|---|---|---|---|---|")  # fmt: skip
     else:
         print(f"{written / 1e9:.2f} GB written, {options.runs} runs, medians (best)")
-        print(f"{'':28}{'seconds':>16}{'MB/s':>8}{times:>7}{'(range)':>13}"
+        print(f"{'':31}{'seconds':>16}{'MB/s':>8}{times:>13}{'(range)':>13}"
               f"{'CPU s':>8}{'x CPU':>7}{'peak MB':>9}{'read':>7}{'written':>9}")  # fmt: skip
     for m in measured:
         low, high = m.ratios
@@ -210,8 +255,8 @@ def main() -> None:
                   f"{m.cpu_seconds:.1f} | {m.read:.2f} | {m.written:.2f} | "
                   f"{m.peak_bytes / 1e6:.0f} MB |")  # fmt: skip
         else:
-            print(f"{m.name:28}{m.seconds:8.2f} ({m.best_seconds:5.2f})"
-                  f"{m.bytes_per_second / 1e6:8.0f}{m.ratio:7.2f}"
+            print(f"{m.name:31}{m.seconds:8.2f} ({m.best_seconds:5.2f})"
+                  f"{m.bytes_per_second / 1e6:8.0f}{m.ratio:13.2f}"
                   f"{f'({low:.2f}-{high:.2f})':>13}{m.cpu_seconds:8.2f}{m.cpu_ratio:7.2f}"
                   f"{m.peak_bytes / 1e6:9.0f}{m.read:7.2f}{m.written:9.2f}")  # fmt: skip
 
@@ -221,12 +266,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=size, default="2GB", help="of the checkpoint, e.g. 2GB")
     parser.add_argument("--stored", choices=ITEMSIZE, default="float32", help="the input's dtype")
     parser.add_argument("--dtype", choices=("keep", *ITEMSIZE), default="keep", help="the output's")
-    parser.add_argument("--layout", choices=CONTENDERS, default="file")
+    parser.add_argument("--layout", choices=BY_LAYOUT, default="file")
     parser.add_argument("--ranks", type=int, default=8, help="of ZeRO-3")
     parser.add_argument("--rank", type=int, default=64, help="of LoRA")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--contenders", nargs="+", choices=NAMES, metavar="NAME",
-                        help=f"of {', '.join(NAMES)}")  # fmt: skip
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME",
+                        help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
+    parser.add_argument("--peft-python", metavar="PATH", help="a Python that has peft")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", action="store_true", help="a table as in README.md")
     parser.add_argument("--work", type=Path, help="where to put the files; default: temporary")
@@ -257,28 +303,26 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
     written = sum(path.stat().st_size for path in outputs)
     products = [sys.executable, "-c", PRODUCTS, work, options.rank]
     commands = {
-        CP: ["sh", "-c", 'cp -r "$0" "$1" && sync', reference, out],
-        DD: ["sh", "-c",
-             'mkdir "$0"; dd if=/dev/zero of="$0/zeros" bs=1M iflag=count_bytes count="$1" '
-             'conv=fsync; shift; for file; do dd if="$file" of=/dev/null bs=1M; done',
-             out, written, *inputs],
-        SHA: [sys.executable, "-c", BLAKE3, reference],
-        CONVERT: convert,
-        NO_VERIFY: [*convert, "--no-verify"],
-        NAIVE_NAME: [sys.executable, "-c", NAIVE, work, out, options.dtype],
-        PRODUCTS_NAME: [*products, "float32"],
-        PRODUCTS64_NAME: [*products, "float64"],
-        PEFT_NAME: [sys.executable, "-c", PEFT, work, options.rank],
+        "cp": ["sh", "-c", 'cp -r "$0" "$1" && sync', reference, out],
+        "dd": ["sh", "-c",
+               'mkdir "$0"; dd if=/dev/zero of="$0/zeros" bs=1M iflag=count_bytes count="$1" '
+               'conv=fsync; shift; for file; do dd if="$file" of=/dev/null bs=1M; done',
+               out, written, *inputs],
+        "blake3": [sys.executable, "-c", BLAKE3, reference],
+        "loop": [sys.executable, "-c", LOOP, reference, out],
+        "convert": convert,
+        "no-verify": [*convert, "--no-verify"],
+        "torch": [sys.executable, "-c", NAIVE, work, out, options.dtype],
+        "products32": [*products, "float32"],
+        "products64": [*products, "float64"],
+        "peft": [options.peft_python, "-c", PEFT, work, options.rank],
     }  # fmt: skip
-    names = options.contenders or [
-        name
-        for name in CONTENDERS[options.layout]
-        if name != PEFT_NAME or importlib.util.find_spec("peft")
-    ]
+    names = options.contenders or BY_LAYOUT[options.layout]
+    names = [name for name in names if name != "peft" or options.peft_python]
     found: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(options.runs + 1):
         for name in names:
-            for path in outputs if name in (CP, SHA) else inputs:
+            for path in outputs if name in ("cp", "blake3", "loop") else inputs:
                 read(path)
             os.sync()
             run = timed([str(word) for word in commands[name]])
@@ -288,7 +332,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
                 run = replace(run, seconds=seconds)
             if number:
                 found[name].append(run)
-            if name == NAIVE_NAME and number == 0:
+            if name == "torch" and number == 0:
                 check_same(out, reference)
             shutil.rmtree(out, ignore_errors=True)
             talk(f"run {number}: {name}: {run.seconds:.2f} s, {run.cpu_seconds:.2f} CPU s")
@@ -356,7 +400,7 @@ def processor() -> str:
 
 def baseline(runs: dict[str, list[Run]]) -> str:
     """What the others are compared with: `cp` where it was measured, else the first."""
-    return CP if CP in runs else next(iter(runs))
+    return "cp" if "cp" in runs else next(iter(runs))
 
 
 def summarise(runs: dict[str, list[Run]], written: int) -> list[Measured]:
@@ -368,7 +412,7 @@ def summarise(runs: dict[str, list[Run]], written: int) -> list[Measured]:
         ratios = [run.seconds / other.seconds for run, other in pairs]
         result.append(
             Measured(
-                name,
+                CONTENDERS[name],
                 seconds,
                 min(run.seconds for run in values),
                 statistics.median(run.cpu_seconds for run in values),

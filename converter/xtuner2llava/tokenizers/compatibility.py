@@ -297,6 +297,10 @@ def _with_fast_of_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
         return tokenizer
     result = with_fast_file(tokenizer)
     if result is None:
+        notes.append(
+            f"No {FAST} is written, because {MODEL} is not a byte-pair encoding: transformers 5, "
+            "which has no slow LlamaTokenizer, may split texts differently."
+        )
         return tokenizer
     note = (
         f"{FAST} is made from {MODEL}, as transformers 4.41 to 4.57 make it for a base without; "

@@ -77,19 +77,18 @@ def prepare_tokenizer(
     wanted = {rules.class_name, f"{rules.class_name}Fast"}
     if source is not None and (folder / source).is_file() and named not in wanted:
         if source == MODEL:
-            made, notes = from_sentencepiece(tokenizer, rules.special_tokens)
+            made = from_sentencepiece(tokenizer, rules.special_tokens)
         elif source.endswith(".tiktoken"):
             made = from_tiktoken(
                 folder / source, tokenizer.config, rules.special_tokens, eos=eos, pad=pad
             )
-            notes = ()
         else:
             raise MappingError(
                 f"`tokenizer.convert` is {source!r}, expected a .tiktoken file or {MODEL}",
                 where="the family",
             )
         became = made.config["tokenizer_class"]
-        return Prepared(made, (f"{source} was written as the files of a {became}.", *notes))
+        return Prepared(made, (f"{source} was written as the files of a {became}.",))
     remote = tokenizer.config.get("auto_map")
     code = remote.get("AutoTokenizer") if isinstance(remote, dict) else None
     if code is not None and named not in KNOWN_CLASSES:

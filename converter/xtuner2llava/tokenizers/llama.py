@@ -37,12 +37,11 @@ _SPACE = "\u2581"
 _DROPPED = ("auto_map", "decode_with_prefix_space", "vocab_file")
 
 
-def from_sentencepiece(
-    tokenizer: Tokenizer, special_tokens: Mapping[str, int]
-) -> tuple[Tokenizer, tuple[str, ...]]:
-    """The LlamaTokenizer of a folder with a `tokenizer.model`, and notes for the user.
+def from_sentencepiece(tokenizer: Tokenizer, special_tokens: Mapping[str, int]) -> Tokenizer:
+    """The LlamaTokenizer of a folder with a `tokenizer.model`.
 
-    Added tokens keep their ids; where one stands for a piece of another text, as InternLM2's
+    It has a tokenizer.json where huggingface/tokenizers can do exactly what the model says. Added
+    tokens keep their ids; where one stands for a piece of another text, as InternLM2's
     <|im_end|> does, the piece is given its text, since LlamaTokenizer would else count both.
     `special_tokens` (text to id) are added to those that the folder's own files name.
     """
@@ -70,20 +69,12 @@ def from_sentencepiece(
     made: dict[str, MadeFile] = {CONFIG: lambda: json_file(config, indent=2)}
     if renamed:
         made[MODEL] = lambda: with_texts(model_bytes(path), renamed)
-    notes: tuple[str, ...] = ()
-    reason = _not_exact(model)
-    if reason is None:
+    if _has_fast_form(model):
         made[FAST] = lambda: json_file(_tokenizer_json(model, texts, everything, config))
-    else:
-        notes = (
-            f"No tokenizer.json is written for this SentencePiece model, because {reason}; "
-            "transformers 5, which has no slow LlamaTokenizer, may split texts differently.",
-        )
     kept = tuple(name for name in tokenizer.copied if name not in made and name != FAST)
     known = {text: index for index, text in enumerate(texts)}
     known |= {token.text: token.id for token in everything}
-    result = Tokenizer(tokenizer.folder, kept, made, known, config, tokenizer.special_map)
-    return result, notes
+    return Tokenizer(tokenizer.folder, kept, made, known, config, tokenizer.special_map)
 
 
 def with_fast_file(tokenizer: Tokenizer) -> Tokenizer | None:
@@ -149,15 +140,14 @@ def _config(
     return settings
 
 
-def _not_exact(model: SentencePieceModel) -> str | None:
-    """Why huggingface/tokenizers cannot do exactly what the model says; None if it can."""
-    if model.algorithm != BPE:
-        return "it is not a byte-pair encoding"
-    if model.removes_extra_spaces or not model.escapes_spaces:
-        return "it treats spaces in a way of its own"
-    if any(piece.kind == USER_DEFINED and _SPACE in piece.text for piece in model.pieces):
-        return "it has user-defined pieces with spaces"
-    return None
+def _has_fast_form(model: SentencePieceModel) -> bool:
+    """Whether huggingface/tokenizers can do exactly what the model says."""
+    return (
+        model.algorithm == BPE
+        and model.escapes_spaces
+        and not model.removes_extra_spaces
+        and not any(piece.kind == USER_DEFINED and _SPACE in piece.text for piece in model.pieces)
+    )
 
 
 def _tokenizer_json(

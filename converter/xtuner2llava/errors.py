@@ -18,8 +18,10 @@ several faults raises one error that carries them all, see `Fault` and `raise_fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+_MAX_PLACES = 10  # as many kinds of tensors as a layer has
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class ConversionError(Exception):
         error = cls(faults[0].what, where=faults[0].where, advice=faults[0].advice)
         error.faults = tuple(faults)
         if len(faults) > 1:
-            error.args = ("\n".join([f"{len(faults)} faults:", *(f"- {f}" for f in faults)]),)
+            error.args = (
+                "\n".join([f"{len(faults)} faults:", *(f"- {f}" for f in listed(faults))]),
+            )
         return error
 
 
@@ -101,6 +105,22 @@ class HubError(ConversionError):
 
 class VerificationError(ConversionError):
     pass
+
+
+def listed(faults: Iterable[Fault]) -> list[str]:
+    """`faults` as text. What holds of several places is said once, with the first of them."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for fault in faults:
+        places.setdefault((fault.what, fault.advice), []).append(fault.where)
+    texts = []
+    for (what, advice), (first, *others) in places.items():
+        if others:
+            more = "place" if len(others) == 1 else "places"
+            shown = "; ".join(others[:_MAX_PLACES]) + ("; ..." if len(others) > _MAX_PLACES else "")
+            same = f"The same at {len(others):,} more {more}: {shown}"
+            advice = f"{same}\n    {advice}" if advice else same
+        texts.append(str(Fault(first, what, advice)))
+    return texts
 
 
 def raise_faults(kind: type[ConversionError], faults: Sequence[Fault]) -> None:

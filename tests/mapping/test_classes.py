@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from xtuner2llava.errors import Fault, listed
 from xtuner2llava.mapping import Catalogue, Origin, check_against_class
 
 FOLDER = Path(__file__).parents[2] / "mappings"
@@ -150,20 +151,19 @@ def test_missing_tensors_are_named_with_one_that_is_like_them() -> None:
     del shapes["model.norm.weight"]
     assert checked({}, shapes) == [
         (
-            line_of("mlp.up_proj.weight"),
-            "`model.layers.{0..1}.mlp.up_proj.weight` (2 tensors) is missing: LlamaForCausalLM has "
-            "it and no rule makes it",
+            f"{line_of('mlp.up_proj.weight')}, `model.layers.{{0..1}}.mlp.up_proj.weight` "
+            "(2 tensors)",
+            "is missing: LlamaForCausalLM has it and no rule makes it",
             "`model.layers.{0..1}.mlp.up_prok.weight` (2 tensors) is like it, and not expected.",
         ),
         (
-            line_of("model.norm.weight"),
-            "`model.norm.weight` is missing: LlamaForCausalLM has it and no rule makes it",
+            f"{line_of('model.norm.weight')}, `model.norm.weight`",
+            "is missing: LlamaForCausalLM has it and no rule makes it",
             "",
         ),
         (
-            "my.yaml:3",
-            "`model.layers.{0..1}.mlp.up_prok.weight` (2 tensors) is not a tensor of "
-            "LlamaForCausalLM with this config",
+            "my.yaml:3, `model.layers.{0..1}.mlp.up_prok.weight` (2 tensors)",
+            "is not a tensor of LlamaForCausalLM with this config",
             "Drop it with a reason, or give it the name that it has there.",
         ),
     ]
@@ -172,26 +172,37 @@ def test_missing_tensors_are_named_with_one_that_is_like_them() -> None:
 def test_a_bias_that_the_config_does_not_have_is_one_too_many() -> None:
     shapes = llama() | {"model.layers.0.self_attn.q_proj.bias": (16,)}
     (fault,) = checked({}, shapes)
-    assert fault[1].startswith("`model.layers.0.self_attn.q_proj.bias` is not a tensor of")
+    assert fault[0] == "my.yaml:3, `model.layers.0.self_attn.q_proj.bias`"
+    assert fault[1].startswith("is not a tensor of")
     missing = checked({"attention_bias": True}, shapes)
     assert len(missing) == 4
-    assert "`model.layers.1.self_attn.q_proj.bias` is missing" in " ".join(f[1] for f in missing)
+    assert "`model.layers.1.self_attn.q_proj.bias`: is missing" in " ".join(
+        f"{where}: {what}" for where, what, _ in missing
+    )
 
 
 def test_a_wrong_size_in_the_config_is_told_from_the_tensors() -> None:
-    faults = checked({"vocab_size": 48}, llama())
-    assert faults == [
+    advice = "`{}` must be that of the model that was trained, in its config or mapping."
+    assert checked({"vocab_size": 48}, llama()) == [
         (
-            "my.yaml:3",
-            f"`{name}` has shape [40, 16], LlamaForCausalLM expects [vocab_size, hidden_size] = "
-            "[48, 16]",
-            "`vocab_size` is 48 in the config, the tensor says 40. "
-            f"The shape stands in {line_of(name)}.",
+            f"my.yaml:3, `{name}`",
+            "has 40 where the config has `vocab_size: 48`",
+            advice.format("vocab_size"),
         )
         for name in ("model.embed_tokens.weight", "lm_head.weight")
     ]
-    # Every tensor has a side of hidden_size; 2 layers fold to one line each.
-    assert len(checked({"hidden_size": 32}, llama())) == 3 + 9
+    # Every tensor has a side of hidden_size; 2 layers fold to one each, and all say the same.
+    faults = checked({"hidden_size": 32}, llama())
+    assert len(faults) == 3 + 9
+    assert {fault[1:] for fault in faults} == {
+        ("has 16 where the config has `hidden_size: 32`", advice.format("hidden_size"))
+    }
+    (said,) = listed(Fault(*fault) for fault in faults)
+    assert "The same at 11 more places: " in said
+    # Where no key of the config explains it, the shape is shown.
+    (fault,) = checked({}, llama() | {"model.norm.weight": (16, 1)})
+    assert fault[1].startswith("has shape [16, 1], LlamaForCausalLM expects [hidden_size] = [16]")
+    assert fault[2] == f"The shape stands in {line_of('model.norm.weight')}."
 
 
 def test_a_tied_head_may_be_there_or_not_but_not_of_another_shape() -> None:

@@ -97,7 +97,8 @@ def test_a_new_family_by_yaml_alone(lab: tuple[Source, Trained], tmp_path: Path)
         plan(trained.checkpoint, mapping=path, **trained.bases)
     said = str(caught.value)
     for name in ("mix.merge", "think.gate", "think.lift"):
-        assert f"blocks.{{0..1}}.{name}.weight` (2 tensors) is in the checkpoint" in said
+        assert f"blocks.{{0..1}}.{name}.weight` (2 tensors)" in said
+    assert said.count("is in the checkpoint, and no rule takes it") == 1
     assert (
         "Nothing makes: self_attn.o_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight" in text
     )

@@ -161,7 +161,7 @@ def test_resize_pads_with_zeros_and_cuts_only_when_told(given: Given) -> None:
     assert rows(run(text, tensors, {"n": 4}).outputs["w"]) == [[0, 1], [2, 3], [0, 0], [0, 0]]
     assert run(text, tensors, {"n": 2}).outputs["w"] is tensors["w"]
     assert faults(text, tensors, {"n": 1}) == [
-        "t.yaml:2: `w` cannot be used by `resize`: it has 2 rows, and [n] = [1] would cut some; "
+        "t.yaml:2, `w`: cannot be used by `resize`: it has 2 rows, and [n] = [1] would cut some; "
         "that needs `lossy: true`"
     ]
     lossy = "- {resize: w, into: w, rows: n, lossy: true}"
@@ -245,7 +245,7 @@ def test_conditions_on_rules_and_blocks(given: Given) -> None:
     assert [*run(text, tensors, {"tied": False, "biased": True}).outputs] == ["head", "h.1.bias"]
     assert [*run(text, tensors, {"tied": True, "biased": True}).outputs] == ["h.1.bias"]
     assert faults(text, tensors, {}) == [
-        "t.yaml: `h.1.bias` is in the checkpoint, and no rule takes it"
+        "t.yaml, `h.1.bias`: is in the checkpoint, and no rule takes it"
     ]
 
 
@@ -291,11 +291,11 @@ def test_every_source_is_used_once_and_every_target_made_once(given: Given) -> N
     )
     names = ["a", "b", "extra"] + [f"h.{i}.{n}" for i in range(3) for n in ("w", "mlp.up_prok")]
     assert faults(text, given({name: [1] for name in names}), {"on": True}) == [
-        "t.yaml:7: `h.{0..2}.mlp.up_proj` (3 tensors) is not in the checkpoint, `rename` needs it",
-        "t.yaml:8: `h.{0..2}.w` (3 tensors) is already taken by t.yaml:7",
-        "t.yaml:10: `x` is already made by t.yaml:9",
-        "t.yaml: `extra` is in the checkpoint, and no rule takes it",
-        "t.yaml: `h.{0..2}.mlp.up_prok` (3 tensors) is in the checkpoint, and no rule takes it",
+        "t.yaml:7, `h.{0..2}.mlp.up_proj` (3 tensors): is not in the checkpoint, `rename` needs it",
+        "t.yaml:8, `h.{0..2}.w` (3 tensors): is already taken by t.yaml:7",
+        "t.yaml:10, `x`: is already made by t.yaml:9",
+        "t.yaml, `extra`: is in the checkpoint, and no rule takes it",
+        "t.yaml, `h.{0..2}.mlp.up_prok` (3 tensors): is in the checkpoint, and no rule takes it",
     ]
 
 
@@ -314,45 +314,45 @@ def test_faults_suggest_the_name_that_was_meant(given: Given) -> None:
     [
         (
             "- {split: w, into: [a, b], sizes: [n, 2]}",
-            "`w` cannot be used by `split`: its shape is [4, 3], and [n, 2] = [3, 2] makes 5 rows",
+            "`w`: cannot be used by `split`: its shape is [4, 3], and [n, 2] = [3, 2] makes 5 rows",
         ),
         (
             "- {split: w, into: [a, b], sizes: [n, 1], dim: 1}",
-            "`w` cannot be used by `split`: its shape is [4, 3], and [n, 1] = [3, 1] makes "
+            "`w`: cannot be used by `split`: its shape is [4, 3], and [n, 1] = [3, 1] makes "
             "4 columns",
         ),
         (
             "- {deinterleave: w, into: [a, b], groups: 3, slots: [1, 1]}",
-            "`w` cannot be used by `deinterleave`: 3 groups of 2 rows are not the rows of shape "
+            "`w`: cannot be used by `deinterleave`: 3 groups of 2 rows are not the rows of shape "
             "(4, 3)",
         ),
         (
             "- {unstack: w, for: {e: n}, into: '{e}'}",
-            "`w` cannot be used by `unstack`: shape [4, 3] is not 3 tensors, stacked",
+            "`w`: cannot be used by `unstack`: shape [4, 3] is not 3 tensors, stacked",
         ),
         (
             "- {unstack: w, for: {e: 4}, into: ['a{e}', 'b{e}'], sizes: [n, 1]}",
-            "`w` cannot be used by `unstack`: its shape is [3], and [n, 1] = [3, 1] makes 4 rows",
+            "`w`: cannot be used by `unstack`: its shape is [3], and [n, 1] = [3, 1] makes 4 rows",
         ),
         (
             "- {move: w, to: ''}",
-            "`w` would be left without a name",
+            "`w`: would be left without a name",
         ),
         (
             "- keep: [w]\n- {move: u, to: v}",
-            "`u` is not the beginning of a tensor's name",
+            "`u`: is not the beginning of a tensor's name",
         ),
     ],
 )
 def test_shapes_that_do_not_fit(given: Given, text: str, what: str) -> None:
     found = faults(text, given({"w": [4, 3]}), {"n": 3})
-    assert [fault.split(": ", 1)[1] for fault in found] == [what]
+    assert [fault.split(", ", 1)[1] for fault in found] == [what]
 
 
 def test_parts_of_one_tensor_have_one_dtype() -> None:
     tensors: Tensors = {"a": Fill(BFLOAT16, (1,), 0.0), "b": Fill(FLOAT32, (1,), 0.0)}
     assert faults("- {concat: [a, b], into: c}", tensors) == [
-        "t.yaml:2: `a` cannot be used by `concat`: parts of dtypes bfloat16 and float32"
+        "t.yaml:2, `a`: cannot be used by `concat`: parts of dtypes bfloat16 and float32"
     ]
 
 

@@ -88,7 +88,7 @@ def test_a_wrong_hidden_size_is_seen_in_every_tensor_and_in_the_projector(
     workshop: Workshop,
 ) -> None:
     faults = "\n".join(workshop.faults(QWEN, llm=workshop.llm(QWEN, hidden_size=32)))
-    assert "`hidden_size` is 32 in the config, the tensor says 64" in faults
+    assert "has 64 where the config has `hidden_size: 32`" in faults
     assert "model.layers.{0..2}.mlp.up_proj.weight" in faults
     assert "projector.model.0.weight: has shape [64, 48], expected [32, 48]" in faults
 

@@ -24,7 +24,7 @@ import click
 from xtuner2llava.cli import flags
 from xtuner2llava.cli.progress import progress, show_log
 from xtuner2llava.cli.terminal import accept_any_text, columns, printable, shortened, wrapped
-from xtuner2llava.errors import ConversionError, Fault
+from xtuner2llava.errors import ConversionError, Fault, listed
 from xtuner2llava.options import (
     OUTPUT,
     SPEED,
@@ -152,13 +152,13 @@ def _say(text: str, *, err: bool = False) -> None:
 
 
 def _tell_faults(error: ConversionError) -> None:
-    count = len(error.faults)
+    count, texts = len(error.faults), listed(error.faults)
     head = f"Error, {count} faults:" if count > 1 else "Error:"
     click.echo(click.style(head, fg="red", bold=True), err=True)
-    for fault in error.faults[:_MAX_FAULTS]:
-        _say(f"  {_indent(shortened(str(fault)))}", err=True)
-    if count > _MAX_FAULTS:
-        _say(f"  and {count - _MAX_FAULTS:,} more", err=True)
+    for text in texts[:_MAX_FAULTS]:
+        _say(f"  {_indent(shortened(text))}", err=True)
+    if len(texts) > _MAX_FAULTS:
+        _say(f"  and {len(texts) - _MAX_FAULTS:,} more", err=True)
 
 
 def _indent(text: str) -> str:

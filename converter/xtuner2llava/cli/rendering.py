@@ -117,15 +117,20 @@ def render_inspection(inspection: Inspection, name: str) -> str:
             number(summary.parameters),
             size(summary.nbytes),
             ", ".join(summary.dtypes),
-            summary.base or "-",
         )
         for part, summary in inspection.parts.items()
+    ]
+    bases = [
+        (name, base.recorded or "-", base.folder or "not available")
+        for name, base in inspection.bases.items()
     ]
     when = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
     text = [
         f"{name}: {inspection.layout}{when}",
         "",
-        table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype", "base model")),
+        table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype")),
+        "",
+        table(bases, ("base model", "recorded", "read from")),
         "",
     ]
     if inspection.family is not None:

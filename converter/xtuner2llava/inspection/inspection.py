@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.inspection.token_advice import Advice, token_advice
@@ -32,6 +32,14 @@ class PartSummary:
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model: the name that the training recorded, and the folder that is read."""
+
+    recorded: str | None
+    folder: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,7 @@ class Inspection:
     layout: str
     iteration: int | None
     parts: Mapping[str, PartSummary]
+    bases: Mapping[str, Base]
     llm_architectures: tuple[str, ...]
     family: str | None
     training_config: Mapping[str, Json]
@@ -116,6 +125,7 @@ class Inspection:
                 }
                 for name, part in self.parts.items()
             },
+            "bases": {name: asdict(base) for name, base in self.bases.items()},
             "llm_architectures": list(self.llm_architectures),
             "family": self.family,
             "xtuner_config": dict(self.training_config),
@@ -146,6 +156,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
             "visual_encoder": _summary(checkpoint.visual_encoder),
             "projector": _summary(checkpoint.projector),
         },
+        bases=_bases(checkpoint, any_found),
         llm_architectures=config.architectures if config else (),
         family=any_found.family.name if any_found.family is not None else None,
         training_config={used.name: used.value for used in training_config.used}
@@ -156,6 +167,18 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
         advice=tuple(one.sentence for one in advice),
         lines=tuple(one.line for one in advice if one.line is not None),
     )
+
+
+def _bases(checkpoint: Checkpoint, found: Assessment) -> dict[str, Base]:
+    """What is read of base models, tokenizer and all, beside what the training's records say."""
+    training_config, tokenizer = checkpoint.training_config, found.base_tokenizer
+    named = training_config.tokenizer.path if training_config is not None else None
+    parts = {"llm": checkpoint.llm, "visual_encoder": checkpoint.visual_encoder}
+    bases = {
+        name: Base(part.name, None if part.folder is None else str(part.folder))
+        for name, part in parts.items()
+    }
+    return {**bases, "tokenizer": Base(named, None if tokenizer is None else str(tokenizer.folder))}
 
 
 def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:

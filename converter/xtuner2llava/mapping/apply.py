@@ -111,5 +111,6 @@ def _unused(
         advice = "Write a rule for it, or `drop` it with a reason."
         if near:
             advice = f"{near} asks for a name like it."
-        faults.append(Fault(where, f"{folded} is in the checkpoint, and no rule takes it", advice))
+        what = "is in the checkpoint, and no rule takes it"
+        faults.append(Fault(f"{where}, {folded}", what, advice))
     return shortened(faults)

@@ -43,21 +43,26 @@ def check_against_class(
                 "Drop it with a reason, or give it the name that it has there.",
             )
         elif tuple(shape) != one.shape:
-            what = (
-                f"has shape {list(shape)}, {plain.architecture} expects "
-                f"[{', '.join(one.formulas)}] = {list(one.shape)}"
-            )
-            wrong.add(made_by.get(name, one.where), name, what, _advice(config, shape, one))
+            where = made_by.get(name, one.where)
+            wrong.add(where, name, *_wrong_shape(plain, config, tuple(shape), one))
     return shortened([*lacking.faults(), *wrong.faults(), *too_many.faults()])
 
 
-def _advice(config: Mapping[str, object], shape: tuple[int, ...], expected: ExpectedTensor) -> str:
-    """Which config keys a tensor contradicts, and where its shape stands."""
-    doubtful = []
-    if len(shape) == len(expected.shape):
-        doubtful = [
-            f"`{formula}` is {wanted} in the config, the tensor says {found}. "
-            for formula, wanted, found in zip(expected.formulas, expected.shape, shape, strict=True)
+def _wrong_shape(
+    plain: PlainClass, config: Mapping[str, object], shape: tuple[int, ...], one: ExpectedTensor
+) -> tuple[str, str]:
+    """What is wrong with a shape, by the config keys that it contradicts where there are any."""
+    if len(shape) == len(one.shape):
+        sizes = zip(one.formulas, one.shape, shape, strict=True)
+        doubtful = {
+            f"{found} where the config has `{formula}: {wanted}`": formula
+            for formula, wanted, found in sizes
             if wanted != found and formula in config
-        ]
-    return "".join([*doubtful, f"The shape stands in {expected.where}."])
+        }
+        if doubtful:
+            keys = " and ".join(f"`{key}`" for key in doubtful.values())
+            advice = f"{keys} must be that of the model that was trained, in its config or mapping."
+            return f"has {' and '.join(doubtful)}", advice
+    formulas = ", ".join(one.formulas)
+    what = f"has shape {list(shape)}, {plain.architecture} expects [{formulas}] = {list(one.shape)}"
+    return what, f"The shape stands in {one.where}."

@@ -193,14 +193,14 @@ class TensorFaults:
         self._names: dict[tuple[str, str, str], list[str]] = {}
 
     def add(self, where: str, name: str, what: str, advice: str = "") -> None:
-        """A fault at `where` that reads: the name, a space, `what`."""
+        """What is wrong with the tensor `name`, which stands behind `where`."""
         self._names.setdefault((where, what, advice), []).append(name)
 
     def faults(self) -> list[Fault]:
         """In the order of the first name of each, at most forty and a last one that counts."""
         return shortened(
             [
-                Fault(where, f"{folded} {what}", advice)
+                Fault(f"{where}, {folded}", what, advice)
                 for (where, what, advice), names in self._names.items()
                 for folded in fold(names)
             ]

@@ -57,9 +57,10 @@ class ConversionError(Exception):
 
     @classmethod
     def from_faults(cls, faults: Sequence[Fault]) -> ConversionError:
-        """One error for all faults of a stage; `faults` must not be empty."""
+        """One error for all faults of a stage, equal ones once; `faults` must not be empty."""
+        faults = tuple(dict.fromkeys(faults))
         error = cls(faults[0].what, where=faults[0].where, advice=faults[0].advice)
-        error.faults = tuple(faults)
+        error.faults = faults
         if len(faults) > 1:
             error.args = (
                 "\n".join([f"{len(faults)} faults:", *(f"- {f}" for f in listed(faults))]),

@@ -35,4 +35,4 @@ class Findings:
 
     def stop(self) -> None:
         """Raises `PlanError` with all faults, each once, if there are any."""
-        raise_faults(PlanError, list(dict.fromkeys(self.faults)))
+        raise_faults(PlanError, self.faults)

@@ -2,7 +2,7 @@
 
 In a `.pth` the factors are called `base_model.model.{module}.lora_A.default.weight`; in an adapter
 folder `.default` is missing (huggingface/peft `src/peft/utils/save_and_load.py`). The rank is in
-the shapes; alpha is not, it stands in the XTuner config or in `adapter_config.json`.
+the shapes; alpha is in the XTuner config or in `adapter_config.json`.
 """
 
 from __future__ import annotations

@@ -1,16 +1,22 @@
-"""`Checkpoint`: a whole trained model, assembled from the artifact and the base models."""
+"""`open_checkpoint`: a whole trained model, assembled from an artifact and base models."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import fspath
+from pathlib import Path
 
-from xtuner2llava.errors import ConversionError, Fault, UnsupportedError
-from xtuner2llava.options import SourceOptions
+from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UnsupportedError
+from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
-from xtuner2llava.sources.part import OpenPretrained, Part, PartAssembly
+from xtuner2llava.sources.opening import open_artifact
+from xtuner2llava.sources.part import Part, PartAssembly
 from xtuner2llava.storage.weights import Fingerprint
 from xtuner2llava.training_config import TrainingConfig
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +43,67 @@ class Checkpoint:
     before_training: bool = False
 
 
-def assemble(
+def open_checkpoint(
+    checkpoint: PathOrText,
+    options: SourceOptions | None = None,
+    *,
+    stream_base: bool = False,
+    base_weights: bool = True,
+) -> Checkpoint:
+    """The trained model at the path or Hub repo id `checkpoint`; reads headers only.
+
+    With `stream_base`, the base LLM's weights are read from the Hub as they are needed, and not
+    stored; without `base_weights`, those of base models are not downloaded. Raises
+    `CheckpointError` for what cannot be opened, and says what it is. What is missing beside it is
+    in `faults`.
+    """
+    options = options or SourceOptions()
+    reference = fspath(checkpoint)
+    try:
+        artifact = open_artifact(reference, options.weights)
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        raise CheckpointError(what, where=reference[:200]) from error
+    training_config = None
+    if options.xtuner_config is not None:
+        training_config = TrainingConfig.from_file(Path(options.xtuner_config))
+    elif artifact.config is not None:
+        training_config = TrainingConfig.from_text(*artifact.config)
+    return _assemble(
+        artifact, training_config, options, stream_base=stream_base, base_weights=base_weights
+    )
+
+
+def open_training(path: PathOrText, options: SourceOptions | None = None) -> Checkpoint:
+    """The XTuner config at `path` and its base models, as the model that a training will make.
+
+    Its projector has no tensors yet, and weights of base models may be missing. Raises
+    `CheckpointError` for what is not a config.
+    """
+    training_config = TrainingConfig.from_file(path)
+    artifact = Artifact(Path(path), "XTuner config, before training", {}, ())
+    return _assemble(
+        artifact,
+        training_config,
+        options or SourceOptions(),
+        base_weights=False,
+        before_training=True,
+    )
+
+
+def _assemble(
     artifact: Artifact,
     training_config: TrainingConfig | None,
     options: SourceOptions,
-    open_pretrained: OpenPretrained,
     *,
     stream_base: bool = False,
     base_weights: bool = True,
     before_training: bool = False,
 ) -> Checkpoint:
-    """The model that `artifact` and the base models make together; headers only are read.
+    """The model that `artifact` and the base models make together.
 
     A part's config and tokenizer come from the folder that the user gave, else from the artifact's
-    own, else from the base model that the XTuner config names. `stream_base` and `base_weights` are
-    those of `open_checkpoint`; `before_training`, weights may be missing.
+    own, else from the base model that the XTuner config names.
     """
     work = [
         PartAssembly(
@@ -59,7 +111,6 @@ def assemble(
             artifact,
             training_config,
             options,
-            open_pretrained,
             stream_base=stream_base and part == LLM,
             base_weights=base_weights,
             before_training=before_training,
@@ -78,7 +129,7 @@ def assemble(
         faults.extend(error.faults)
     faults.extend(_class_faults(training_config, artifact.config))
     notes = [*artifact.notes, *(note for each in work for note in each.notes), *inexact]
-    return Checkpoint(
+    opened = Checkpoint(
         artifact,
         training_config,
         llm,
@@ -91,6 +142,19 @@ def assemble(
         pending=tuple(fault for each in work for fault in each.pending),
         before_training=before_training,
     )
+    _log_sources(opened)
+    return opened
+
+
+def _log_sources(opened: Checkpoint) -> None:
+    artifact, config = opened.artifact, opened.training_config
+    _log.debug("checkpoint: %s: %s", artifact.path, artifact.layout)
+    if config is not None:
+        _log.debug("XTuner config: %s", config.where)
+    for file in (*artifact.files, *opened.base_files):
+        _log.debug("weights: %s, %d bytes", file.name, file.size)
+    for title, part in (("LLM", opened.llm), ("vision tower", opened.visual_encoder)):
+        _log.debug("%s: %s; config and small files from %s", title, part.origin, part.folder)
 
 
 def _class_faults(used: TrainingConfig | None, own: tuple[str, str] | None) -> Iterator[Fault]:

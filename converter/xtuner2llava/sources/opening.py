@@ -1,17 +1,13 @@
-"""`open_checkpoint`: recognizes the layout of a path or Hub repo id, and opens it."""
+"""`open_artifact`: recognizes the layout of a path or Hub repo id, and opens it."""
 
 from __future__ import annotations
 
-import logging
 import re
-from os import fspath
 from pathlib import Path
 
-from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError
+from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.hub.download import fetch_checkpoint, is_reference, local_path
-from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.sources.artifact import PROJECTOR, Artifact, artifact_of_state
-from xtuner2llava.sources.checkpoint import Checkpoint, assemble
 from xtuner2llava.sources.other_inputs import (
     not_there,
     unknown_folder,
@@ -27,78 +23,8 @@ from xtuner2llava.storage.weights import (
     unread_weights,
     weight_names,
 )
-from xtuner2llava.training_config import TrainingConfig
 
-_log = logging.getLogger(__name__)
 _SHARD = re.compile(r"-\d+-of-\d+\.")
-
-
-def open_checkpoint(
-    checkpoint: PathOrText,
-    options: SourceOptions | None = None,
-    *,
-    stream_base: bool = False,
-    base_weights: bool = True,
-) -> Checkpoint:
-    """The trained model at the path or Hub repo id `checkpoint`; reads headers only.
-
-    With `stream_base`, the base LLM's weights are read from the Hub as they are needed, and not
-    stored; without `base_weights`, those of base models are not downloaded. Raises
-    `CheckpointError` for what cannot be opened, and says what it is. What is missing beside it is
-    in `faults`.
-    """
-    options = options or SourceOptions()
-    reference = fspath(checkpoint)
-    try:
-        artifact = open_artifact(reference, options.weights)
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        raise CheckpointError(what, where=reference[:200]) from error
-    training_config = None
-    if options.xtuner_config is not None:
-        training_config = TrainingConfig.from_file(Path(options.xtuner_config))
-    elif artifact.config is not None:
-        training_config = TrainingConfig.from_text(*artifact.config)
-    opened = assemble(
-        artifact,
-        training_config,
-        options,
-        _open_pretrained,
-        stream_base=stream_base,
-        base_weights=base_weights,
-    )
-    _log_sources(opened)
-    return opened
-
-
-def open_training(path: PathOrText, options: SourceOptions | None = None) -> Checkpoint:
-    """The XTuner config at `path` and its base models, as the model that a training will make.
-
-    Its projector has no tensors yet. Raises `CheckpointError` for what is not a config.
-    """
-    training_config = TrainingConfig.from_file(path)
-    artifact = Artifact(Path(path), "XTuner config, before training", {}, ())
-    opened = assemble(
-        artifact,
-        training_config,
-        options or SourceOptions(),
-        _open_pretrained,
-        base_weights=False,
-        before_training=True,
-    )
-    _log_sources(opened)
-    return opened
-
-
-def _log_sources(opened: Checkpoint) -> None:
-    artifact, config = opened.artifact, opened.training_config
-    _log.debug("checkpoint: %s: %s", artifact.path, artifact.layout)
-    if config is not None:
-        _log.debug("XTuner config: %s", config.where)
-    for file in (*artifact.files, *opened.base_files):
-        _log.debug("weights: %s, %d bytes", file.name, file.size)
-    for title, part in (("LLM", opened.llm), ("vision tower", opened.visual_encoder)):
-        _log.debug("%s: %s; config and small files from %s", title, part.origin, part.folder)
 
 
 def open_artifact(reference: str, weights: str = MASTER) -> Artifact:
@@ -167,14 +93,3 @@ def _open_state(path: Path) -> Artifact:
         opened.files,
         notes=(f"Beside {path.name} lies {', '.join(unread)}, not read.",) if unread else (),
     )
-
-
-def _open_pretrained(reference: str) -> Artifact | None:
-    """The checkpoint that a run started from, if it lies here."""
-    try:
-        path = local_path(reference)
-        if not path.exists():
-            return None
-        return open_artifact(str(path))
-    except (ConversionError, OSError):
-        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from xtuner2llava.sources.base_model import (
 )
 from xtuner2llava.sources.lora_settings import LoraSettings, settle
 from xtuner2llava.sources.model_config import ModelConfig
+from xtuner2llava.sources.opening import open_artifact
 from xtuner2llava.sources.xtuner_folder import ADAPTERS
 from xtuner2llava.storage.json_file import text
 from xtuner2llava.storage.weights import Fingerprint, find_weights
@@ -33,9 +34,6 @@ from xtuner2llava.training_config import TrainingConfig, shown
 _ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
 # An adapter is in a base's weights, or is not, where its share is this near to 1 or 0.
 _NEAR = 0.25
-
-# Opens the artifact that a run started from, if it is here; None if it is not.
-OpenPretrained = Callable[[str], Artifact | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +58,14 @@ class Part:
 class PartAssembly:
     """The work for one part, and the notes, faults and files that it finds.
 
-    `stream_base`, `base_weights` and `before_training` are those of `assemble`.
+    `stream_base` and `base_weights` are those of `open_checkpoint`, `before_training` that of
+    `Checkpoint`.
     """
 
     part: str
     artifact: Artifact
     config: TrainingConfig | None
     options: SourceOptions
-    open_pretrained: OpenPretrained
     stream_base: bool
     base_weights: bool
     before_training: bool
@@ -297,7 +295,7 @@ class PartAssembly:
             self._started_from(),
             is_adapted(self.artifact.adapters.get(self.part, {})),
         )
-        earlier = self.open_pretrained(started) if started is not None else None
+        earlier = _open_pretrained(started) if started is not None else None
         if started is not None and earlier is None and not adapted:
             self.notes.append(
                 f"The run started from '{started}', which cannot be read here. If that trained "
@@ -423,6 +421,15 @@ class PartAssembly:
             if own
             else f"Give the base model with {self.flag}; the adapter is merged here.",
         )
+
+
+def _open_pretrained(reference: str) -> Artifact | None:
+    """The artifact that a run started from; None if it is not here."""
+    try:
+        path = local_path(reference)
+        return open_artifact(str(path)) if path.exists() else None
+    except (ConversionError, OSError):
+        return None
 
 
 def _model_name(name: str | None) -> str | None:

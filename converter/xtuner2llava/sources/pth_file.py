@@ -24,36 +24,32 @@ def open_pth_file(path: Path) -> Artifact:
     Raises `CheckpointError` and says what the file is where it is not a LLaVA checkpoint of XTuner.
     """
     opened = TorchFile(path)
-    value = opened.value
-    state_dict = value
-    if isinstance(value, dict) and "state_dict" in value:
-        state_dict = value["state_dict"]
-    elif isinstance(value, dict) and "optimizer_state_dict" in value:
+    top = opened.value if isinstance(opened.value, dict) else {}
+    if "optimizer_state_dict" in top and "state_dict" not in top:
         raise UnsupportedError(
             "one rank's optimizer states of a DeepSpeed checkpoint",
             where=str(path),
             advice="Give the directory that it lies in.",
         )
+    state_dict = top.get("state_dict", opened.value)
+    # mmengine's EMAHook saves `ema_state_dict`.
+    unread = [
+        repr(key)
+        for key, entry in top.items()
+        if "state_dict" in top and key not in _TOP_LEVEL and _has_tensors(entry)
+    ]
+    note = (
+        f"{path.name} also holds tensors under {', '.join(unread)}, which are not read: XTuner "
+        "loads 'state_dict'."
+    )
     return artifact_of_state(
         opened.tensors(tensor_references(state_dict, str(path))),
         path,
         "iter .pth file",
         (Fingerprint(path.name, opened.file.size, opened.digest),),
-        meta=value.get("meta") if isinstance(value, dict) else None,
+        meta=top.get("meta"),
         meta_file=path,
-        notes=() if state_dict is value else _unread(value, path),
-    )
-
-
-def _unread(value: Value, path: Path) -> tuple[str, ...]:
-    """A note on tensors beside the state dict: mmengine's EMAHook saves `ema_state_dict`."""
-    entries = value.items() if isinstance(value, dict) else ()
-    found = [repr(key) for key, entry in entries if key not in _TOP_LEVEL and _has_tensors(entry)]
-    if not found:
-        return ()
-    return (
-        f"{path.name} also holds tensors under {', '.join(found)}, which are not read: XTuner "
-        "loads 'state_dict'.",
+        notes=(note,) if unread else (),
     )
 
 

@@ -1,1 +1,1 @@
-"""File formats as byte ranges: torch zip files, pickles, safetensors, JSON. Knows no XTuner."""
+"""File formats as byte ranges: torch zip files, pickles, safetensors, JSON; no XTuner layouts."""

@@ -33,7 +33,7 @@ _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 class _DirectoryReader(io.FileIO):
-    """What `zipfile` reads a directory from: it would take whatever size the file claims."""
+    """A file whose directory `zipfile` reads up to a bounded size, not the size that it claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MAX_DIRECTORY_BYTES:

@@ -1,7 +1,7 @@
 """The folder against its checkpoint: the plan made again, and everything compared with it.
 
-An error in the plan itself is made again too. `logits/` catches those: it runs the source model in
-its own class.
+An error in the plan itself is made again too. `logits/` catches those: it runs the trained model
+in its own class.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,32 +27,15 @@ from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import TENSORS, Check, judge
 from xtuner2llava.writing import INDEX_NAME
 from xtuner2llava.writing.blocks import blocks, position, working_bytes
-from xtuner2llava.writing.disk import read_all
 from xtuner2llava.writing.jobs import DEFAULT_MEMORY, Budget, Work
 from xtuner2llava.writing.shards import Entry
+from xtuner2llava.writing.verify import WrittenFile
 
 if TYPE_CHECKING:
     import torch
 
 BITS = "every tensor, bit for bit"
 FILES = "small files as planned"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorDifference:
-    """The first element of a tensor that is not the planned one, and how many are not."""
-
-    name: str
-    index: tuple[int, ...]
-    found: float
-    expected: float
-    count: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}{list(self.index)} is {self.found:.9g}, expected {self.expected:.9g}; "
-            f"{self.count:,} elements differ"
-        )
 
 
 def plan_again(checkpoint: str, options: VerifyOptions, out: ConvertedFolder) -> Plan:
@@ -89,8 +72,7 @@ def against_checks(
     fine = f"{len(plan.tensors)} tensors, by family {plan.mapping.family}"
     yield Check(TENSORS, *judge(faults, fine))
     common = [p for p in plan.tensors if p.name in found and _fits(found[p.name], p.tensor)]
-    differences = compare(found, common, jobs=options.jobs, on_progress=report)
-    differing = [str(difference) for difference in differences]
+    differing = compare(found, common, jobs=options.jobs, on_progress=report)
     kinds = Counter(planned.how.partition(" ")[0] for planned in common)
     copied, rounded, computed = (kinds[how] for how in ("copy", "cast", "compute"))
     fine = f"{copied} copied, {rounded} rounded once, {computed} computed"
@@ -118,7 +100,7 @@ def compare(
     *,
     jobs: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[TensorDifference]:
+) -> list[str]:
     """What differs between the planned tensors and those of the folder, in the order of the plan.
 
     Reads and computes all sources again, `jobs` tensors at once, in the memory of `convert`.
@@ -127,7 +109,7 @@ def compare(
     most = max((working_bytes(p.tensor) for p in planned), default=0)
     budget = Budget(max(DEFAULT_MEMORY, most))
 
-    def job(one: PlannedTensor) -> TensorDifference | None:
+    def job(one: PlannedTensor) -> str | None:
         with budget.take(working_bytes(one.tensor), work.check):
             (place,) = found[one.name].ranges() or ()
             return _difference(one, place, work.advance)
@@ -137,39 +119,33 @@ def compare(
 
 def _difference(
     planned: PlannedTensor, place: FileRange, advance: Callable[[int], None]
-) -> TensorDifference | None:
-    """Compares one tensor with the bytes at `place`, block by block.
+) -> str | None:
+    """The first element at `place` that is not the planned one, and how many are not.
 
     Which NaN a rounded NaN became depends on the processor, and on where a block ends.
     """
     import torch
 
-    tensor = planned.tensor
-    any_nan = tensor.ranges() is None
-    entry = Entry(planned.name, tensor, place.offset)
-    buffer, element, count = bytearray(), 0, 0
-    first: tuple[int, float, float] | None = None
+    name, tensor = planned.name, planned.tensor
+    first, count, offset = "", 0, place.offset
     with place.file.open() as descriptor:
-        for expected in blocks(entry):
-            if len(buffer) != len(expected):
-                buffer = bytearray(len(expected))
-            read_all(descriptor, memoryview(buffer), place.offset + element * tensor.dtype.itemsize)
-            if buffer != expected:
+        file = WrittenFile(place.file.path, descriptor)
+        for expected in blocks(Entry(name, tensor, place.offset)):
+            found = file.read(offset, len(expected))
+            if found != expected:
                 ours, theirs = (
-                    torch.frombuffer(data, dtype=tensor.dtype.torch) for data in (buffer, expected)
+                    torch.frombuffer(data, dtype=tensor.dtype.torch) for data in (found, expected)
                 )
-                wrong = _unequal(ours, theirs, any_nan=any_nan)
+                wrong = _unequal(ours, theirs, any_nan=tensor.ranges() is None)
                 count += len(wrong)
-                if len(wrong) and first is None:
+                if len(wrong) and not first:
                     at = int(wrong[0])
-                    first = element + at, float(ours[at]), float(theirs[at])
-            element += len(expected) // tensor.dtype.itemsize
+                    element = (offset - place.offset) // tensor.dtype.itemsize + at
+                    values = f"is {float(ours[at]):.9g}, expected {float(theirs[at]):.9g}"
+                    first = f"{name}{list(position(element, tensor.shape))} {values}"
+            offset += len(expected)
             advance(len(expected))
-    if first is None:
-        return None
-    return TensorDifference(
-        planned.name, position(first[0], tensor.shape), first[1], first[2], count
-    )
+    return f"{first}; {count:,} elements differ" if first else None
 
 
 def _unequal(one: torch.Tensor, other: torch.Tensor, *, any_nan: bool) -> torch.Tensor:

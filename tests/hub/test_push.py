@@ -18,7 +18,7 @@ LARGE = ".safetensors"
 
 @pytest.fixture
 def out(original: Path, tmp_path: Path) -> Path:
-    """A converted folder with three shards, to do with as one likes."""
+    """A converted folder with three shards, to be changed by a test."""
     copy = tmp_path / original.name
     shutil.copytree(original, copy)
     return copy
@@ -139,9 +139,9 @@ def test_progress_counts_bytes_once(hub: HubServer, client: Client, out: Path) -
     answer = client.ask("push", out, "ann/llava-qwen")
     total = sum(len(data) for name, data in content(out).items() if name.endswith(LARGE))
     for stage in ("check", "upload"):
-        told = [(done, all_) for name, done, all_ in answer.progress if name == stage]
-        assert told[-1] == (total, total)
-        assert [done for done, _ in told] == sorted(done for done, _ in told)
+        counted = [(done, all_) for name, done, all_ in answer.progress if name == stage]
+        assert counted[-1] == (total, total)
+        assert [done for done, _ in counted] == sorted(done for done, _ in counted)
 
 
 # What is there already
@@ -157,7 +157,7 @@ def test_weights_of_an_earlier_model_go(hub: HubServer, client: Client, out: Pat
     assert len(repo.messages) == 3  # One commit took them away and brought the new ones.
 
 
-def test_somebodys_own_card_stays(hub: HubServer, client: Client, out: Path) -> None:
+def test_an_owners_own_card_stays(hub: HubServer, client: Client, out: Path) -> None:
     repo = hub.add("ann/llava-qwen")
     own = b"---\nlicense: mit\n---\n# My model\n\nI wrote this.\n"
     repo.upload({"README.md": own})
@@ -204,7 +204,7 @@ def test_a_generated_card_is_renewed(hub: HubServer, client: Client, out: Path) 
     assert repo.content()["README.md"] == (out / "README.md").read_bytes()
 
 
-def test_names_that_llava_takes_for_another_class_are_told(
+def test_names_that_llava_takes_for_another_class_are_noted(
     client: Client, hub: HubServer, out: Path
 ) -> None:
     pushed = client.call("push", out, "ann/llava-llama-mine")
@@ -268,7 +268,7 @@ def test_a_folder_that_no_conversion_wrote_is_refused(client: Client, tmp_path: 
     assert fault(client, tmp_path).startswith("UsageError")
 
 
-def test_strange_files_are_not_published(hub: HubServer, client: Client, out: Path) -> None:
+def test_unexpected_files_are_not_published(hub: HubServer, client: Client, out: Path) -> None:
     (out / "notes.txt").write_text("about the data")
     pushed = client.call("push", out, "ann/llava-qwen")
     assert "notes.txt" not in hub.repos["ann/llava-qwen"].content()

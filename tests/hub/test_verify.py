@@ -108,7 +108,9 @@ def test_checksums_that_the_hub_states_are_compared(
     assert f"{first} is not what was written" in found["checksums of shards"]
 
 
-def test_what_cannot_be_looked_at_is_said(hub: HubServer, client: Client, tmp_path: Path) -> None:
+def test_what_cannot_be_verified_is_an_error(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
     missing = client.ask("verify", "ann/nothing")
     assert missing.error == "CheckpointError"
     assert "ann/nothing: is not a folder here, and is not a repository" in missing.text

@@ -32,7 +32,7 @@ class Answer:
 
 
 class Client:
-    """Calls functions of xtuner2llava by name, with keywords; `token` None is nobody."""
+    """Calls functions of xtuner2llava by name, with keywords; `token` None is an anonymous user."""
 
     def __init__(self, hub: HubServer, home: Path, cwd: Path, **environment: str) -> None:
         self.hub, self.token = hub, hub.token
@@ -66,7 +66,7 @@ class Client:
     ) -> Answer:
         """The answer to `function(*arguments, **keywords)`.
 
-        The progress callback raises a `LookupError` when it is told of the stage `raise_at`.
+        The progress callback raises a `LookupError` at the stage `raise_at`.
         """
         token = keywords.pop("token", self.token)
         request = {

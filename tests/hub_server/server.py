@@ -79,7 +79,7 @@ class HubServer:
         return next(iter(self.users))
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Variables with which huggingface_hub talks to this server, and to nobody else."""
+        """Variables with which huggingface_hub talks to this server alone."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),

@@ -267,7 +267,7 @@ def test_a_damaged_folder_is_not_compared(checkpoints: Path, llama: Path, tmp_pa
     assert not found.passed
 
 
-def test_what_is_no_checkpoint(checkpoints: Path, llama: Path, tmp_path: Path) -> None:
+def test_what_is_not_a_checkpoint(checkpoints: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="an empty folder"):
         verify(llama, against=tmp_path)
     (tmp_path / "x.pth").write_bytes(b"PK nothing")
@@ -312,7 +312,7 @@ def test_a_wrong_row_of_a_fused_tensor(checkpoints: Path, tmp_path: Path) -> Non
     assert "; 128 elements differ" in found[BITS]
 
 
-def test_all_tensors_that_differ_are_named_whatever_the_jobs(
+def test_all_tensors_that_differ_are_named_with_any_number_of_jobs(
     checkpoints: Path, llama: Path, tmp_path: Path
 ) -> None:
     folder = copy_of(llama, tmp_path)

@@ -1,6 +1,6 @@
 """`verify` by itself: a right folder passes, and each kind of damage fails where it is.
 
-Damage that a checksum would tell is sealed first, so that the other checks show what they can.
+Damage that a checksum would show is sealed first, so that the other checks show what they can.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         "config.json",
         "architectures is ['LlamaForCausalLM'], expected one of",
     ),
-    "config that is no JSON": (
+    "config that is not JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
         "config.json",
         "is not JSON",
@@ -352,7 +352,7 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
 
 
 @pytest.mark.parametrize("damage", SEALED)
-def test_damage_that_checksums_do_not_tell(whole: Path, tmp_path: Path, damage: str) -> None:
+def test_damage_that_checksums_do_not_show(whole: Path, tmp_path: Path, damage: str) -> None:
     change, check, says = SEALED[damage]
     folder = copy_of(whole, tmp_path)
     change(folder)
@@ -452,7 +452,7 @@ def test_damage_to_shards(sharded: Path, tmp_path: Path, damage: str) -> None:
         ),
     ],
 )
-def test_damage_that_only_checksums_tell(
+def test_damage_that_only_checksums_show(
     whole: Path, tmp_path: Path, damage: Damage, check: str, says: str
 ) -> None:
     folder = copy_of(whole, tmp_path)
@@ -537,7 +537,7 @@ def test_a_tokenizer_with_a_bos_is_warned_of(whole: Path, tmp_path: Path) -> Non
     assert "loses the first token of every chunk after an image" in check.detail
 
 
-def test_what_is_asked_for_is_held_against_the_folder(whole: Path) -> None:
+def test_what_is_asked_for_is_compared_with_the_folder(whole: Path) -> None:
     found = verify(whole, format="hf", model_type="llava", vision_tower_name="openai/clip")
     assert results(found) == {
         "as asked for": "it is of format llava, --format is hf; its model_type is 'llava_qwen', "
@@ -574,8 +574,8 @@ def test_a_tokenizer_that_cannot_be_loaded_here_is_still_counted(
 
 
 def test_logits_need_a_checkpoint(whole: Path) -> None:
-    told = r"^logits: needs the checkpoint[^\n]*\n *Give against=CHECKPOINT"
-    with pytest.raises(UsageError, match=told):
+    message = r"^logits: needs the checkpoint[^\n]*\n *Give against=CHECKPOINT"
+    with pytest.raises(UsageError, match=message):
         verify(whole, logits=True)
 
 

@@ -118,7 +118,7 @@ def test_exchanged_tensors_of_equal_shape(
 def test_a_wrong_mapping_passes_the_bits_and_not_the_logits(
     checkpoints: Path, tmp_path: Path
 ) -> None:
-    """What a mapping says wrong is planned wrong again. So logits must tell."""
+    """What a mapping says wrong is planned wrong again. Logits show it."""
     mapping = tmp_path / "mine.yaml"
     mapping.write_text(
         "schema: 1\nfamily: mine\nextends: llama\ntensors:\n"

@@ -18,7 +18,7 @@ _REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]
 _SMALL = re.compile(
     r"[^/]+\.(json|tiktoken|jinja)|tokenizer\.model|merges\.txt|vocab\.txt|xtuner_config\.py"
 )
-_CARD = "README.md"  # says license and languages, which what is made of it inherits
+_CARD = "README.md"  # with license and languages, which what is made of it inherits
 _SAFETENSORS = re.compile(r"(adapter_)?model[^/]*\.safetensors")
 _TORCH = re.compile(r"(pytorch_model|adapter_model)[^/]*\.bin")
 _XTUNER_FOLDERS = (

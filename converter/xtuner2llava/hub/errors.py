@@ -74,7 +74,7 @@ def http_status(error: BaseException) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether there was no answer, or one that says to come again."""
+    """Whether there was no answer, or one that asks to come again."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, (FileNotFoundError, PermissionError, OfflineModeIsEnabled)):

@@ -51,7 +51,7 @@ def published_copy(reference: str) -> Iterator[PublishedCopy]:
         info = with_retries(lambda: api.model_info(repo, revision=revision))
         commit = str(info.sha)
         tree = with_retries(lambda: list(api.list_repo_tree(repo, revision=commit)))
-        # The server says the names: only those of files in this folder count.
+        # Names come from the server: only those of files in this folder count.
         files = {e.path: e for e in tree if isinstance(e, RepoFile) and _is_plain(e.path)}
         small = [n for n, e in files.items() if not _is_weights(n) and e.size <= _MAX_SMALL_BYTES]
         patterns = [glob.escape(name) for name in small]

@@ -42,7 +42,7 @@ class Check:
 
     @classmethod
     def failed(cls, name: str, error: ConversionError) -> Check:
-        """A check that could not be made, because what it looks at is damaged."""
+        """A check that could not be made, because the files for it are damaged."""
         texts = [f"{f.where}: {f.what}" if f.where else f.what for f in error.faults]
         return cls(name, *judge(texts, ""))
 

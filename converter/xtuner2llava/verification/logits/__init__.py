@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.options import VerifyOptions
-from xtuner2llava.planning.plan import Plan
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.logits.compare import LOGITS, folder_model, logits_checks
 from xtuner2llava.verification.logits.reference import read_reference, reference_checks
 from xtuner2llava.verification.outcome import REFERENCE, Check
+
+if TYPE_CHECKING:
+    from xtuner2llava.planning.plan import Plan
 
 
 def run_checks(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
 from xtuner2llava.planning.llm_config import trained_llm_config
-from xtuner2llava.planning.plan import Plan
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json
@@ -28,6 +27,9 @@ from xtuner2llava.verification.logits.streams import (
 from xtuner2llava.verification.logits.values import Reading
 from xtuner2llava.verification.outcome import FAILED, OK, SKIPPED, Check
 from xtuner2llava.verification.plain_model import plain_config
+
+if TYPE_CHECKING:
+    from xtuner2llava.planning.plan import Plan
 
 # How many times further than the noise of float32 the same function may be, computed otherwise.
 # The noise is measured: the trained model against itself with every hidden state moved by half a

@@ -66,8 +66,10 @@ def open_zero_directory(path: Path, weights: str = MASTER) -> Artifact:
     together.
     """
     model_files, optimizer_files = _rank_files(path)
-    models = [_RankFile.open(file) for file in model_files]
-    optimizers = [_RankFile.open(file) for file in optimizer_files]
+    # Each rank records the shapes of all parameters, mostly in the same bytes.
+    pickles: dict[bytes, Value] = {}
+    models = [_RankFile.open(file, pickles) for file in model_files]
+    optimizers = [_RankFile.open(file, pickles) for file in optimizer_files]
     first, ranks = models[0], len(optimizers) or len(models)
     if optimizers and weights == MASTER:
         stage = _check_ranks(path, models, optimizers)
@@ -98,8 +100,8 @@ class _RankFile:
     value: dict[str, Value]
 
     @classmethod
-    def open(cls, path: Path) -> _RankFile:
-        opened = TorchFile(inside(path.parent, path.name))
+    def open(cls, path: Path, pickles: dict[bytes, Value]) -> _RankFile:
+        opened = TorchFile(inside(path.parent, path.name), pickles)
         if not isinstance(opened.value, dict):
             raise CorruptFileError("is not a file of DeepSpeed", where=str(path))
         return cls(path, opened, {k: v for k, v in opened.value.items() if isinstance(k, str)})

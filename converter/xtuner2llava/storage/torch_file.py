@@ -44,9 +44,10 @@ class _DirectoryReader(io.FileIO):
 class TorchFile:
     """An open `torch.save` file: its value, and its tensors on demand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pickles: dict[bytes, Value] | None = None) -> None:
         """Reads the zip directory and the pickle of `path`, and no tensor.
 
+        `pickles` are values of pickles that were read before, where several files have equal ones.
         Raises `CorruptFileError`, `UnsafeFileError` for a pickle of more than data, and
         `UnsupportedError` for what is not a zip of `torch.save`.
         """
@@ -61,7 +62,11 @@ class TorchFile:
                 f"its byte order is {order[:20].decode('ascii', 'replace')!r}, expected 'little'",
                 where=str(path),
             )
-        self.value: Value = read_pickle(self._small_entry("data.pkl"), f"{path} (data.pkl)")
+        data = self._small_entry("data.pkl")
+        pickles = {} if pickles is None else pickles
+        if data not in pickles:
+            pickles[data] = read_pickle(data, f"{path} (data.pkl)")
+        self.value: Value = pickles[data]
 
     @property
     def digest(self) -> str:

@@ -28,6 +28,9 @@ failed, and 2 for a command that contradicts itself. With `--json`, an error is 
 `{"error": {"type": "PlanError", "faults": [{"where": "", "what": "", "advice": ""}]}}`, where
 `type` is the class of the [error](api.md#errors). Where stderr is not a terminal, `convert`,
 `verify` and `push` write a line when a stage ends: time, stage, bytes, seconds.
+
+For completion of commands, options, their values and families, add this to `~/.bashrc`, or the same
+with `zsh` or `fish`: `eval "$(_XTUNER2LLAVA_COMPLETE=bash_source xtuner2llava)"`.
 """
 
 

@@ -14,8 +14,11 @@ import termios
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
 
 from reference.cases import CASES
+from xtuner2llava.cli.commands import main
 
 CASE = "qwen2_e_full_fullvis"
 
@@ -259,3 +262,48 @@ def test_the_progress_bar_shows_on_a_terminal_only(arguments: list[object], tmp_
     os.close(ours)
     assert b"write" in shown
     assert b"B/s" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["conver", "a", "b"], "convert"),
+        (["mapping"], "mappings"),
+        (["mappings", "lst"], "list"),
+        (["plan", "x", "--fromat", "hf"], "--format"),
+        (["plan", "x", "--for", "vlm"], "vllm"),
+        (["plan", "x", "--format", "lava"], "llava"),
+        (["plan", "x", "--dtype", "flota16"], "float16"),
+        (["verify", "x", "--model-type", "oficial"], "official"),
+        (["mappings", "show", "qwen22"], "qwen2"),
+    ],
+)
+def test_what_may_have_been_meant_is_said(words: list[str], meant: str) -> None:
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == (1 if "show" in words else 2)
+    assert re.search(rf"Did you mean[^?]*['`]{meant}['`]", done.stderr)
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing() -> None:
+    for words in (["xyz"], ["plan", "x", "--dtype", "zzz"], ["plan", "x", "--zzz"]):
+        assert "Did you mean" not in CliRunner().invoke(main, words).stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "incomplete", "expected"),
+    [
+        ([], "con", ["convert"]),
+        (["mappings"], "s", ["show"]),
+        (["convert"], "--vis", ["--vision", "--vision-lora-alpha", "--vision-tower-name"]),
+        (["convert", "a", "b", "--for"], "llava", ["llava", "llava-next"]),
+        (["plan", "x", "--dtype"], "f", ["float16", "float32"]),
+        (["plan", "x", "--mapping"], "mis", ["mistral", "a file"]),
+        (["mappings", "show"], "gemm", ["gemma", "a file"]),
+        (["plan"], "it", ["a file"]),
+        (["plan", "x", "--llm"], "", ["a file"]),
+    ],
+)
+def test_shells_complete(typed: list[str], incomplete: str, expected: list[str]) -> None:
+    complete = ShellComplete(main, {}, "xtuner2llava", "_XTUNER2LLAVA_COMPLETE")
+    found = complete.get_completions(typed, incomplete)
+    assert ["a file" if c.type == "file" else c.value for c in found] == expected

@@ -142,4 +142,4 @@ def test_what_cannot_be_read_of_the_config_is_said_once(foresee: Any, tmp_path: 
     path.write_text(path.read_text() + "\ntrain_dataloader['dataset']['max_length'] = f()\n")
     found = inspect(path, vision_tower_name="openai/clip")
     said = [*found.notes, *found.advice, *(c for one in found.targets for c in one.caveats)]
-    assert sum("max_length is not known without running code" in note for note in said) == 1
+    assert sum("train_dataloader is not known without running code" in note for note in said) == 1

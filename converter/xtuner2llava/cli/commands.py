@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _MAX_FAULTS = 200
 
 
-class _Group(click.Group):
+class _Group(flags.Group):
     """Turns errors into messages, and exceptions of Ctrl-C and bugs into short ones.
 
     With --json, an error is JSON on stdout too: for pipelines, which read nothing else.
@@ -202,7 +202,9 @@ def _argument(name: str, *, required: bool = True) -> Callable[[flags.Function],
             check_argument(parameter.human_readable_name, value)
         return value
 
-    return click.argument(name, required=required, callback=check)
+    return click.argument(
+        name, required=required, callback=check, shell_complete=flags.complete_path
+    )
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -405,7 +407,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
         click.get_current_context().exit(1)
 
 
-@main.group()
+@main.group(cls=flags.Group)
 def mappings() -> None:
     """LLM families and output formats: list, show, check a file of your own, or draft one."""
 
@@ -433,7 +435,7 @@ def list_mappings(as_json: bool) -> None:
 
 
 @mappings.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=flags.complete_mapping)
 def show_mapping(name: str) -> None:
     """The YAML of a shipped family, format or class."""
     from xtuner2llava.mapping import Catalogue

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any, TypeVar
+from difflib import get_close_matches
+from os import PathLike
+from typing import Any, TypeVar, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from xtuner2llava.options import GROUPS, CheckedOptions, choices, flag, members
 
@@ -42,6 +45,52 @@ def grouped(command: click.Command, ctx: click.Context) -> Mapping[str, list[cli
     return {group: options for group, options in found.items() if options}
 
 
+class Choice(click.Choice):  # type: ignore[type-arg,unused-ignore]
+    """One of several words; for another one, the word that may have been meant is said."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            hint = did_you_mean(str(value), self.choices)
+            raise click.BadParameter(f"{error.message}{hint}", ctx, param) from None
+
+
+class Group(click.Group):
+    """Says which command may have been meant by one that there is not."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            hint = did_you_mean(args[0], self.list_commands(ctx))
+            ctx.fail(f"No such command '{args[0]}'.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+def complete_path(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Leaves it to the shell, which knows its files; a text by itself completes to nothing."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def complete_mapping(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The shipped families, or a file."""
+    from xtuner2llava.mapping import Catalogue
+
+    families = [name for name in Catalogue.shipped().families if name.startswith(incomplete)]
+    return [*map(CompletionItem, families), *complete_path(ctx, parameter, incomplete)]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence, where `word` is like one of those that are known."""
+    found = get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
 def option(group: str, *declarations: str, **attributes: Any) -> Callable[[Function], Function]:
     """A flag that only the command line has."""
     return click.option(*declarations, cls=GroupedOption, group=group, **attributes)
@@ -75,6 +124,12 @@ def _flag(each: Field[Any]) -> Callable[[Function], Function]:
         return option(data["group"], declared, each.name, **attributes)
     known, kinds = choices(each.type), members(each.type)
     numeric = next((kind for kind in (int, float) if kind in kinds), str)
-    attributes["type"] = click.Choice(known) if known else numeric
+    if known:
+        attributes["type"] = Choice(known)
+    else:
+        attributes["type"] = numeric
+    if PathLike in map(get_origin, kinds):
+        complete = complete_mapping if each.name == "mapping" else complete_path
+        attributes["shell_complete"] = complete
     attributes["metavar"] = data["metavar"] or None
     return option(data["group"], name, each.name, show_default=default is not None, **attributes)

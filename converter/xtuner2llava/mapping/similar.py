@@ -35,32 +35,16 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "num_experts_per_tok": ("top_k", "moe_top_k", "num_selected_experts", "n_experts_per_token"),
 }  # fmt: skip
 # What has no part in what a trained model computes.
-_OF_TRAINING = frozenset(
-    {
-        "attention_dropout",
-        "initializer_range",
-        "output_router_logits",
-        "pretraining_tp",
-        "router_aux_loss_coef",
-    }
-)
+_OF_TRAINING = {"attention_dropout", "initializer_range", "output_router_logits", "pretraining_tp",
+                "router_aux_loss_coef"}  # fmt: skip
 _SAME_WORD = {
-    "act": "activation",
-    "attn": "attention",
-    "base": "theta",
-    "emb": "embedding",
-    "eps": "epsilon",
-    "kv": "key value",
-    "layernorm": "layer norm",
-    "len": "length",
-    "ln": "layer norm",
-    "rmsnorm": "rms norm",
-    "rotary": "rope",
-    "seq": "sequence",
-    "tok": "token",
-}
+    "act": "activation", "attn": "attention", "base": "theta", "emb": "embedding", "eps": "epsilon",
+    "kv": "key value", "layernorm": "layer norm", "len": "length", "ln": "layer norm",
+    "rmsnorm": "rms norm", "rotary": "rope", "seq": "sequence", "tok": "token",
+}  # fmt: skip
 _IDLE = frozenset({"n", "num", "number", "use"})
-_SAME_VALUE = {"swish": "silu", "swiglu": "silu"}
+# What some configs call the activation of a gated MLP.
+SILU = ("silu", "swish", "swiglu")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
@@ -125,6 +109,5 @@ def _same_kind(default: object, value: object) -> bool:
 
 def _equal(default: object, value: object) -> bool:
     if isinstance(default, str) and isinstance(value, str):
-        left, right = default.lower(), value.lower()
-        return _SAME_VALUE.get(left, left) == _SAME_VALUE.get(right, right)
+        return default.lower() == value.lower() or {default.lower(), value.lower()} <= {*SILU}
     return default == value

@@ -87,19 +87,21 @@ def mutants(path: Path) -> Iterator[tuple[str, bytes]]:
         ]
 
 
-def passes(tests: list[str]) -> bool:
+def outcome(tests: list[str]) -> str:
+    """What becomes of the mutant that the current directory has: SURVIVED, killed or timeout."""
     environment = {**os.environ, "PYTHONPATH": "converter", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *tests]
     limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    options: Any = {"env": environment, "preexec_fn": limit, "timeout": 4 * CPU_SECONDS}
+    options: Any = {"env": environment, "preexec_fn": limit, "timeout": 10 * CPU_SECONDS}
     try:
-        return not subprocess.run(command, capture_output=True, **options).returncode
+        status = subprocess.run(command, capture_output=True, **options).returncode
     except subprocess.TimeoutExpired:
-        return False
+        return "timeout"
+    return "killed" if status > 0 else "timeout" if status else "SURVIVED"
 
 
 def run(code: str, tests: list[str], chosen: random.Random, sample: int) -> None:
-    if not passes(tests):
+    if outcome(tests) != "SURVIVED":
         sys.exit(f"{' '.join(tests)}: fail without a mutant, or take {CPU_SECONDS} s")
     paths = [Path(name) for name in code.split(",")]
     files = [f for p in paths for f in ([p] if p.is_file() else sorted(p.rglob("*.py")))]
@@ -113,9 +115,9 @@ def run(code: str, tests: list[str], chosen: random.Random, sample: int) -> None
             # It would be taken for the new file, if that has the same size and second.
             Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
             if content is text:
-                noticed = not passes(tests)
-                killed += noticed
-                print(f"{'killed' if noticed else 'SURVIVED':<8} {what}", flush=True)
+                found_out = outcome(tests)
+                killed += found_out != "SURVIVED"
+                print(f"{found_out:<8} {what}", flush=True)
     print(f"{code}: {killed} of {len(drawn)} killed, drawn from {len(found)}", flush=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
@@ -84,36 +84,25 @@ def read_adapter(
     factors: dict[str, dict[str, LazyTensor]] = {}
     replacements: dict[str, LazyTensor] = {}
     originals: dict[str, LazyTensor] = {}
-    unknown: list[str] = []
-    twice: list[str] = []
+    refused: dict[str, list[str]] = {}
     for full, tensor in tensors.items():
         name = full.removeprefix(_PREFIX)
-        factor = _FACTOR.fullmatch(name)
-        saved = _SAVED.fullmatch(name)
-        original = _ORIGINAL.fullmatch(name)
-        if factor is not None:
+        home, key = replacements, name.replace(".base_layer.", ".")
+        if factor := _FACTOR.fullmatch(name):
             if factor["adapter"] not in (None, ".default", ".weight") or factor["leaf"] == "bias":
-                unknown.append(full)
+                what = "an adapter or factor of a kind XTuner never makes"
+                refused.setdefault(what, []).append(full)
                 continue
             home, key = factors.setdefault(factor["module"], {}), factor["kind"]
-        elif saved is not None:
-            home, key = replacements, f"{saved['module']}.{saved['leaf']}"
-        elif original is not None:
+        elif saved := _SAVED.fullmatch(name):
+            key = f"{saved['module']}.{saved['leaf']}"
+        elif original := _ORIGINAL.fullmatch(name):
             home, key = originals, f"{original['module']}.{original['leaf']}"
-        else:
-            home, key = replacements, name.replace(".base_layer.", ".")
         if key in home:
-            twice.append(full)
+            what = "is there under two names, and which of them was trained is not recorded"
+            refused.setdefault(what, []).append(full)
         home[key] = tensor
-    faults = []
-    if unknown:
-        faults.append(
-            Fault.about(where, unknown, "an adapter or factor of a kind XTuner never makes")
-        )
-    if twice:
-        what = "is there under two names, and which of them was trained is not recorded"
-        faults.append(Fault.about(where, twice, what))
-    raise_faults(UnsupportedError, faults)
+    _raise_refused(where, refused)
     # What a saved module was before it was trained (peft `utils/other.py`, ModulesToSaveWrapper).
     return Adapter(factors, {**originals, **replacements}, settings)
 
@@ -121,18 +110,16 @@ def read_adapter(
 def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[str, LazyTensor]:
     """The tensors of `base` with the adapter merged in. Raises `UnsupportedError`, all faults."""
     merged = dict(base)
-    # What is wrong, and all names of which it is true: mostly, those of all modules.
     refused: dict[str, list[str]] = {}
     for name, tensor in adapter.replacements.items():
-        if name not in base:
-            refused.setdefault("is saved beside the adapter, but the base has none", []).append(
-                name
-            )
-        elif _fits(tensor, base[name]):
+        if name in base and _fits(tensor, base[name]):
             merged[name] = tensor
-        else:
+            continue
+        what = "is saved beside the adapter, but the base has none"
+        if name in base:
             shapes = f"has shape {list(tensor.shape)}, the base's has {list(base[name].shape)}"
-            refused.setdefault(f"{shapes}; {_IS_IT_THE_BASE}", []).append(name)
+            what = f"{shapes}; {_IS_IT_THE_BASE}"
+        refused.setdefault(what, []).append(name)
     for module, factors in adapter.factors.items():
         name = f"{module}.weight"
         try:
@@ -142,9 +129,14 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
             merged[name] = _merged(merged[name], module, factors, adapter.settings)
         except ValueError as error:
             refused.setdefault(str(error), []).append(f"LoRA on {module}")
+    _raise_refused(where, refused)
+    return merged
+
+
+def _raise_refused(where: str, refused: Mapping[str, Sequence[str]]) -> None:
+    """Raises what is wrong, and all names of which it is true: mostly, those of all modules."""
     faults = [Fault.about(where, names, what) for what, names in refused.items()]
     raise_faults(UnsupportedError, faults)
-    return merged
 
 
 def _fits(saved: LazyTensor, own: LazyTensor) -> bool:

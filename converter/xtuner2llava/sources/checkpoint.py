@@ -119,7 +119,7 @@ def _assemble(
     ]
     llm, tower = (each.assembled() for each in work)
     origin = "not trained yet" if before_training else "trained"
-    faults = [fault for each in work for fault in each.faults]
+    faults = [fault for each in work for fault in (*each.faults, *each.pending)]
     inexact: tuple[str, ...] = ()
     try:
         # Of an LLM that was trained in full, the weights do not depend on how its base was loaded.

@@ -36,6 +36,10 @@ _ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
 _NEAR = 0.25
 
 
+# Tensors, and where they come from.
+_Found = tuple[Mapping[str, LazyTensor], str]
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One of the three parts of the trained model.
@@ -89,6 +93,11 @@ class PartAssembly:
         return self.options.base(self.part)
 
     @property
+    def adapted(self) -> Mapping[str, LazyTensor]:
+        """The tensors of the part's adapter; empty if it has none."""
+        return self.artifact.adapters.get(self.part, {})
+
+    @property
     def reference(self) -> str | None:
         """Where the base model is: a folder or a Hub repo id."""
         return self.given if self.given is not None else self.recorded.place
@@ -107,7 +116,7 @@ class PartAssembly:
         except OSError as error:
             self.faults.append(Fault(self.flag, f"cannot be read ({error.strerror})"))
         name = self.recorded.name
-        if self.part in self.artifact.adapters:
+        if self.adapted:
             return Part({}, "adapter, its base not available", True, name=name)
         if own is None:
             return Part({}, "not available", False, name=name)
@@ -115,35 +124,36 @@ class PartAssembly:
 
     def _assembled(self, own: Mapping[str, LazyTensor] | None) -> Part:
         where = f"{self.artifact.path}, {self.title}"
-        adapter: Adapter | None = None
-        if self.part in self.artifact.adapters:
-            adapter = self._adapter(where)
-            own = adapter.own_base(where) if own is None else own
+        adapter = self._adapter(where) if self.adapted else None
+        if own is None and adapter is not None:
+            own = adapter.own_base(where)
         folder = self._folder(weights=own is None)
         config = read_config(self.part, folder)
         if self.part == VISUAL_ENCODER:
             self._check_overrides(config)
         name = self.recorded.name or self.given
         part = Part({}, "trained", True, config, folder, name, adapter)
-        if own is not None and adapter is None:
-            return replace(part, tensors=own)
-        if own is not None and adapter is not None:
-            origin = f"{adapter.title} on the checkpoint's own weights"
-            part = replace(part, tensors=merge(own, adapter, where), origin=origin)
+        if own is not None:
+            if adapter is None:
+                return replace(part, tensors=own)
+            merged = merge(own, adapter, where)
             self._note_own_base(own, adapter)
-            return part
-        trained = adapter is not None or (self.before_training and self._will_be_trained())
-        if adapter is None and not self.before_training:
-            self._require_frozen()
-        base = self._base_tensors(folder, name or folder.name)
-        if base is None:
-            return replace(part, origin="not downloaded", trained=trained)
-        tensors, origin = base
+            origin = f"{adapter.title} on the checkpoint's own weights"
+            return replace(part, tensors=merged, origin=origin)
         if adapter is None:
-            return replace(part, tensors=tensors, origin=origin, trained=trained)
-        merged = merge(tensors, adapter, where)
+            trained = self.before_training and self._will_be_trained()
+            part = replace(part, trained=trained)
+            if not self.before_training:
+                self._require_frozen()
+        found = self._pretrained() or self._base_tensors(folder, name or folder.name)
+        if found is None:
+            return replace(part, origin="not downloaded")
+        base, origin = found
+        if adapter is None:
+            return replace(part, tensors=base, origin=origin)
+        merged = merge(base, adapter, where)
         if self.given is not None and adapter.factors:
-            self._note_given_base(self.given, tensors, adapter, part)
+            self._note_given_base(self.given, base, adapter, part)
         return replace(part, tensors=merged, origin=f"{adapter.title} on {origin}")
 
     def _recorded_base(self) -> RecordedBase:
@@ -174,16 +184,12 @@ class PartAssembly:
 
         It is that of the artifact, where the weights are there too and the user gave no other.
         """
-        own, recorded, checkpoint = (
-            self.artifact.folders.get(self.part),
-            self.recorded,
-            self.artifact.path,
-        )
+        own, checkpoint = self.artifact.folders.get(self.part), self.artifact.path
         if not weights and own is not None and self.given is None:
             return own
-        needed = weights and self.base_weights
-        if self.stream_base and is_remote(self.reference):
-            needed = False
+        streamed = self.stream_base and is_remote(self.reference)
+        needed = weights and self.base_weights and not streamed
+        recorded = self.recorded
         folder = find_base(self.part, self.given, recorded, checkpoint, weights=needed)
         if self.given is None and recorded.folder is not None:
             within = folder.parent == checkpoint.absolute().parent
@@ -214,7 +220,7 @@ class PartAssembly:
 
     def _adapter(self, where: str) -> Adapter:
         """The part's adapter with its settings."""
-        adapter = read_adapter(self.artifact.adapters[self.part], None, where)
+        adapter = read_adapter(self.adapted, None, where)
         beside, alpha = self.artifact.settings.get(self.part), self.options.alpha(self.part)
         config: LoraSettings | None = None
         try:
@@ -283,59 +289,15 @@ class PartAssembly:
             f"The {what}: the weights of {self.flag} '{self.given}' are used as trained."
         )
 
-    def _base_tensors(self, folder: Path, name: str) -> tuple[Mapping[str, LazyTensor], str] | None:
-        """The part before this run and where it comes from; None if its weights are not here yet.
+    def _pretrained(self) -> _Found | None:
+        """The part from the checkpoint that the run started from (`pretrained_pth`), if it has it.
 
-        Not always the base model: the run may have started from an earlier stage's checkpoint
-        (`pretrained_pth`) that had trained the part. XTuner loads that after it has put LoRA
-        layers in, and not strictly: the names of an adapted part then match none of its full
-        weights, which are silently left out (xtuner/model/llava.py, `__init__`).
+        XTuner loads that after it has put LoRA layers in, and not strictly: the names of an adapted
+        part then match none of its full weights, which are silently left out
+        (xtuner/model/llava.py, `__init__`).
         """
-        started, adapted = (
-            self._started_from(),
-            is_adapted(self.artifact.adapters.get(self.part, {})),
-        )
-        earlier = _open_pretrained(started) if started is not None else None
-        if started is not None and earlier is None and not adapted:
-            self.notes.append(
-                f"The run started from '{started}', which cannot be read here. If that trained "
-                f"the {self.title}, give {self.flag} a folder with its weights: the base "
-                f"model's are used."
-            )
-        if started is not None and earlier is not None and self.part in earlier.weights:
-            if not adapted:
-                self.base_files.extend(earlier.files)
-                return earlier.weights[self.part], f"pretrained_pth {Path(started).name}"
-            self.notes.append(
-                f"The run started from '{started}', which holds a trained {self.title}. XTuner "
-                "does not load that under LoRA, so the adapter was trained on the base model's "
-                "weights, and these are used."
-            )
-        remote, found = is_remote(self.reference), find_weights(folder)
-        if self.stream_base and remote:
-            opened = open_streamed(self.part, str(self.reference), folder)
-        elif found is not None or not (self.before_training or (remote and not self.base_weights)):
-            opened = open_base(self.part, folder)
-        else:
-            fault = (
-                Fault(name, f"the weights of the base {self.title} are not here yet")
-                if self.before_training
-                else Fault(
-                    name,
-                    f"the weights of the base {self.title} are not in the local cache yet",
-                    "A conversion downloads them.",
-                )
-            )
-            self.faults.append(fault)
-            self.pending.append(fault)
-            return None
-        self.base_files.extend(opened.files)
-        return opened.tensors, f"base {Path(name).name if Path(name).is_dir() else name}"
-
-    def _started_from(self) -> str | None:
-        """`pretrained_pth`; a note where its value follows only from running code."""
         try:
-            return self.config.pretrained_pth if self.config is not None else None
+            started = self.config.pretrained_pth if self.config is not None else None
         except ConversionError as error:
             fault = error.faults[0]
             self.notes.append(
@@ -343,6 +305,43 @@ class PartAssembly:
                 "LLM or vision tower, give a folder with its weights as --llm or --vision."
             )
             return None
+        if started is None:
+            return None
+        earlier, adapted = _open_pretrained(started), is_adapted(self.adapted)
+        if earlier is None and not adapted:
+            self.notes.append(
+                f"The run started from '{started}', which cannot be read here. If that trained "
+                f"the {self.title}, give {self.flag} a folder with its weights: the base "
+                f"model's are used."
+            )
+        if earlier is None or self.part not in earlier.weights:
+            return None
+        if adapted:
+            self.notes.append(
+                f"The run started from '{started}', which holds a trained {self.title}. XTuner "
+                "does not load that under LoRA, so the adapter was trained on the base model's "
+                "weights, and these are used."
+            )
+            return None
+        self.base_files.extend(earlier.files)
+        return earlier.weights[self.part], f"pretrained_pth {Path(started).name}"
+
+    def _base_tensors(self, folder: Path, name: str) -> _Found | None:
+        """The base model in `folder`; None if its weights are not here yet, and may be missing."""
+        remote, found = is_remote(self.reference), find_weights(folder)
+        if self.stream_base and remote:
+            opened = open_streamed(self.part, str(self.reference), folder)
+        elif found is not None or not (self.before_training or (remote and not self.base_weights)):
+            opened = open_base(self.part, folder)
+        else:
+            where, advice = "in the local cache", "A conversion downloads them."
+            if self.before_training:
+                where, advice = "here", ""
+            what = f"the weights of the base {self.title} are not {where} yet"
+            self.pending.append(Fault(name, what, advice))
+            return None
+        self.base_files.extend(opened.files)
+        return opened.tensors, f"base {Path(name).name if Path(name).is_dir() else name}"
 
     def _note_own_base(self, own: Mapping[str, LazyTensor], adapter: Adapter) -> None:
         """Notes that weights and an adapter lie together. Raises if the weights are merged ones."""

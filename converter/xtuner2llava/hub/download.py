@@ -10,9 +10,13 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.hub.errors import hub_errors, is_transient
+from xtuner2llava.hub.errors import hub_errors, is_transient, with_retries
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _SMALL = re.compile(
@@ -106,6 +110,17 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     if match is None:
         raise CheckpointError("is not a Hub repo id", where=reference)
     return match["repo"], match["revision"]
+
+
+def list_files(repo: str, revision: str, *, recursive: bool = False) -> dict[str, RepoFile]:
+    """The files of a repository by path, with sizes and ids; by default those at top level."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = with_retries(
+        lambda: [*HfApi().list_repo_tree(repo, recursive=recursive, revision=revision)]
+    )
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def _fetch(

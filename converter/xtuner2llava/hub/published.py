@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from xtuner2llava.errors import CheckpointError, OutputError
-from xtuner2llava.hub.download import split_reference
+from xtuner2llava.hub.download import list_files, split_reference
 from xtuner2llava.hub.errors import hub_errors, with_retries
 from xtuner2llava.hub.stream import RemoteFile
 from xtuner2llava.storage.safetensors_file import MAX_HEADER_BYTES, START_BYTES
@@ -45,14 +45,11 @@ def published_copy(reference: str) -> Iterator[PublishedCopy]:
     repo, revision = split_reference(reference)
     with hub_errors(reference, CheckpointError):
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.hf_api import RepoFile
 
-        api = HfApi()
-        info = with_retries(lambda: api.model_info(repo, revision=revision))
+        info = with_retries(lambda: HfApi().model_info(repo, revision=revision))
         commit = str(info.sha)
-        tree = with_retries(lambda: list(api.list_repo_tree(repo, revision=commit)))
         # Names come from the server: only those of files in this folder count.
-        files = {e.path: e for e in tree if isinstance(e, RepoFile) and _is_plain(e.path)}
+        files = {name: e for name, e in list_files(repo, commit).items() if _is_plain(name)}
         small = [n for n, e in files.items() if not _is_weights(n) and e.size <= _MAX_SMALL_BYTES]
         patterns = [glob.escape(name) for name in small]
         snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))

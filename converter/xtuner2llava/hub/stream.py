@@ -10,10 +10,10 @@ import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsupportedError
-from xtuner2llava.hub.download import split_reference
+from xtuner2llava.hub.download import list_files, split_reference
 from xtuner2llava.hub.errors import hub_errors, with_retries
 from xtuner2llava.storage.safetensors_file import read_header
 from xtuner2llava.storage.weights import Fingerprint, Weights, open_shards
@@ -37,9 +37,10 @@ def open_remote(reference: str, folder: Path) -> Weights:
     Raises `CheckpointError` where the Hub does not give them.
     """
     # The folder is that of a commit: the files must be of the same.
-    repository = f"{split_reference(reference)[0]}@{folder.name}"
-    index = folder / _INDEX
-    files = remote_files(repository)
+    repo, commit = split_reference(reference)[0], folder.name
+    repository, index = f"{repo}@{commit}", folder / _INDEX
+    with hub_errors(repository, CheckpointError):
+        files = {name: entry.size for name, entry in list_files(repo, commit).items()}
     if index.is_file():
         return open_shards(index, lambda name: _open_file(repository, name, files))
     if _SINGLE in files:
@@ -51,15 +52,6 @@ def open_remote(reference: str, folder: Path) -> Weights:
     )
 
 
-def remote_files(repository: str) -> dict[str, int]:
-    """Sizes of the repository's files in bytes."""
-    from huggingface_hub import HfFileSystem
-
-    with hub_errors(repository, CheckpointError):
-        entries: list[Any] = with_retries(lambda: HfFileSystem().ls(repository, detail=True))
-    return {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
-
-
 def _open_file(repository: str, name: str, files: dict[str, int]) -> Weights:
     if name not in files:
         raise CorruptFileError(f"has no file '{name}', which its index names", where=repository)
@@ -67,7 +59,7 @@ def _open_file(repository: str, name: str, files: dict[str, int]) -> Weights:
     file = RemoteFile(f"{repository}/{name}")
     header = read_header(RemoteFile(file.path, ahead=0).read, size, file.path)
     tensors: dict[str, LazyTensor] = {
-        entry.name: Remote(entry.name, entry.dtype, entry.shape, file, entry.offset)
+        entry.name: RemoteTensor(entry.name, entry.dtype, entry.shape, file, entry.offset)
         for entry in header.entries
     }
     return Weights(tensors, (Fingerprint(name, size, header.sha256),))
@@ -107,7 +99,7 @@ class RemoteFile:
         return bytes(self._own.file.read(length))
 
 
-class Remote(LazyTensor):
+class RemoteTensor(LazyTensor):
     """A row-major tensor at byte `offset` of a file that is not here."""
 
     def __init__(
@@ -129,4 +121,4 @@ class Remote(LazyTensor):
 
     def flat(self) -> LazyTensor:
         shape = (math.prod(self.shape),)
-        return Remote(self.name, self.dtype, shape, self._file, self._offset)
+        return RemoteTensor(self.name, self.dtype, shape, self._file, self._offset)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import HubError, VerificationError
+from xtuner2llava.hub.download import list_files
 from xtuner2llava.hub.errors import (
     CONFLICT,
     LOG_IN,
@@ -192,7 +193,7 @@ class Upload:
             if not self._has_branch:
                 self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True)
             commit, removed = self._commit()
-            wrong = self._missing(self._files(commit))
+            wrong = self._missing(list_files(self.repo_id, commit, recursive=True))
         if wrong:
             raise VerificationError(
                 f"the Hub shows another content of {', '.join(wrong[:5])} at {commit}",
@@ -218,7 +219,7 @@ class Upload:
         message = self._destination.commit_message or "LLaVA model converted by xtuner2llava"
         for attempt in range(1, _TRIES + 1):
             head = self._head()
-            there = self._files(head) if head is not None else {}
+            there = list_files(self.repo_id, head, recursive=True) if head is not None else {}
             self._keep_card(there, head)
             old = [name for name in sorted(there) if _OLD_WEIGHTS.fullmatch(name)]
             stale = [name for name in old if name not in self._operations]
@@ -258,14 +259,6 @@ class Upload:
         except RevisionNotFoundError:
             return None
         return found.sha
-
-    def _files(self, commit: str) -> dict[str, RepoFile]:
-        from huggingface_hub.hf_api import RepoFile
-
-        tree = with_retries(
-            lambda: [*self._api.list_repo_tree(self.repo_id, recursive=True, revision=commit)]
-        )
-        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def _missing(self, there: Mapping[str, RepoFile]) -> list[str]:
         """The files that are not `there` with the content that was sent."""

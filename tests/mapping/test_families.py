@@ -494,5 +494,5 @@ def test_the_example_of_the_page_works(tmp_path: Path) -> None:
     translated = family.translate_config(config)
     assert check_against_class(family.target_class, translated.values, made, applied.origins) == []
     assert translated.values["rms_norm_eps"] == 1e-5
-    with pytest.raises(MappingError, match="and gelu is not it here"):
+    with pytest.raises(MappingError, match="and gelu is another"):
         family.translate_config({**config, "activation": "gelu"})

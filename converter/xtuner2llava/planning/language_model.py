@@ -79,7 +79,7 @@ def translate(
 ) -> tuple[TranslatedConfig, list[Limit]]:
     """The plain class's config in a format, and what the family and the format say of it.
 
-    Raises `MappingError` where it cannot be said.
+    Raises `MappingError` where the format does not support it.
     """
     translated = family.translate_config(config, format_)
     of_class = format_.class_limits(family.target_class.name, translated.values)

@@ -62,7 +62,7 @@ def check_projector_of(checkpoint: Checkpoint, llm: Mapping[str, object] | None)
                 Fault(
                     f"{home}/config.json",
                     f"the projector's hidden_act is {activation!r}",
-                    "LLaVA's mlp projectors compute gelu; this one cannot be said there.",
+                    "LLaVA's mlp projectors compute gelu, and its config names no other one.",
                 )
             )
     raise_faults(PlanError, faults)

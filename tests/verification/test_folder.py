@@ -333,6 +333,11 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         "config.json",
         "architectures is ['LlamaForCausalLM'], expected one of",
     ),
+    "config without architectures": (
+        config(architectures=[]),
+        "config.json",
+        "architectures is [], expected one of",
+    ),
     "config that is not JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
         "config.json",
@@ -497,6 +502,14 @@ def test_a_llama_whose_name_one_loader_takes_for_another(
         "'llava-zephyr' contains 'zephyr': LLaVA or LLaVA-NeXT loads another class than "
         "LlavaLlamaForCausalLM; rename the folder"
     )
+
+
+def test_dtypes_that_are_kept_are_those_of_the_config(converted: Converted, tmp_path: Path) -> None:
+    folder = copy_of(converted("llama_e_full_fullvis", dtype="keep"), tmp_path)
+    assert verify(folder).named("dtype").result == "ok"
+    set_keys(folder / "config.json", torch_dtype="bfloat16")
+    seal(folder)
+    assert results(verify(folder))["dtype"] == "none is bfloat16"
 
 
 def test_a_path_in_what_was_copied_is_a_warning(whole: Path, tmp_path: Path) -> None:

@@ -38,7 +38,12 @@ def first_of(case: str, picture: str) -> Any:
 @pytest.mark.parametrize("format", ["llava", "hf"])
 @pytest.mark.parametrize(
     ("case", "picture"),
-    [("qwen2_d_lora_vislora", "wide.png"), ("qwen2_e_full_fullvis", "tall.png")],
+    [
+        ("llama_d_lora_vislora", "square.png"),
+        ("phi3_e_full_fullvis", "wide.png"),
+        ("qwen2_d_lora_vislora", "wide.png"),
+        ("qwen2_e_full_fullvis", "tall.png"),
+    ],
 )
 def test_the_answer_is_that_of_xtuner(
     in_checkpoints: None, converted: Converted, case: str, picture: str, format: str

@@ -33,6 +33,15 @@ WIDE: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"num_key_value_heads": 1, "sliding_window": None},
     "mixtral": {"num_key_value_heads": 1},
     "phi3": {"num_key_value_heads": 2},
+    "phi3_long": {
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + place / 8 for place in range(16)],
+            "long_factor": [2.0 + place for place in range(16)],
+        },
+        # None of the prompts is longer.
+        "original_max_position_embeddings": 128,
+    },
     "gemma": {"num_key_value_heads": 1, "head_dim": 32},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 32},
     "qwen2_moe": {"num_key_value_heads": 1},

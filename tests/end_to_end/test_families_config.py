@@ -143,6 +143,8 @@ def test_keys_left_out_mean_what_they_mean_there() -> None:
         ("internlm3", {"qkv_bias": True}, "has biases"),
         ("phi3", {"partial_rotary_factor": 0.75}, r"a part \(0.75\) of each head"),
         ("phi3", {"head_dim": 32}, "not of 32"),
+        ("phi3_long", {"head_dim": 32}, "not of 32"),
+        ("phi3_long", {"attention_bias": True}, "biases in its attention"),
         ("qwen_early", {"apply_residual_connection_post_layernorm": True}, "after the norm"),
         ("qwen_early", {"no_bias": False}, "biases on its projections"),
         ("gemma", {"hidden_act": "relu"}, "relu"),
@@ -174,6 +176,8 @@ def test_heads_of_another_size_are_for_hf() -> None:
         ("phi3", {}, (100, "differ only beyond 100 tokens")),
         ("phi3", {"sliding_window": None}, None),
         ("phi3", {"sliding_window": 256}, None),
+        ("phi3_long", {}, (32, "more than 32 tokens")),
+        ("phi3_long", {"original_max_position_embeddings": 256}, None),
         ("internlm", {}, (256, "past 256 tokens")),
         ("internlm", {"rotary": {"base": 5000, "type": "origin"}}, None),
         ("internlm2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
@@ -250,8 +254,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3",
-         "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
-        r"per dimension \(longrope\)",
+         "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "longrope only, not as linear",
     ),
     ({"architectures": ["Phi3SmallForCausalLM"], "model_type": "phi3small"}, "block-sparse"),
     ({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"}, "DeepSeek-V2"),
@@ -303,6 +307,10 @@ def test_what_can_be_converted_is_not_refused() -> None:
     sizes = {"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 4096}
     for config, family in (
         ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": None}, "phi3"),
+        *(
+            ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": kind}}, "phi3_long")
+            for kind in ("longrope", "su")
+        ),
         (
             {
                 "architectures": ["BaichuanForCausalLM"],

@@ -19,6 +19,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3_gqa_tied": ("qwen3", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3_biases": ("qwen3", {"attention_bias": True}),
+    "phi3_long": ("phi3_long", {}),
+    "phi3_long_tied": ("phi3_long", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "gemma": ("gemma", {}),
     "gemma_mha": ("gemma", {"num_key_value_heads": 4}),
     "qwen2_moe": ("qwen2_moe", {}),
@@ -123,6 +125,8 @@ tensors:
     [
         ("llama_3_1", {"rope_scaling": None}),
         ("qwen3_gqa_tied", {"rope_theta": 500.0}),
+        ("phi3_long", {"rope_scaling": None}),
+        ("phi3_long", {"original_max_position_embeddings": 256}),
         ("gemma", {"hidden_act": "silu", "hidden_activation": "silu"}),
         ("qwen2_moe", {"norm_topk_prob": True}),
         ("qwen2_moe", {"num_experts_per_tok": 1}),
@@ -148,6 +152,11 @@ def test_the_experts_of_a_layer_are_not_interchangeable(tmp_path: Path) -> None:
     ("case", "reason", "advice"),
     [
         ("qwen3", "Qwen 3 has norms on q and k", '`format="hf"`, which carries it'),
+        (
+            "phi3_long",
+            "scales its rotary embedding per dimension",
+            '`format="hf"`, which carries it',
+        ),
         ("gemma", "no class for Gemma", '`format="hf"`, which carries it'),
         ("qwen2_moe", "no class for Qwen2-MoE", '`format="hf"`, which carries it'),
         ("llama_3_1", "rope_scaling {type: 'llama3'", "Expected"),

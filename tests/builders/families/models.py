@@ -289,6 +289,20 @@ KINDS: Mapping[str, Kind] = {
         "phi3",
         {"num_key_value_heads": 4, "sliding_window": 100, "pad_token_id": 0},
     ),
+    "phi3_long": Kind(
+        "Phi3ForCausalLM",
+        "phi3",
+        {
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0 + place / 8 for place in range(8)],
+                "long_factor": [2.0 + place for place in range(8)],
+            },
+        },
+    ),
     "qwen3": Kind("Qwen3ForCausalLM", "qwen3", {"num_key_value_heads": 4, "head_dim": 24}),
     "gemma": Kind(
         "GemmaForCausalLM",

@@ -9,7 +9,7 @@ of which the last two may be missing. Standard output: the version, and a result
 same order, either {"error": text} or
 
     {"answers": [answer, …], "ids": [[id, …], …], "batch": difference, "pipeline": text,
-     "saved": [answer, …], "saved ids": [[id, …], …], "reference": difference}
+     "one step": [id, …], "saved": [answer, …], "saved ids": [[id, …], …], "reference": difference}
 
 An answer is
 
@@ -17,8 +17,9 @@ An answer is
 
 with -200 for the image. `batch` is the largest difference of logits between the questions in one
 batch and each alone, `reference` that from the reference's, both as parts of the largest logit.
-`pipeline` is what the chat pipeline answers to the first question, null where there is none;
-`saved` are answers of what model and processor saved.
+`pipeline` is what the chat pipeline answers to the first question, and `one step` its ids where
+`apply_chat_template` tokenizes by itself, null where a version has neither; `saved` are answers of
+what model and processor saved.
 """
 
 from __future__ import annotations
@@ -119,6 +120,18 @@ class Loaded:
         )
         return answered["generated_text"].strip()
 
+    def one_step(self):
+        messages = self.messages(0, image=self.pictures[0])
+        made = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        ids = made["input_ids"][0].tolist()
+        return self.once(ids)
+
     def reference(self):
         if "reference" not in self.job:
             return None
@@ -142,6 +155,7 @@ def run(job):
     answers, batch = loaded.answers()
     result = {"answers": answers, "ids": loaded.ids, "batch": batch}
     result |= {"pipeline": loaded.pipeline(), "reference": loaded.reference()}
+    result["one step"] = None if result["pipeline"] is None else loaded.one_step()
     with tempfile.TemporaryDirectory() as folder:
         loaded.model.save_pretrained(folder)
         loaded.processor.save_pretrained(folder)

@@ -115,7 +115,9 @@ def consistent(version: Version, name: str) -> dict[str, Any]:
     assert "error" not in result, result["error"]
     assert result["batch"] < SAME
     assert result["saved"] == result["answers"]
-    assert result["pipeline"] == (None if version.oldest else result["answers"][0]["text"])
+    answer = result["answers"][0]
+    assert result["pipeline"] == (None if version.oldest else answer["text"])
+    assert result["one step"] == (None if version.oldest else answer["ids"])
     return result
 
 

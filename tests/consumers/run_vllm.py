@@ -58,7 +58,7 @@ def answers(model, tokens):
         model["folder"],
         dtype="float32",
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=128,
         max_num_seqs=2,
         max_num_batched_tokens=512,
     )

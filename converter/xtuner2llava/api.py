@@ -142,7 +142,7 @@ def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
 
 @_Takes(VerifyOptions)
 def verify(out: str | PathLike[str], options: VerifyOptions) -> Verification:
-    """Looks at the folder `out` that `convert` wrote, and says of each thing if it is right.
+    """Checks the folder `out` that `convert` wrote; each check of the result is right or wrong.
 
     By itself: weight files against their index, their headers and the transformers class; config,
     tokenizer, names, checksums. With the checkpoint `against`: the plan is made again, and every

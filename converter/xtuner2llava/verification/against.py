@@ -39,7 +39,7 @@ FILES = "small files as planned"
 
 
 def plan_again(checkpoint: str, options: VerifyOptions, out: ConvertedFolder) -> Plan:
-    """The plan of `checkpoint` with what `out` says of itself where `options` leave it open.
+    """The plan of `checkpoint`, with the format and dtype of `out` where `options` leave them open.
 
     Reads headers, small files and tied tensors. Raises `ConversionError`, as `convert` does.
     """

@@ -127,7 +127,7 @@ def generation(out: ConvertedFolder) -> Finding:
     """Token ids within the vocabulary and alike in both configs; settings that all can load."""
     values = out.json("generation_config.json")
     if not values:
-        return judge(["there is none, or it is empty"], "")
+        return judge(["generation_config.json is missing or empty"], "")
     size = integer(out.text, "vocab_size") or 0
     faults = []
     # In the format `hf`, ids may stand at the top or with the language model.

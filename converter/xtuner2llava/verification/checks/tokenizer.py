@@ -45,7 +45,7 @@ def tokenizer_checks(out: ConvertedFolder) -> Iterator[Check]:
             "would add random ones"
         )
     if not tokenizer(_SAMPLE)["input_ids"]:
-        faults.append("makes nothing of a text")
+        faults.append("encodes a text as no tokens")
     faults += _missing_stops(out, ids)
     if out.format == "hf":
         image = out.config.get("image_token_index", out.config.get("image_token_id"))

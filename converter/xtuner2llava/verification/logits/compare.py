@@ -95,7 +95,7 @@ def tolerance(result: Figures, *, exact: bool) -> tuple[float, str]:
 
 
 def wrong_check(result: Figures, against: str, least: float, name: str = _OF_WRONG) -> Check:
-    """The same figures for wrong models, without which a small difference says nothing."""
+    """The same figures for wrong models, without which a small difference proves nothing."""
     wrong = result.wrong(against)
     detail = "; ".join(f"{title} exchanged in one layer: {d}" for title, d in wrong.items())
     if any(distance.largest > least for distance in wrong.values()):

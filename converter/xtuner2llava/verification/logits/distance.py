@@ -27,7 +27,7 @@ class Distance:
 
     @classmethod
     def of(cls, parts: Sequence[torch.Tensor]) -> Distance:
-        """The distance from what `by_position` says of parts of the positions."""
+        """The distance over all positions, from what `by_position` gives for parts of them."""
         import torch
 
         largest, kl, same = torch.cat([*parts], dim=1)

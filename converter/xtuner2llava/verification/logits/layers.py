@@ -1,9 +1,9 @@
-"""A transformers model run layer by layer: one layer in memory, whatever the model's size.
+"""A transformers model run layer by layer: one layer in memory, for a model of any size.
 
 A model of the real class with a single layer and a tiny vocabulary is made once. Before each layer
 runs, its tensors take the place of that layer's parameters; what went into the layer is replaced by
 what came out of the one before. So everything around the layers (masks, positions, rotary tables)
-is the class's own, whatever its version.
+is the class's own, in any version.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def _unusual(shard: SafetensorsFile) -> Iterator[str]:
 
 def index(out: ConvertedFolder) -> Finding:
     """The index against the files, both ways; without an index there is one file."""
-    fine = f"{len(out.tensors)} tensors in {len(out.shards)} files, each once"
+    files = "readable files" if out.damage.keys() - {RECORD_NAME} else "files"
+    fine = f"{len(out.tensors)} tensors in {len(out.shards)} {files}, each once"
     return judge([*_file_faults(out)], fine)
 
 

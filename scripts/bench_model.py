@@ -131,8 +131,26 @@ def make_input(
         ("projector.model.2.weight", (hidden, hidden)),
         ("projector.model.2.bias", (hidden,)),
     ]
-    for name in ("llm", "vision"):
-        (work / name).mkdir()
+    write_llm(work / "llm", hidden, intermediate, vocabulary, layers)
+    write_vision(work / "vision")
+    spec = {
+        "stored": stored,
+        "llm": llm,
+        "projector": projector,
+        "vision": tower_tensors(),
+        "config": XTUNER_CONFIG if layout != "lora" else LORA_CONFIG.format(rank=rank),
+        "layout": layout,
+        "ranks": ranks,
+        "rank": rank,
+    }
+    # Thousands of names are more than an argument may be long.
+    command = [sys.executable, "-c", MAKE, work]
+    subprocess.run(command, input=json.dumps(spec), text=True, check=True)
+
+
+def write_llm(folder: Path, hidden: int, intermediate: int, vocabulary: int, layers: int) -> None:
+    """The config and the tokenizer of a Llama of that shape."""
+    folder.mkdir()
     llm_config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -152,7 +170,7 @@ def make_input(
         "eos_token_id": 2,
         "torch_dtype": "float16",
     }
-    write_json(work / "llm/config.json", llm_config)
+    write_json(folder / "config.json", llm_config)
     vocabulary_of_words = {"<unk>": 0, "<s>": 1, "</s>": 2}
     special = [
         {"id": i, "content": word, "special": True, "single_word": False, "lstrip": False,
@@ -161,11 +179,16 @@ def make_input(
     ]  # fmt: skip
     model = {"type": "WordLevel", "vocab": vocabulary_of_words, "unk_token": "<unk>"}
     tokenizer = {"version": "1.0", "added_tokens": special, "model": model}
-    write_json(work / "llm/tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", tokenizer)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(
-        work / "llm/tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     )
+
+
+def write_vision(folder: Path) -> None:
+    """The config and the processor of a CLIP tower of two layers."""
+    folder.mkdir()
     tower = {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -178,26 +201,13 @@ def make_input(
         "num_channels": 3,
         "hidden_act": "quick_gelu",
     }
-    write_json(work / "vision/config.json", tower)
+    write_json(folder / "config.json", tower)
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "crop_size": {"height": 56, "width": 56},
         "size": {"shortest_edge": 56},
     }
-    write_json(work / "vision/preprocessor_config.json", processor)
-    spec = {
-        "stored": stored,
-        "llm": llm,
-        "projector": projector,
-        "vision": tower_tensors(),
-        "config": XTUNER_CONFIG if layout != "lora" else LORA_CONFIG.format(rank=rank),
-        "layout": layout,
-        "ranks": ranks,
-        "rank": rank,
-    }
-    # Thousands of names are more than an argument may be long.
-    command = [sys.executable, "-c", MAKE, work]
-    subprocess.run(command, input=json.dumps(spec), text=True, check=True)
+    write_json(folder / "preprocessor_config.json", processor)
 
 
 def tower_tensors() -> list[tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""Lazy tensors: what they are, and the few operations on them. They know nobody else."""
+"""Lazy tensors: what they are, and the operations on them."""
 
 from xtuner2llava.tensors import thread_cache
 from xtuner2llava.tensors.computed import Columns, Fill, Normalize, Transpose, cast

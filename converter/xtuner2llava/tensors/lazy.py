@@ -1,7 +1,7 @@
-"""`LazyTensor`: a tensor that is file ranges until somebody must compute.
+"""`LazyTensor`: a tensor that is file ranges until its values are needed.
 
 A lazy tensor has two ways out. `ranges()` gives the byte ranges whose concatenation is the tensor,
-so that a writer can copy them; `read(start, stop)` gives a block of rows, so that whatever must be
+so that a writer can copy them; `read(start, stop)` gives a block of rows, so that what must be
 computed is computed within a bounded buffer. Rows are the first dimension; a scalar has one row.
 Where nothing is done but rounding, `unrounded()` gives the tensor before it.
 """

@@ -1,4 +1,4 @@
-"""Rows that stand for what nobody trained: each the mean of all rows of another tensor."""
+"""Rows for tokens without training: each the mean of all rows of another tensor."""
 
 from __future__ import annotations
 

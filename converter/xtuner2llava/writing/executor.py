@@ -1,6 +1,6 @@
 """Shards written by the workers of a `concurrent.futures.Executor`, maybe on other machines.
 
-A worker writes an attempt: a file of its own beside the output, under a name that nobody else has.
+A worker writes an attempt: a file of its own beside the output, under a unique name.
 When it is whole, flushed and verified, the process that holds the folder renames it. So a worker
 that dies leaves nothing that could be taken for a shard, and one that was given up and comes back
 late cannot touch what others have written since.

@@ -35,8 +35,8 @@ from xtuner2llava.writing.target import Target, remove_files
 class OutputFolder:
     """A folder that either becomes `out` as a whole, by `publish`, or never appears there.
 
-    `with OutputFolder(out, fingerprint) as folder:` makes `OUT.partial`, which nobody else can
-    write at the same time, or goes on with one that has the same `fingerprint`
+    `with OutputFolder(out, fingerprint) as folder:` makes `OUT.partial`, which no other process
+    can write at the same time, or goes on with one that has the same `fingerprint`
     (`ShardPlan.fingerprint`): what was finished there is kept. One that has another fingerprint is
     an error that says what differs of `described`, unless it is thrown away with `restart`.
 
@@ -185,8 +185,8 @@ class OutputFolder:
         with disk_errors(self.path, "cannot be finished"):
             for directory, _, _ in os.walk(self.path):
                 flush_directory(Path(directory))
-            # One step, which takes the lock along: a folder without the state is nobody's, and
-            # one that is being published must not be taken for free.
+            # One step, which takes the lock along: a folder without the state belongs to no
+            # conversion, and one that is being published is not free yet.
             os.rename(self.state.path, self._aside)  # noqa: PTH104
             flush_directory(self.path)
             flush_directory(self.path.parent)
@@ -240,7 +240,7 @@ class OutputFolder:
             )
 
     def _require_no_others(self) -> None:
-        """Raises `OutputError` if files of somebody else lie in `OUT.partial`; it is locked."""
+        """Raises `OutputError` if `OUT.partial`, which is locked, has files that are not ours."""
         found = other_names(self.path, self.state.names())
         others = [name for name in found if not name.startswith(f"{STATE_NAME}/")]
         if others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def rules(text: str, parent: RuleSet | None = None, name: str = "t.yaml") -> Rul
     """The rules of a list in YAML; the first one stands in line 2."""
     document = read_document(f"tensors:\n{text}\n".encode(), name)
     reader = Reader(document)
-    found = RuleSet(read_rules(reader, document.table["tensors"]), parent)
+    found = replace(read_rules(reader, document.table["tensors"]), parent=parent)
     reader.finish()
     return found
 

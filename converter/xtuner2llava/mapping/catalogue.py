@@ -67,7 +67,8 @@ class Catalogue:
             if name in shelf:
                 return shelf.path(name).read_text(encoding="utf-8")
         known = [name for shelf in self._shelves for name in shelf]
-        raise MappingError(f"there is no mapping `{name}`", advice=_known(name, known))
+        advice = advice_for(name, known, f"Known: {', '.join(known)}.")
+        raise MappingError(f"there is no mapping `{name}`", advice=advice)
 
     @cached_property
     def prompt_templates(self) -> Mapping[str, PromptTemplate]:
@@ -152,8 +153,8 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
         if name in self._parsed:
             return self._parsed[name]
         if name not in self._names:
-            what = f"there is no {self.kind} `{name}`"
-            raise MappingError(what, advice=_known(name, self._names))
+            advice = advice_for(name, self._names, f"Known: {', '.join(self._names)}.")
+            raise MappingError(f"there is no {self.kind} `{name}`", advice=advice)
         if name in self._parsing:
             chain = " extends ".join([*self._parsing, name])
             raise MappingError(f"extends itself: {chain}")
@@ -163,10 +164,6 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
         finally:
             self._parsing.pop()
         return self._parsed[name]
-
-
-def _known(name: str, names: Collection[str]) -> str:
-    return advice_for(name, [*names], f"Known: {', '.join(names)}.")
 
 
 def _read(path: Path, name: str) -> Document:

@@ -129,20 +129,15 @@ def _nearest_class(
 
 def _expected(plain: PlainClass, config: Mapping[str, object]) -> _Layout:
     """The tensors of a class with one layer; a size that the config does not have is 1."""
-    values = {key: config[name] for key in plain.keys if (name := _spelling(key, config))}
-    values |= {key: 1 for key in plain.config.required if _not_a_size(values.get(key))} | {
-        "num_hidden_layers": 1
-    }
+    values: dict[str, object] = dict.fromkeys(plain.config.required, 1)
+    values |= {key: config[name] for key in plain.keys if (name := _spelling(key, config))}
+    values["num_hidden_layers"] = 1
     try:
         complete, faults = plain.complete(values)
         tensors = {} if faults else plain.tensors(complete)
     except MappingError:
         tensors = {}
     return _layout({name: tensor.shape for name, tensor in tensors.items()})
-
-
-def _not_a_size(value: object) -> bool:
-    return not isinstance(value, int) or value is True or value < 1
 
 
 def _spelling(key: str, config: Mapping[str, object]) -> str:

@@ -38,7 +38,7 @@ def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> 
     read: set[str] = set()
     layer: RuleSet | None = rules
     while layer is not None:
-        steps = list(literal_steps(layer.entries, environment, faults, most))
+        steps = list(Expansion(faults, most).steps(layer.entries, environment))
         patterns += (step for step in steps if step.rule.is_pattern)
         if layer is rules:
             own_moves = {step.sources[0] for step in patterns if step.verb == "move"} - {""}
@@ -58,27 +58,24 @@ def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> 
     return named + _resolve(patterns, [name for name in names if name not in read], own_moves)
 
 
-def literal_steps(
-    entries: Sequence[Entry],
-    environment: Environment,
-    faults: list[Fault],
-    most: int = _MAX_STEPS,
-) -> Iterator[Step]:
+class Expansion:
     """At most `most` rules of one file, with loops run and numbers computed; adds to `faults`.
 
     Steps of `move`, and of `drop` with a glob, still stand for all the names they cover.
     """
-    yield from _Expansion(faults, most).steps(entries, environment, "", "")
 
-
-class _Expansion:
-    def __init__(self, faults: list[Fault], most: int) -> None:
+    def __init__(self, faults: list[Fault], most: int = _MAX_STEPS) -> None:
         self._faults, self._most = faults, most
         self._rules = self._members = 0
 
     def steps(
-        self, entries: Sequence[Entry], environment: Environment, source: str, target: str
+        self,
+        entries: Sequence[Entry],
+        environment: Environment,
+        source: str = "",
+        target: str = "",
     ) -> Iterator[Step]:
+        """`source` and `target` are the prefixes of the blocks around `entries`."""
         for entry in entries:
             try:
                 if entry.condition is not None and not entry.condition.condition(environment):

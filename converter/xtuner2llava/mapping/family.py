@@ -66,10 +66,6 @@ class TranslatedConfig:
     doubts: tuple[Limit, ...] = ()
 
 
-def _read_rules(reader: Reader, node: Node) -> RuleSet:
-    return RuleSet(read_rules(reader, node))
-
-
 def _read_config(reader: Reader, node: Node) -> ConfigRules:
     return read_config_rules(reader, node, ("default", "require", "keep", "derive", "set"))
 
@@ -89,7 +85,7 @@ class Family:
     """The models that it is for, as people call them."""
     match: Match = field(default_factory=Match)
     dims: Mapping[str, Expression] = field(default_factory=dict)
-    rules: Annotated[RuleSet, _read_rules] = field(metadata=key("tensors"), default=RuleSet())
+    rules: Annotated[RuleSet, read_rules] = field(metadata=key("tensors"), default=RuleSet())
     config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
     tokenizer: Annotated[Mapping[str, object], _read_tokenizer] = field(default_factory=dict)
     generation: Generation = Generation()

@@ -44,7 +44,7 @@ class FormatClass:
 def _read_tensors(reader: Reader, node: Node) -> Mapping[str, RuleSet]:
     table = reader.table(node, "`tensors`")
     reader.keys(table, COMPONENTS, "`tensors`")
-    return {name: RuleSet(read_rules(reader, table.get(name, ABSENT))) for name in COMPONENTS}
+    return {name: read_rules(reader, table.get(name, ABSENT)) for name in COMPONENTS}
 
 
 def _read_config(reader: Reader, node: Node) -> ConfigRules:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.config_rules import Requirement, failures, read_requirements
-from xtuner2llava.mapping.expand import literal_steps
+from xtuner2llava.mapping.expand import Expansion
 from xtuner2llava.mapping.expressions import Environment, Expression, same, show
 from xtuner2llava.mapping.names import shortened
 from xtuner2llava.mapping.rules import Entry, read_shapes
@@ -140,7 +140,7 @@ class PlainClass:
         """
         faults: list[Fault] = []
         found: dict[str, ExpectedTensor] = {}
-        for step in literal_steps(self.entries, self.environment(config), faults):
+        for step in Expansion(faults).steps(self.entries, self.environment(config)):
             found[step.targets[0]] = ExpectedTensor(step.numbers, step.formulas, step.where)
         raise_faults(MappingError, shortened(faults))
         return found

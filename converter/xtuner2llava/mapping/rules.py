@@ -238,9 +238,9 @@ _VERBS: Mapping[str, _Verb] = {
 _SHAPES: Mapping[str, _Verb] = {"shapes": _Verb(lambda step, sources: (), _name)}
 
 
-def read_rules(reader: Reader, node: Node) -> tuple[Entry, ...]:
+def read_rules(reader: Reader, node: Node) -> RuleSet:
     """The rules of a family's or a format's list."""
-    return _Rules(reader, _VERBS, ("from", "to")).read(node)
+    return RuleSet(_Rules(reader, _VERBS, ("from", "to")).read(node))
 
 
 def read_shapes(reader: Reader, node: Node) -> tuple[Entry, ...]:

@@ -110,8 +110,9 @@ class Reader:
         table = self.table(node, title)
         keys = [key for key in _keys_of(kind) if key.field not in given]  # type: ignore[arg-type]
         self.keys(table, (*besides, *(key.name for key in keys)), title)
-        values: dict[str, Any] = {"where": self.where(node.line)} if _has_place(kind) else {}
-        values |= given
+        values: dict[str, Any] = dict(given)
+        if "where" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+            values["where"] = self.where(node.line)
         for key in keys:
             if key.required and key.name not in table:
                 self.fault(node.line, f"{title} needs `{key.name}`")
@@ -258,7 +259,3 @@ class Reader:
     def _wrong(self, node: Node, what: str) -> None:
         if node is not ABSENT:
             self.fault(node.line, what)
-
-
-def _has_place(kind: Any) -> bool:
-    return any(field.name == "where" for field in fields(kind))

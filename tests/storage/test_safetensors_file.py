@@ -69,10 +69,10 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 def test_the_hash_is_that_of_the_header(tmp_path: Path) -> None:
     header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
     expected = "a079d4d3808d12485775b22fd3c6bc5ae352b2eaa6d6e7e63f7a5d40812d0e78"
-    assert opened(tmp_path, file_bytes(header, b"x")).header_sha256 == expected
-    assert opened(tmp_path, file_bytes(header, b"y")).header_sha256 == expected
+    assert opened(tmp_path, file_bytes(header, b"x")).fingerprint.digest == expected
+    assert opened(tmp_path, file_bytes(header, b"y")).fingerprint.digest == expected
     other = header.replace(b'"a"', b'"b"')
-    assert opened(tmp_path, file_bytes(other, b"x")).header_sha256 != expected
+    assert opened(tmp_path, file_bytes(other, b"x")).fingerprint.digest != expected
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,12 @@ def test_zip64_is_read(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
-    first = opened(tmp_path / "first.pth", saved()).digest
-    assert opened(tmp_path / "second.pth", saved()).digest == first
+    first = opened(tmp_path / "first.pth", saved()).fingerprint.digest
+    assert opened(tmp_path / "second.pth", saved()).fingerprint.digest == first
     assert len(first) == 64
     DENSE["a"][0, 0] = 9
     try:
-        assert opened(tmp_path / "second.pth", saved()).digest != first
+        assert opened(tmp_path / "second.pth", saved()).fingerprint.digest != first
     finally:
         DENSE["a"][0, 0] = 0
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsupportedError
 from xtuner2llava.hub.download import list_files, split_reference
 from xtuner2llava.hub.errors import hub_errors, with_retries
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.safetensors_file import read_header
-from xtuner2llava.storage.weights import Fingerprint, Weights, open_shards
+from xtuner2llava.storage.weights import Weights, open_shards
 from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape
 from xtuner2llava.tensors.stored import from_bytes
 

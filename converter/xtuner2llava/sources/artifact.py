@@ -10,8 +10,9 @@ from pathlib import Path
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.adapter import is_adapted
 from xtuner2llava.sources.lora_settings import LoraSettings
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.pickle_reader import Value
-from xtuner2llava.storage.weights import Fingerprint, quantised
+from xtuner2llava.storage.weights import quantised
 from xtuner2llava.tensors import LazyTensor
 
 LLM = "llm"

@@ -13,7 +13,7 @@ from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.opening import open_artifact
 from xtuner2llava.sources.part import Part, PartAssembly
-from xtuner2llava.storage.weights import Fingerprint
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.training_config import TrainingConfig
 
 _log = logging.getLogger(__name__)

@@ -26,8 +26,9 @@ from xtuner2llava.sources.lora_settings import LoraSettings, settle
 from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.opening import open_artifact
 from xtuner2llava.sources.xtuner_folder import ADAPTERS
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import text
-from xtuner2llava.storage.weights import Fingerprint, find_weights
+from xtuner2llava.storage.weights import find_weights
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.training_config import TrainingConfig, shown
 

@@ -12,7 +12,7 @@ from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.sources.artifact import Artifact, artifact_of_state
 from xtuner2llava.storage.pickle_reader import TensorReference, Value
 from xtuner2llava.storage.torch_file import TorchFile
-from xtuner2llava.storage.weights import Fingerprint, tensor_references
+from xtuner2llava.storage.weights import tensor_references
 
 # What mmengine's `save_checkpoint` writes; the tensors of an optimizer are not weights.
 _TOP_LEVEL = ("meta", "state_dict", "message_hub", "optimizer", "param_schedulers")
@@ -46,7 +46,7 @@ def open_pth_file(path: Path) -> Artifact:
         opened.tensors(tensor_references(state_dict, str(path))),
         path,
         "iter .pth file",
-        (Fingerprint(path.name, opened.file.size, opened.digest),),
+        (opened.fingerprint,),
         meta=top.get("meta"),
         meta_file=path,
         notes=(note,) if unread else (),

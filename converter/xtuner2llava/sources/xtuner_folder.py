@@ -8,15 +8,16 @@ adapters, so that XTuner's chat and VLMEvalKit find everything in one folder.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, UnsupportedError
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.lora_settings import LoraSettings
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import read_json
 from xtuner2llava.storage.small_file import read_small
 from xtuner2llava.storage.weights import (
-    Fingerprint,
     find_weights,
     open_weights,
     quantised,
@@ -133,7 +134,7 @@ class _Folder:
         if codes is not None:
             raise UnsupportedError(codes, where=str(found))
         prefix = "" if home == self._path else f"{home.name}/"
-        self._files += [Fingerprint(prefix + f.name, f.size, f.digest) for f in opened.files]
+        self._files += [replace(file, name=prefix + file.name) for file in opened.files]
         self._unread += [prefix + name for name in unread_weights(home, found, opened.files)]
         return dict(opened.tensors)
 

@@ -23,7 +23,7 @@ from xtuner2llava.sources.artifact import Artifact, artifact_of_state
 from xtuner2llava.storage.pickle_reader import Record, TensorReference, Value
 from xtuner2llava.storage.small_file import inside, read_small
 from xtuner2llava.storage.torch_file import TorchFile
-from xtuner2llava.storage.weights import Fingerprint, tensor_references, unread_weights
+from xtuner2llava.storage.weights import tensor_references, unread_weights
 from xtuner2llava.tensors import FileRange, LazyTensor, Shape, Stored
 from xtuner2llava.tensors.dtype import DType
 from xtuner2llava.tensors.files import cut, read_ranges, require_member
@@ -78,7 +78,7 @@ def open_zero_directory(path: Path, weights: str = MASTER) -> Artifact:
     else:
         layout = f"DeepSpeed directory, {ranks} ranks, 16-bit module weights"
         tensors = _module_weights(path, first, has_master=bool(optimizers))
-    fingerprints = tuple(rank.fingerprint for rank in (*models, *optimizers))
+    fingerprints = tuple(rank.file.fingerprint for rank in (*models, *optimizers))
     unread = unread_weights(path, None, fingerprints)
     return artifact_of_state(
         tensors,
@@ -105,10 +105,6 @@ class _RankFile:
         if not isinstance(opened.value, dict):
             raise CorruptFileError("is not a file of DeepSpeed", where=str(path))
         return cls(path, opened, {k: v for k, v in opened.value.items() if isinstance(k, str)})
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        return Fingerprint(self.path.name, self.file.file.size, self.file.digest)
 
     @property
     def optimizer(self) -> dict[Value, Value]:

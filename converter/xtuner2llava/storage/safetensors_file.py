@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, raise_faults
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import Json, parse_json
 from xtuner2llava.storage.small_file import git_lfs_pointer
 from xtuner2llava.tensors import BY_CODE, DType, FileRange, LazyTensor, Shape, SourceFile, Stored
@@ -46,7 +47,7 @@ class Header:
 
 
 class SafetensorsFile:
-    """An open safetensors file: its tensors by name, its metadata, and its header's hash."""
+    """An open safetensors file: its tensors by name, its metadata, and its fingerprint."""
 
     def __init__(self, path: Path) -> None:
         """Reads the header of `path`, and no tensor. Raises `CorruptFileError` on any fault."""
@@ -56,7 +57,8 @@ class SafetensorsFile:
             file.size,
             str(path),
         )
-        self.metadata, self.header_sha256 = header.metadata, header.sha256
+        self.metadata = header.metadata
+        self.fingerprint = Fingerprint(path.name, file.size, header.sha256)
         self.tensors: dict[str, LazyTensor] = {
             e.name: Stored(e.name, e.dtype, e.shape, (FileRange(file, e.offset, e.length),))
             for e in header.entries

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.pickle_reader import TensorReference, Value, read_pickle
 from xtuner2llava.storage.small_file import git_lfs_pointer
 from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember, view_of_storage
@@ -69,10 +70,11 @@ class TorchFile:
         self.value: Value = pickles[data]
 
     @property
-    def digest(self) -> str:
-        """sha256 over the name, size and CRC-32 of each entry, as the zip directory states them."""
+    def fingerprint(self) -> Fingerprint:
+        """Its digest is of the name, size and CRC-32 of each entry in the zip directory."""
         lines = (f"{e.filename} {e.file_size} {e.CRC:08x}\n" for e in self._entries.values())
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return Fingerprint(self.file.path.name, self.file.size, digest)
 
     def tensors(self, references: Mapping[str, TensorReference]) -> dict[str, LazyTensor]:
         """Lazy tensors for `references`, which this file's value holds; all faults at once."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import read_json
 from xtuner2llava.storage.pickle_reader import TensorReference, Value
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
@@ -26,19 +27,6 @@ _WEIGHT_FILES = frozenset(
 )
 # The largest models that are published have a few hundred.
 _MAX_SHARDS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What identifies a weight file without reading its data.
-
-    `digest` is the sha256 of a safetensors header, or of the names, sizes and CRC-32 sums of a
-    zip's entries; `size` is in bytes.
-    """
-
-    name: str
-    size: int
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +93,10 @@ def open_weight_file(path: Path) -> Weights:
     inside(path.parent, path.name)
     if path.suffix == ".safetensors":
         opened = SafetensorsFile(path)
-        mark = Fingerprint(path.name, opened.file.size, opened.header_sha256)
-        return Weights(opened.tensors, (mark,))
+        return Weights(opened.tensors, (opened.fingerprint,))
     torch_file = TorchFile(path)
     tensors = torch_file.tensors(tensor_references(torch_file.value, str(path)))
-    return Weights(tensors, (Fingerprint(path.name, torch_file.file.size, torch_file.digest),))
+    return Weights(tensors, (torch_file.fingerprint,))
 
 
 def tensor_references(value: Value, where: str) -> dict[str, TensorReference]:

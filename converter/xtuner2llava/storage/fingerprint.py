@@ -1,0 +1,18 @@
+"""What identifies a weight file in records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What identifies a weight file without reading its data.
+
+    `digest` is the sha256 of a safetensors header, or of the names, sizes and CRC-32 sums of a
+    zip's entries; `size` is in bytes.
+    """
+
+    name: str
+    size: int
+    digest: str

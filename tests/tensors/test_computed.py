@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,13 @@ def test_what_a_row_costs_bounds_a_block(tmp_path: Path) -> None:
     assert Normalize(source).row_cost == 32 + 16
     assert Reshaped(source, (2, 2)).row_cost == 16
     assert cast(Fill(FLOAT32, (2, 3), 0), FLOAT16).row_cost == 6 + 12
+
+
+def test_a_mean_goes_to_another_process(tmp_path: Path) -> None:
+    mean = Mean(matrix(tmp_path, [1.0, 2.0], [3.0, 6.0]), 3)
+    assert mean.read(0, 1).tolist() == [[2.0, 4.0]]
+    again = pickle.loads(pickle.dumps(mean))  # noqa: S301 - its own
+    assert again.read(1, 3).tolist() == [[2.0, 4.0]] * 2
 
 
 def test_what_is_held_beside_the_rows_is_counted(tmp_path: Path) -> None:

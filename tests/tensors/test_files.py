@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,16 @@ import pytest
 import torch
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.tensors import FLOAT32, FileRange, LazyTensor, SourceFile, Stored, view_of_storage
-from xtuner2llava.tensors.files import cut, join, read_into, read_ranges
+from xtuner2llava.tensors import (
+    FLOAT32,
+    FileRange,
+    LazyTensor,
+    SourceFile,
+    Stored,
+    ZipMember,
+    view_of_storage,
+)
+from xtuner2llava.tensors.files import cut, join, read_into, read_ranges, require_member
 
 
 @pytest.fixture
@@ -120,3 +129,15 @@ def test_a_scalar_has_one_row(path: Path) -> None:
     expected = torch.frombuffer(bytearray([4, 5, 6, 7]), dtype=torch.float32)
     assert torch.equal(scalar.read(0, 1), expected)
     assert scalar.flat().shape == (1,)
+
+
+def test_an_entry_of_a_zip_must_have_its_sum(tmp_path: Path) -> None:
+    """In the last byte too, of more bytes than are read at once."""
+    path, data = tmp_path / "iter_2.pth", bytearray(range(256)) * 5000
+    member = ZipMember("archive/data/0", 3, len(data), zlib.crc32(data))
+    path.write_bytes(b"???" + data)
+    require_member(SourceFile.of(path), member)
+    data[-1] ^= 1
+    path.write_bytes(b"???" + data)
+    with pytest.raises(CorruptFileError, match=r"entry 'archive/data/0' is damaged.*; it is w\.\n"):
+        require_member(SourceFile.of(path), member, "; it is w.")

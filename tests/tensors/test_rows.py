@@ -93,6 +93,7 @@ def test_each_of_stacked_tensors_is_one_range(storages: Storages) -> None:
     for index, member in enumerate(members):
         assert [(r.offset - start, r.length) for r in member.ranges() or ()] == [(32 * index, 32)]
         assert torch.equal(whole(member), dense[index])
+        assert list(member.leaves()) == [lazy]
     first = split(members[2], [1, 1])[1].ranges() or ()
     assert [(r.offset - start, r.length) for r in first] == [(80, 16)]
 

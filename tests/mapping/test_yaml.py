@@ -91,7 +91,7 @@ def test_an_alias_bomb_is_not_unfolded() -> None:
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 60)]
     found = faults("\n".join(lines))
     assert found[0] == "a.yaml:1: `&a0` is an anchor, which mappings do not have"
-    assert len(found) == 60 + 59 * 9
+    assert len(found) == 60 + 59  # equal ones of a line once
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 50_000, "- " * 50_000])

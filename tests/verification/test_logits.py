@@ -164,6 +164,21 @@ def test_families_in_their_own_classes(checkpoints: Path, tmp_path: Path, kind: 
     assert apart == 0.0 if kind != "phi3" else apart < 1e-4
 
 
+def test_a_class_with_fused_tensors(checkpoints: Path, tmp_path: Path) -> None:
+    source = KINDS["phi3_long"].make(tmp_path / "m", bos_token_id=1, eos_token_id=2)
+    trained = write_trained(tmp_path / "trained", source, checkpoints)
+    out = tmp_path / "phi3"
+    convert(trained.checkpoint, out, format="hf", dtype="float16", **trained.bases)
+    options = {"format": "hf", "against": trained.checkpoint, **trained.bases}
+    found = verify(out, logits=True, **options)
+    assert results(found) == {}
+    assert largest(found, "rounded - folder") == 0.0
+    values = json.loads((out / "config.json").read_text())
+    values["text_config"]["rope_scaling"] = None
+    (out / "config.json").write_text(json.dumps(values))
+    assert LOGITS in results(verify(out, logits=True, **options))
+
+
 def remote_qwen(folder: Path, checkpoints: Path) -> Any:
     """A Qwen 1 whose class lies as Python beside the base, as on the Hub."""
     source = KINDS["qwen"].make(folder / "m", bos_token_id=361, eos_token_id=360)

@@ -25,7 +25,7 @@ class Program:
         return self.classes is None or target_class in self.classes
 
 
-_VLLM = frozenset("internlm2 llama mistral mixtral phi3 phi3_long qwen2 qwen2_moe qwen3".split())
+_VLLM = frozenset("internlm2 llama mistral mixtral phi3 qwen2 qwen2_moe qwen3".split())
 # haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT `llava/model/__init__.py`; sglang
 # `python/sglang/srt/models/llava.py`, which refuses the format hf; vLLM
 # `vllm/model_executor/models/llava.py`; lmdeploy `lmdeploy/pytorch/models/llava.py`.

@@ -35,6 +35,7 @@ _EXCHANGES = (
     ("q and k", ".q_proj.", ".k_proj."),
     ("k and v", ".k_proj.", ".v_proj."),
 )
+_GATE_UP = ".gate_up_proj."  # Phi-3 has both in one tensor, gate first
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +242,10 @@ def wrong_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tor
             found[title] = {**tensors, **there, **back}
     if "q and k" in found:
         found.pop("k and v", None)
+    fused = [name for name in tensors if _GATE_UP in name]
+    if fused:
+        halves = {name: tensors[name].roll(len(tensors[name]) // 2, 0) for name in fused}
+        found["gate and up"] = {**tensors, **halves}
     return found
 
 

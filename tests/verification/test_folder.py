@@ -538,6 +538,10 @@ def test_the_users_home_and_name(
         card.write_text(text)
         seal(folder)
         assert (verify(folder).named("no local paths").result == "FAILED") is leaks, text
+    monkeypatch.setenv("HOME", "/")
+    card.write_text("See https://example.org .")
+    seal(folder)
+    assert verify(folder).named("no local paths").result == "ok"
 
 
 def test_a_tokenizer_with_a_bos_is_warned_of(whole: Path, tmp_path: Path) -> None:

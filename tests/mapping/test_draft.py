@@ -252,6 +252,8 @@ def test_strange_names_stay_in_comments(tmp_path: Path) -> None:
     }
     text = drafted({"key\nfamily: evil": 1, "x": {"a\nb": 2}}, strange, tmp_path)
     assert "\nfamily: evil" not in text
+    named = {"a b.0.input_layernorm.weight": (3,), "{x}.0.mlp.up_proj.weight": (3, 3)}
+    assert "- for:" not in drafted({}, named, tmp_path)
     assert "tensors:\n" in text
 
 

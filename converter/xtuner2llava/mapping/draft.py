@@ -92,13 +92,13 @@ def draft(config: Mapping[str, object], shapes: Mapping[str, Shape], catalogue: 
 
 
 def _layout(shapes: Mapping[str, Shape]) -> _Layout:
-    """The layers are the prefix with the most names that go on with a number."""
+    """The layers are those of the prefix that the most names continue with a number."""
     prefixes: dict[str, dict[str, dict[str, Shape]]] = {}
     for name, shape in shapes.items():
         parts = name.split(".")
         at = next((n for n, part in enumerate(parts) if part.isdecimal() and part.isascii()), 0)
-        if 0 < at < len(parts) - 1:
-            prefix, rest = ".".join(parts[:at]), ".".join(parts[at + 1 :])
+        prefix, rest = ".".join(parts[:at]), ".".join(parts[at + 1 :])
+        if rest and _usable(prefix):
             prefixes.setdefault(prefix, {}).setdefault(parts[at], {})[rest] = shape
     prefix = max(prefixes, key=lambda p: sum(map(len, prefixes[p].values())), default="")
     layers = prefixes.get(prefix, {})
@@ -234,12 +234,12 @@ def _rules(
 def _fused(indent: str, name: str, shape: Shape, missing: Mapping[str, Shape]) -> Iterator[str]:
     """What a tensor may be split into, as comments."""
     for parts in _FUSED:
-        if all(part in missing and missing[part][1:] == shape[1:] for part in parts):
-            rows = [missing[part][0] for part in parts]
-            if shape and sum(rows) == shape[0]:
-                yield f"{indent}# - split: {_scalar(name)}    # or `deinterleave` it, see the code"
-                yield f"{indent}#   into: [{', '.join(parts)}]"
-                yield f"{indent}#   sizes: {rows}"
+        fitting = [missing[part] for part in parts if part in missing]
+        rows = [one[0] for one in fitting if one[1:] == shape[1:]]
+        if len(rows) == len(parts) and shape[:1] == (sum(rows),):
+            yield f"{indent}# - split: {_scalar(name)}    # or `deinterleave` it, see the code"
+            yield f"{indent}#   into: [{', '.join(parts)}]"
+            yield f"{indent}#   sizes: {rows}"
 
 
 def _config(config: Mapping[str, object], plain: PlainClass) -> Iterator[str]:

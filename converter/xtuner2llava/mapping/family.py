@@ -129,7 +129,7 @@ class Family:
         faults += wrong
         if format_ is not None:
             faults += format_.class_faults(plain.name, values)
-        raise_faults(MappingError, list(dict.fromkeys(faults)))
+        raise_faults(MappingError, faults)
         unread = tuple(k for k, value in config.items() if k not in read and value is not None)
         standing = {k: values[k] for k in plain.config.default if k not in made}
         doubts = tuple(

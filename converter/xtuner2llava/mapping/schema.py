@@ -85,7 +85,7 @@ class Reader:
             digits = fault.where.rpartition(":")[2]
             return int(digits) if digits.isdecimal() else 0
 
-        raise_faults(MappingError, list(dict.fromkeys(sorted(self.faults, key=line))))
+        raise_faults(MappingError, sorted(self.faults, key=line))
 
     def root(
         self, kind: type[_T], title: str, besides: Collection[str] = (), **given: object

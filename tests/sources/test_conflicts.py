@@ -198,8 +198,8 @@ def test_a_merged_base_is_refused_where_the_recorded_one_is_here(run: Run) -> No
     assert "Give the base model with --llm" in fault.advice
 
 
-def test_another_base_than_the_recorded_one_is_no_merged_one(run: Run) -> None:
-    # Equal to the recorded one: nothing to say, whatever it is called.
+def test_another_base_than_the_recorded_one_is_not_a_merged_one(run: Run) -> None:
+    # Equal to the recorded one: no note, under any name.
     copy = llm_base(run.folder / "copy", BASE)
     opened = run.open(run.pth(), llm=str(copy))
     assert opened.notes == ()

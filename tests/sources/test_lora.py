@@ -90,7 +90,7 @@ def test_the_scale(values: dict[str, Any], rank: int, scale: float | None) -> No
     assert settings(**values).scale("model.layers.0.self_attn.q", rank) == scale
 
 
-def test_rslora_of_a_rank_that_is_no_square() -> None:
+def test_rslora_of_a_rank_that_is_not_a_square() -> None:
     assert settings(use_rslora=True).scale("q", 3) == 2 / math.sqrt(3)
 
 
@@ -201,7 +201,7 @@ def test_a_convolution(tmp_path: Path) -> None:
 
 
 def test_a_transposed_layer_is_known_by_its_shape(tmp_path: Path) -> None:
-    # PEFT sets fan_in_fan_out by the layer, whatever the config says.
+    # PEFT sets fan_in_fan_out by the layer and not by the config.
     adapter = {"c.lora_A.weight": A, "c.lora_B.weight": B}
     for flag in (False, True):
         found = merged(tmp_path, {"c.weight": WEIGHT.T}, adapter, settings(fan_in_fan_out=flag))

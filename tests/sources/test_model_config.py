@@ -54,7 +54,7 @@ LLAMA3 = {
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
         ),
         ({"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": None}),
-        # 4.37 itself, and what nobody knows.
+        # 4.37 itself, and keys that no version knows.
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4},
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4},

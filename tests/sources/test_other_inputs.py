@@ -37,7 +37,7 @@ def refused(reference: object) -> Fault:
         "llava/iter_500", "llava/iter_500_xtuner", "here/model", "./a", "a/b/c", "../a", "x/..",
     ],
 )  # fmt: skip
-def test_what_is_no_repo_id(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_a_repo_id(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert not is_reference(text)
@@ -108,7 +108,7 @@ def test_last_checkpoint_names_what_to_give(where: str, tmp_path: Path) -> None:
     assert fault.advice == f"Give that: {named}"
 
 
-def test_a_config_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_config_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text(config_text())
     assert "--xtuner-config" in refused(tmp_path / "config.py").advice
 
@@ -296,7 +296,7 @@ def test_a_base_that_is_nowhere_says_whose_it_is_and_where_it_was_looked_for(
         ),
     ],
 )
-def test_what_is_no_base_model(make, what: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_not_a_base_model(make, what: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     given = tmp_path / "given"
     make(given)
     path = save_pth(tmp_path / "iter_2.pth", {}, config_text())

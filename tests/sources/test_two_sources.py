@@ -271,7 +271,7 @@ def test_weights_that_are_not_read_are_named(extra: str, named: str, folder: Fol
         "rng_state_0.pth", "preprocessor_config.json", "images/README.md",
     ],
 )  # fmt: skip
-def test_what_is_no_weight_needs_no_word(name: str, folder: Folder) -> None:
+def test_files_that_are_not_weights_need_no_note(name: str, folder: Folder) -> None:
     folder.model("", LLAMA, OWN, "safetensors")
     (folder.path / name).parent.mkdir(exist_ok=True)
     (folder.path / name).write_bytes(b"{}")

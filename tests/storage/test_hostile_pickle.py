@@ -218,7 +218,7 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
         (b"<!DOCTYPE html>", "its pickle breaks off"),
     ],
 )  # fmt: skip
-def test_what_is_no_plain_data_is_refused(opcodes: bytes, text: str, canary: Path) -> None:
+def test_what_is_not_plain_data_is_refused(opcodes: bytes, text: str, canary: Path) -> None:
     with pytest.raises(CorruptFileError, match=text):
         read_pickle(opcodes, "bad.pth")
 
@@ -324,7 +324,7 @@ def test_a_memo_of_huge_index_costs_nothing() -> None:
     assert value == []
 
 
-def test_depth_is_no_danger() -> None:
+def test_depth_is_harmless() -> None:
     value = read_pickle(program(b"]" * 100_000, b"a" * 99_999), "here")
     depth = 0
     while value:

@@ -137,7 +137,7 @@ def test_all_faults_of_a_header_at_once(tmp_path: Path) -> None:
         (b"PK\x03\x04 a checkpoint of torch", CorruptFileError, "not a safetensors file"),
     ],
 )
-def test_what_is_no_safetensors_file(
+def test_what_is_not_a_safetensors_file(
     data: bytes, kind: type[Exception], text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=text):

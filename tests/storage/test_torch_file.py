@@ -133,7 +133,7 @@ def test_a_zip_cut_anywhere_is_damaged(tmp_path: Path) -> None:
         (b"\x80\x02}q\x00.", "not a checkpoint of torch.save", ""),
     ],
 )
-def test_what_is_no_checkpoint_is_named(
+def test_what_is_not_a_checkpoint_is_named(
     data: bytes, text: str, advice: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError) as caught:

@@ -137,7 +137,7 @@ def test_a_shard_that_is_an_attack_is_refused_as_one(tmp_path: Path) -> None:
         open_weights(index)
 
 
-def test_a_bin_that_is_no_state_dict(tmp_path: Path) -> None:
+def test_a_bin_that_is_not_a_state_dict(tmp_path: Path) -> None:
     torch.save([A], tmp_path / "pytorch_model.bin")
     with pytest.raises(UnsupportedError, match="holds a list, expected a state dict of tensors"):
         open_weights(tmp_path / "pytorch_model.bin")

@@ -62,35 +62,31 @@ def in_437_vocabulary(values: dict[str, Json]) -> dict[str, Json]:
         result.setdefault("torch_dtype", dtype)
     if isinstance(result.get("torch_dtype"), str):
         result["torch_dtype"] = str(result["torch_dtype"]).removeprefix("torch.")
-    if "rope_parameters" in result:
-        rope = result.pop("rope_parameters")
-        if isinstance(rope, dict):
-            rope = dict(rope)
-            for key in ("rope_theta", "partial_rotary_factor"):
-                if key in rope:
-                    result[key] = rope.pop(key)
-            result["rope_scaling"] = _rope_scaling(rope)
-    elif isinstance(result.get("rope_scaling"), dict):
-        result["rope_scaling"] = _rope_scaling(result["rope_scaling"])
+    rope = result.pop("rope_parameters", None)
+    if isinstance(rope, dict):
+        other = ("rope_theta", "partial_rotary_factor")
+        result |= {key: rope[key] for key in other if key in rope}
+        rope = {key: value for key, value in rope.items() if key not in other}
+    else:
+        rope = result.get("rope_scaling")
+    if isinstance(rope, dict):
+        result["rope_scaling"] = _rope_scaling(rope)
     return result
 
 
-def _rope_scaling(scaling: Json) -> Json:
+def _rope_scaling(scaling: dict[str, Json]) -> Json:
     """`rope_scaling` with `type`; None where nothing is scaled."""
-    if not isinstance(scaling, dict):
+    rest = dict(scaling)
+    named = rest.pop("rope_type", None)
+    kind = rest.pop("type", named) or named
+    if kind == "default" or (kind is None and not rest):
+        return None
+    if kind is None:
         return scaling
-    result = dict(scaling)
-    kind = result.pop("rope_type", None)
-    kind = result.pop("type", kind) or kind
-    if kind in (None, "default"):
-        return None if len(result) == 0 or kind == "default" else scaling
-    factor = result.pop("factor", None)
-    head: dict[str, Json] = {"type": kind}
-    if factor is not None:
-        if isinstance(factor, int) and abs(factor) <= _LARGEST_INTEGER:
-            factor = float(factor)
-        head["factor"] = factor
-    return {**head, **result}
+    factor = rest.pop("factor", None)
+    if isinstance(factor, int) and abs(factor) <= _LARGEST_INTEGER:
+        factor = float(factor)
+    return {"type": kind} | ({} if factor is None else {"factor": factor}) | rest
 
 
 def vision_tower_config(config: ModelConfig) -> ModelConfig:

@@ -94,7 +94,7 @@ def test_a_default_beside_a_key_like_it_is_named(
     (said,) = [text for text in found if text.startswith(f"{key} is ")]
     assert f"nothing reads {named}, which the LLM's config says is " in said
 
-    # What the file says is not in doubt, and what is equal is no matter.
+    # Neither a key that the file makes nor an equal value is in doubt.
     if key != "rope_scaling" and key == other:
         assert doubts(own(tmp_path, f"  set: {{{key}: {value}}}\n", becomes), config) == []
     default = CATALOGUE.classes[becomes].config.default[key]

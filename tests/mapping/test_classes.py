@@ -181,7 +181,7 @@ def test_a_bias_that_the_config_does_not_have_is_one_too_many() -> None:
     )
 
 
-def test_a_wrong_size_in_the_config_is_told_from_the_tensors() -> None:
+def test_a_wrong_size_in_the_config_is_named() -> None:
     advice = "`{}` must be that of the model that was trained, in its config or mapping."
     assert checked({"vocab_size": 48}, llama()) == [
         (

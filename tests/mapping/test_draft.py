@@ -58,7 +58,7 @@ def invented(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> tuple[Source, Trained]:
-    """A Llama that nobody has heard of, whose tensors and config keys have names of its own."""
+    """A Llama whose tensors and config keys have names of its own."""
     config = {**SIZES, "num_key_value_heads": 2, "rope_theta": 5000}
     kind = KINDS["internlm3"]
     assert kind.shapes is not None
@@ -239,8 +239,8 @@ def test_a_refused_llm_is_drafted_with_the_reason(tmp_path: Path) -> None:
     assert "      - keep:\n" in text
 
 
-def test_strange_names_stay_in_comments(tmp_path: Path) -> None:
-    strange = {
+def test_unusable_names_stay_in_comments(tmp_path: Path) -> None:
+    unusable = {
         "a b.weight": (3,),
         "line\nbreak: [": (3,),
         "{x}.0.weight": (3,),
@@ -250,7 +250,7 @@ def test_strange_names_stay_in_comments(tmp_path: Path) -> None:
         "layers.0.q\u2028.weight": (64, 64),
         "": (1,),
     }
-    text = drafted({"key\nfamily: evil": 1, "x": {"a\nb": 2}}, strange, tmp_path)
+    text = drafted({"key\nfamily: evil": 1, "x": {"a\nb": 2}}, unusable, tmp_path)
     assert "\nfamily: evil" not in text
     named = {"a b.0.input_layernorm.weight": (3,), "{x}.0.mlp.up_proj.weight": (3, 3)}
     assert "- for:" not in drafted({}, named, tmp_path)
@@ -269,7 +269,7 @@ KEYS = st.sampled_from("hidden_size n_head num_heads d_ff architectures model_ty
     config=st.dictionaries(KEYS | st.text(max_size=5), VALUES, max_size=6),
     shapes=st.dictionaries(NAMES.map(".".join), SHAPES, max_size=20),
 )
-def test_whatever_there_is_the_draft_passes_the_check(
+def test_any_draft_passes_the_check(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], shapes: Any
 ) -> None:
     drafted(config, shapes, tmp_path_factory.mktemp("draft"))

@@ -393,7 +393,7 @@ def test_a_conversion_is_put_down_to_all_its_files() -> None:
         ({}, [], ["Known families: baichuan, "]),
     ],
 )
-def test_an_llm_of_no_family_is_told_what_was_seen(
+def test_the_error_for_an_unknown_llm_says_what_was_seen(
     config: dict[str, object], names: list[str], parts: list[str]
 ) -> None:
     with pytest.raises(MappingError) as caught:

@@ -156,7 +156,7 @@ def test_normalize_divides_rows_by_their_norm(given: Given) -> None:
     assert rows(outputs["n"])[1] == pytest.approx([2 / 13**0.5, 3 / 13**0.5])
 
 
-def test_resize_pads_with_zeros_and_cuts_only_when_told(given: Given) -> None:
+def test_resize_pads_with_zeros_and_cuts_only_if_lossy(given: Given) -> None:
     tensors = given({"w": [2, 2]})
     text = "- {resize: w, into: w, rows: n}"
     assert rows(run(text, tensors, {"n": 4}).outputs["w"]) == [[0, 1], [2, 3], [0, 0], [0, 0]]

@@ -110,7 +110,7 @@ def test_a_huge_file_is_not_parsed() -> None:
     assert faults(data) == ["a.yaml: has 1,600,000 bytes, a mapping may have 1,048,576"]
 
 
-def test_what_is_no_text_or_no_yaml_says_where() -> None:
+def test_bytes_that_are_not_yaml_are_refused_with_their_line() -> None:
     assert faults(b"a: 1\nb: \xff\n") == ["a.yaml:2: is not UTF-8 text"]
     assert faults("a: 1\nb: \x01\n")[0].startswith("a.yaml:2: is not YAML: ")
     assert faults("a: 1\nb: c: d\n")[0].startswith("a.yaml:2: is not YAML: mapping values are")

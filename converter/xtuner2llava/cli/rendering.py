@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from xtuner2llava.cli.terminal import table
+from xtuner2llava.errors import listed
 from xtuner2llava.hub.upload import Pushed
 from xtuner2llava.inspection.inspection import Inspection, Target
 from xtuner2llava.mapping import fold
@@ -192,7 +193,7 @@ def tree(folder: Path) -> str:
 def _targets(targets: Iterable[Target]) -> Iterable[str]:
     for target in targets:
         yield f"{target.format}: {target}"
-        remarks = (*target.caveats, *(_indented(str(fault)) for fault in target.faults))
+        remarks = (*target.caveats, *map(_indented, listed(target.faults)))
         yield from (f"  - {remark}" for remark in remarks)
 
 

@@ -105,6 +105,16 @@ def test_too_many_values_end_at_their_limit() -> None:
     ]
 
 
+def test_limits_are_exact() -> None:
+    # Nine events of the parser besides the numbers.
+    read_document(("x: [" + "1," * 49_990 + "1]").encode(), "a.yaml")
+    assert len(faults("x: [" + "1," * 49_991 + "1]")) == 1
+    assert value("1" * 40) == int("1" * 40)
+    assert value("1" * 41) == "1" * 41
+    assert value("[" * 19 + "1" + "]" * 19)
+    assert faults("x: " + "[" * 20 + "1" + "]" * 20)[-1].endswith("levels, mappings have few")
+
+
 def test_a_huge_file_is_not_parsed() -> None:
     data = b"a: [" * 400_000
     assert faults(data) == ["a.yaml: has 1,600,000 bytes, a mapping may have 1,048,576"]

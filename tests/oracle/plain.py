@@ -1,4 +1,4 @@
-"""The plain Llama, Qwen2 or Mistral that a family's language model is, tensor by tensor.
+"""The plain Llama, Qwen2, Mistral or Phi-3 that a family's language model is, tensor by tensor.
 
 Written down from each family's modelling code, as the comments of `mappings/families` are, and not
 taken from there.
@@ -73,6 +73,8 @@ def _renamed(names: Mapping[str, str]) -> _Change:
 
 
 def _phi3(name: str, tensor: torch.Tensor, config: Mapping[str, Any]) -> Tensors:
+    if config.get("rope_scaling"):
+        return {name: tensor}  # It stays a Phi3ForCausalLM.
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     if name == "self_attn.qkv_proj.weight":
         head = config["hidden_size"] // heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,11 @@ OPTIMIZER = "optimizer_state_dict"
         ),
         (
             2,
+            edit("*model*", "param_shapes", value=[{"llm.a": (-1, -1)}, {}]),
+            ["llm.a has a shape that makes no sense"],
+        ),
+        (
+            2,
             edit("*model*", "param_shapes", value=[{"llm.a": (23,)}]),
             ["names 1 parameter groups, its optimizer states have 2"],
         ),
@@ -357,6 +363,18 @@ def test_a_directory_that_is_not_whole_is_refused(
     for text in texts:
         assert any(text in fault for fault in faults), faults
     assert all(fault.where for fault in caught.value.faults)
+
+
+def test_a_damaged_step_is_refused(tmp_path: Path) -> None:
+    # Steps are compared between ranks: the damage must not make them another checkpoint's.
+    folder = run(2, 2).save(tmp_path / "iter_2.pth")
+    path = folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    data = bytearray(path.read_bytes())
+    step = data.index(struct.pack("<f", 2.0))
+    data[step + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptFileError, match="is damaged: its bytes have the CRC-32"):
+        open_artifact(str(folder))
 
 
 def test_a_file_that_leads_out_is_refused(tmp_path: Path) -> None:

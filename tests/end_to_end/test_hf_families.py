@@ -115,7 +115,7 @@ def test_what_only_later_versions_read_is_for_hf_with_these_versions(
 ) -> None:
     source, trained = make(case, tmp_path, checkpoints)
     made = plan(trained.checkpoint, format="hf", **trained.bases)
-    assert (made.verdict.kind, made.verdict.transformers) == ("exact", (versions,))
+    assert (made.fidelity.kind, made.fidelity.transformers) == ("exact", (versions,))
     assert made.config["text_config"][key] == source.config[key]  # type: ignore[index, call-overload]
     assert sum(note.endswith("this model.") or "MLP" in note for note in made.notes) == 1
     with pytest.raises(PlanError, match=r"of transformers 4\.37\.2 has .*the format hf can have"):
@@ -219,7 +219,7 @@ def test_gemma_sees_images_as_its_verdict_says(checkpoints: Path, tmp_path: Path
     source, trained = make("gemma", tmp_path, checkpoints)
     out = tmp_path / "out"
     convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
-    verdict = plan(trained.checkpoint, format="hf", **trained.bases).verdict
+    verdict = plan(trained.checkpoint, format="hf", **trained.bases).fidelity
     (versions,) = verdict.transformers
     difference = difference_with_an_image(source, trained, out)
     if in_range(transformers.__version__, versions):

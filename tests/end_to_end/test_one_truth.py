@@ -276,11 +276,11 @@ def compare(
                     convert(checkpoint, folder / name, format=name, **options)
             continue
         assert target.is_possible and not said
-        assert (target.verdict, target.architecture) == (planned.verdict, planned.architecture)
+        assert (target.fidelity, target.architecture) == (planned.fidelity, planned.architecture)
         if convert_too:
             out = folder / f"out-{name}"  # a name by which LLaVA loads nothing
             report = convert(checkpoint, out, format=name, **options)
-            assert report.plan.verdict == target.verdict
+            assert report.plan.fidelity == target.fidelity
             checked = verify(out)
             assert checked.passed, checked.to_dict()
 
@@ -367,7 +367,7 @@ def test_of_a_config_it_says_what_holds_for_the_checkpoint(
 def test_a_tower_without_a_name_is_a_condition_that_is_named(field: Field) -> None:
     (hf, llava) = inspect(field.projector(), **field.bases).targets
     assert hf.is_possible and hf.needs is None
-    assert not llava.is_possible and llava.verdict.kind == "not_possible"
+    assert not llava.is_possible and llava.fidelity.kind == "not_possible"
     assert llava.needs == "vision_tower_name"
     assert llava.otherwise is not None and llava.otherwise.kind == "exact"
     assert str(llava).startswith("exact once vision_tower_name is given, as LlavaQwen")
@@ -404,4 +404,4 @@ def test_the_users_word_makes_the_recorded_path_needless(
     field: Field, situation: Callable[[Field], Situation]
 ) -> None:
     checkpoint, options = situation(field)
-    assert {t.verdict.kind for t in inspect(checkpoint, **options).targets} == {"exact"}
+    assert {t.fidelity.kind for t in inspect(checkpoint, **options).targets} == {"exact"}

@@ -58,7 +58,7 @@ def foresee(written: Callable[..., Path]) -> Foresee:
 
 
 def verdicts(outlook: Inspection) -> dict[str, Fidelity]:
-    return {target.format: target.verdict for target in outlook.targets}
+    return {target.format: target.fidelity for target in outlook.targets}
 
 
 def of_llava(outlook: Inspection) -> Any:
@@ -191,7 +191,7 @@ def test_a_siglip_tower_is_refused_for_every_format(
     outlook = foresee(kind, vision=siglip, tower_class="SiglipVisionModel")
     assert not outlook.is_possible
     for target in outlook.targets:
-        assert target.verdict == NOT_POSSIBLE
+        assert target.fidelity == NOT_POSSIBLE
         assert "XTuner drops the first patch of a tower without class token" in str(
             target.faults[0]
         )

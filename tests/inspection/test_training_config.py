@@ -91,7 +91,7 @@ def test_a_siglip_tower_is_refused_with_the_reason(foresee, tmp_path: Path) -> N
     (siglip / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
     outlook = foresee(vision=str(siglip), tower_class="SiglipVisionModel")
     assert not outlook.is_possible
-    assert {target.verdict.kind for target in outlook.targets} == {"not_possible"}
+    assert {target.fidelity.kind for target in outlook.targets} == {"not_possible"}
     assert "first patch" in str(outlook.targets[0].faults[0])
 
 

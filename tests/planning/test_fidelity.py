@@ -194,13 +194,13 @@ def test_the_verdict_on_a_checkpoint(
     hf: Fidelity,
 ) -> None:
     found = look(trained(tmp_path, checkpoints, kind, **change))
-    assert (found["llava"].verdict, found["hf"].verdict) == (llava, hf)
+    assert (found["llava"].fidelity, found["hf"].fidelity) == (llava, hf)
     for target in found.values():
-        assert bool(target.faults) is (target.verdict.kind == "not_possible")
+        assert bool(target.faults) is (target.fidelity.kind == "not_possible")
         told = " ".join(target.caveats)
-        if target.verdict.tokens is not None:
-            assert f"{target.verdict.tokens} tokens" in told
-        for versions in target.verdict.transformers:
+        if target.fidelity.tokens is not None:
+            assert f"{target.fidelity.tokens} tokens" in told
+        for versions in target.fidelity.transformers:
             assert versions.split(",")[0].removeprefix(">=") in told
 
 
@@ -220,7 +220,7 @@ def test_an_llm_without_target_is_refused_for_each(checkpoints: Path, tmp_path: 
     config |= {"architectures": ["ChatGLMModel"], "model_type": "chatglm"}
     (made.llm / "config.json").write_text(json.dumps(config))
     for target in look(made).values():
-        assert target.verdict == Fidelity("not_possible")
+        assert target.fidelity == Fidelity("not_possible")
         assert "ChatGLM and GLM-4 rotate half of each head" in str(target.faults[0])
         assert "Train again on" in str(target.faults[0])
 
@@ -246,7 +246,7 @@ def test_an_llm_that_training_quantised_is_near_and_not_exact(
     bases = {"llm": checkpoints / made.llm, "vision": checkpoints / made.vision}
     for given, kind in ((None, "exact"), (quantised, "not_exact")):
         found = inspect(checkpoints / case / "iter_2.pth", xtuner_config=given, **bases)
-        assert {target.verdict.kind for target in found.targets} == {kind}
+        assert {target.fidelity.kind for target in found.targets} == {kind}
         for target in found.targets:
             told = [caveat for caveat in target.caveats if caveat.startswith(sentence)]
             assert len(told) == (given is not None)
@@ -280,10 +280,10 @@ def test_weights_that_a_conversion_downloads_make_nothing_impossible(
     vision = checkpoints / "bases/vision_clip"
     case = checkpoints / "qwen2_a_pretrain/iter_2.pth"
     found = {t.format: t for t in inspect(case, llm="somebody/llm", vision=vision).targets}
-    assert (found["llava"].verdict.kind, found["hf"].verdict.kind) == (llava, hf)
+    assert (found["llava"].fidelity.kind, found["hf"].fidelity.kind) == (llava, hf)
     for target in found.values():
         told = "By the configs alone" in " ".join(target.caveats)
-        assert told is (target.verdict.kind != "not_possible")
+        assert told is (target.fidelity.kind != "not_possible")
         assert "not in the local cache" not in " ".join(str(fault) for fault in target.faults)
 
 
@@ -310,10 +310,10 @@ def test_a_mapping_of_the_users_own_has_its_say(checkpoints: Path, tmp_path: Pat
     )
     found = inspect(made.checkpoint, mapping=path, **made.bases)
     for target in found.targets:
-        assert target.verdict == Fidelity("exact_if_right", 128, if_right="mine.yaml")
-        assert str(target.verdict).startswith("exact up to 128 tokens if mine.yaml is right; its ")
+        assert target.fidelity == Fidelity("exact_if_right", 128, if_right="mine.yaml")
+        assert str(target.fidelity).startswith("exact up to 128 tokens if mine.yaml is right; its ")
         assert "It differs." in target.caveats
-    assert {target.verdict for target in look(made).values()} == {Fidelity("exact")}
+    assert {target.fidelity for target in look(made).values()} == {Fidelity("exact")}
 
 
 def test_a_plan_has_it_too(checkpoints: Path, tmp_path: Path) -> None:

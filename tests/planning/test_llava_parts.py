@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from xtuner2llava import UsageError
+from xtuner2llava.mapping import Catalogue
+from xtuner2llava.planning.config import json_bytes, output_config
 from xtuner2llava.planning.generation import (
     TokenIds,
     TokenTexts,
@@ -15,7 +17,6 @@ from xtuner2llava.planning.generation import (
     token_ids,
     valid_settings,
 )
-from xtuner2llava.planning.llava_config import json_bytes, output_config
 from xtuner2llava.planning.projector import check_projector, depth_of
 from xtuner2llava.planning.vision_tower_name import vision_tower_name, well_known
 from xtuner2llava.tokenizers import Tokenizer
@@ -341,11 +342,12 @@ def test_an_id_below_0_is_none(tmp_path: Path) -> None:
 
 
 def test_the_config_has_one_eos_id_and_the_vocabulary_of_4_37() -> None:
+    shipped = Catalogue.shipped()
     made = output_config(
-        {"hidden_size": 4, "rope_theta": 1e4},
+        shipped.formats["llava"],
+        (shipped.classes["qwen2"], {"hidden_size": 4, "rope_theta": 1e4}),
+        (shipped.classes["clip_vision_model"], {"hidden_size": 3}),
         {"mm_hidden_size": 3},
-        architecture="LlavaQwenForCausalLM",
-        model_type="llava_qwen",
         dtype="bfloat16",
         ids=TokenIds(1, (8, 2), None),
     )

@@ -74,11 +74,7 @@ def bases(checkpoints: Path, vision: Path, config: Path) -> dict[str, Any]:
 def images_of(made: Plan) -> dict[str, Any]:
     """The image processor's config that is written."""
     name = "preprocessor_config.json"
-    if name in made.made_files:
-        values = json.loads(made.made_files[name]())
-    else:
-        (path,) = [path for path in made.files if path.name == name]
-        values = json.loads(path.read_text())
+    values = json.loads(made.files[name])
     assert isinstance(values, dict)
     return values
 

@@ -12,7 +12,7 @@ import pytest
 
 from reference.cases import CASES
 from xtuner2llava import PlanError, UsageError, convert, plan
-from xtuner2llava.metadata.next_steps import next_steps
+from xtuner2llava.metadata.report import next_steps
 from xtuner2llava.options import Options, ProgramName, flag
 from xtuner2llava.planning.programs import PROGRAMS
 

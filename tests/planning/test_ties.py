@@ -12,14 +12,14 @@ import pytest
 
 from reference.compose import read_tensors
 from storing import stored
-from xtuner2llava import convert, plan, verify
-from xtuner2llava.planning.ties import are_surely_different, are_surely_equal, first_difference
+from xtuner2llava import convert, inspect, plan, verify
+from xtuner2llava.planning.ties import are_equal
 
 if TYPE_CHECKING:
     import torch
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROWS = 640  # times 64 numbers of two bytes: more than the sample of 64 KiB that planning reads
+ROWS = 640
 
 
 def make(
@@ -73,8 +73,6 @@ def test_a_tied_head_is_written_once(checkpoints: Path, tmp_path: Path, head: st
     report = convert(checkpoint, tmp_path / "llava-qwen", **bases)
     tied, tensors = written(tmp_path / "llava-qwen")
     assert tied and HEAD not in tensors and tensors[EMBED].shape == (ROWS, 64)
-    # A shared storage is known to be the same without reading; copies are compared.
-    assert len(report.plan.ties) == (0 if head == "shared" else 1)
     (dropped,) = [d for _, d in report.plan.dropped if d.name == HEAD]
     assert dropped.because == f"the same as {EMBED}, to which it is tied"
 
@@ -101,38 +99,41 @@ def test_an_untied_config_keeps_equal_tensors_apart(checkpoints: Path, tmp_path:
     assert not tied and HEAD in tensors
 
 
-def test_a_difference_beyond_the_sample_is_found_by_the_conversion(
-    checkpoints: Path, tmp_path: Path
+@pytest.mark.parametrize("head", ["shared", "equal", "late"])
+def test_the_plan_says_what_the_conversion_does(
+    checkpoints: Path, tmp_path: Path, head: str
 ) -> None:
     import torch
 
-    checkpoint, bases = make(checkpoints, tmp_path / "in", "late", says_tied=True)
-    assert len(plan(checkpoint, **bases).ties) == 1  # headers and a sample do not show it
+    checkpoint, bases = make(checkpoints, tmp_path / "in", head, says_tied=True)
+    planned = plan(checkpoint, **bases)
     report = convert(checkpoint, tmp_path / "llava-qwen", **bases)
+    assert planned.to_dict() == report.plan.to_dict()
     tied, tensors = written(tmp_path / "llava-qwen")
-    assert not tied
-    assert not torch.equal(tensors[HEAD], tensors[EMBED])
-    assert any("but they differ; both are written" in note for note in report.plan.notes)
+    assert {planned.name for planned in planned.tensors} == {*tensors}
+    differs = any("but they differ; both are written" in note for note in planned.notes)
+    assert (differs, tied) == (head == "late", head != "late")
+    assert tied or not torch.equal(tensors[HEAD], tensors[EMBED])
+    (llava, _) = inspect(checkpoint, **bases).targets
+    assert any("but they differ" in caveat for caveat in llava.caveats) is differs
     assert verify(tmp_path / "llava-qwen", against=checkpoint, **bases).passed
 
 
-def test_what_headers_and_a_sample_tell(tmp_path: Path) -> None:
+def test_two_tensors_are_equal_if_all_their_bytes_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
-    one = torch.zeros(300, 100)  # 120,000 bytes
-    late, early = one.clone(), one.clone()
-    late[-1, -1], early[0, 1] = 1, 1
+    monkeypatch.setattr("xtuner2llava.planning.ties._BLOCK_BYTES", 50_000)
+    one = torch.zeros(300, 100)  # 120,000 bytes: the last block is a short one
+    last, middle = one.clone(), one.clone()
+    last[-1, -1], middle[150, 1] = 1, 1
     first, same, other, near = (
         stored(tmp_path, name, tensor)
-        for name, tensor in (("a", one), ("b", one), ("c", late), ("d", early))
+        for name, tensor in (("a", one), ("b", one), ("c", last), ("d", middle))
     )
-    assert are_surely_equal(first, first) and not are_surely_equal(first, same)
-    assert not are_surely_different(first, same)
-    assert not are_surely_different(first, other)  # it reads 64 KiB
-    assert are_surely_different(first, near)
-    assert are_surely_different(first, stored(tmp_path, "e", one[:299]))
-    assert are_surely_different(first, stored(tmp_path, "f", one.double()))
-    assert first_difference(first, same) is None
-    # Little-endian 1.0 is 00 00 80 3f.
-    assert first_difference(first, other) == 119_998
-    assert first_difference(first, near) == 6
+    assert are_equal(first, first) and are_equal(first, same)
+    assert not are_equal(first, other)
+    assert not are_equal(first, near)
+    assert not are_equal(first, stored(tmp_path, "e", one[:299]))
+    assert not are_equal(first, stored(tmp_path, "f", one.double()))

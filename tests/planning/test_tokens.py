@@ -115,9 +115,9 @@ def test_who_asks_for_the_bos_token_gets_it(checkpoints: Path, tmp_path: Path) -
     made = make(checkpoints, base(checkpoints, tmp_path), bos_token=BEGIN)
     (note,) = notes_on_bos(made)
     assert "as asked" in note and "LLaVA drops the first token" in note
-    config = json.loads(made.made_files["tokenizer_config.json"]())
+    config = json.loads(made.files["tokenizer_config.json"])
     assert ("bos_token", BEGIN) in config.items()
-    special = json.loads(made.made_files["special_tokens_map.json"]())
+    special = json.loads(made.files["special_tokens_map.json"])
     assert ("bos_token", BEGIN) in special.items()
     assert made.config["bos_token_id"] == made.generation_config["bos_token_id"] == START
 
@@ -134,7 +134,7 @@ def test_a_llama_keeps_its_bos_token(checkpoints: Path) -> None:
         vision=checkpoints / "bases/vision_clip",
         vision_tower_name="openai/clip",
     )
-    config = json.loads(made.made_files["tokenizer_config.json"]())
+    config = json.loads(made.files["tokenizer_config.json"])
     assert config["bos_token"] == "<s>"  # noqa: S105
     assert not notes_on_bos(made)
     assert made.token_ids.bos == 1

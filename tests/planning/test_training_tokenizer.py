@@ -158,7 +158,8 @@ def test_datasets_that_disagree_are_refused(qwen: Bench) -> None:
         plan(case, **qwen.options())
     folder = qwen.tokenizer("with_tokens", ["<region>"])
     made = plan(case, **qwen.options(tokenizer=folder))
-    assert {path.parent for path in made.files if path.name == "vocab.json"} <= {folder}
+    parents = {path.parent for path in made.copied_files}
+    assert parents <= {folder, qwen.checkpoints / "bases/vision_clip"}
     padded = "dict(tokenizer, padding_side='left', use_fast=False)"
     assert not files(plan(qwen.checkpoint(qwen.config(of_data=padded)), **qwen.options()))
 
@@ -229,7 +230,7 @@ def test_arguments_that_tokenise_otherwise_are_written(llama: Bench) -> None:
     words = ", legacy=True, add_eos_token=True, use_fast=True, model_max_length=9"
     case = llama.checkpoint(llama.config(arguments=words))
     made = plan(case, **llama.options())
-    config = json.loads(made.made_files["tokenizer_config.json"]())
+    config = json.loads(made.files["tokenizer_config.json"])
     assert config["legacy"] is True and config["add_eos_token"] is True
     before = json.loads((llama.llm / "tokenizer_config.json").read_text())
     # LLaVA's version finds these in what the normalizer made of a text: with `normalized`.
@@ -302,7 +303,7 @@ def test_an_xtuner_folders_own_tokenizer_wins(checkpoints: Path, tmp_path: Path)
     home = tmp_path / "iter_2_xtuner"
     shutil.copytree(checkpoints / "qwen2_b_full_frozenvis/iter_2_xtuner", home)
     made = plan(home, **bench.options())
-    assert {path.parent for path in made.files if path.name == "vocab.json"} == {bench.llm}
+    assert {path.parent for path in made.copied_files if path.name == "vocab.json"} == {bench.llm}
     own = loaded(home)
     own.add_tokens(["<region>"])
     own.save_pretrained(home)

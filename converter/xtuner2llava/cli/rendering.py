@@ -10,8 +10,10 @@ from xtuner2llava.errors import listed
 from xtuner2llava.hub.upload import Pushed
 from xtuner2llava.inspection.inspection import Inspection, Target
 from xtuner2llava.mapping import fold
+from xtuner2llava.metadata import CARD_NAME
 from xtuner2llava.metadata.report import Report
 from xtuner2llava.planning.plan import Plan, PlannedTensor
+from xtuner2llava.writing.out_record import RECORD_NAME
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
@@ -38,7 +40,7 @@ def render_plan(plan: Plan, *, tensors: bool = False) -> str:
     artifact = plan.checkpoint.artifact
     text = [
         f"{artifact.layout}: {artifact.path}",
-        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.verdict}, "
+        f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.fidelity}, "
         f"dtype {plan.dtype}",
         "",
         table(list(_parts(plan)), ("part", "tensors", "bytes", "from")),
@@ -49,8 +51,7 @@ def render_plan(plan: Plan, *, tensors: bool = False) -> str:
         text += [table(list(_kinds(plan)), header), ""]
     text += [
         table(shards, ("file", "tensors", "bytes")),
-        f"and config.json, generation_config.json, {', '.join(plan.small_files)}, "
-        "README.md, conversion.json",
+        f"and {', '.join([*plan.files, CARD_NAME, RECORD_NAME])}",
         *_dropped(plan),
         *_notes(plan.notes),
     ]

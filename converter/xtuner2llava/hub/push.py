@@ -10,28 +10,21 @@ from pathlib import Path
 from xtuner2llava.errors import ConversionError, Fault, HubError, UsageError
 from xtuner2llava.hub.errors import LOG_IN, hub_errors
 from xtuner2llava.hub.upload import Destination, Pushed, Upload, open_upload
-from xtuner2llava.options import ConvertOptions, OnProgress
+from xtuner2llava.options import ConvertOptions, PushOptions
 from xtuner2llava.verification.publishing import publishable_files
 from xtuner2llava.writing import WrittenShard
 from xtuner2llava.writing.jobs import Work
 
 
-def push_folder(
-    folder: Path,
-    destination: Destination,
-    *,
-    jobs: int | None = None,
-    on_progress: OnProgress | None = None,
-) -> Pushed:
+def push_folder(folder: Path, destination: Destination, options: PushOptions) -> Pushed:
     """Publishes `folder`, which `convert` wrote, after it has been checked against its record.
 
-    `jobs` files are sent at once. Raises `VerificationError` before anything is sent, `HubError`
+    Raises `VerificationError` before anything is sent, `HubError`
     if the Hub refuses; then the repository is what it was, and another call sends what is missing.
     """
-    report = on_progress or _silent
     name = destination.repo_id.rpartition("/")[2]
-    files = publishable_files(folder, name, partial(report, "check"))
-    pushed = _publish(folder, files.shards, files.others, destination, jobs, on_progress)
+    files = publishable_files(folder, name, partial(options.on_progress or _silent, "check"))
+    pushed = _publish(folder, files.shards, files.others, destination, options)
     return replace(pushed, notes=(*pushed.notes, *files.notes))
 
 
@@ -40,14 +33,14 @@ def _publish(
     shards: Sequence[str],
     others: Sequence[str],
     destination: Destination,
-    jobs: int | None,
-    on_progress: OnProgress | None,
+    options: PushOptions,
 ) -> Pushed:
     with open_upload(destination) as upload:
         for name in others:
             upload.add(name, (folder / name).read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in shards}
-        work = Work(jobs, sum(sizes.values()), partial(on_progress or _silent, "upload"))
+        on_progress = partial(options.on_progress or _silent, "upload")
+        work = Work(options.jobs, sum(sizes.values()), on_progress)
 
         def send(name: str) -> None:
             upload.send(folder / name, name)
@@ -62,9 +55,14 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def choose_destination(options: ConvertOptions) -> Destination | None:
-    """Where a conversion is published; None if it is not. Raises `UsageError`."""
+    """Where a conversion is published; None if it is not.
+
+    Raises `UsageError`, and `HubError` where nothing can be published there.
+    """
     if options.push_to_hub is not None:
-        return Destination.of(options.push_to_hub, options)
+        destination = Destination.of(options.push_to_hub, options)
+        _check_access(destination)
+        return destination
     given = {
         "--private": options.private,
         "--revision": options.revision is not None,
@@ -81,7 +79,7 @@ def choose_destination(options: ConvertOptions) -> Destination | None:
     return None
 
 
-def check_access(destination: Destination) -> None:
+def _check_access(destination: Destination) -> None:
     """Raises before hours of work if there is no valid token, or no such name can be."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -112,12 +110,7 @@ def publish_small_files(upload: Upload, folder: Path) -> Pushed:
 
 
 def publish_converted(
-    folder: Path,
-    shards: tuple[str, ...],
-    destination: Destination,
-    *,
-    jobs: int | None,
-    on_progress: OnProgress | None,
+    folder: Path, shards: tuple[str, ...], destination: Destination, options: PushOptions
 ) -> Pushed:
     """Publishes `folder`, which was just written; `shards` are the names of its weight files.
 
@@ -125,7 +118,7 @@ def publish_converted(
     """
     others = tuple(sorted(path.name for path in folder.iterdir() if path.name not in shards))
     try:
-        return _publish(folder, shards, others, destination, jobs, on_progress)
+        return _publish(folder, shards, others, destination, options)
     except ConversionError as error:
         rest = Fault(
             str(folder),

@@ -52,7 +52,7 @@ class Target:
 
     format: str
     architecture: str | None
-    verdict: Fidelity
+    fidelity: Fidelity
     caveats: tuple[str, ...]
     faults: tuple[Fault, ...]
     needs: str | None = None
@@ -60,14 +60,14 @@ class Target:
 
     @property
     def is_possible(self) -> bool:
-        return self.verdict.is_possible
+        return self.fidelity.is_possible
 
     def __str__(self) -> str:
         """One line, without caveats and faults."""
         if self.needs is not None:
             return f"{self.otherwise} once {self.needs} is given, as {self.architecture}"
         become = f", as {self.architecture}" if self.is_possible else ""
-        return f"{self.verdict}{become}"
+        return f"{self.fidelity}{become}"
 
     def to_dict(self) -> dict[str, Json]:
         """The same as JSON."""
@@ -75,7 +75,7 @@ class Target:
             "format": self.format,
             "architecture": self.architecture,
             "possible": self.is_possible,
-            **self.verdict.to_dict(),
+            **self.fidelity.to_dict(),
             "needs": self.needs,
             "otherwise": None if self.otherwise is None else self.otherwise.to_dict(),
             "caveats": list(self.caveats),
@@ -197,19 +197,19 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
         said = _notes(checkpoint)
         notes = (note for note in found.notes if note not in said)
         caveats = (*checkpoint.inexact, *notes, *unseen)
-        return Target(found.format, found.architecture, found.verdict, caveats, ())
+        return Target(found.format, found.architecture, found.fidelity, caveats, ())
     if options.vision_tower_name is None and {f.where for f in found.faults} == {VISION_TOWER_KEY}:
         named = replace(options, vision_tower_name=_ANY_NAME)
         other = _target(checkpoint, named, assess(checkpoint, named.with_format(found.format)))
         if other.is_possible:
             return replace(
                 other,
-                verdict=found.verdict,
+                fidelity=found.fidelity,
                 faults=found.faults,
                 needs="--vision-tower-name",
-                otherwise=other.verdict,
+                otherwise=other.fidelity,
             )
-    return Target(found.format, None, found.verdict, (), found.faults)
+    return Target(found.format, None, found.fidelity, (), found.faults)
 
 
 def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:

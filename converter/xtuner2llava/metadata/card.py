@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+from xtuner2llava.metadata.card_template import CardTemplate
 from xtuner2llava.metadata.front_matter import dump, front_matter
-from xtuner2llava.metadata.prompt import Prompt, prompt_of
-from xtuner2llava.metadata.template import Template
-from xtuner2llava.metadata.usage import usage
-from xtuner2llava.options import Options, decided
+from xtuner2llava.metadata.usage import example_prompt, usage
+from xtuner2llava.metadata.version import version
+from xtuner2llava.options import ConvertOptions, Options, decided
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.published import hub_id, published_name, published_text
+from xtuner2llava.planning.redaction import hub_id, redact_name, redact_text
 from xtuner2llava.sources import Part
 from xtuner2llava.storage.json_file import integer
 
@@ -20,46 +20,39 @@ MARK = (
     "<!-- Written by xtuner2llava. Take this line out to keep your own text when it is pushed "
     "again. -->"
 )
+_TITLES = {
+    "parts": "What it is made of",
+    "usage": "Load it",
+    "prompt": "Prompt",
+    "conversion": "How it was converted",
+    "caveats": "Caveats",
+}
 
 
-def model_card(
-    plan: Plan,
-    version: str,
-    options: Options | None = None,
-    *,
-    verified: bool = False,
-    measured: Sequence[str] = (),
-    template: Template | None = None,
-) -> str:
+def model_card(plan: Plan, options: ConvertOptions, template: CardTemplate | None) -> str:
     """The text of README.md. It names no path of this machine, and nothing of the training data.
 
-    `options` are those of the conversion, to say the command; `verified` that every tensor was
-    compared with its source; `measured` are sentences about further measurements. With `template`,
-    the card is the user's.
+    `options` are those of the conversion, to say the command. With `template`, the card is the
+    user's.
     """
-    prompt = prompt_of(plan)
     sections = {
         "name": plan.suggested_name,
         "summary": _summary(plan),
         "parts": "\n".join(_parts(plan)),
-        "usage": "\n".join(usage(plan, prompt)),
-        "prompt": "\n".join(_prompt(plan, prompt)),
-        "conversion": "\n".join(_conversion(plan, version, options, verified, measured)),
-        "caveats": "\n".join(f"- {published_text(note)}" for note in plan.notes),
+        "usage": usage(plan),
+        "prompt": "\n".join(_prompt(plan)),
+        "conversion": _conversion(plan, options),
+        "caveats": "\n".join(f"- {redact_text(note)}" for note in plan.notes),
     }
     metadata = front_matter(plan)
     if template is not None:
         return template.fill(metadata, sections)
     text = [f"{dump(metadata)}{MARK}", f"# {sections['name']}", sections["summary"]]
-    for title, name in (
-        ("What it is made of", "parts"),
-        ("Load it", "usage"),
-        ("Prompt", "prompt"),
-        ("How it was converted", "conversion"),
-        ("Caveats", "caveats"),
-    ):
-        if sections[name]:
-            text += [f"## {title}", sections[name].strip()]
+    text += [
+        f"## {title}\n\n{sections[name].strip()}"
+        for name, title in _TITLES.items()
+        if sections[name]
+    ]
     return "\n\n".join(text) + "\n"
 
 
@@ -69,9 +62,8 @@ def is_generated(text: str) -> bool:
 
 
 def _summary(plan: Plan) -> str:
-    size = integer(plan.checkpoint.visual_encoder.config.values, "image_size") if (
-        plan.checkpoint.visual_encoder.config
-    ) else None  # fmt: skip
+    tower = plan.checkpoint.visual_encoder.config
+    size = integer(tower.values, "image_size") if tower is not None else None
     pictures = f" It sees pictures at {size} by {size} pixels." if size else ""
     what = (
         "as transformers' `LlavaForConditionalGeneration`"
@@ -96,11 +88,11 @@ def _base(part: Part) -> str:
     known = hub_id(part.name, part.folder)
     if known is not None:
         return f"[{known}](https://huggingface.co/{known})"
-    return published_name(part.name) if part.name else "-"
+    return redact_name(part.name) if part.name else "-"
 
 
 def _origin(part: Part) -> str:
-    return published_text(part.origin) if part.trained else "frozen in training, as the base model"
+    return redact_text(part.origin) if part.trained else "frozen in training, as the base model"
 
 
 def _tower(plan: Plan) -> str:
@@ -109,11 +101,12 @@ def _tower(plan: Plan) -> str:
     return origin if written else f"{origin}; not in these files"
 
 
-def _prompt(plan: Plan, prompt: Prompt | None) -> Iterator[str]:
+def _prompt(plan: Plan) -> Iterator[str]:
+    prompt, template = example_prompt(plan), plan.chat.template
     if prompt is not None:
-        named = f"XTuner's template `{prompt.template}`" if prompt.template else "a template"
+        named = f"XTuner's template `{template}`" if template else "a template"
         yield f"It was trained with {named}, without system text: as above, in one turn,"
-        yield from ("", "```text", prompt.text, "```", "")
+        yield from ("", "```text", prompt, "```", "")
     ids = plan.generation_config.get("eos_token_id")
     listed = ids if isinstance(ids, list) else [ids]
     numbers = ", ".join(str(n) for n in listed if isinstance(n, int))
@@ -124,35 +117,32 @@ def _prompt(plan: Plan, prompt: Prompt | None) -> Iterator[str]:
         yield f"Generation stops at the tokens {numbers}, as `generation_config.json` says."
 
 
-def _conversion(
-    plan: Plan, version: str, options: Options | None, verified: bool, measured: Sequence[str]
-) -> Iterator[str]:
-    checkpoint = plan.checkpoint
-    when = checkpoint.artifact.iteration
-    yield (
-        f"From an XTuner checkpoint ({checkpoint.artifact.layout}"
-        + (f", iteration {when}" if when is not None else "")
-        + f") by xtuner2llava {version}, with the mapping `{plan.mapping.family}` → "
-        f"`{plan.mapping.format}`, in {plan.config.get('torch_dtype')}:"
+def _conversion(plan: Plan, options: ConvertOptions) -> str:
+    artifact = plan.checkpoint.artifact
+    when = f", iteration {artifact.iteration}" if artifact.iteration is not None else ""
+    verified = (
+        f"All {len(plan.tensors)} tensors were read back and compared with their sources, bit for "
+        "bit.\n"
+        if options.verify
+        else ""
     )
-    yield from ("", "```console", f"$ {command(plan, options)}", "```", "")
-    if verified:
-        yield (
-            f"All {len(plan.tensors)} tensors were read back and compared with their sources, bit "
-            "for bit."
-        )
-    yield from measured
-    yield "`conversion.json` has the checksums, and what every part was made from."
+    return (
+        f"From an XTuner checkpoint ({artifact.layout}{when}) by xtuner2llava {version()}, with "
+        f"the mapping `{plan.mapping.family}` → `{plan.mapping.format}`, in "
+        f"{plan.config.get('torch_dtype')}:\n\n"
+        f"```console\n$ {_command(plan, options)}\n```\n\n"
+        f"{verified}`conversion.json` has the checksums, and what every part was made from."
+    )
 
 
-def command(plan: Plan, options: Options | None) -> str:
+def _command(plan: Plan, options: Options) -> str:
     """The command line of the conversion, without paths: files and folders by their names."""
     path = plan.checkpoint.artifact.path
-    source = hub_id(None, path) or published_name(str(path))
+    source = hub_id(None, path) or redact_name(str(path))
     words = ["xtuner2llava", "convert", source, plan.suggested_name]
-    for flag, value in decided(options).items() if options is not None else ():
+    for flag, value in decided(options).items():
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            words += [flag, published_name(str(value))]
+            words += [flag, redact_name(str(value))]
     return shlex.join(words)

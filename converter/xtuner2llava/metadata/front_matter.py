@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.published import hub_id
+from xtuner2llava.planning.redaction import hub_id
 from xtuner2llava.storage.json_file import Json
 
 # As huggingface_hub finds it (`repocard.py`, REGEX_YAML_BLOCK), with the body apart.

@@ -1,4 +1,4 @@
-"""What a conversion did, as data."""
+"""What a conversion did, as data, and what to do with the finished folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.planning.plan import Plan
+from xtuner2llava.planning.programs import PROGRAMS
 from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:
@@ -65,3 +66,32 @@ class Report:
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
             "plan": self.plan.to_dict(),
         }  # fmt: skip
+
+
+def folder_name_warnings(plan: Plan, out: str) -> tuple[str, ...]:
+    """How to rename the folder where LLaVA would load another class; `out` is its name."""
+    reasons = plan.folder_name.reasons(out)
+    if plan.processor is not None or not reasons:
+        return ()
+    return (
+        f"Rename the folder, for instance to {plan.suggested_name}: LLaVA chooses the class "
+        f"by the folder's name, and '{out}' {reasons}.",
+    )
+
+
+def next_steps(plan: Plan) -> tuple[str, ...]:
+    """How to load it."""
+    if plan.processor is not None:
+        return (
+            "Load it with transformers: LlavaForConditionalGeneration.from_pretrained and "
+            "AutoProcessor.from_pretrained; README.md has the lines.",
+        )
+    sglang = PROGRAMS["sglang"]
+    if plan.config["model_type"] == sglang.model_type and sglang.takes(plan.mapping.target_class):
+        return ("Serve it with SGLang: python -m sglang.launch_server --model-path OUT",)
+    is_next = not PROGRAMS["llava"].takes(plan.mapping.target_class)
+    who = PROGRAMS["llava-next" if is_next else "llava"].title
+    return (
+        f"Load it with {who}: load_pretrained_model(path, None, folder_name); README.md has the "
+        "lines.",
+    )

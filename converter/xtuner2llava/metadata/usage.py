@@ -2,74 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from xtuner2llava.metadata.prompt import QUESTION, Prompt
+from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.programs import PROGRAMS
 
+_QUESTION = "What is in this picture?"
+_LONGEST_PROMPT = 2000
 _LLAVA = "[LLaVA](https://github.com/haotian-liu/LLaVA)"
 _NEXT = "[LLaVA-NeXT](https://github.com/LLaVA-VL/LLaVA-NeXT)"
+_OFFICIAL = """\
+With {programs}:
+
+```python
+import torch
+from PIL import Image
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+
+folder = "{name}"  # or the repository's id
+tokenizer, model, image_processor, _ = load_pretrained_model(
+    folder, None, "{name}"{attention}
+)
+image = Image.open("picture.jpg").convert("RGB")
+images = process_images([image], image_processor, model.config)
+prompt = {prompt!r}
+ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+answer = model.generate(
+    ids.unsqueeze(0).to(model.device),
+    images=images.to(model.device, torch.float16),
+    image_sizes=[image.size],
+    do_sample=False,
+    max_new_tokens=256,
+)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+```
+
+The third argument decides the class that is loaded{needs}{avoids}.
+The tower's config and image processor come from `mm_vision_tower`, `{tower}`{weights}
+"""
+_SGLANG = """\
+With [SGLang](https://github.com/sgl-project/sglang):
+
+```console
+$ python -m sglang.launch_server --model-path {name}
+```
+
+Send it the prompt below as text; its chat endpoint needs a `--chat-template` like it.
+"""
+_TRANSFORMERS = """\
+With [transformers](https://github.com/huggingface/transformers):
+
+```python
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+folder = "{name}"  # or the repository's id
+processor = AutoProcessor.from_pretrained(folder)
+model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype="auto")
+image = Image.open("picture.jpg").convert("RGB")
+{prompt}
+inputs = processor(images=image, text=prompt, return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
+answer = model.generate(**inputs, do_sample=False, max_new_tokens=256)
+new = answer[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(new, skip_special_tokens=True))
+```
+
+The processor adds no bos token: the chat template has it, as each turn of the training had. \
+Write it at the start of a prompt of your own, where this model has one.
+"""
+_CHAT = f"""\
+question = [{{"type": "image"}}, {{"type": "text", "text": {_QUESTION!r}}}]
+conversation = [{{"role": "user", "content": question}}]
+prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)"""
 
 
-def usage(plan: Plan, prompt: Prompt | None) -> Iterator[str]:
-    """Lines of Markdown."""
-    text = prompt.text if prompt is not None else f"<image>\n{QUESTION}"
+def example_prompt(plan: Plan) -> str | None:
+    """A prompt with an image and a question, as in training; None where that is not known."""
+    template = plan.chat.prompt
+    text = prompt_text(template, _QUESTION) if template is not None else None
+    return text if text is not None and len(text) <= _LONGEST_PROMPT else None
+
+
+def usage(plan: Plan) -> str:
+    """Markdown."""
+    prompt = example_prompt(plan) or f"<image>\n{_QUESTION}"
     if plan.mapping.format == "hf":
-        yield from _transformers(plan, text)
-    else:
-        yield from _official(plan, text)
-        yield from _sglang(plan)
+        return _transformers(plan, prompt)
+    return f"{_official(plan, prompt)}{_sglang(plan)}"
 
 
-def _official(plan: Plan, text: str) -> Iterator[str]:
-    name = plan.suggested_name
+def _official(plan: Plan, prompt: str) -> str:
     is_next = not PROGRAMS["llava"].takes(plan.mapping.target_class)
-    yield f"With {_NEXT if is_next else f'{_LLAVA} or {_NEXT}'}:"
-    yield from ("", "```python", "import torch", "from PIL import Image")
-    yield "from llava.constants import IMAGE_TOKEN_INDEX"
-    yield "from llava.mm_utils import process_images, tokenizer_image_token"
-    yield "from llava.model.builder import load_pretrained_model"
-    yield ""
-    yield f'folder = "{name}"  # or the repository\'s id'
-    extra = ', attn_implementation="sdpa"' if is_next else ""
-    yield "tokenizer, model, image_processor, _ = load_pretrained_model("
-    yield f'    folder, None, "{name}"{extra}'
-    yield ")"
-    yield 'image = Image.open("picture.jpg").convert("RGB")'
-    yield "images = process_images([image], image_processor, model.config)"
-    yield f"prompt = {text!r}"
-    yield ('ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")')
-    yield "answer = model.generate("
-    yield "    ids.unsqueeze(0).to(model.device),"
-    yield "    images=images.to(model.device, torch.float16),"
-    yield "    image_sizes=[image.size],"
-    yield "    do_sample=False,"
-    yield "    max_new_tokens=256,"
-    yield ")"
-    yield "print(tokenizer.decode(answer[0], skip_special_tokens=True))"
-    yield from ("```", "")
-    yield _name_rule(plan)
-    tower = plan.config.get("mm_vision_tower")
-    yield (
-        f"The tower's config and image processor come from `mm_vision_tower`, `{tower}`"
-        + ("; its weights from here." if plan.config.get("unfreeze_mm_vision_tower") else ".")
-    )
-    yield ""
-
-
-def _name_rule(plan: Plan) -> str:
     needs = " and ".join(f"`{word}`" for word in plan.folder_name.needs)
-    avoid = ", ".join(f"`{word}`" for word in plan.folder_name.avoid)
-    return (
-        "The third argument decides the class that is loaded"
-        + (f": it must contain {needs}" if needs else "")
-        + (f", and none of {avoid}" if avoid else "")
-        + "."
+    avoids = ", ".join(f"`{word}`" for word in plan.folder_name.avoid)
+    return _OFFICIAL.format(
+        programs=_NEXT if is_next else f"{_LLAVA} or {_NEXT}",
+        name=plan.suggested_name,
+        attention=', attn_implementation="sdpa"' if is_next else "",
+        prompt=prompt,
+        needs=f": it must contain {needs}" if needs else "",
+        avoids=f", and none of {avoids}" if avoids else "",
+        tower=plan.config.get("mm_vision_tower"),
+        weights="; its weights from here." if plan.config.get("unfreeze_mm_vision_tower") else ".",
     )
 
 
-def _sglang(plan: Plan) -> Iterator[str]:
+def _sglang(plan: Plan) -> str:
     tower = str(plan.config.get("mm_vision_tower")).lower()
     fits = (
         PROGRAMS["sglang"].takes(plan.mapping.target_class)
@@ -77,44 +117,15 @@ def _sglang(plan: Plan) -> Iterator[str]:
         and ("clip" in tower or "siglip" in tower)
     )
     if not fits:
-        return
+        return ""
     if plan.config.get("model_type") != "llava":
-        yield "SGLang needs the same converted with `--model-type llava`."
-        yield ""
-        return
-    yield from ("With [SGLang](https://github.com/sgl-project/sglang):", "", "```console")
-    yield f"$ python -m sglang.launch_server --model-path {plan.suggested_name}"
-    yield from ("```", "")
-    yield "Send it the prompt below as text; its chat endpoint needs a `--chat-template` like it."
-    yield ""
+        return "\nSGLang needs the same converted with `--model-type llava`.\n"
+    return f"\n{_SGLANG.format(name=plan.suggested_name)}"
 
 
-def _transformers(plan: Plan, text: str) -> Iterator[str]:
-    yield "With [transformers](https://github.com/huggingface/transformers):"
-    yield from ("", "```python", "from PIL import Image")
-    yield "from transformers import AutoProcessor, LlavaForConditionalGeneration"
-    yield ""
-    yield f'folder = "{plan.suggested_name}"  # or the repository\'s id'
-    yield "processor = AutoProcessor.from_pretrained(folder)"
-    yield 'model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype="auto")'
-    yield 'image = Image.open("picture.jpg").convert("RGB")'
-    if plan.chat.prompt is not None:
-        yield f'question = [{{"type": "image"}}, {{"type": "text", "text": {QUESTION!r}}}]'
-        yield 'conversation = [{"role": "user", "content": question}]'
-        yield "prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)"
-    else:
-        yield f"prompt = {text!r}"
-    yield 'inputs = processor(images=image, text=prompt, return_tensors="pt")'
-    yield "inputs = inputs.to(model.device, model.dtype)"
-    yield "answer = model.generate(**inputs, do_sample=False, max_new_tokens=256)"
-    yield 'new = answer[0, inputs["input_ids"].shape[1] :]'
-    yield "print(processor.decode(new, skip_special_tokens=True))"
-    yield from ("```", "")
-    yield (
-        "The processor adds no bos token: the chat template has it, as each turn of the training "
-        "had. Write it at the start of a prompt of your own, where this model has one."
-    )
-    yield ""
+def _transformers(plan: Plan, prompt: str) -> str:
+    line = _CHAT if plan.chat.prompt is not None else f"prompt = {prompt!r}"
+    text = _TRANSFORMERS.format(name=plan.suggested_name, prompt=line)
     if plan.mapping.family in PROGRAMS["vllm"].seen:
-        yield "vLLM answers as transformers does, in its chat too."
-        yield ""
+        text += "\nvLLM answers as transformers does, in its chat too.\n"
+    return text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from xtuner2llava.mapping import PromptTemplate
 from xtuner2llava.planning.chat_template import Marks, chat_template
+from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.findings import Findings
-from xtuner2llava.planning.llava_config import json_bytes
 from xtuner2llava.tokenizers import (
     FAST,
     MODEL,

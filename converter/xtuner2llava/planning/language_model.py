@@ -22,8 +22,7 @@ from xtuner2llava.mapping import (
 from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.hf_vocabulary import vocabulary_tensors
-from xtuner2llava.planning.plan import Tie
-from xtuner2llava.planning.ties import are_surely_different, are_surely_equal
+from xtuner2llava.planning.ties import are_equal
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 
@@ -36,7 +35,6 @@ class LanguageModel:
     values: Mapping[str, object]
     tensors: Mapping[str, LazyTensor]
     origins: Mapping[str, Origin]
-    ties: tuple[Tie, ...]
     dropped: tuple[Dropped, ...]
 
     @property
@@ -92,41 +90,36 @@ def plain_language_model(
     values: Mapping[str, object],
     tensors: Mapping[str, LazyTensor],
     findings: Findings,
-    untied: Collection[str] = (),
 ) -> LanguageModel:
     """The LLM with the tensors of its plain class, no more and no less.
 
-    Where the config ties tensors that differ, both are kept and the config is corrected; `untied`
-    are known to differ, where headers and a sample do not show it. Raises
+    Where the config ties tensors that differ, both are kept and the config is corrected. Raises
     `MappingError` for rules that do not fit; what the class expects otherwise becomes faults.
     """
     made = apply(family.expand(config, tensors.keys()), tensors, where=family.file.name)
     values, outputs, dropped = dict(values), dict(made.outputs), list(made.dropped)
-    ties: list[Tie] = []
     for name, same_as in family.target_class.tied_names(values).items():
         if name not in outputs or same_as not in outputs:
             continue
-        if name in untied or are_surely_different(outputs[name], outputs[same_as]):
+        if not are_equal(outputs[name], outputs[same_as]):
             values["tie_word_embeddings"] = False
             findings.note(
                 f"The config ties {name} to {same_as}, but they differ; both are written, "
                 "with tie_word_embeddings: false."
             )
             continue
-        tensor = outputs.pop(name)
-        if not are_surely_equal(tensor, outputs[same_as]):
-            ties.append(Tie(name, tensor, same_as, outputs[same_as]))
+        del outputs[name]
         dropped.append(Dropped(name, f"the same as {same_as}, to which it is tied", "config"))
     values["vocab_size"] = _trained_rows(family.target_class, values, outputs, made.origins)
     shapes = {name: tensor.shape for name, tensor in outputs.items()}
     findings.faults.extend(check_against_class(family.target_class, values, shapes, made.origins))
     order = {name: place for place, name in enumerate(family.target_class.tensors(values))}
     ordered = dict(sorted(outputs.items(), key=lambda item: order.get(item[0], len(order))))
-    return LanguageModel(family, values, ordered, made.origins, tuple(ties), tuple(dropped))
+    return LanguageModel(family, values, ordered, made.origins, tuple(dropped))
 
 
 def _trained_rows(
-    target_class: PlainClass,
+    becomes: PlainClass,
     values: Mapping[str, object],
     tensors: Mapping[str, LazyTensor],
     origins: Mapping[str, Origin],
@@ -135,7 +128,7 @@ def _trained_rows(
 
     Raises `PlanError` where the embedding and the head have different numbers of rows.
     """
-    rows = {n: tensors[n].rows for n in vocabulary_tensors(target_class, values) if n in tensors}
+    rows = {n: tensors[n].rows for n in vocabulary_tensors(becomes, values) if n in tensors}
     if len(set(rows.values())) > 1:
         listed = " and ".join(f"{n} has {count:,} rows" for n, count in rows.items())
         raise PlanError(

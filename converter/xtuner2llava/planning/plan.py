@@ -12,7 +12,6 @@ from xtuner2llava.planning.generation import TokenIds
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.tokenizers import MadeFile
 from xtuner2llava.writing.shards import ShardPlan
 
 
@@ -31,16 +30,6 @@ class PlannedTensor:
     sources: tuple[str, ...]
     rule: str
     how: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tie:
-    """A tensor that is not written, because it must be the same as another that is."""
-
-    name: str
-    tensor: LazyTensor
-    same_as: str
-    other: LazyTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +57,31 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a conversion will write. Nothing of it has been read but headers and small files.
+    """What a conversion will write, known from headers and small files.
 
-    `tensors` stand in the order of the output; `files` are copied byte for byte under their own
-    names, and `made_files` are made when they are written. `processor` is the class of transformers
-    that prepares images and texts, where the format has one. `notes` are for the user and for
-    conversion.json, without paths of this machine.
+    `tensors` are in the order of the output. `files` are all other files of the output by name;
+    `metadata.with_metadata` adds the model card and the record. Of the tokenizer's and the
+    processor's, `copied_files` are the base models' own, and `made_files` are edited or new.
+    `processor` is the class of transformers that prepares images and texts, where the format has
+    one. `notes` are for the user and for the record, without paths of this machine.
     """
 
     checkpoint: Checkpoint
     mapping: MappingInUse
     dtype: str
     tensors: tuple[PlannedTensor, ...]
-    ties: tuple[Tie, ...]
     dropped: tuple[tuple[str, Dropped], ...]
     config: Mapping[str, Json]
     generation_config: Mapping[str, Json]
     token_ids: TokenIds
     chat: Chat
-    files: tuple[Path, ...]
-    made_files: Mapping[str, MadeFile]
+    files: Mapping[str, bytes]
+    copied_files: tuple[Path, ...]
+    made_files: tuple[str, ...]
     processor: str | None
     shards: ShardPlan
     folder_name: FolderName
-    verdict: Fidelity
+    fidelity: Fidelity
     notes: tuple[str, ...]
 
     @property
@@ -105,11 +95,6 @@ class Plan:
         base = Path(self.checkpoint.llm.name or "").name
         name = self.folder_name.suggest([f"llava-{base}-xtuner".lower()] if base else [])
         return name or "llava"
-
-    @property
-    def small_files(self) -> tuple[str, ...]:
-        """The names of the tokenizer's and the processor's files, copied or made."""
-        return tuple(sorted([*(path.name for path in self.files), *self.made_files]))
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +118,7 @@ class Plan:
             "becomes": self.mapping.target_class,
             "format": self.mapping.format,
             "architecture": self.architecture,
-            **self.verdict.to_dict(),
+            **self.fidelity.to_dict(),
             "dtype": self.dtype,
             "bytes": self.nbytes,
             "shards": [{"file": s.filename, "bytes": s.size} for s in self.shards.shards],
@@ -156,7 +141,7 @@ class Plan:
             ],
             "config": dict(self.config),
             "generation_config": dict(self.generation_config),
-            "copied_files": [path.name for path in self.files],
+            "copied_files": [path.name for path in self.copied_files],
             "made_files": list(self.made_files),
             "chat": {"template": self.chat.template, "stop_words": list(self.chat.stop_words)},
             "notes": list(self.notes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
 from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit, PlainClass
 from xtuner2llava.options import Options, parse_size
 from xtuner2llava.planning.chat import with_trained_bos, with_trained_chat
-from xtuner2llava.planning.configuration import config_json
+from xtuner2llava.planning.config import json_bytes, output_config
 from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.generation import TokenIds, generation_config
@@ -30,7 +30,7 @@ from xtuner2llava.planning.precision import config_dtype, dtype_to_write
 from xtuner2llava.planning.processor import padding_note, processor_files
 from xtuner2llava.planning.program import check_program
 from xtuner2llava.planning.projector import depth_of
-from xtuner2llava.planning.published import cached_id
+from xtuner2llava.planning.redaction import cached_id, redact_json
 from xtuner2llava.planning.tokens import (
     generation_tokens,
     tokenizer_to_write,
@@ -51,6 +51,7 @@ from xtuner2llava.planning.vision_tower_name import vision_tower_name
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.storage.small_file import read_small
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tokenizers import (
     FAST,
@@ -59,9 +60,11 @@ from xtuner2llava.tokenizers import (
     readable_tokenizer,
     with_config,
 )
-from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.shards import INDEX_NAME, plan_shards
 
 _log = logging.getLogger(__name__)
+# Of a tokenizer's or processor's file; the largest vocabularies have a tenth of it.
+_MAX_COPIED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Assessment:
 
     format: str
     architecture: str | None
-    verdict: Fidelity
+    fidelity: Fidelity
     faults: tuple[Fault, ...]
     pending: tuple[Fault, ...]
     notes: tuple[str, ...]
@@ -86,12 +89,9 @@ class Assessment:
     plan: Plan | None
 
 
-def make_plan(checkpoint: Checkpoint, options: Options, untied: Collection[str] = ()) -> Plan:
-    """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact.
-
-    `untied` are tensors that the config ties, and that were read and found to differ.
-    """
-    found = assess(checkpoint, options, untied)
+def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact."""
+    found = assess(checkpoint, options)
     raise_faults(PlanError, [*found.faults, *found.pending])
     assert found.plan is not None  # noqa: S101
     _log_plan(found.plan)
@@ -101,15 +101,15 @@ def make_plan(checkpoint: Checkpoint, options: Options, untied: Collection[str] 
 def _log_plan(plan: Plan) -> None:
     for file in plan.mapping.files:
         _log.debug("mapping: %s, SHA-256 %s", file.name, file.sha256)
-    for path in plan.files:
+    for path in plan.copied_files:
         _log.debug("%s: copied from %s", path.name, path.parent)
     for name in plan.made_files:
         _log.debug("%s: made", name)
 
 
-def assess(checkpoint: Checkpoint, options: Options, untied: Collection[str] = ()) -> Assessment:
+def assess(checkpoint: Checkpoint, options: Options) -> Assessment:
     """What becomes of `checkpoint`: the one judgement that all commands go by."""
-    return _Planner(checkpoint, options, untied).assessment()
+    return _Planner(checkpoint, options).assessment()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +143,15 @@ class _Prepared:
     generation_config: Mapping[str, Json]
     environment: Mapping[str, object]
     format_keys: Mapping[str, object]
-    files: tuple[Path, ...]
-    made_files: Mapping[str, MadeFile]
+    copied: tuple[Path, ...]
+    made: Mapping[str, MadeFile]
 
 
 class _Planner:
     """The stages of `assess`, with what they share."""
 
-    def __init__(self, checkpoint: Checkpoint, options: Options, untied: Collection[str]) -> None:
-        self._checkpoint, self._options, self._untied = checkpoint, options, untied
+    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+        self._checkpoint, self._options = checkpoint, options
         self._training_config = checkpoint.training_config
         self._catalogue = Catalogue.shipped()
         self._format = self._catalogue.formats[options.format]
@@ -177,7 +177,7 @@ class _Planner:
         return Assessment(
             format=self._format.name,
             architecture=None if faults or family is None else self._class_of(family).architecture,
-            verdict=Fidelity.of(parts.limits, inexact=checkpoint.inexact, faults=faults),
+            fidelity=Fidelity.of(parts.limits, inexact=checkpoint.inexact, faults=faults),
             faults=faults,
             pending=checkpoint.pending,
             notes=found.notes,
@@ -213,7 +213,7 @@ class _Planner:
         values, limits = translated or (None, ())
         model = attempt(
             lambda: (
-                plain_language_model(family, config, values, llm.tensors, found, self._untied)
+                plain_language_model(family, config, values, llm.tensors, found)
                 if family and config and values and llm.tensors
                 else None
             )
@@ -354,7 +354,7 @@ class _Planner:
         checkpoint, format_, found = self._checkpoint, self._format, self._found
         model = parts.llm
         assert model is not None and parts.tower is not None  # noqa: S101
-        target_class = model.family.target_class
+        becomes = model.family.target_class
         components: dict[str, Mapping[str, LazyTensor]] = {LLM: prepared.llm_tensors}
         if parts.writes_tower:
             components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
@@ -365,41 +365,46 @@ class _Planner:
         found.stop()
         tensors = in_dtype(placed, prepared.dtype)
         found.note(unchecked_note(tensors))
-        config = config_json(
+        config = output_config(
             format_,
-            target_class,
-            prepared.values,
+            (becomes, prepared.values),
+            (self._tower_class, parts.tower),
             prepared.format_keys,
-            self._tower_class,
-            parts.tower,
             model_type=None if self._options.model_type == "official" else self._options.model_type,
             dtype=config_dtype(prepared.dtype, model.tensors.values()),
             ids=prepared.ids,
         )
+        shards = plan_shards(
+            {p.name: p.tensor for p in tensors}, parse_size(self._options.max_shard_size)
+        )
+        files = {
+            "config.json": json_bytes(config),
+            "generation_config.json": json_bytes(prepared.generation_config),
+            **({} if shards.index is None else {INDEX_NAME: shards.index}),
+            **dict(sorted(_files_of_bases(prepared).items())),
+        }
         return Plan(
             checkpoint=checkpoint,
             mapping=MappingInUse(
                 model.family.name,
-                target_class.name,
+                becomes.name,
                 format_.name,
                 (*model.family.files, *format_.files),
             ),
             dtype=prepared.dtype,
             tensors=tensors,
-            ties=model.ties,
             dropped=(*((LLM, d) for d in model.dropped), *dropped),
             config=config,
             generation_config=prepared.generation_config,
             token_ids=prepared.ids,
             chat=prepared.chat,
-            files=prepared.files,
-            made_files=prepared.made_files,
+            files=files,
+            copied_files=prepared.copied,
+            made_files=tuple(prepared.made),
             processor=format_.processor,
-            shards=plan_shards(
-                {p.name: p.tensor for p in tensors}, parse_size(self._options.max_shard_size)
-            ),
+            shards=shards,
             folder_name=self._class_of(model.family).folder_name,
-            verdict=Fidelity.of(parts.limits, inexact=checkpoint.inexact),
+            fidelity=Fidelity.of(parts.limits, inexact=checkpoint.inexact),
             notes=found.notes,
         )
 
@@ -520,6 +525,16 @@ class _Planner:
             aspect_ratio=ratio,
         )
         return tokenizer, {**tokenizer.made, **made}
+
+
+def _files_of_bases(prepared: _Prepared) -> dict[str, bytes]:
+    """Files of the base models, as they are or edited, without paths of somebody's machine."""
+    files = {path.name: read_small(path, _MAX_COPIED_BYTES) for path in prepared.copied}
+    files |= {name: make() for name, make in prepared.made.items()}
+    return {
+        name: redact_json(data) if name.endswith("_config.json") else data
+        for name, data in files.items()
+    }
 
 
 def _integer(value: object) -> int:

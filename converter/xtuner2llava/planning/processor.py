@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.image_processor import CLASS, PADDING_CLASS, PREPROCESSOR, PROCESSOR
-from xtuner2llava.planning.llava_config import json_bytes
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.tokenizers import MadeFile
 

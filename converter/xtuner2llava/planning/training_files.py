@@ -8,13 +8,13 @@ from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
 from xtuner2llava.hub.download import fetch_model, is_reference, local_path
+from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.image_processor import (
     PREPROCESSOR,
     PROCESSOR,
     loadable_image_processor,
 )
-from xtuner2llava.planning.llava_config import json_bytes
 from xtuner2llava.planning.processor import find_image_processor, read_image_processor
 from xtuner2llava.planning.published_towers import PROCESSOR_KEYS, PUBLISHED, clip_processor
 from xtuner2llava.sources import Checkpoint

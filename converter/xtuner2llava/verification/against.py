@@ -14,11 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.metadata.small_files import small_files
 from xtuner2llava.options import Options, VerifyOptions
 from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.planning.planner import make_plan
-from xtuner2llava.planning.ties import first_difference
 from xtuner2llava.sources import open_checkpoint
 from xtuner2llava.storage.json_file import Json, parse_json
 from xtuner2llava.tensors import LazyTensor
@@ -54,11 +52,7 @@ def plan_again(checkpoint: str, options: VerifyOptions, out: ConvertedFolder) ->
     if options.vision_tower_name is None and isinstance(tower, str):
         given["vision_tower_name"] = tower
     chosen = Options(**{name: value for name, value in given.items() if value is not None})
-    opened = open_checkpoint(checkpoint, chosen)
-    plan = make_plan(opened, chosen)
-    # As `convert` does: what the config ties is compared, and written where it differs.
-    untied = [t.name for t in plan.ties if first_difference(t.tensor, t.other) is not None]
-    return make_plan(opened, chosen, untied) if untied else plan
+    return make_plan(open_checkpoint(checkpoint, chosen), chosen)
 
 
 def against_checks(
@@ -85,9 +79,8 @@ def against_checks(
         "differing": [*faults, *differing],
     }
     try:
-        files = small_files(plan)
-        # It depends on the shard size, and is checked against the shards.
-        files.pop(INDEX_NAME, None)
+        # The index depends on the shard size, and is checked against the shards.
+        files = {name: data for name, data in plan.files.items() if name != INDEX_NAME}
         faults = [f for name, data in files.items() if (f := _file_fault(out, name, data))]
         yield Check(FILES, *judge(faults, ", ".join(files)))
     except ConversionError as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UsageError, raise_faults
 from xtuner2llava.metadata.front_matter import dump, parse, split
+from xtuner2llava.options import PathOrText
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.storage.small_file import read_plain
 
@@ -20,35 +20,13 @@ _MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
+class CardTemplate:
     """The text of a README.md in which `{{ usage }}` and other `PLACES` are filled.
 
     What it says between `---` lines stays as it is; metadata that it does not have is added.
     """
 
     text: str
-
-    @classmethod
-    def read(cls, path: str | PathLike[str]) -> Template:
-        """Reads a file of at most 1 MiB. Raises `UsageError` with all that is wrong with it."""
-        where = f"--card-template {path}"
-        try:
-            text = read_plain(Path(path), _MAX_BYTES).decode("utf-8-sig")
-        except CorruptFileError as error:
-            raise UsageError(error.faults[0].what, where=where) from error
-        except UnicodeDecodeError as error:
-            raise UsageError("cannot be read (it is not UTF-8)", where=where) from error
-        faults = [
-            Fault(where, f"has no place '{name}'", f"Known are {', '.join(PLACES)}.")
-            for name in sorted(set(_PLACE.findall(text)) - set(PLACES))
-        ]
-        yaml_text, _ = split(text)
-        try:
-            parse(yaml_text or "")
-        except ValueError as error:
-            faults.append(Fault(where, f"its metadata between --- lines {error}"))
-        raise_faults(UsageError, faults)
-        return cls(text)
 
     def fill(self, metadata: Mapping[str, Json], sections: Mapping[str, str]) -> str:
         """The card, with `sections` in their places and `metadata` where it says nothing."""
@@ -59,3 +37,27 @@ class Template:
         head = f"{yaml_text.rstrip()}\n" if yaml_text and yaml_text.strip() else ""
         filled = _PLACE.sub(lambda match: sections[match[1]].strip(), body)
         return f"---\n{head}{added}---\n{filled}"
+
+
+def read_card_template(path: PathOrText | None) -> CardTemplate | None:
+    """Reads a file of at most 1 MiB. Raises `UsageError` with all that is wrong with it."""
+    if path is None:
+        return None
+    where = f"--card-template {path}"
+    try:
+        text = read_plain(Path(path), _MAX_BYTES).decode("utf-8-sig")
+    except CorruptFileError as error:
+        raise UsageError(error.faults[0].what, where=where) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("cannot be read (it is not UTF-8)", where=where) from error
+    faults = [
+        Fault(where, f"has no place '{name}'", f"Known are {', '.join(PLACES)}.")
+        for name in sorted(set(_PLACE.findall(text)) - set(PLACES))
+    ]
+    yaml_text, _ = split(text)
+    try:
+        parse(yaml_text or "")
+    except ValueError as error:
+        faults.append(Fault(where, f"its metadata between --- lines {error}"))
+    raise_faults(UsageError, faults)
+    return CardTemplate(text)

@@ -9,93 +9,95 @@ from pathlib import PurePath
 
 from blake3 import blake3
 
-from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.metadata.card import CARD_NAME
+from xtuner2llava.metadata.version import version
 from xtuner2llava.options import Options, decided, defaults
 from xtuner2llava.planning.chat_template import prompt_text
+from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.published import published_name, published_text
+from xtuner2llava.planning.redaction import redact_name, redact_text
 from xtuner2llava.sources import Fingerprint, Part
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import SourceFile
+from xtuner2llava.writing import Written
+from xtuner2llava.writing.out_record import RECORD_NAME, TOOL
 
 # 2: BLAKE3 where 1 had SHA-256, and small files as objects, not as bare digests.
 SCHEMA = 2
 
 
-def provenance(
-    plan: Plan,
-    options: Options,
-    version: str,
-    files: Mapping[str, bytes],
-    shards: Sequence[tuple[str, int, str]] = (),
-    nonfinite: Sequence[tuple[str, int, int]] = (),
-) -> dict[str, Json]:
-    """The content of `conversion.json`; before anything is written, without shards and `nonfinite`.
-
-    `shards` are (file name, bytes, BLAKE3); `files` the small files as written; `nonfinite` the
-    tensors with NaN or infinite values, which the checkpoint already had: (name, NaN, infinite).
-    """
+def open_record(plan: Plan, options: Options) -> bytes:
+    """`conversion.json` as far as it is known before anything is written."""
     checkpoint = plan.checkpoint
     parts = {
         LLM: checkpoint.llm,
         VISUAL_ENCODER: checkpoint.visual_encoder,
         PROJECTOR: checkpoint.projector,
     }
-    dropped: list[Json] = [
-        {"component": component, "name": d.name, "because": d.because}
-        for component, d in plan.dropped
-    ]
-    shard_list: list[Json] = [
-        {"file": name, "bytes": size, "blake3": digest} for name, size, digest in shards
-    ]
-    return {
-        "schema": SCHEMA,
-        "tool": {"name": "xtuner2llava", "version": version},
-        "checkpoint": {
-            "layout": checkpoint.artifact.layout,
-            "iteration": checkpoint.artifact.iteration,
-            "files": _files(checkpoint.artifact.files),
-        },
-        "parts": {name: _part(part) for name, part in parts.items()},
-        "base_files": _files(checkpoint.base_files),
-        "mapping": {
-            "family": plan.mapping.family,
-            "becomes": plan.mapping.target_class,
-            "format": plan.mapping.format,
-            "files": [{"name": f.name, "sha256": f.sha256} for f in plan.mapping.files],
-        },
-        **plan.verdict.to_dict(),
-        "dtype": plan.dtype,
-        "options": {
-            name: published_name(str(value)) if isinstance(value, str | PathLike) else value
-            for name, value in decided(options).items()
-        },
-        "chat": {
-            "template": plan.chat.template,
-            "prompt": prompt_text(plan.chat.prompt, "{question}") if plan.chat.prompt else None,
-            "stop_words": list(plan.chat.stop_words),
-        },
-        "shards": shard_list,
-        "files": {n: {"blake3": blake3(data).hexdigest()} for n, data in sorted(files.items())},
-        "dropped": dropped,
-        "nonfinite": [{"name": n, "nan": nan, "infinite": inf} for n, nan, inf in nonfinite],
-        "notes": [published_text(note) for note in plan.notes],
-        "xtuner_config": _training_config(plan),
-    }
+    return json_bytes(
+        {
+            "schema": SCHEMA,
+            "tool": {"name": TOOL, "version": version()},
+            "checkpoint": {
+                "layout": checkpoint.artifact.layout,
+                "iteration": checkpoint.artifact.iteration,
+                "files": _files(checkpoint.artifact.files),
+            },
+            "parts": {name: _part(part) for name, part in parts.items()},
+            "base_files": _files(checkpoint.base_files),
+            "mapping": {
+                "family": plan.mapping.family,
+                "becomes": plan.mapping.target_class,
+                "format": plan.mapping.format,
+                "files": [{"name": f.name, "sha256": f.sha256} for f in plan.mapping.files],
+            },
+            **plan.fidelity.to_dict(),
+            "dtype": plan.dtype,
+            "options": {
+                name: redact_name(str(value)) if isinstance(value, str | PathLike) else value
+                for name, value in decided(options).items()
+            },
+            "chat": {
+                "template": plan.chat.template,
+                "prompt": prompt_text(plan.chat.prompt, "{question}") if plan.chat.prompt else None,
+                "stop_words": list(plan.chat.stop_words),
+            },
+            "shards": [],
+            "files": {
+                name: {"blake3": blake3(data).hexdigest()} for name, data in plan.files.items()
+            },
+            "dropped": [
+                {"component": component, "name": d.name, "because": d.because}
+                for component, d in plan.dropped
+            ],
+            "nonfinite": [],
+            "notes": [redact_text(note) for note in plan.notes],
+            "xtuner_config": _training_config(plan),
+        }
+    )
 
 
-def plan_identity(plan: Plan, version: str) -> str:
-    """Text that differs whenever other tensors would be written."""
-    lines = [version, plan.dtype, *(f"{f.name} {f.sha256}" for f in plan.mapping.files)]
-    checkpoint = plan.checkpoint
-    for file in (*checkpoint.artifact.files, *checkpoint.base_files):
-        lines.append(f"{file.name} {file.size} {file.digest}")
-    # A header says nothing of the data behind it, so the time of the last change must do.
-    lines += sorted(f"{file.path.name} {file.mtime_ns}" for file in sources(plan))
-    lines += [checkpoint.llm.origin, checkpoint.visual_encoder.origin]
-    lines += [f"{p.name} {p.component} {','.join(p.sources)} {p.rule}" for p in plan.tensors]
-    return "\n".join(lines)
+def with_closed_record(files: Mapping[str, bytes], written: Written) -> dict[str, bytes]:
+    """`files` with what only writing says in the record: the shards, and NaN that was there."""
+    values = json.loads(files[RECORD_NAME])
+    values["shards"] = [
+        {"file": shard.filename, "bytes": shard.size, "blake3": shard.blake3}
+        for shard in written.shards
+    ]
+    values["nonfinite"] = [
+        {"name": each.name, "nan": each.nan, "infinite": each.infinite}
+        for each in written.nonfinite
+    ]
+    return {**files, RECORD_NAME: json_bytes(values)}
+
+
+def identity(plan: Plan) -> tuple[str, dict[str, str]]:
+    """A hash that differs whenever files of OUT would, and what decides them, as texts by name."""
+    described = describe(json.loads(plan.files[RECORD_NAME]), sources(plan))
+    made = [f"{p.name} {p.component} {','.join(p.sources)} {p.rule}" for p in plan.tensors]
+    decisive = sorted(f"{key} {value}" for key, value in outcome(described).items())
+    return plan.shards.fingerprint("\n".join([*made, *decisive])), described
 
 
 def sources(plan: Plan) -> set[SourceFile]:
@@ -142,13 +144,6 @@ def outcome(described: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in described.items() if not k.startswith("--") or k == "--weights"}
 
 
-def fingerprint(plan: Plan, version: str, described: Mapping[str, str]) -> str:
-    """A hash that differs whenever the files of OUT would be others."""
-    lines = [plan.shards.fingerprint(plan_identity(plan, version))]
-    lines += sorted(f"{key} {value}" for key, value in outcome(described).items())
-    return blake3("\n".join(lines).encode()).hexdigest()
-
-
 def _items(value: Json, key: str) -> Json:
     return value.get(key) if isinstance(value, dict) else None
 
@@ -159,9 +154,9 @@ def _text(record: Mapping[str, Json], key: str) -> str:
 
 def _part(part: Part) -> dict[str, Json]:
     record: dict[str, Json] = {
-        "weights": published_text(part.origin),
+        "weights": redact_text(part.origin),
         "trained": part.trained,
-        "base": published_name(part.name) if part.name is not None else None,
+        "base": redact_name(part.name) if part.name is not None else None,
     }
     if part.adapter is not None and part.adapter.settings is not None:
         used = part.adapter.settings
@@ -186,6 +181,6 @@ def _training_config(plan: Plan) -> Json:
     if training_config is None:
         return None
     return {
-        used.name: published_name(used.value) if isinstance(used.value, str) else used.value
+        used.name: redact_name(used.value) if isinstance(used.value, str) else used.value
         for used in training_config.used
     }

@@ -16,8 +16,13 @@ import pytest
 
 from hub_server import HubServer
 from xtuner2llava import CheckpointError
-from xtuner2llava.metadata.redaction import LEFT_OUT, published_config
-from xtuner2llava.planning.published import published_json, published_name, published_text
+from xtuner2llava.planning.redaction import (
+    LEFT_OUT,
+    redact_config,
+    redact_json,
+    redact_name,
+    redact_text,
+)
 
 # What a training machine may have in its config, and nobody shall see.
 CLIP = "openai/clip-vit-large-patch14-336"
@@ -140,7 +145,7 @@ def test_the_config_is_published_only_when_asked_for(checkpoints: Path, tmp_path
 
 
 def test_the_config_says_what_was_trained() -> None:
-    text = published_config(CONFIG, "config.py")
+    text = redact_config(CONFIG, "config.py")
     tree = ast.parse(text)
     assert len(tree.body) == len(ast.parse(CONFIG).body)
     for kept in (
@@ -162,13 +167,13 @@ def test_templates_and_tokens_of_the_tokenizer_stay() -> None:
         "tokenizer = dict(pad_token='<|endoftext|>', bos_token='<s>')\n"
         "llm_name_or_path = 'Qwen/Qwen1.5-7B-Chat'\nepochs = 3\nbetas = (0.9, 0.999)\n"
     )
-    assert published_config(text, "x").partition("left out.\n")[2] == text
+    assert redact_config(text, "x").partition("left out.\n")[2] == text
 
 
 @pytest.mark.parametrize("text", ["a = (", "a = '\0'", "(" * 5000 + ")" * 5000])
 def test_what_is_no_config_is_refused(text: str) -> None:
     with pytest.raises(CheckpointError, match="cannot be published"):
-        published_config(text, "x")
+        redact_config(text, "x")
 
 
 @pytest.mark.parametrize(
@@ -185,20 +190,18 @@ def test_what_is_no_config_is_refused(text: str) -> None:
     ],
 )
 def test_names(name: str, published: str) -> None:
-    assert published_name(name) == published
+    assert redact_name(name) == published
 
 
 def test_texts_lose_their_paths() -> None:
     text = "mm_vision_tower is '/data/ann/clip', as ~/x/config.py has it (https://a.b/c/d)"
-    assert published_text(text) == (
-        "mm_vision_tower is 'clip', as config.py has it (https://a.b/c/d)"
-    )
+    assert redact_text(text) == ("mm_vision_tower is 'clip', as config.py has it (https://a.b/c/d)")
 
 
 def test_json_keeps_all_other_bytes() -> None:
     data = b'{"name_or_path" :  "/data/\xc3\xa9/qwen",\n "x": "/data/kept", "tokenizer_file": null}'
-    assert published_json(data) == (
+    assert redact_json(data) == (
         b'{"name_or_path" :  "qwen",\n "x": "/data/kept", "tokenizer_file": null}'
     )
     for same in (b"no JSON", b"[1]", b'{"name_or_path": "Qwen/Qwen2-7B"}', b"\xff"):
-        assert published_json(same) == same
+        assert redact_json(same) == same

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -187,16 +187,18 @@ def crc32_of(piece: FileRange) -> int:
     return found
 
 
-def require_member(file: SourceFile, member: ZipMember, tensors: str = "") -> None:
+def require_member(
+    file: SourceFile, member: ZipMember, tensors: Callable[[], str] = lambda: ""
+) -> None:
     """Reads all of `member`; raises `CorruptFileError` if it does not match its CRC-32.
 
-    The error ends with `tensors`, which says what lies in it.
+    The error ends with what `tensors` returns, which says what lies in it.
     """
     found = crc32_of(FileRange(file, member.offset, member.length))
     if found != member.crc32:
         raise CorruptFileError(
             f"entry '{member.name}' is damaged: its bytes have the CRC-32 {found:08x}, "
-            f"the file says {member.crc32:08x}{tensors}",
+            f"the file says {member.crc32:08x}{tensors()}",
             where=str(file.path),
             advice="Copy or download the file again.",
         )

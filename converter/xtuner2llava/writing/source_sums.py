@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from xtuner2llava.errors import VerificationError
@@ -89,7 +89,7 @@ class SourceSums:
                 reading = self._reading.setdefault((file, member), threading.Lock())
             with reading:
                 if (file, member) not in self._right:
-                    require_member(file, member, self._tensors_in(file, member))
+                    require_member(file, member, partial(self._tensors_in, file, member))
                     self._right.add((file, member))
 
     def add(self, sums: Iterable[RangeSum], compare: Callable[[Shard], None]) -> None:
@@ -130,13 +130,13 @@ class SourceSums:
                 self._raise(file, member, compare)
 
     def _raise(self, file: SourceFile, member: ZipMember, compare: Callable[[Shard], None]) -> None:
-        names = self._tensors_in(file, member)
-        require_member(file, member, names)
+        require_member(file, member, partial(self._tensors_in, file, member))
         for shard in self._shards:
             if any(p.member == member and p.file == file for p in _extents(shard)):
                 compare(shard)
         raise VerificationError(
-            f"what was made of entry '{member.name}' does not match its CRC-32{names}",
+            f"what was made of entry '{member.name}' does not match its CRC-32"
+            f"{self._tensors_in(file, member)}",
             where=str(file.path),
             advice="The disk or memory of this machine may be faulty: convert again.",
         )

@@ -24,7 +24,9 @@ def make(checkpoints: Path, case: str, llm: str, **options: Any) -> Plan:
 def test_float32_that_is_rounded_to_bfloat16_is_said(checkpoints: Path) -> None:
     made = make(checkpoints, "qwen2_e_full_fullvis/iter_2.pth", "llm_qwen2")
     assert made.dtype == made.config["torch_dtype"] == "bfloat16"
-    assert any("--dtype float16 rounds once instead of twice" in note for note in made.notes)
+    assert any(
+        "--dtype float16 rounds once for that, instead of twice" in note for note in made.notes
+    )
 
 
 def test_float16_that_is_rounded_to_bfloat16_is_said(checkpoints: Path) -> None:

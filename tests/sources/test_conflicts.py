@@ -228,7 +228,7 @@ def test_signs_of_a_merged_base_where_the_recorded_one_is_not_here(
     assert len(opened.notes) == bool(signs)
     for sign in signs:
         assert sign in opened.notes[0]
-        assert "now in them twice: give the base model with --llm" in opened.notes[0]
+        assert "now in them twice. Give the base model with --llm" in opened.notes[0]
 
 
 def test_a_base_with_tensors_of_this_training(run: Run) -> None:

@@ -312,8 +312,8 @@ def try_model(
     there is one. A QUESTION with <image> in it is the whole prompt.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from xtuner2llava.cli.answering import QUESTION, answer, memory_needed
     from xtuner2llava.cli.rendering import size
+    from xtuner2llava.inference.answering import QUESTION, answer, memory_needed
 
     folder = Path(out)
     if not quiet:
@@ -342,7 +342,7 @@ def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given:
     options = flags.collect(VerifyOptions, given)
     # Configs of LLaVA are not transformers' own, of which it would warn.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from xtuner2llava.cli.verification import render_verification
+    from xtuner2llava.cli.rendering import render_verification
     from xtuner2llava.verification import verify_folder
 
     with progress(quiet=quiet) as on_progress:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import OutputError
 
@@ -18,6 +18,24 @@ if TYPE_CHECKING:
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _TOWER = "openai/clip-vit-base-patch16"
+_LLM: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+_VISION: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 16,
+}
 # What mmengine writes as a run's resolved config; only what a conversion reads.
 _CONFIG = """\
 llava_dataset = dict(
@@ -75,28 +93,8 @@ def make_demo_files(folder: Path) -> DemoFiles:
         path.mkdir(parents=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        llm = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=320,
-                hidden_size=64,
-                intermediate_size=112,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                tie_word_embeddings=False,
-            )
-        )
-        tower = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=48,
-                intermediate_size=96,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=32,
-                patch_size=16,
-            )
-        )
+        llm = Qwen2ForCausalLM(Qwen2Config(**_LLM))
+        tower = CLIPVisionModel(CLIPVisionConfig(**_VISION))
         projector = torch.nn.Sequential(
             torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)
         )
@@ -106,18 +104,11 @@ def make_demo_files(folder: Path) -> DemoFiles:
         {
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",
-            "vocab_size": 320,
-            "hidden_size": 64,
-            "intermediate_size": 112,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
             "rms_norm_eps": 1e-6,
             "rope_theta": 10000.0,
             "hidden_act": "silu",
-            "tie_word_embeddings": False,
             "torch_dtype": "float16",
+            **_LLM,
         },
     )
     _write_tower(files.vision, tower.state_dict())
@@ -156,17 +147,7 @@ def _write_tower(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
              for n, t in tensors.items() if not n.endswith("position_ids")}  # fmt: skip
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     _write_config(
-        folder,
-        {
-            "architectures": ["CLIPVisionModel"],
-            "model_type": "clip_vision_model",
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "patch_size": 16,
-        },
+        folder, {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **_VISION}
     )
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -184,10 +165,7 @@ def _write_tokenizer(folder: Path) -> None:
     decoder = {
         str(len(vocab) + index): {
             "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
+            **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
             "special": True,
         }
         for index, token in enumerate(_SPECIAL)

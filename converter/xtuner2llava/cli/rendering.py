@@ -1,20 +1,25 @@
-"""Plans, inspections and reports as text for a terminal."""
+"""Results as text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from xtuner2llava.cli.terminal import table
+from xtuner2llava.cli.terminal import columns, table
 from xtuner2llava.errors import listed
-from xtuner2llava.hub.upload import Pushed
-from xtuner2llava.inspection.inspection import Inspection, Target
 from xtuner2llava.mapping import fold
 from xtuner2llava.metadata import CARD_NAME
-from xtuner2llava.metadata.report import Report
-from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.writing.out_record import RECORD_NAME
 
+if TYPE_CHECKING:
+    from xtuner2llava.hub.upload import Pushed
+    from xtuner2llava.inspection.inspection import Inspection, Target
+    from xtuner2llava.metadata.report import Report
+    from xtuner2llava.planning.plan import Plan, PlannedTensor
+    from xtuner2llava.verification.outcome import Verification
+
+_WIDTH = 110  # characters, where the output is not a terminal
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
@@ -182,6 +187,13 @@ def render_pushed(pushed: Pushed) -> str:
     if pushed.removed:
         text.append(f"Weights of an earlier model were removed: {', '.join(pushed.removed)}")
     return "\n".join([*text, *(f"Note: {note}" for note in pushed.notes)])
+
+
+def render_verification(verification: Verification) -> str:
+    """One row for each check, its detail wrapped, and the verdict."""
+    rows = [(check.name, check.result, check.detail) for check in verification.checks]
+    text = table(rows, ("check", "result", "detail"), width=columns() or _WIDTH)
+    return "\n".join([f"{verification.out}:", "", text, "", verification.verdict])
 
 
 def tree(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from xtuner2llava.sources import Part
 from xtuner2llava.storage.json_file import integer
 
 CARD_NAME = "README.md"
+_ADVICE = re.compile(r"--[a-z]|Give .*--[a-z]")
 MARK = (
     "<!-- Written by xtuner2llava. Take this line out to keep your own text when it is pushed "
     "again. -->"
@@ -42,7 +44,7 @@ def model_card(plan: Plan, options: ConvertOptions, template: CardTemplate | Non
         "usage": usage(plan),
         "prompt": "\n".join(_prompt(plan)),
         "conversion": _conversion(plan, options),
-        "caveats": "\n".join(f"- {redact_text(note)}" for note in plan.notes),
+        "caveats": "\n".join(f"- {note}" for note in map(_for_readers, plan.notes) if note),
     }
     metadata = front_matter(plan)
     if template is not None:
@@ -59,6 +61,12 @@ def model_card(plan: Plan, options: ConvertOptions, template: CardTemplate | Non
 def is_generated(text: str) -> bool:
     """Whether a card is ours to replace."""
     return MARK in text
+
+
+def _for_readers(note: str) -> str:
+    """`note` without sentences that tell which flag to give: a reader has nothing to convert."""
+    sentences = re.split(r"(?<=[.!?]) ", redact_text(note))
+    return " ".join(text for text in sentences if not _ADVICE.match(text))
 
 
 def _summary(plan: Plan) -> str:

@@ -119,7 +119,7 @@ def _sglang(plan: Plan) -> str:
     if not fits:
         return ""
     if plan.config.get("model_type") != "llava":
-        return "\nSGLang needs the same converted with `--model-type llava`.\n"
+        return "\nSGLang does not load it: it looks for `model_type: llava` in config.json.\n"
     return f"\n{_SGLANG.format(name=plan.suggested_name)}"
 
 

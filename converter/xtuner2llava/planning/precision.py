@@ -30,12 +30,12 @@ def dtype_to_write(
     if chosen == "bfloat16" and stored == {"float32"}:
         findings.note(
             "The weights are float32 and are rounded to bfloat16, the base's dtype. LLaVA "
-            "itself loads as float16: for that, --dtype float16 rounds once instead of twice."
+            "itself loads as float16. --dtype float16 rounds once for that, instead of twice."
         )
     if len(stored) == 1 and chosen not in stored and "float32" not in stored:
         findings.note(
             f"The LLM is stored as {stored.pop()} and is rounded to {chosen}, the dtype of "
-            "the given base; --dtype keep leaves it as it is."
+            "the given base. --dtype keep leaves it as it is."
         )
     return chosen
 

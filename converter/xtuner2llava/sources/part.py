@@ -374,7 +374,7 @@ class PartAssembly:
             self.notes.append(
                 f"The adapter of the {self.title} is merged onto {self.flag} '{given}', but "
                 f"{' and '.join(signs)}. If the adapter is in those weights already (`xtuner "
-                f"convert merge`), it is now in them twice: give the base model with {self.flag}."
+                f"convert merge`), it is now in them twice. Give the base model with {self.flag}."
             )
 
     def _signs_of_a_merge(

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from reference.cases import Converted
 from xtuner2llava import ConversionError
-from xtuner2llava.cli.answering import answer, memory_needed
 from xtuner2llava.cli.commands import main
+from xtuner2llava.inference.answering import answer, memory_needed
 from xtuner2llava.options import TryOptions
 
 DATA = Path(__file__).parents[1] / "data/answers"

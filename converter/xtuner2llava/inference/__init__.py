@@ -1,0 +1,1 @@
+"""What a converted model answers: it is loaded and run, with transformers."""

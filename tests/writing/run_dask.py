@@ -26,9 +26,9 @@ def die_once(marker: str, function: Any, *arguments: Any) -> Any:
     import os
     import signal
 
-    from xtuner2llava.writing import shard_file
+    from xtuner2llava.writing import verify
 
-    write_all = shard_file.write_all
+    write_all = verify.write_all
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -40,7 +40,7 @@ def die_once(marker: str, function: Any, *arguments: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         write_all(descriptor, data, offset)
 
-    shard_file.write_all = kill
+    verify.write_all = kill
     return function(*arguments)
 
 

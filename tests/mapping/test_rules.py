@@ -81,8 +81,9 @@ def test_keep_rename_move_are_the_same_tensors(given: Given) -> None:
     assert applied.origins["c"].verb == "rename"
 
 
-def test_split_takes_rows_in_order(given: Given) -> None:
-    text = "- {split: qkv, into: [q, k, v], sizes: [h, 2, h // 3]}"
+@pytest.mark.parametrize("dim", ["", ", dim: 0"])
+def test_split_takes_rows_in_order(given: Given, dim: str) -> None:
+    text = f"- {{split: qkv, into: [q, k, v], sizes: [h, 2, h // 3]{dim}}}"
     outputs = run(text, given({"qkv": [6, 2]}), {"h": 3}).outputs
     assert rows(outputs["q"]) == [[0, 1], [2, 3], [4, 5]]
     assert rows(outputs["k"]) == [[6, 7], [8, 9]]

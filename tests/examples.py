@@ -25,6 +25,8 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[\w ]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
+# A command, which goes on after a backslash, and its output.
+COMMAND = re.compile(r"((?:[^\n]*\\\n)*[^\n]*)\n?(.*)", re.DOTALL)
 # Seconds, and the bytes of a folder, which change with the words of its model card.
 CHANGING = re.compile(r"\b\d+\.\d s\b|\b\d+\.\d\d kB(?= in \d+ shard)")
 # The lines that a command writes about its stages where stderr is not a terminal, as here.
@@ -52,7 +54,7 @@ def examples(page: Path) -> Iterator[Example]:
             yield Example("python", block["text"])
         if block["language"] == "console":
             for part in re.split(r"^\$ ", block["text"], flags=re.MULTILINE)[1:]:
-                command, _, output = part.partition("\n")
+                command, output = COMMAND.fullmatch(part).groups()  # type: ignore[union-attr]
                 yield Example("console", command, output)
 
 

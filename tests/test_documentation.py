@@ -196,6 +196,11 @@ def test_lines_and_sentences_are_short(page: Path) -> None:
         assert long_sentences(prose(page)) == []
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("tests/end_to_end/days/*.md")), ids=name_of)
+def test_lines_of_the_days_are_short(page: Path) -> None:
+    assert long_lines(page.read_text(encoding="utf-8")) == []
+
+
 def test_long_ones_are_found() -> None:
     assert long_sentences("word " * 31 + ".") and not long_sentences("word " * 29 + ". word.")
     assert long_sentences("- one\n- " + "word " * 31) and not long_sentences("- word\n" * 40)
@@ -206,3 +211,24 @@ def test_the_readme_is_short_and_its_number_is_right() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_README
     assert f"a list of {len(ALLOWED)} is refused" in text
+
+
+# What a user of LLaVA models knows; everything else in capitals must be explained where it stands.
+STANDARD = frozenset(
+    "API CLIP CPU DeepSpeed GB GELU GGUF GPU GitHub InternLM LLM LLMs LLaVA LoRA MB PyTorch SGLang "
+    "README vLLM LMDeploy SECURITY CONTRIBUTING CHANGELOG CITATION LICENSE NeXT XTuner".split()
+)
+EXPLAINED = {
+    "CHECKPOINT": "checkpoint is an `iter_N.pth` file",
+    "OUT": "OUT, the folder that is written",
+    "QLoRA": "QLoRA adapters are merged onto the unquantised base",
+    "IMAGE": "try OUT IMAGE QUESTION` answers",
+    "QUESTION": "try OUT IMAGE QUESTION` answers",
+}
+
+
+def test_the_terms_of_the_readme_are_standard_or_explained() -> None:
+    text = " ".join(prose(README).split())
+    words = {word for word in re.findall(r"[A-Za-z]+", text) if re.search(r"[A-Z].*[A-Z]", word)}
+    assert sorted(words - STANDARD - EXPLAINED.keys()) == []
+    assert {term for term, where in EXPLAINED.items() if where not in text} == set()

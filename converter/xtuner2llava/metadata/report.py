@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.programs import PROGRAMS
 from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:

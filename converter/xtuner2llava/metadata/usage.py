@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.programs import PROGRAMS
 
 _QUESTION = "What is in this picture?"
 _LONGEST_PROMPT = 2000

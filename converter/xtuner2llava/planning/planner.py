@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
+from xtuner2llava.errors import ConversionError, Fault, PlanError, UnsupportedError, raise_faults
 from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit, PlainClass
-from xtuner2llava.options import Options, parse_size
+from xtuner2llava.options import Options, flag, parse_size
+from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.chat import with_trained_bos, with_trained_chat
 from xtuner2llava.planning.config import json_bytes, output_config
 from xtuner2llava.planning.fidelity import Fidelity
@@ -28,7 +29,6 @@ from xtuner2llava.planning.placement import in_dtype, place, unchecked_note
 from xtuner2llava.planning.plan import Chat, MappingInUse, Plan
 from xtuner2llava.planning.precision import config_dtype, dtype_to_write
 from xtuner2llava.planning.processor import padding_note, processor_files
-from xtuner2llava.planning.program import check_program
 from xtuner2llava.planning.projector import depth_of
 from xtuner2llava.planning.redaction import cached_id, redact_json
 from xtuner2llava.planning.tokens import (
@@ -204,7 +204,7 @@ class _Planner:
         trained = attempt(lambda: training_tokenizer(checkpoint, options.tokenizer, found))
         base_tokenizer = trained.tokenizer if trained is not None else None
         tokenizer = attempt(lambda: self._tokenizer(base_tokenizer, family))
-        attempt(lambda: check_program(options.for_, family))
+        attempt(lambda: _check_program(options.for_, family))
         images = attempt(lambda: image_processor_of(checkpoint, found))
         tower_name = attempt(lambda: self._tower_name(images))
         translated = attempt(
@@ -525,6 +525,21 @@ class _Planner:
             aspect_ratio=ratio,
         )
         return tokenizer, {**tokenizer.made, **made}
+
+
+def _check_program(name: str | None, family: Family | None) -> None:
+    """Raises `UnsupportedError` where the program does not have the class that the LLM becomes."""
+    if name is None or family is None or PROGRAMS[name].takes(family.target_class.name):
+        return
+    others = [
+        other for other, program in PROGRAMS.items() if program.takes(family.target_class.name)
+    ]
+    raise UnsupportedError(
+        f"{PROGRAMS[name].title} has no class for {family.target_class.architecture}, which this "
+        "LLM becomes",
+        where=flag("for_"),
+        advice=f"Programs that have one: {', '.join(others)}.",
+    )
 
 
 def _files_of_bases(prepared: _Prepared) -> dict[str, bytes]:

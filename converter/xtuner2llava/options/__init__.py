@@ -15,7 +15,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from xtuner2llava.errors import Fault, UsageError, raise_faults
-from xtuner2llava.planning.programs import PROGRAMS
+from xtuner2llava.options.programs import PROGRAMS
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -9,14 +9,11 @@ publish   OUT.partial becomes OUT, or a commit on the Hub          hub/
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import OutputError
 from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import ConvertOptions, InspectOptions, Options, PathOrText, PushOptions
 from xtuner2llava.planning.plan import Plan
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
     from xtuner2llava.inspection.inspection import Inspection
     from xtuner2llava.metadata.finished_output import FinishedOutput
     from xtuner2llava.metadata.report import Report
-    from xtuner2llava.writing import OutputFolder, Written, WrittenShard
+    from xtuner2llava.writing import OutputFolder, Written
 
 
 def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) -> Report:
@@ -51,7 +48,7 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
     conversion = _Conversion(Path(out), planned, options, destination, stages)
     finished = None if options.overwrite else finished_output(Path(out), planned)
     if finished is not None:
-        return conversion.report(finished, conversion.push(), already=True)
+        return conversion.report(finished, None, conversion.push())
     if destination is not None and options.low_disk:
         return conversion.write_to_hub(destination)
     return conversion.write()
@@ -112,7 +109,7 @@ class _Conversion:
             with self.stages.stage("publish"):
                 folder.publish()
         pushed = self.push(tuple(finished.blake3))
-        return self.report(finished, pushed, shards=written.shards)
+        return self.report(finished, written, pushed)
 
     def write_to_hub(self, destination: Destination) -> Report:
         """Sends each shard and removes it before the next is written: OUT does not appear."""
@@ -126,7 +123,7 @@ class _Conversion:
             finished = self._describe(folder, written)
             with self.stages.stage("publish"):
                 pushed = publish_small_files(upload, folder.path)
-        return self.report(finished, pushed, shards=written.shards)
+        return self.report(finished, written, pushed)
 
     def push(self, shards: tuple[str, ...] | None = None) -> Pushed | None:
         """Publishes OUT if asked to; it is checked, unless its `shards` were just written."""
@@ -143,47 +140,20 @@ class _Conversion:
         return pushed
 
     def report(
-        self,
-        finished: FinishedOutput,
-        pushed: Pushed | None,
-        *,
-        already: bool = False,
-        shards: Sequence[WrittenShard] = (),
+        self, finished: FinishedOutput, written: Written | None, pushed: Pushed | None
     ) -> Report:
-        """What was done; `already` says that OUT was finished before."""
-        from xtuner2llava.mapping import model_name
-        from xtuner2llava.metadata.report import Report, folder_name_warnings, next_steps
+        from xtuner2llava.metadata.report import Report
 
-        name = model_name(self.out) if pushed is None else pushed.repo_id.rpartition("/")[2]
-        return Report(
-            out=None if self.options.low_disk and not already else self.out,
-            plan=self.plan,
-            files=dict(sorted(finished.files.items())),
-            blake3=dict(finished.blake3),
-            seconds=self.stages.seconds,
-            verified=self.options.verify and not already,
-            resumed=tuple(shard.filename for shard in shards if shard.kept),
-            kept_bytes=sum(shard.kept_bytes for shard in shards),
-            nonfinite=finished.nonfinite,
-            warnings=folder_name_warnings(self.plan, name),
-            next_steps=next_steps(self.plan),
-            pushed=pushed,
-            already_converted=already,
-        )
+        seconds = self.stages.seconds
+        return Report.of(self.plan, self.out, self.options, finished, written, pushed, seconds)
 
     def _folder(self) -> OutputFolder:
         from xtuner2llava.metadata.record import identity
-        from xtuner2llava.sources.xtuner_folder import PART_FOLDERS
+        from xtuner2llava.sources.xtuner_folder import check_no_part
         from xtuner2llava.writing import OutputFolder
 
         checkpoint = self.plan.checkpoint
-        home, out = (Path(os.path.realpath(p)) for p in (checkpoint.artifact.path, self.out))
-        if out.parent == home and out.name in PART_FOLDERS:
-            raise OutputError(
-                f"would be read as a part of the checkpoint {home.name}",
-                where=str(self.out),
-                advice="Choose another OUT.",
-            )
+        check_no_part(checkpoint.artifact.path, self.out)
         read = (checkpoint.artifact.path, checkpoint.llm.folder, checkpoint.visual_encoder.folder)
         fingerprint, described = identity(self.plan)
         return OutputFolder(

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtuner2llava.mapping import model_name
+from xtuner2llava.metadata.finished_output import FinishedOutput
+from xtuner2llava.options import ConvertOptions
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.storage.json_file import Json
+from xtuner2llava.writing import Written
 
 if TYPE_CHECKING:
     from xtuner2llava.hub.upload import Pushed
@@ -43,6 +47,36 @@ class Report:
     already_converted: bool = False
     kept_bytes: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        out: Path,
+        options: ConvertOptions,
+        finished: FinishedOutput,
+        written: Written | None,
+        pushed: Pushed | None,
+        seconds: Mapping[str, float],
+    ) -> Report:
+        """The report on the output `finished`; nothing `written` says that it was there before."""
+        shards = () if written is None else written.shards
+        name = model_name(out) if pushed is None else pushed.repo_id.rpartition("/")[2]
+        return cls(
+            out=None if options.low_disk and written is not None else out,
+            plan=plan,
+            files=dict(sorted(finished.files.items())),
+            blake3=dict(finished.blake3),
+            seconds=seconds,
+            verified=options.verify and written is not None,
+            resumed=tuple(shard.filename for shard in shards if shard.kept),
+            kept_bytes=sum(shard.kept_bytes for shard in shards),
+            nonfinite=finished.nonfinite,
+            warnings=_folder_name_warnings(plan, name),
+            next_steps=next_steps(plan),
+            pushed=pushed,
+            already_converted=written is None,
+        )
+
     @property
     def nbytes(self) -> int:
         return sum(self.files.values())
@@ -68,7 +102,7 @@ class Report:
         }  # fmt: skip
 
 
-def folder_name_warnings(plan: Plan, out: str) -> tuple[str, ...]:
+def _folder_name_warnings(plan: Plan, out: str) -> tuple[str, ...]:
     """How to rename the folder where LLaVA would load another class; `out` is its name."""
     reasons = plan.folder_name.reasons(out)
     if plan.processor is not None or not reasons:

@@ -8,10 +8,11 @@ adapters, so that XTuner's chat and VLMEvalKit find everything in one folder.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from xtuner2llava.errors import CorruptFileError, UnsupportedError
+from xtuner2llava.errors import CorruptFileError, OutputError, UnsupportedError
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.storage.fingerprint import Fingerprint
@@ -33,6 +34,17 @@ _INCOMPLETE = "Is the download complete?"
 # The folders of an XTuner folder, by what they hold.
 ADAPTERS = {LLM: f"{LLM}_adapter", VISUAL_ENCODER: f"{VISUAL_ENCODER}_adapter"}
 PART_FOLDERS = frozenset({PROJECTOR, LLM, VISUAL_ENCODER, *ADAPTERS.values()})
+
+
+def check_no_part(checkpoint: Path, out: Path) -> None:
+    """Raises `OutputError` where a folder `out` would be read as a part of `checkpoint`."""
+    home, out_path = (Path(os.path.realpath(path)) for path in (checkpoint, out))
+    if out_path.parent == home and out_path.name in PART_FOLDERS:
+        raise OutputError(
+            f"would be read as a part of the checkpoint {home.name}",
+            where=str(out),
+            advice="Choose another OUT.",
+        )
 
 
 def is_xtuner_folder(path: Path) -> bool:

@@ -327,7 +327,7 @@ def test_places_are_filled(checkpoints: Path, tmp_path: Path) -> None:
     [
         ("{{ nothing }}", "has no place 'nothing'"),
         ("---\nlicense: [mit\n---\n", "its metadata between --- lines"),
-        ("---\n- mit\n---\n", "is no mapping of names to values"),
+        ("---\n- mit\n---\n", "is not a mapping of names to values"),
         ("---\na: &x [1]\nb: *x\n---\n", "has YAML references"),
     ],
 )

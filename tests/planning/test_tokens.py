@@ -123,7 +123,7 @@ def test_who_asks_for_the_bos_token_gets_it(checkpoints: Path, tmp_path: Path) -
 
 
 def test_a_bos_token_must_be_a_token(checkpoints: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=r"\?' is no token of the tokenizer"):
+    with pytest.raises(ConversionError, match=r"\?' is not a token of the tokenizer"):
         make(checkpoints, base(checkpoints, tmp_path), bos_token=f"{BEGIN}?")
 
 

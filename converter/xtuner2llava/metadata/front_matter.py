@@ -81,7 +81,7 @@ def split(text: str) -> tuple[str | None, str]:
 
 
 def parse(text: str) -> dict[str, Json]:
-    """The metadata that `text` spells. Raises `ValueError` where it is no plain YAML mapping."""
+    """The metadata that `text` spells. Raises `ValueError` where it is not a plain YAML mapping."""
     import yaml
 
     if len(text) > _MAX_YAML_BYTES:
@@ -101,7 +101,7 @@ def parse(text: str) -> dict[str, Json]:
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError("is no mapping of names to values")
+        raise ValueError("is not a mapping of names to values")
     return values
 
 

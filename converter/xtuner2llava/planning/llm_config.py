@@ -60,5 +60,5 @@ def _json(value: Value, where: str) -> Json:
         return value
     if isinstance(value, Reference):
         return value.path.rpartition(".")[2]
-    what = value.reason if isinstance(value, Unknown) else "it is no value of a config"
+    what = value.reason if isinstance(value, Unknown) else "it is not a value of a config"
     raise PlanError(f"cannot be read as data: {what}", where=where)

@@ -278,7 +278,7 @@ class _Planner:
     def _prepare(self, parts: _Parts) -> _Prepared:
         """All that follows from parts without faults, and needs no tensors."""
         format_, found, training_config = self._format, self._found, self._training_config
-        # Without faults, all of these are there; mypy is told so.
+        # Without faults, all of these are there, which mypy does not know.
         assert parts.family and parts.llm_config and parts.values and parts.tokenizer  # noqa: S101
         assert parts.tower and parts.images and parts.layer is not None  # noqa: S101
         base_generation = self._base_generation()

@@ -113,7 +113,7 @@ def redact_config(text: str, where: str) -> str:
             return f"{_HEAD}{ast.unparse(_Scrub().visit(tree))}\n"
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(
-            f"cannot be published ({type(error).__name__}: it is no plain Python)",
+            f"cannot be published ({type(error).__name__}: it is not plain Python)",
             where=where,
             advice="Leave --include-xtuner-config out.",
         ) from error

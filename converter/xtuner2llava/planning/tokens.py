@@ -61,7 +61,7 @@ def tokenizer_to_write(
     if given_bos is not None:
         if given_bos not in result.ids:
             raise UsageError(
-                f"'{given_bos}' is no token of the tokenizer in {tokenizer.folder}",
+                f"'{given_bos}' is not a token of the tokenizer in {tokenizer.folder}",
                 where="--bos-token",
             )
         if generation.bos not in (None, given_bos):

@@ -164,7 +164,7 @@ def _changes(arguments: Mapping[str, Value], where: str, findings: Findings) -> 
             faults.append(
                 Fault(
                     where,
-                    f"{name} is {shown(value)}, and no value of an image processor",
+                    f"{name} is {shown(value)}, which is not a value of an image processor",
                     "Name a config that says it as a constant with --xtuner-config FILE.py.",
                 )
             )

@@ -69,6 +69,6 @@ def check_projector_of(checkpoint: Checkpoint, llm: Mapping[str, object] | None)
 
 
 def tower_values(checkpoint: Checkpoint) -> Mapping[str, object]:
-    """The keys of the tower's config; empty where it is not to be had."""
+    """The keys of the tower's config; empty where it is not available."""
     config = checkpoint.visual_encoder.config
     return config.values if config is not None else {}

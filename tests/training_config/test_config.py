@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from xtuner2llava.errors import CheckpointError, UnsupportedError
-from xtuner2llava.training_config import Loaded, Reference, Table, TrainingConfig, UsedValue
+from xtuner2llava.training_config import (
+    Loaded,
+    Reference,
+    Table,
+    TrainingConfig,
+    TrainingData,
+    UsedValue,
+)
 
 CONFIG = """\
 from mmengine.hooks import CheckpointHook
@@ -173,9 +181,12 @@ def test_resolved_is_what_reading_the_config_gives() -> None:
         if isinstance(kind, property)
         and name not in ("model", "used", "llm_lora", "visual_encoder_lora")
     ]
-    assert len(plain) > 20
+    assert len(plain) > 15
     different = [name for name in plain if getattr(file, name) != getattr(stored, name)]
     assert different == ["quantization"]  # it keeps an imported class as it stands
+    data = [one.name for one in fields(TrainingData) if one.name != "used"]
+    assert len(data) > 10
+    assert [n for n in data if getattr(file.data, n) != getattr(stored.data, n)] == []
     assert {(u.name, u.value) for u in file.used} == {(u.name, u.value) for u in stored.used}
 
 
@@ -195,14 +206,14 @@ def test_every_field(text: str) -> None:
     assert (run.visual_select_layer, run.projector_depth) == (-2, 2)
     assert run.pretrained_pth == "./work_dirs/pretrain/iter_2181.pth"
     assert run.max_position_embeddings is None
-    assert run.max_length == 1472
-    assert run.image_aspect_ratio == "pad"
-    assert run.prompt_template == "qwen_chat"
-    assert run.image_processor.path == "openai/clip-vit-large-patch14-336"
-    assert run.tokenizer.path == "Qwen/Qwen1.5-7B-Chat"
-    assert (run.bos_token, run.eos_token) == ("<|im_start|>", "<|im_end|>")
-    assert run.stop_words == ("<|im_end|>", "<|endoftext|>")
-    assert run.system == "Be brief."
+    assert run.data.max_length == 1472
+    assert run.data.image_aspect_ratio == "pad"
+    assert run.data.prompt_template == "qwen_chat"
+    assert run.data.image_processor.path == "openai/clip-vit-large-patch14-336"
+    assert run.data.tokenizer.path == "Qwen/Qwen1.5-7B-Chat"
+    assert (run.data.bos_token, run.data.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert run.data.stop_words == ("<|im_end|>", "<|endoftext|>")
+    assert run.data.system == "Be brief."
     assert run.notes == ()
     assert run.llm_lora is not None
     assert run.visual_encoder_lora is not None
@@ -227,7 +238,11 @@ def test_defaults_are_those_of_llavamodel_and_peft() -> None:
     assert (run.visual_select_layer, run.projector_depth) == (-2, 2)
     assert run.llm_path is run.vision_path is run.llm_type is run.vision_type is None
     assert (run.llm_torch_dtype, run.pretrained_pth, run.quantization) == (None, None, None)
-    assert (run.image_aspect_ratio, run.max_length, run.prompt_template) == ("pad", None, None)
+    assert (run.data.image_aspect_ratio, run.data.max_length, run.data.prompt_template) == (
+        "pad",
+        None,
+        None,
+    )
     assert run.visual_encoder_lora is None
     lora = run.llm_lora
     assert lora is not None
@@ -393,7 +408,7 @@ def test_padding_is_gathered_from_all_datasets(
     datasets: str, ratio: str | None, noted: bool
 ) -> None:
     run = of_dataset(f"type='xtuner.dataset.ConcatDataset', datasets=[{datasets}]")
-    assert run.image_aspect_ratio == ratio
+    assert run.data.image_aspect_ratio == ratio
     assert bool(run.notes) is noted
 
 
@@ -402,8 +417,8 @@ def test_lengths_and_templates_of_several_datasets() -> None:
         "datasets=[dict(image_folder='a', max_length=5, template_map_fn=dict(template='x.y.a')),"
         " dict(image_folder='b', template_map_fn=dict(template='x.y.b'))]"
     )
-    assert run.max_length == 2048  # the default of LLaVADataset, longer than 5
-    assert run.prompt_template == "a"
+    assert run.data.max_length == 2048  # the default of LLaVADataset, longer than 5
+    assert run.data.prompt_template == "a"
     assert len(run.notes) == 2
 
 
@@ -413,7 +428,7 @@ def test_an_inline_template() -> None:
         f"datasets=[dict(image_folder='a', template_map_fn=dict(template={template})),"
         f"dict(image_folder='b', template_map_fn=dict(template={template}))]"
     )
-    assert run.prompt_template == {"SYSTEM": "s", "STOP_WORDS": ["e"]}
+    assert run.data.prompt_template == {"SYSTEM": "s", "STOP_WORDS": ["e"]}
     assert run.notes == ()
 
 
@@ -422,7 +437,7 @@ def test_the_arguments_of_an_image_processor() -> None:
         "image_folder='a', image_processor=dict(type='transformers.CLIPImageProcessor"
         ".from_pretrained', trust_remote_code=True, size=dict(height=1))"
     )
-    assert run.image_processor == Loaded("CLIPImageProcessor", None, {"size": {"height": 1}})
+    assert run.data.image_processor == Loaded("CLIPImageProcessor", None, {"size": {"height": 1}})
     assert run.notes == ()
 
 
@@ -432,8 +447,12 @@ def test_what_only_describes_never_fails() -> None:
         "prompt_template = build()\ntrain_dataloader = build()\ncustom_hooks = build()\n"
         "tokenizer = dict(bos_token=build())\nimage_processor = build()",
     )
-    assert (run.prompt_template, run.bos_token, run.image_aspect_ratio) == (None, None, "pad")
-    assert run.stop_words == ()
+    assert (run.data.prompt_template, run.data.bos_token, run.data.image_aspect_ratio) == (
+        None,
+        None,
+        "pad",
+    )
+    assert run.data.stop_words == ()
     assert len(run.notes) == 5
     assert sum(note.startswith("config.py:") for note in run.notes) == 4
     assert "`pad` is written" in " ".join(run.notes)
@@ -441,10 +460,10 @@ def test_what_only_describes_never_fails() -> None:
 
 def test_shared_and_endless_datasets_end() -> None:
     wide = "d = [dict(image_folder='a')]\n" + "d = d + d\n" * 19
-    assert of_dataset("datasets=d", wide).max_length == 2048
+    assert of_dataset("datasets=d", wide).data.max_length == 2048
     bomb = "d = [dict(image_folder='a')]\n" + "d = [dict(datasets=d), dict(datasets=d)]\n" * 30
     run = of_dataset("datasets=d", bomb)
-    assert run.max_length == 2048
+    assert run.data.max_length == 2048
 
 
 def test_quantization_keeps_names_as_they_stand() -> None:
@@ -456,7 +475,7 @@ def test_quantization_keeps_names_as_they_stand() -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_text("\ufeff" + CONFIG.replace("Be brief.", "简短回答。"), encoding="utf-8")
-    assert TrainingConfig.from_file(path).system == "简短回答。"
+    assert TrainingConfig.from_file(path).data.system == "简短回答。"
     path.write_bytes(CONFIG.replace("\n", "\r\n").encode())
     assert training_config(CONFIG).used == TrainingConfig.from_file(str(path)).used
 

@@ -172,7 +172,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
 def _bases(checkpoint: Checkpoint, found: Assessment) -> dict[str, Base]:
     """What is read of base models, tokenizer and all, beside what the training's records say."""
     training_config, tokenizer = checkpoint.training_config, found.base_tokenizer
-    named = training_config.tokenizer.path if training_config is not None else None
+    named = training_config.data.tokenizer.path if training_config is not None else None
     parts = {"llm": checkpoint.llm, "visual_encoder": checkpoint.visual_encoder}
     bases = {
         name: Base(part.name, None if part.folder is None else str(part.folder))

@@ -55,7 +55,7 @@ class _Advising:
 
     def ids(self, config: Mapping[str, Json], generation: Mapping[str, Json]) -> TokenIds:
         named = self._family.generation
-        stops = self._of_template(self._training_config.prompt_template)
+        stops = self._of_template(self._training_config.data.prompt_template)
         texts = TokenTexts(named.bos, named.eos, named.pad)
         return token_ids(self._written, texts, stops, generation, config)
 
@@ -74,24 +74,24 @@ class _Advising:
             )
             # The hook gives `generate` the bos id of its tokenizer, over that of generation_kwargs
             # (xtuner/engine/hooks/evaluate_chat_hook.py).
-            evaluation = training_config.evaluation
+            evaluation = training_config.data.evaluation
             if evaluation is not None and evaluation.bos_token is None and named.bos is not None:
                 yield Advice(
                     "EvaluateChatHook generates during training, with the bos id of its own "
                     "tokenizer, which transformers before 4.40 need. Training does not use it.",
                     f"tokenizer=dict(**tokenizer, bos_token={named.bos!r}),  # in EvaluateChatHook",
                 )
-        if training_config.bos_token not in (None, self._written.special("bos_token")):
+        if training_config.data.bos_token not in (None, self._written.special("bos_token")):
             harm = (
                 "LLaVA needs none there"
-                if training_config.bos_token == named.bos
+                if training_config.data.bos_token == named.bos
                 else "in LLaVA it would make prompts lose tokens after an image"
             )
             yield Advice(
-                f"The config gives the tokenizer the bos token {training_config.bos_token!r}. "
+                f"The config gives the tokenizer the bos token {training_config.data.bos_token!r}. "
                 f"Training does not use it; {harm}, so the converted tokenizer will be without it."
             )
-        if self._base.special("eos_token") is None and training_config.eos_token is None:
+        if self._base.special("eos_token") is None and training_config.data.eos_token is None:
             # xtuner/dataset/utils.py, get_bos_eos_token_ids
             yield Advice(
                 "The tokenizer has no eos token, and XTuner does not train without one.",
@@ -106,7 +106,7 @@ class _Advising:
 
     def template(self) -> Iterator[Advice]:
         """The prompt template of the LLM, where the config sets none."""
-        if self._training_config.prompt_template is not None:
+        if self._training_config.data.prompt_template is not None:
             return
         wanted = self._family.chat.template
         # A family may have members that speak otherwise, such as Phi-4 among Phi-3's.
@@ -125,15 +125,15 @@ class _Advising:
 
     def stop_words(self, ids: TokenIds) -> Iterator[Advice]:
         training_config = self._training_config
-        evaluation = training_config.evaluation
+        evaluation = training_config.data.evaluation
         own = self._family.chat.stop_words
-        needed = self._of_template(training_config.prompt_template) or (
+        needed = self._of_template(training_config.data.prompt_template) or (
             own if self._has(own) else ()
         )
         if not needed:
             return
         if evaluation is not None and evaluation.prompt_template != "":
-            has = {*training_config.stop_words, *self._of_template(evaluation.prompt_template)}
+            has = {*training_config.data.stop_words, *self._of_template(evaluation.prompt_template)}
             missing = [word for word in needed if word not in has]
             if missing:
                 yield Advice(

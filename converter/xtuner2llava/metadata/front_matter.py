@@ -61,7 +61,9 @@ def front_matter(plan: Plan) -> dict[str, Json]:
         values["base_model"] = bases
         # Of several bases, the Hub would otherwise say that they were merged.
         values["base_model_relation"] = "finetune"
-    files = checkpoint.training_config.data_files if checkpoint.training_config is not None else ()
+    files = (
+        checkpoint.training_config.data.data_files if checkpoint.training_config is not None else ()
+    )
     names = [PurePath(path).name for path in files]
     datasets: list[Json] = [*dict.fromkeys(_DATASETS[n] for n in names if n in _DATASETS)]
     if datasets:

@@ -121,5 +121,5 @@ def trained_tokens(
     """
     named = str(tokenizer.config.get("tokenizer_class", "")).lower()
     bos = None if named.startswith("qwen") else tokenizer.special("bos_token")
-    eos = training_config.eos_token if training_config is not None else None
+    eos = training_config.data.eos_token if training_config is not None else None
     return bos, eos or tokenizer.special("eos_token")

@@ -454,7 +454,7 @@ class _Planner:
         return {
             "visual_select_layer": layer,
             # What LLaVA calls the plain resize and crop.
-            "image_aspect_ratio": training_config.image_aspect_ratio or "square",
+            "image_aspect_ratio": training_config.data.image_aspect_ratio or "square",
         }
 
     def _base_generation(self) -> Mapping[str, Json]:
@@ -514,7 +514,7 @@ class _Planner:
                 "AutoTokenizer's from_pretrained and save_pretrained make one for the base."
             )
         training_config = self._training_config
-        ratio = training_config.image_aspect_ratio if training_config is not None else "pad"
+        ratio = training_config.data.image_aspect_ratio if training_config is not None else "pad"
         self._found.note(padding_note(ratio))
         made = processor_files(
             processor,

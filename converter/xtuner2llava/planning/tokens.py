@@ -67,7 +67,7 @@ def tokenizer_to_write(
         if generation.bos not in (None, given_bos):
             findings.note(f"The tokenizer's bos token is '{given_bos}', as asked. {_DROPS}.")
         return with_special_token(result, "bos_token", given_bos)
-    asked = training_config.bos_token if training_config is not None else None
+    asked = training_config.data.bos_token if training_config is not None else None
     own = generation.bos if generation.bos in result.ids else None
     if own is not None and present not in (None, own):
         findings.note(
@@ -98,12 +98,12 @@ def generation_tokens(
 ) -> tuple[TokenIds, Chat]:
     """Where to begin, stop and pad, and the prompt template with its stop words."""
     prompt = prompt_template(catalogue, family, training_config, findings)
-    trained = training_config is not None and training_config.prompt_template is not None
+    trained = training_config is not None and training_config.data.prompt_template is not None
     stop_words = list(prompt.stop_words) if prompt is not None and trained else []
     if training_config is not None:
         asked = [
-            *training_config.stop_words,
-            *([training_config.eos_token] if training_config.eos_token else []),
+            *training_config.data.stop_words,
+            *([training_config.data.eos_token] if training_config.data.eos_token else []),
         ]
         stop_words += [word for word in asked if word not in stop_words]
     generation = family.generation
@@ -183,7 +183,7 @@ def prompt_template(
     catalogue: Catalogue, family: Family, training_config: TrainingConfig | None, findings: Findings
 ) -> PromptTemplate | None:
     """The prompt template of the training, else the one that the LLM's family is known for."""
-    recorded = training_config.prompt_template if training_config is not None else None
+    recorded = training_config.data.prompt_template if training_config is not None else None
     if isinstance(recorded, Table):
         return _written_out(recorded)
     if recorded is not None:

@@ -61,7 +61,7 @@ def image_processor_of(checkpoint: Checkpoint, findings: Findings) -> ImageProce
     own = find_image_processor(tower.folder)
     if training_config is None or tower.folder == checkpoint.artifact.folders.get(VISUAL_ENCODER):
         return _fitting(ImageProcessor(read_image_processor(own), own), checkpoint, findings)
-    loaded = training_config.image_processor
+    loaded = training_config.data.image_processor
     values, path = _elsewhere(loaded, training_config, own, findings) or (
         read_image_processor(own),
         own,

@@ -79,7 +79,7 @@ def training_tokenizer(
 def plain_arguments(training_config: TrainingConfig) -> dict[str, Json]:
     """The arguments of the config's tokenizer that decide ids, those that can be followed."""
     found = {}
-    for key, value in training_config.tokenizer.arguments.items():
+    for key, value in training_config.data.tokenizer.arguments.items():
         if key not in WITHOUT_IDS | _NOT_FOLLOWED and _is_plain(key, value):
             found[key] = list(value) if isinstance(value, (list, tuple)) else value
     return found  # type: ignore[return-value]
@@ -97,7 +97,7 @@ def _not_followed(training_config: TrainingConfig) -> list[str]:
     """The arguments that decide ids in a way that is not followed here."""
     return [
         key if key in _NOT_FOLLOWED else f"{key} = {shown(value)}"
-        for key, value in training_config.tokenizer.arguments.items()
+        for key, value in training_config.data.tokenizer.arguments.items()
         if key not in WITHOUT_IDS
         and not (value is None or (isinstance(value, (Table, list, tuple)) and not value))
         and (key in _NOT_FOLLOWED or not _is_plain(key, value))
@@ -119,8 +119,8 @@ def _check_arguments(training_config: TrainingConfig) -> None:
         Fault(f"{training_config.where}, tokenizer", f"'{text}' cannot be followed exactly", _SAVED)
         for text in _not_followed(training_config)
     ]
-    if training_config.other_tokenizers:
-        listed = ", ".join(training_config.other_tokenizers)
+    if training_config.data.other_tokenizers:
+        listed = ", ".join(training_config.data.other_tokenizers)
         faults.append(
             Fault(
                 training_config.where,
@@ -148,7 +148,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _named(training_config: TrainingConfig) -> Tokenizer | None:
     """The tokenizer of another folder than the LLM's that the config names; None if it does not."""
-    path = training_config.tokenizer.path
+    path = training_config.data.tokenizer.path
     try:
         of_llm = training_config.llm_path
     except ConversionError:  # --llm gives it.

@@ -15,7 +15,7 @@ from xtuner2llava.errors import (
     UnsupportedError,
     raise_faults,
 )
-from xtuner2llava.training_config.datasets import Evaluation, Loaded, TrainingData, UsedValue
+from xtuner2llava.training_config.datasets import TrainingData, UsedValue
 from xtuner2llava.training_config.evaluator import TEXT_LIMIT, read_python
 from xtuner2llava.training_config.lora import LoraArguments
 from xtuner2llava.training_config.section import Section
@@ -207,63 +207,6 @@ class TrainingConfig:
     def visual_encoder_lora(self) -> LoraArguments | None:
         section = self.model.section("visual_encoder_lora")
         return LoraArguments(section) if section else None
-
-    @property
-    def image_aspect_ratio(self) -> str | None:
-        """`pad` where a dataset has `pad_image_to_square`; LLaVADataset's default is False."""
-        return self.data.image_aspect_ratio
-
-    @property
-    def max_length(self) -> int | None:
-        """In tokens; the largest of the datasets."""
-        return self.data.max_length
-
-    @property
-    def prompt_template(self) -> str | Table | None:
-        """The name in XTuner's PROMPT_TEMPLATE (`qwen_chat`), or a template written out."""
-        return self.data.prompt_template
-
-    @property
-    def image_processor(self) -> Loaded:
-        return self.data.image_processor
-
-    @property
-    def data_files(self) -> tuple[str, ...]:
-        """`data_path` of each dataset with images, where it can be read."""
-        return self.data.data_files
-
-    @property
-    def tokenizer(self) -> Loaded:
-        return self.data.tokenizer
-
-    @property
-    def other_tokenizers(self) -> tuple[str, ...]:
-        """Where in the config a tokenizer stands that gives other ids than `tokenizer`."""
-        return self.data.other_tokenizers
-
-    @property
-    def bos_token(self) -> str | None:
-        """Given to the tokenizer by the config: the advice of XTuner #292 for Qwen."""
-        return self.data.bos_token
-
-    @property
-    def eos_token(self) -> str | None:
-        return self.data.eos_token
-
-    @property
-    def stop_words(self) -> tuple[str, ...]:
-        """`stop_words` and `stop_word` of the EvaluateChatHook, without the template's own."""
-        return self.data.stop_words
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        """The EvaluateChatHook, if there is one."""
-        return self.data.evaluation
-
-    @property
-    def system(self) -> str | None:
-        """The EvaluateChatHook's; training itself had no system text (llava_map_fn.py)."""
-        return self.data.system
 
     @property
     def notes(self) -> tuple[str, ...]:

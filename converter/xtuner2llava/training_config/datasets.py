@@ -63,9 +63,20 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingData:
-    """What the datasets, the tokenizer and the EvaluateChatHook say; see `TrainingConfig` for each.
+    """What the datasets, the tokenizer and the EvaluateChatHook say.
 
     What cannot be read is None here and a sentence in `notes`: no conversion fails for it.
+
+    image_aspect_ratio: `pad` where a dataset has `pad_image_to_square`; LLaVADataset's default is
+        False.
+    max_length: in tokens; the largest of the datasets.
+    prompt_template: the name in XTuner's PROMPT_TEMPLATE (`qwen_chat`), or a template written out.
+    other_tokenizers: where in the config a tokenizer stands that gives other ids than `tokenizer`.
+    bos_token: given to the tokenizer by the config: the advice of XTuner #292 for Qwen.
+    system: the EvaluateChatHook's; training itself had no system text (llava_map_fn.py).
+    stop_words: `stop_words` and `stop_word` of the EvaluateChatHook, without the template's own.
+    evaluation: the EvaluateChatHook, if there is one.
+    data_files: `data_path` of each dataset with images, where it can be read.
     """
 
     image_aspect_ratio: str | None

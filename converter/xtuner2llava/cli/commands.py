@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from xtuner2llava.planning.plan import Plan
 
-# More are no help to anybody; the API has all.
+# More do not help; the API has all.
 _MAX_FAULTS = 200
 
 

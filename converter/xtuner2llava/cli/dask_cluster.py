@@ -17,7 +17,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
     """The workers of the scheduler at `address`, such as "tcp://scheduler:8786".
 
     A shard whose worker dies is written by another one: the scheduler tries again. Raises
-    `UsageError` if Dask is not installed, or nobody answers there.
+    `UsageError` if Dask is not installed, or no scheduler answers there.
     """
     try:
         from distributed import Client  # type: ignore[import-not-found,unused-ignore]

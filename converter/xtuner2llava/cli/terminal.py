@@ -1,4 +1,4 @@
-"""Text for terminals: names in a stranger's file may hold commands to them."""
+"""Text for terminals: names in an untrusted file may hold control sequences."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def printable(text: str) -> str:
 
 def shortened(text: str, longest: int = 4000) -> str:
     """`text`, of which the middle is left out if it has more than `longest` characters."""
-    surplus = len(text) - longest
-    if surplus <= 0:
+    excess = len(text) - longest
+    if excess <= 0:
         return text
     half = longest // 2
-    return f"{text[:half]} [... {surplus:,} characters ...] {text[-half:]}"
+    return f"{text[:half]} [... {excess:,} characters ...] {text[-half:]}"
 
 
 def _escaped(char: str) -> str:

@@ -15,7 +15,7 @@ LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write
 _READ = "log in with `hf auth login` or set HF_TOKEN."
 _AGAIN = "Run the same command again: what the Hub has already is not sent again."
 _FORBIDDEN = "The token may not write there: make one that may, or give an owner that is yours."
-# 412 is a commit by somebody else in between.
+# 412: another commit came in between.
 CONFLICT = 412
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 

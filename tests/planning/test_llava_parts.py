@@ -17,7 +17,7 @@ from xtuner2llava.planning.generation import (
     token_ids,
     valid_settings,
 )
-from xtuner2llava.planning.projector import check_projector, depth_of
+from xtuner2llava.planning.vision_tower import check_projector, depth_of
 from xtuner2llava.planning.vision_tower_name import vision_tower_name, well_known
 from xtuner2llava.tokenizers import Tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 from reference.compose import read_tensors
 from storing import stored
 from xtuner2llava import convert, inspect, plan, verify
-from xtuner2llava.planning.ties import are_equal
+from xtuner2llava.planning.language_model import are_equal
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def test_two_tensors_are_equal_if_all_their_bytes_are(
 ) -> None:
     import torch
 
-    monkeypatch.setattr("xtuner2llava.planning.ties._BLOCK_BYTES", 50_000)
+    monkeypatch.setattr("xtuner2llava.planning.language_model._BLOCK_BYTES", 50_000)
     one = torch.zeros(300, 100)  # 120,000 bytes: the last block is a short one
     last, middle = one.clone(), one.clone()
     last[-1, -1], middle[150, 1] = 1, 1

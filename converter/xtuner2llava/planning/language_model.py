@@ -22,9 +22,11 @@ from xtuner2llava.mapping import (
 from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.hf_vocabulary import vocabulary_tensors
-from xtuner2llava.planning.ties import are_equal
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.files import cut, read_ranges
+
+_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,26 @@ def plain_language_model(
     order = {name: place for place, name in enumerate(family.target_class.tensors(values))}
     ordered = dict(sorted(outputs.items(), key=lambda item: order.get(item[0], len(order))))
     return LanguageModel(family, values, ordered, made.origins, tuple(dropped))
+
+
+def are_equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether both hold the same bytes; computed tensors count as different.
+
+    Tied weights of a `.pth` share their storage, and most folders hold them once: nothing is read
+    then. Where a checkpoint holds both, this reads both up to the first difference, which is the
+    only tensor data that planning reads: without it, a plan could not say which tensors are
+    written. The embedding of the largest LLMs has 1 to 2 GB.
+    """
+    if one is other:
+        return True
+    ranges, others = one.ranges(), other.ranges()
+    if one.shape != other.shape or one.dtype != other.dtype or ranges is None or others is None:
+        return False
+    return ranges == others or all(
+        read_ranges(cut(ranges, start, size)) == read_ranges(cut(others, start, size))
+        for start in range(0, one.nbytes, _BLOCK_BYTES)
+        for size in (min(_BLOCK_BYTES, one.nbytes - start),)
+    )
 
 
 def _trained_rows(

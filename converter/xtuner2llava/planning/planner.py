@@ -17,7 +17,7 @@ from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.generation import TokenIds, generation_config
 from xtuner2llava.planning.hf_vocabulary import rows_for, vocabulary_tensors, with_rows
-from xtuner2llava.planning.image_processor import PREPROCESSOR
+from xtuner2llava.planning.image_processor import PREPROCESSOR, padding_note, processor_files
 from xtuner2llava.planning.language_model import (
     LanguageModel,
     choose_family,
@@ -25,11 +25,14 @@ from xtuner2llava.planning.language_model import (
     plain_language_model,
 )
 from xtuner2llava.planning.llm_config import trained_llm_config
-from xtuner2llava.planning.placement import in_dtype, place, unchecked_note
+from xtuner2llava.planning.placement import (
+    config_dtype,
+    dtype_to_write,
+    in_dtype,
+    place,
+    unchecked_note,
+)
 from xtuner2llava.planning.plan import Chat, MappingInUse, Plan
-from xtuner2llava.planning.precision import config_dtype, dtype_to_write
-from xtuner2llava.planning.processor import padding_note, processor_files
-from xtuner2llava.planning.projector import depth_of
 from xtuner2llava.planning.redaction import cached_id, redact_json
 from xtuner2llava.planning.tokens import (
     generation_tokens,
@@ -43,7 +46,7 @@ from xtuner2llava.planning.vision_tower import (
     TOWER_CLASS,
     check_projector_of,
     check_tower,
-    tower_values,
+    depth_of,
     writes_tower,
 )
 from xtuner2llava.planning.vision_tower_name import KEY as VISION_TOWER_KEY
@@ -333,9 +336,10 @@ class _Planner:
     ) -> dict[str, object]:
         """What the expressions of a format know, see `Format.config`."""
         assert parts.layer is not None  # noqa: S101
+        tower = self._checkpoint.visual_encoder.config
         environment: dict[str, object] = {
             **values,
-            "vision": {**tower_values(self._checkpoint), "name": parts.tower_name},
+            "vision": {**(tower.values if tower is not None else {}), "name": parts.tower_name},
             "xtuner": self._training_values(parts.layer),
             "projector": {"depth": parts.depth},
             "projector_type": f"mlp{parts.depth}x_gelu",

@@ -13,9 +13,10 @@ from xtuner2llava.planning.findings import Findings
 from xtuner2llava.planning.image_processor import (
     PREPROCESSOR,
     PROCESSOR,
+    find_image_processor,
     loadable_image_processor,
+    read_image_processor,
 )
-from xtuner2llava.planning.processor import find_image_processor, read_image_processor
 from xtuner2llava.planning.published_towers import PROCESSOR_KEYS, PUBLISHED, clip_processor
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import VISUAL_ENCODER

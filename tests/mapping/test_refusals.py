@@ -108,6 +108,10 @@ def test_a_right_file_has_no_faults(tmp_path: Path) -> None:
             ":6: `dim` is 0 (rows) or 1 (columns)",
         ),
         (
+            "  - {split: a, into: [b], sizes: [1], dim: true}",
+            ":6: `dim` is 0 (rows) or 1 (columns)",
+        ),
+        (
             "  - {unstack: a, into: b}",
             ":6: `unstack` needs `for`",
         ),

@@ -180,8 +180,8 @@ def _rows(reader: Reader, node: Node) -> tuple[Expression, ...]:
 
 
 def _dim(reader: Reader, node: Node) -> int:
-    if node.value in (0, 1):
-        return 1 if node.value else 0
+    if isinstance(node.value, int) and not isinstance(node.value, bool) and node.value in (0, 1):
+        return node.value
     reader.fault(node.line, "`dim` is 0 (rows) or 1 (columns)")
     return 0
 

@@ -10,7 +10,6 @@ from xtuner2llava.training_config.datasets import (
 )
 from xtuner2llava.training_config.evaluator import read_python
 from xtuner2llava.training_config.lora import LoraArguments
-from xtuner2llava.training_config.rope import linear_rope_factor
 from xtuner2llava.training_config.values import Reference, Table, Unknown, Value, dotted, shown
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "UsedValue",
     "Value",
     "dotted",
-    "linear_rope_factor",
     "read_python",
     "shown",
 ]

@@ -124,7 +124,9 @@ class _Reader:
             evaluation=self._evaluation(hook),
             notes=tuple(dict.fromkeys(self._notes)),
             used=tuple(self._used),
-            data_files=tuple(self._data_files(datasets)),
+            data_files=tuple(
+                path for one in datasets if isinstance(path := one.table.get("data_path"), str)
+            ),
         )
 
     def _try(self, read: Callable[[str], _T], key: str) -> _T | None:
@@ -190,13 +192,6 @@ class _Reader:
             elif _IMAGE_KEYS & section.table.keys():
                 yield section
 
-    @staticmethod
-    def _data_files(datasets: Iterable[Section]) -> Iterator[str]:
-        for section in datasets:
-            path = section.table.get("data_path")
-            if isinstance(path, str):
-                yield path
-
     def _parts(self, section: Section) -> Iterator[Section]:
         parts = self._try(section.value, "datasets")
         for index, part in enumerate(_items(parts)[:_DATASETS_LIMIT]):
@@ -254,11 +249,11 @@ class _Reader:
         return max(lengths, default=None)
 
     def _prompt_template(self, datasets: list[Section], hook: Section | None) -> str | Table | None:
-        places = []
-        for dataset in datasets:
-            if isinstance(dataset.table.get("template_map_fn"), Table):
-                section = dataset.section("template_map_fn")
-                places += [(section, "template")] if section else []
+        places = [
+            (section, "template")
+            for dataset in datasets
+            if (section := self._first("template_map_fn", [dataset])) is not None
+        ]
         places.append((self._config, "prompt_template"))
         if hook is not None:
             places.append((hook, "prompt_template"))

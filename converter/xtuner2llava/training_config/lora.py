@@ -8,20 +8,10 @@ from dataclasses import dataclass
 from xtuner2llava.training_config.section import Section
 from xtuner2llava.training_config.values import Value
 
-# Their values do not change which weights the adapter stands for.
-_WITHOUT_EFFECT = ("lora_dropout", "task_type", "inference_mode")
-_READ = (
-    "type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "modules_to_save",
-    "bias",
-    "use_rslora",
-    "use_dora",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
+_READ = "r lora_alpha bias use_rslora use_dora fan_in_fan_out rank_pattern alpha_pattern".split()
+# The tensors say which modules an adapter is for; the rest does not change what it stands for.
+_WITHOUT_EFFECT = (
+    "type target_modules modules_to_save lora_dropout task_type inference_mode".split()
 )
 
 
@@ -36,11 +26,6 @@ class LoraArguments:
     """
 
     section: Section
-
-    @property
-    def type(self) -> str:
-        """`peft.LoraConfig`, or what the config has in its place."""
-        return self.section.path_of("type") or "peft.LoraConfig"
 
     @property
     def r(self) -> int:
@@ -66,20 +51,6 @@ class LoraArguments:
     def bias(self) -> str:
         """`none`, `all` or `lora_only`."""
         return self.section.text("bias") or "none"
-
-    @property
-    def target_modules(self) -> str | tuple[str, ...] | None:
-        """A regular expression, or module names; None: every linear layer.
-
-        xtuner/model/llava.py, `find_all_linear_names`.
-        """
-        if isinstance(self.section.value("target_modules"), str):
-            return self.section.text("target_modules")
-        return self.section.texts("target_modules") or None
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        return self.section.texts("modules_to_save")
 
     @property
     def rank_pattern(self) -> Mapping[str, int]:

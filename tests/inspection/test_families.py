@@ -172,7 +172,7 @@ def test_qwen_1_with_the_workaround(foresee: Foresee) -> None:
 
 
 def test_the_lines_to_add_are_enough(foresee: Foresee) -> None:
-    """Whoever adds what is asked for is asked for nothing more."""
+    """A config with what was advised gets no more advice."""
     outlook = foresee(
         "qwen",
         tokenizer=", eos_token='<|im_end|>'",
@@ -227,7 +227,7 @@ def test_a_longer_context_of_phi3_has_no_target(foresee: Foresee) -> None:
     [
         ({"architectures": ["ChatGLMModel"], "model_type": "chatglm"}, "rotate half of each head"),
         ({"architectures": ["MiniCPMForCausalLM"], "model_type": "minicpm"}, "scale_emb"),
-        ({"architectures": ["NobodysForCausalLM"], "model_type": "nobody"}, "mappings draft"),
+        ({"architectures": ["UnknownForCausalLM"], "model_type": "unknown"}, "mappings draft"),
     ],
 )
 def test_an_llm_without_target_has_a_verdict_for_each(
@@ -246,7 +246,7 @@ def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
         "schema: 1\nfamily: mine\nextends: llama\n"
         "caveats: [{say: It differs., exact_up_to: max_position_embeddings}]\n"
     )
-    config = written("llama3", {"architectures": ["NobodysForCausalLM"], "model_type": "nobody"})
+    config = written("llama3", {"architectures": ["UnknownForCausalLM"], "model_type": "unknown"})
     outlook = inspect(config, mapping=mapping, vision_tower_name="openai/clip")
     assert outlook.family == "mine"
     limit = Fidelity("exact_if_right", 8192, if_right="mine.yaml")

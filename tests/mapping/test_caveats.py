@@ -134,6 +134,7 @@ def test_a_mapping_of_ones_own_is_exact_if_it_is_right(tmp_path: Path) -> None:
     assert verdict.to_dict()["verdict"] == "exact_if_right"
     _, limits = translate(own(tmp_path), {**LAB, "rotary_base": 5}, HF)
     assert str(Fidelity.of(limits)) == "possible, not exact"
+    assert not any(limit.text.startswith("Exact") for limit in limits)
 
 
 def test_so_is_a_shipped_family_for_another_llm() -> None:

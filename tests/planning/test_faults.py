@@ -1,4 +1,4 @@
-"""A plan is exact or refused: every fault names its place, and all are told at once."""
+"""A plan is exact or refused: every fault names its place, and all are reported at once."""
 
 from __future__ import annotations
 
@@ -257,10 +257,10 @@ def test_a_projector_for_another_llm(checkpoints: Path, tmp_path: Path, kind: st
     torch.save(saved, made.checkpoint)
     with pytest.raises(PlanError) as error:
         plan(made.checkpoint, **made.bases)
-    told = "\n".join(str(fault) for fault in error.value.faults)
+    said = "\n".join(str(fault) for fault in error.value.faults)
     for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
-        assert f"projector.model.{name}: has shape [48" in told
-    assert "expected [64, 48] = [LLM hidden_size, vision or LLM hidden_size]" in told
+        assert f"projector.model.{name}: has shape [48" in said
+    assert "expected [64, 48] = [LLM hidden_size, vision or LLM hidden_size]" in said
 
 
 # Rotary embeddings

@@ -16,7 +16,7 @@ from builders.families.models import KINDS
 from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.inspection.inspection import Target
+from xtuner2llava.inspection.inspection import TargetFormat
 from xtuner2llava.mapping import Catalogue, Limit, in_range
 from xtuner2llava.planning.fidelity import Fidelity
 
@@ -144,7 +144,7 @@ def trained(tmp_path: Path, checkpoints: Path, kind: str, **change: Any) -> Trai
     return write_trained(tmp_path / "trained", source, checkpoints)
 
 
-def look(made: Trained) -> dict[str, Target]:
+def look(made: Trained) -> dict[str, TargetFormat]:
     inspection: Inspection = inspect(made.checkpoint, **made.bases)
     return {target.format: target for target in inspection.targets}
 
@@ -197,11 +197,11 @@ def test_the_verdict_on_a_checkpoint(
     assert (found["llava"].fidelity, found["hf"].fidelity) == (llava, hf)
     for target in found.values():
         assert bool(target.faults) is (target.fidelity.kind == "not_possible")
-        told = " ".join(target.caveats)
+        said = " ".join(target.caveats)
         if target.fidelity.tokens is not None:
-            assert f"{target.fidelity.tokens} tokens" in told
+            assert f"{target.fidelity.tokens} tokens" in said
         for versions in target.fidelity.transformers:
-            assert versions.split(",")[0].removeprefix(">=") in told
+            assert versions.split(",")[0].removeprefix(">=") in said
 
 
 def test_a_scaled_qwen_is_told_which_transformers_reads_it(
@@ -248,8 +248,8 @@ def test_an_llm_that_training_quantised_is_near_and_not_exact(
         found = inspect(checkpoints / case / "iter_2.pth", xtuner_config=given, **bases)
         assert {target.fidelity.kind for target in found.targets} == {kind}
         for target in found.targets:
-            told = [caveat for caveat in target.caveats if caveat.startswith(sentence)]
-            assert len(told) == (given is not None)
+            found = [caveat for caveat in target.caveats if caveat.startswith(sentence)]
+            assert len(found) == (given is not None)
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_weights_that_a_conversion_downloads_make_nothing_impossible(
     )
     vision = checkpoints / "bases/vision_clip"
     case = checkpoints / "qwen2_a_pretrain/iter_2.pth"
-    found = {t.format: t for t in inspect(case, llm="somebody/llm", vision=vision).targets}
+    found = {t.format: t for t in inspect(case, llm="owner/llm", vision=vision).targets}
     assert (found["llava"].fidelity.kind, found["hf"].fidelity.kind) == (llava, hf)
     for target in found.values():
-        told = "By the configs alone" in " ".join(target.caveats)
-        assert told is (target.fidelity.kind != "not_possible")
+        is_pending = "By the configs alone" in " ".join(target.caveats)
+        assert is_pending is (target.fidelity.kind != "not_possible")
         assert "not in the local cache" not in " ".join(str(fault) for fault in target.faults)
 
 

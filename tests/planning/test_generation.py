@@ -63,5 +63,5 @@ def test_it_generates(folder: Path, checkpoints: Path) -> None:
     assert (config.bos_token_id, config.eos_token_id) == (END, [STOP, END])
     ids = generate(folder, checkpoints)
     assert 1 <= len(ids) <= 6
-    # It stops at whatever is among the eos ids.
+    # It stops at all that are among the eos ids.
     assert generate(folder, checkpoints, eos_token_id=[STOP, ids[0]]) == ids[:1]

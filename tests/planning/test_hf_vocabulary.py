@@ -40,7 +40,7 @@ def test_how_many_rows(rows: int, tokens: int, expected: int) -> None:
 
 
 def test_only_tensors_over_the_vocabulary_grow() -> None:
-    """Sizes do not tell: here every size is 8."""
+    """Sizes do not say which: here every size is 8."""
     names = vocabulary_tensors(Catalogue.shipped().classes["qwen2"], QWEN2)
     assert names == ["model.embed_tokens.weight", "lm_head.weight"]
 

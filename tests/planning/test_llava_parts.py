@@ -251,11 +251,9 @@ def test_stop_words_stand_before_the_base_s_eos() -> None:
     assert ids(stop_words=("<|end|>",), generation={"eos_token_id": [2, 7]}).eos == (7, 2)
 
 
-@pytest.mark.parametrize("strange", [True, "2", 2.0, None, [], ["x"], {"a": 1}])
-def test_what_is_no_id_is_none(strange: Any) -> None:
-    assert ids(config={"eos_token_id": strange, "bos_token_id": strange}) == TokenIds(
-        None, (), None
-    )
+@pytest.mark.parametrize("value", [True, "2", 2.0, None, [], ["x"], {"a": 1}])
+def test_what_is_no_id_is_none(value: Any) -> None:
+    assert ids(config={"eos_token_id": value, "bos_token_id": value}) == TokenIds(None, (), None)
 
 
 def test_generation_settings_are_the_base_s() -> None:

@@ -1,4 +1,4 @@
-"""What a plan tells besides: dtypes that are rounded, images, and names of the folder."""
+"""What a plan says besides: dtypes that are rounded, images, and names of the folder."""
 
 from __future__ import annotations
 

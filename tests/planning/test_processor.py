@@ -88,7 +88,7 @@ def test_a_relative_path_becomes_the_name_of_equal_values_and_is_never_linked(
     report = convert(checkpoints / CASE, out, **given)
     assert json.loads((out / "config.json").read_text())["mm_vision_tower"] == NAME
     (note,) = [note for note in report.plan.notes if "mm_vision_tower" in note]
-    assert f"the XTuner config has '{recorded}'" in note
+    assert f"the tower is known here as '{recorded}'" in note
     card = (out / "README.md").read_text()
     assert "huggingface.co/model" not in card and "base_model:" not in card
     assert f"huggingface.co/{recorded}" not in card

@@ -39,7 +39,7 @@ def test_it_sets_format_and_model_type(name: Any) -> None:
     [
         ("llava", {"format": "hf"}, "format: is 'hf', and LLaVA reads 'llava'"),
         ("vllm", {"model_type": "llava"}, "model_type: is 'llava', and vLLM reads 'official'"),
-        ("nobody", {}, "for_: is 'nobody', expected one of llava, llava-next"),
+        ("unknown", {}, "for_: is 'unknown', expected one of llava, llava-next"),
     ],
 )
 def test_what_contradicts_it_is_refused(

@@ -1,4 +1,4 @@
-"""No published file tells of the machine, its user, the training data, or a secret."""
+"""No published file reveals the machine, its user, the training data, or a secret."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xtuner2llava.planning.redaction import (
     redact_text,
 )
 
-# What a training machine may have in its config, and nobody shall see.
+# What a training machine may have in its config, and must not be published.
 CLIP = "openai/clip-vit-large-patch14-336"
 USER, HOST = "zoedoe", "trainhost17"
 SECRETS = (USER, HOST, "corpus", "10.1.2.3", "wandb_secret", "hf_" + "c" * 34, "zoe@corp.example")

@@ -104,7 +104,7 @@ def test_the_advice_in_the_config_alone_is_recognised(checkpoints: Path, tmp_pat
     assert made.config["bos_token_id"] == END
 
 
-def test_a_bos_token_that_harms_nobody_is_not_blamed(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_bos_token_that_does_no_harm_is_not_blamed(checkpoints: Path, tmp_path: Path) -> None:
     config = config_file(tmp_path, ADVICE.replace("<|im_start|>", "<|endoftext|>"))
     (note,) = notes_on_bos(make(checkpoints, base(checkpoints, tmp_path), xtuner_config=config))
     assert "bos token '<|endoftext|>'; it is written without one: LLaVA needs none there." in note
@@ -160,7 +160,7 @@ def test_stop_words_of_the_evaluation_hook_count_too(checkpoints: Path, tmp_path
     config = config_file(tmp_path, hook=", stop_words=['<|im_start|>', 'never'], system=''")
     made = make(checkpoints, base(checkpoints, tmp_path), xtuner_config=config)
     assert made.token_ids.eos == (STOP, END, START)
-    assert "Stop words that are no single token here: never." in " ".join(made.notes)
+    assert "Stop words that are not a single token here: never." in " ".join(made.notes)
 
 
 def test_the_end_of_turn_of_another_template(checkpoints: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
     from xtuner2llava.hub.upload import Pushed
-    from xtuner2llava.inspection.inspection import Inspection, Target
+    from xtuner2llava.inspection.inspection import Inspection, TargetFormat
     from xtuner2llava.metadata.report import Report
     from xtuner2llava.planning.plan import Plan, PlannedTensor
     from xtuner2llava.verification.outcome import Verification
@@ -203,7 +203,7 @@ def tree(folder: Path) -> str:
     return f"{folder}/\n" + table(rows, ("file", "bytes"))
 
 
-def _targets(targets: Iterable[Target]) -> Iterable[str]:
+def _targets(targets: Iterable[TargetFormat]) -> Iterable[str]:
     for target in targets:
         yield f"{target.format}: {target}"
         remarks = (*target.caveats, *map(_indented, listed(target.faults)))

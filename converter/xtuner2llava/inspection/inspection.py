@@ -43,7 +43,7 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetFormat:
     """What an input can become in a format: its class there, or the reasons why it cannot.
 
     Where nothing but an option is missing, `needs` names it, `faults` say why, and `otherwise` is
@@ -98,7 +98,7 @@ class Inspection:
     llm_architectures: tuple[str, ...]
     family: str | None
     training_config: Mapping[str, Json]
-    targets: tuple[Target, ...]
+    targets: tuple[TargetFormat, ...]
     notes: tuple[str, ...]
     advice: tuple[str, ...]
     lines: tuple[str, ...]
@@ -187,7 +187,7 @@ def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*checkpoint.notes, *(training_config.notes if training_config is not None else ()))
 
 
-def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) -> Target:
+def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) -> TargetFormat:
     """What becomes of `checkpoint` in a format, by its assessment.
 
     Where only the tower's name is at fault, the rest is judged as if the user had given one.
@@ -197,7 +197,7 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
         said = _notes(checkpoint)
         notes = (note for note in found.notes if note not in said)
         caveats = (*checkpoint.inexact, *notes, *unseen)
-        return Target(found.format, found.architecture, found.fidelity, caveats, ())
+        return TargetFormat(found.format, found.architecture, found.fidelity, caveats, ())
     if options.vision_tower_name is None and {f.where for f in found.faults} == {VISION_TOWER_KEY}:
         named = replace(options, vision_tower_name=_ANY_NAME)
         other = _target(checkpoint, named, assess(checkpoint, named.with_format(found.format)))
@@ -209,7 +209,7 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
                 needs="--vision-tower-name",
                 otherwise=other.fidelity,
             )
-    return Target(found.format, None, found.fidelity, (), found.faults)
+    return TargetFormat(found.format, None, found.fidelity, (), found.faults)
 
 
 def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:

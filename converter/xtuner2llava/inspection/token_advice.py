@@ -62,7 +62,7 @@ class _Advising:
     def special_tokens(self, ids: TokenIds) -> Iterator[Advice]:
         training_config, named = self._training_config, self._family.generation
         if self._base.special("bos_token") is None:
-            told = (
+            known = (
                 f"the converted config.json and generation_config.json will have {ids.bos}, so "
                 "LLaVA needs nothing more."
                 if ids.bos is not None
@@ -70,7 +70,7 @@ class _Advising:
             )
             yield Advice(
                 "The tokenizer has no bos token. transformers before 4.40 generates from images "
-                f"only with a bos id; {told}"
+                f"only with a bos id; {known}"
             )
             # The hook gives `generate` the bos id of its tokenizer, over that of generation_kwargs
             # (xtuner/engine/hooks/evaluate_chat_hook.py).

@@ -32,9 +32,12 @@ class Limit:
 
     @classmethod
     def unproven(cls, what: str) -> Limit:
-        """That the result depends on `what`, for which the user's word is the only proof."""
+        """That the result depends on `what`, which only the user has vouched for.
+
+        It can stand beside a caveat with which the target is not exact.
+        """
         return cls(
-            f"Exact if {what} is right; its logits were not compared. "
+            f"Correct only if {what} is right; its logits were not compared. "
             "`verify OUT --reference FILE.npz` compares them with the trained model's.",
             if_right=what,
         )

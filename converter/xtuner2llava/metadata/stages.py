@@ -12,8 +12,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Stage:
-    """A stage that runs; `nbytes` is what it read or wrote, where that is counted."""
+class RunningStage:
+    """A stage that has begun; `nbytes` is what it read or wrote, where that is counted."""
 
     nbytes: int | None = None
 
@@ -29,9 +29,9 @@ class Stages:
         self._end = time.perf_counter()
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str) -> Iterator[RunningStage]:
         """Logs "name: bytes, seconds" when it ends without an exception."""
-        stage = Stage()
+        stage = RunningStage()
         yield stage
         start, self._end = self._end, time.perf_counter()
         seconds = self.seconds[name] = round(self._end - start, 3)

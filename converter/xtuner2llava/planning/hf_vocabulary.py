@@ -2,8 +2,8 @@
 
 An LLM often has more rows than tokens (Qwen 2: 151,936 and 151,646); new tokens take those that are
 free, as they are. Where there are too few, each tensor over the vocabulary grows by rows that are
-the mean of its others. A mean has two virtues that zeros have not: in the head its logit is the
-mean of all others, so a token that nobody trained is never the likeliest; and transformers before
+the mean of its others. A mean has two advantages over zeros: in the head its logit is the
+mean of all others, so a token without training is never the likeliest; and transformers before
 4.45 takes text positions whose embedding is zero for places of images (`modeling_llava.py`,
 `_merge_input_ids_with_image_features`).
 """

@@ -41,8 +41,8 @@ def read_image_processor(path: Path) -> dict[str, Json]:
 def loadable_image_processor(values: Mapping[str, Json]) -> tuple[dict[str, Json], str | None]:
     """The settings as CLIPImageProcessor of transformers 4.37.2 to 5 loads them, and a note.
 
-    Without a note, `values` are such already. XTuner trains with `CLIPImageProcessor` whatever
-    class a base names, and later versions name one more for each way to compute the same
+    Without a note, `values` are such already. XTuner trains with `CLIPImageProcessor` for
+    any class that a base names, and later versions name one more for each way to compute the same
     (`…Fast`, `…Pil`), which 4.37.2 refuses.
     """
     named = values.get("image_processor_type")

@@ -349,7 +349,7 @@ class _Planner:
         if not parts.writes_tower:
             self._found.note(
                 "The vision tower is not written: LLaVA takes it from mm_vision_tower; "
-                "LLaVA-NeXT computes NaN unless it is told to delay loading it."
+                "LLaVA-NeXT computes NaN unless loading it is delayed."
             )
         return environment
 
@@ -547,7 +547,7 @@ def _check_program(name: str | None, family: Family | None) -> None:
 
 
 def _files_of_bases(prepared: _Prepared) -> dict[str, bytes]:
-    """Files of the base models, as they are or edited, without paths of somebody's machine."""
+    """Files of the base models, as they are or edited, without paths of a machine."""
     files = {path.name: read_small(path, _MAX_COPIED_BYTES) for path in prepared.copied}
     files |= {name: make() for name, make in prepared.made.items()}
     return {

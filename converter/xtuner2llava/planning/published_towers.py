@@ -1,7 +1,7 @@
 """The CLIP vision towers that OpenAI published: all that LLaVA loads by one of their names.
 
 LLaVA and LLaVA-NeXT make the tower from the config of `mm_vision_tower` and prepare images with the
-image processor there, whatever lies in the converted folder (haotian-liu/LLaVA
+image processor there, not from those in the converted folder (haotian-liu/LLaVA
 `llava/model/multimodal_encoder/clip_encoder.py`, `load_model`). The weights alone are replaced by
 the folder's. So a name fits a tower only where every value here agrees with it.
 """

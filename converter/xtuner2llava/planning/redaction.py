@@ -37,7 +37,7 @@ _PRIVATE = re.compile(
 )
 # Tokens of a tokenizer, and not of an account; how a path is called that belongs to no machine.
 _HARMLESS = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|image)_token$")
-# One word with a slash; words such as `[/INST]` are none.
+# One word with a slash; words such as `[/INST]` are not.
 _PATH = re.compile(r"~?[\w.@+-]*([/\\]+[\w.@+ -]*)+")
 _INSIDE = re.compile(
     r"(?<![\w/.:~<-])(?:~?(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\{1,2}[\w.@+\\-]+)|\w+://\S+|"
@@ -102,9 +102,9 @@ def redact_json(data: bytes) -> bytes:
 
 
 def redact_config(text: str, where: str) -> str:
-    """The Python of `text` with every string that tells of a machine or of data left out.
+    """The Python of `text` with every string that reveals a machine or data left out.
 
-    Hub ids of models stay. Nothing of it is run. Raises `CheckpointError` if it is no Python.
+    Hub ids of models stay. Nothing of it is run. Raises `CheckpointError` if it is not Python.
     """
     try:
         with warnings.catch_warnings():

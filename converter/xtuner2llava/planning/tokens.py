@@ -114,8 +114,8 @@ def generation_tokens(
     unknown = [word for word in stop_words if word not in tokenizer.ids]
     if unknown:
         findings.note(
-            f"Stop words that are no single token here: {', '.join(unknown)}. Whoever "
-            "generates must stop at them by text."
+            f"Stop words that are not a single token here: {', '.join(unknown)}. Stop at them by "
+            "text when you generate."
         )
     return ids, Chat(prompt, tuple(stop_words) or tuple(family.chat.stop_words))
 

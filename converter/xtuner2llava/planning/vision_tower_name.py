@@ -30,7 +30,7 @@ _SHOWN = 4  # differences in a message
 
 @dataclass(frozen=True, slots=True)
 class VisionTowerName:
-    """The name to write, and what to tell the user about it, if anything."""
+    """The name to write, and a note on it for the user, if one is needed."""
 
     name: str
     note: str | None = None
@@ -46,8 +46,9 @@ def vision_tower_name(
 ) -> VisionTowerName:
     """The name for a tower with the config `tower` and the image processor `processor`.
 
-    `given` is the user's word; `recorded` is what the XTuner config names, or the Hub repository
-    that the tower was read from. Without `writes_tower`, LLaVA takes the weights too by that name.
+    `given` is what the user names; `recorded` is what the XTuner config names, or the Hub
+    repository that the tower was read from. Without `writes_tower`, LLaVA takes the weights too by
+    that name.
     Raises `UsageError` where LLaVA would silently compute something else with the name, and where
     only an absolute path is known, which must not be published.
     """
@@ -63,7 +64,7 @@ def vision_tower_name(
     local = recorded is None or _is_absolute(recorded)
     what = "no name is recorded" if recorded is None else "a path is recorded"
     if not local:
-        what = f"the XTuner config has '{recorded}'"
+        what = f"the tower is known here as '{recorded}'"
     agreeing = well_known(tower, processor)
     if agreeing is not None and writes_tower:
         return VisionTowerName(

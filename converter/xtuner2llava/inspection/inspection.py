@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from xtuner2llava.errors import ConversionError, Fault
-from xtuner2llava.inspection.token_advice import Advice, token_advice
+from xtuner2llava.inspection.token_advice import Advice, TokenAdviser
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import InspectOptions
 from xtuner2llava.planning.fidelity import Fidelity
@@ -224,9 +224,8 @@ def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
         with suppress(ConversionError):
             generation = read_json(path) if path.is_file() else {}
         stop_words = Catalogue.shipped().stop_words
-        yield from token_advice(
-            training_config, family, base, tokenizer, config, generation, stop_words
-        )
+        adviser = TokenAdviser(training_config, family, base, tokenizer, stop_words)
+        yield from adviser.advice(config, generation)
 
 
 def _summary(part: Part) -> PartSummary:

@@ -20,48 +20,35 @@ class Advice:
     line: str | None = None
 
 
-def token_advice(
-    training_config: TrainingConfig,
-    family: Family,
-    base: Tokenizer,
-    written: Tokenizer,
-    config: Mapping[str, Json],
-    generation: Mapping[str, Json],
-    templates: Mapping[str, Sequence[str]],
-) -> Iterator[Advice]:
+@dataclass(frozen=True, slots=True)
+class TokenAdviser:
     """Advice for a training by `training_config`.
 
-    `base` is the tokenizer that trains, `written` what a conversion makes of it; `config` and
-    `generation` are the base's, and `templates` are the stop words of XTuner's prompt templates.
+    `base` is the tokenizer that trains, `written` what a conversion makes of it; `templates` are
+    the stop words of XTuner's prompt templates.
     """
-    work = _Advising(training_config, family, base, written, templates)
-    ids = work.ids(config, generation)
-    yield from work.special_tokens(ids)
-    yield from work.template()
-    yield from work.stop_words(ids)
 
+    training_config: TrainingConfig
+    family: Family
+    base: Tokenizer
+    written: Tokenizer
+    templates: Mapping[str, Sequence[str]]
 
-class _Advising:
-    def __init__(
-        self,
-        training_config: TrainingConfig,
-        family: Family,
-        base: Tokenizer,
-        written: Tokenizer,
-        templates: Mapping[str, Sequence[str]],
-    ) -> None:
-        self._training_config, self._family, self._templates = training_config, family, templates
-        self._base, self._written = base, written
-
-    def ids(self, config: Mapping[str, Json], generation: Mapping[str, Json]) -> TokenIds:
-        named = self._family.generation
-        stops = self._of_template(self._training_config.data.prompt_template)
+    def advice(
+        self, config: Mapping[str, Json], generation: Mapping[str, Json]
+    ) -> Iterator[Advice]:
+        """All of it; `config` and `generation` are those of the base LLM."""
+        named = self.family.generation
+        stops = self._of_template(self.training_config.data.prompt_template)
         texts = TokenTexts(named.bos, named.eos, named.pad)
-        return token_ids(self._written, texts, stops, generation, config)
+        ids = token_ids(self.written, texts, stops, generation, config)
+        yield from self._special_tokens(ids)
+        yield from self._template()
+        yield from self._stop_words(ids)
 
-    def special_tokens(self, ids: TokenIds) -> Iterator[Advice]:
-        training_config, named = self._training_config, self._family.generation
-        if self._base.special("bos_token") is None:
+    def _special_tokens(self, ids: TokenIds) -> Iterator[Advice]:
+        training_config, named = self.training_config, self.family.generation
+        if self.base.special("bos_token") is None:
             known = (
                 f"the converted config.json and generation_config.json will have {ids.bos}, so "
                 "LLaVA needs nothing more."
@@ -81,7 +68,7 @@ class _Advising:
                     "tokenizer, which transformers before 4.40 need. Training does not use it.",
                     f"tokenizer=dict(**tokenizer, bos_token={named.bos!r}),  # in EvaluateChatHook",
                 )
-        if training_config.data.bos_token not in (None, self._written.special("bos_token")):
+        if training_config.data.bos_token not in (None, self.written.special("bos_token")):
             harm = (
                 "LLaVA needs none there"
                 if training_config.data.bos_token == named.bos
@@ -91,42 +78,42 @@ class _Advising:
                 f"The config gives the tokenizer the bos token {training_config.data.bos_token!r}. "
                 f"Training does not use it; {harm}, so the converted tokenizer will be without it."
             )
-        if self._base.special("eos_token") is None and training_config.data.eos_token is None:
+        if self.base.special("eos_token") is None and training_config.data.eos_token is None:
             # xtuner/dataset/utils.py, get_bos_eos_token_ids
             yield Advice(
                 "The tokenizer has no eos token, and XTuner does not train without one.",
                 f"eos_token={named.eos[0]!r},  # in tokenizer" if named.eos else None,
             )
-        if self._base.special("pad_token") is None:
+        if self.base.special("pad_token") is None:
             pad = f"will have {ids.pad}" if ids.pad is not None else "will have none either"
             yield Advice(
                 f"The tokenizer has no pad token. The converted generation_config.json {pad}; "
                 "batches need one, single prompts do not. The format hf adds one where needed."
             )
 
-    def template(self) -> Iterator[Advice]:
+    def _template(self) -> Iterator[Advice]:
         """The prompt template of the LLM, where the config sets none."""
-        if self._training_config.data.prompt_template is not None:
+        if self.training_config.data.prompt_template is not None:
             return
-        wanted = self._family.chat.template
+        wanted = self.family.chat.template
         # A family may have members that speak otherwise, such as Phi-4 among Phi-3's.
-        if wanted is not None and self._has(self._family.chat.stop_words):
+        if wanted is not None and self._has(self.family.chat.stop_words):
             yield Advice(
                 f"No prompt template is set; this family's is {wanted}.",
                 f"prompt_template = PROMPT_TEMPLATE.{wanted}",
             )
             return
-        known = [name for name, words in self._templates.items() if self._has(words)]
+        known = [name for name, words in self.templates.items() if self._has(words)]
         yield Advice(
             "No prompt template is set. XTuner's PROMPT_TEMPLATE has them by name; take that which "
             "the LLM was tuned with.",
             f"prompt_template = PROMPT_TEMPLATE.{known[0]}" if len(known) == 1 else None,
         )
 
-    def stop_words(self, ids: TokenIds) -> Iterator[Advice]:
-        training_config = self._training_config
+    def _stop_words(self, ids: TokenIds) -> Iterator[Advice]:
+        training_config = self.training_config
         evaluation = training_config.data.evaluation
-        own = self._family.chat.stop_words
+        own = self.family.chat.stop_words
         needed = self._of_template(training_config.data.prompt_template) or (
             own if self._has(own) else ()
         )
@@ -145,11 +132,11 @@ class _Advising:
 
     def _has(self, words: Sequence[str]) -> bool:
         """Whether all of `words` are tokens."""
-        return {*words} <= {*self._written.ids}
+        return {*words} <= {*self.written.ids}
 
     def _of_template(self, template: str | Table | None) -> tuple[str, ...]:
         if isinstance(template, str):
-            return tuple(self._templates.get(template, ()))
+            return tuple(self.templates.get(template, ()))
         words = template.get("STOP_WORDS") if template is not None else None
         found = words if isinstance(words, (list, tuple)) else ()
         return tuple(word for word in found if isinstance(word, str))

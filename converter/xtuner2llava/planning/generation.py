@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.tokenizer import Tokenizer
 
-# Keys that speak of the machine or the library that wrote the file, not of generation.
+# Keys about the machine or the library that wrote the file, not about generation.
 _HOUSEKEEPING = ("_from_model_config", "transformers_version", "bos_token_id", "eos_token_id",
                  "pad_token_id")  # fmt: skip
 

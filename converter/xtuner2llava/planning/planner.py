@@ -232,19 +232,19 @@ class _Planner:
         )
         depth = attempt(self._depth)
         return _Parts(
-            family,
-            config,
-            values,
-            tuple(limits),
-            model,
-            base_tokenizer,
-            tokenizer,
-            tower,
-            tower_name,
-            images,
-            writes,
-            layer,
-            depth,
+            family=family,
+            llm_config=config,
+            values=values,
+            limits=tuple(limits),
+            llm=model,
+            base_tokenizer=base_tokenizer,
+            tokenizer=tokenizer,
+            tower=tower,
+            tower_name=tower_name,
+            images=images,
+            writes_tower=writes,
+            layer=layer,
+            depth=depth,
         )
 
     def _tokenizer(self, base: Tokenizer | None, family: Family | None) -> Tokenizer | None:
@@ -264,7 +264,7 @@ class _Planner:
         tokenizer: Tokenizer | None,
         is_base: bool,
     ) -> None:
-        """Faults where the vocabulary has not the rows that the tokenizer needs."""
+        """Faults where the vocabulary does not have the rows that the tokenizer needs."""
         if tokenizer is None or not values:
             return
         before = values.get("vocab_size")

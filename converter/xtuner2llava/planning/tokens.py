@@ -1,4 +1,4 @@
-"""The tokenizer of a plan, the ids to generate with, and how the model is spoken to."""
+"""The tokenizer of a plan, the ids to generate with, and the prompt template."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer_to_write(
 
     `given_bos` is the user's. Without it, a bos token that is not the family's is taken off:
     XTuner's advice for Qwen (issue 292 there) puts `<|im_start|>` on the tokenizer, so that
-    `generate` finds a bos id; the configs say that id here, and a bos token harms.
+    `generate` finds a bos id; the configs have that id here, and the token makes LLaVA drop others.
     Raises `ConversionError` for a tokenizer that cannot be used.
     """
     generation = family.generation

@@ -23,7 +23,7 @@ from xtuner2llava.tokenizers.sentencepiece_model import (
     NORMAL,
     UNKNOWN,
     USER_DEFINED,
-    Piece,
+    SentencePiece,
     read_sentencepiece,
     with_texts,
 )
@@ -127,7 +127,11 @@ def varint(value: int) -> bytes:
 
 
 def model_of(
-    pieces: Sequence[Piece], *, algorithm: int = BPE, prefix: bool = False, squeeze: bool = False
+    pieces: Sequence[SentencePiece],
+    *,
+    algorithm: int = BPE,
+    prefix: bool = False,
+    squeeze: bool = False,
 ) -> bytes:
     body = b"".join(
         field(1, field(1, p.text.encode()) + field(2, p.score) + field(3, p.kind)) for p in pieces
@@ -137,16 +141,16 @@ def model_of(
 
 
 SPECIAL = [
-    Piece("<unk>", 0.0, UNKNOWN),
-    Piece("<s>", 0.0, CONTROL),
-    Piece("</s>", 0.0, CONTROL),
-    Piece("<0x41>", 0.0, BYTE),
+    SentencePiece("<unk>", 0.0, UNKNOWN),
+    SentencePiece("<s>", 0.0, CONTROL),
+    SentencePiece("</s>", 0.0, CONTROL),
+    SentencePiece("<0x41>", 0.0, BYTE),
 ]
 
 
-def normal(*texts: str) -> list[Piece]:
+def normal(*texts: str) -> list[SentencePiece]:
     """Merged in this order, and before single characters."""
-    return [Piece(text, -float(n), NORMAL) for n, text in enumerate(texts)]
+    return [SentencePiece(text, -float(n), NORMAL) for n, text in enumerate(texts)]
 
 
 def made(folder: Path, model: bytes) -> Prepared:
@@ -165,8 +169,13 @@ def ids_of(folder: Path, model: bytes, text: str) -> list[int]:
 
 def test_the_better_score_is_merged_first(tmp_path: Path) -> None:
     # Of "abc", bc (5) before ab (4): scores decide, not ids.
-    pieces = [*SPECIAL, Piece("ab", -2.0, NORMAL), Piece("bc", -1.0, NORMAL), *normal("", "a")]
-    pieces = [*pieces[:6], *[Piece(c, -9.0, NORMAL) for c in "abc"]]
+    pieces = [
+        *SPECIAL,
+        SentencePiece("ab", -2.0, NORMAL),
+        SentencePiece("bc", -1.0, NORMAL),
+        *normal("", "a"),
+    ]
+    pieces = [*pieces[:6], *[SentencePiece(c, -9.0, NORMAL) for c in "abc"]]
     assert ids_of(tmp_path, model_of(pieces), "abc") == [6, 5]
 
 
@@ -184,7 +193,7 @@ def test_an_unknown_character_falls_back_to_its_bytes(tmp_path: Path) -> None:
     [
         (model_of(SPECIAL, algorithm=1), "not a byte-pair encoding"),
         (model_of(SPECIAL, squeeze=True), "tokenizer.json is made from tokenizer.model"),
-        (model_of([*SPECIAL, Piece("▁▁", 0.0, USER_DEFINED)]), "tokenizer.json is made"),
+        (model_of([*SPECIAL, SentencePiece("▁▁", 0.0, USER_DEFINED)]), "tokenizer.json is made"),
     ],
 )
 def test_what_cannot_be_said_exactly_is_not_said(tmp_path: Path, model: bytes, note: str) -> None:

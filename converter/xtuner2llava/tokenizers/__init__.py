@@ -1,9 +1,9 @@
 """Tokenizers as files: read, edited, and converted without transformers and without remote code."""
 
-from xtuner2llava.tokenizers.arguments import with_arguments
 from xtuner2llava.tokenizers.compatibility import readable_tokenizer, tokenizer_faults
 from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer
 from xtuner2llava.tokenizers.editing import (
+    with_arguments,
     with_config,
     with_made,
     with_special_token,
@@ -20,9 +20,8 @@ from xtuner2llava.tokenizers.pieces import (
     strips_after,
     with_bos_added,
 )
-from xtuner2llava.tokenizers.prepared import Prepared
 from xtuner2llava.tokenizers.sentencepiece_model import read_sentencepiece
-from xtuner2llava.tokenizers.tokenizer import FAST, MadeFile, Tokenizer, read_tokenizer
+from xtuner2llava.tokenizers.tokenizer import FAST, MadeFile, Prepared, Tokenizer, read_tokenizer
 
 __all__ = [
     "FAST",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner2llava.storage.json_file import Json, text
+from xtuner2llava.storage.json_file import Json, integer, text
 
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 
@@ -49,3 +49,26 @@ class AddedToken:
     def in_tokenizer_json(self) -> dict[str, Json]:
         """As an entry of `added_tokens` in tokenizer.json."""
         return {"id": self.id, **self.in_config}
+
+
+def decoder_tokens(config: Mapping[str, Json]) -> list[AddedToken]:
+    """The tokens of `added_tokens_decoder` in a tokenizer_config."""
+    decoder = config.get("added_tokens_decoder")
+    found = (
+        AddedToken.of(int(index), token)
+        for index, token in (decoder.items() if isinstance(decoder, dict) else ())
+        if index.isdecimal() and len(index) <= 9
+    )
+    return [token for token in found if token is not None]
+
+
+def fast_tokens(content: Mapping[str, Json]) -> list[AddedToken]:
+    """The tokens of `added_tokens` in a tokenizer.json."""
+    added = content.get("added_tokens")
+    found: list[AddedToken] = []
+    for values in added if isinstance(added, list) else []:
+        index = integer(values, "id") if isinstance(values, dict) else None
+        token = AddedToken.of(index, values) if index is not None else None
+        if token is not None:
+            found.append(token)
+    return found

@@ -12,20 +12,24 @@ from dataclasses import replace
 
 from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers.added_token import AddedToken
+from xtuner2llava.tokenizers.added_token import AddedToken, decoder_tokens, fast_tokens
 from xtuner2llava.tokenizers.byte_pairs import unreachable
-from xtuner2llava.tokenizers.editing import with_config, with_made, without_files, without_keys
+from xtuner2llava.tokenizers.editing import (
+    with_config,
+    with_made,
+    with_special_map,
+    without_files,
+    without_keys,
+)
 from xtuner2llava.tokenizers.llama import MODEL, with_fast_file
-from xtuner2llava.tokenizers.prepared import Prepared
 from xtuner2llava.tokenizers.qwen2 import MERGES, VOCAB, with_fast_file_of_merges
 from xtuner2llava.tokenizers.tokenizer import (
     ADDED,
     CONFIG,
     FAST,
     SPECIAL_MAP,
+    Prepared,
     Tokenizer,
-    decoder_tokens,
-    fast_tokens,
     integers,
     json_file,
     slow_ids,
@@ -266,10 +270,7 @@ def _with_fast(tokenizer: Tokenizer, changed: Sequence[AddedToken], format_name:
     result = with_config(replace(result, config=config), {})
     if SPECIAL_MAP not in result.files:
         return result
-    special = _with_flags(tokenizer.special_map, added)
-    return with_made(
-        replace(result, special_map=special), {SPECIAL_MAP: lambda: json_file(special, 2)}
-    )
+    return with_special_map(result, _with_flags(tokenizer.special_map, added))
 
 
 def _with_flags(values: Mapping[str, Json], added: Mapping[str, AddedToken]) -> dict[str, Json]:

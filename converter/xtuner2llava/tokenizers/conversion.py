@@ -10,9 +10,8 @@ from xtuner2llava.errors import MappingError, UnsupportedError
 from xtuner2llava.storage.json_file import text
 from xtuner2llava.tokenizers.compatibility import KNOWN_CLASSES
 from xtuner2llava.tokenizers.llama import MODEL, from_sentencepiece
-from xtuner2llava.tokenizers.prepared import Prepared
 from xtuner2llava.tokenizers.qwen2 import from_tiktoken
-from xtuner2llava.tokenizers.tokenizer import Tokenizer
+from xtuner2llava.tokenizers.tokenizer import Prepared, Tokenizer
 
 # A range of tokens in a name, such as `<|extra_{0..204}|>`.
 _RANGE = re.compile(r"\{(\d{1,6})\.\.(\d{1,6})\}", re.ASCII)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from xtuner2llava.errors import CorruptFileError
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers.added_token import AddedToken
+from xtuner2llava.tokenizers.added_token import AddedToken, decoder_tokens, fast_tokens
 from xtuner2llava.tokenizers.tokenizer import (
     ADDED,
     CONFIG,
@@ -15,14 +15,13 @@ from xtuner2llava.tokenizers.tokenizer import (
     SPECIAL_MAP,
     MadeFile,
     Tokenizer,
-    decoder_tokens,
-    fast_tokens,
     integers,
     json_file,
 )
 
 # Named special tokens (transformers `tokenization_utils_base.py`, SPECIAL_TOKENS_ATTRIBUTES).
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_ADDITIONAL = "additional_special_tokens"
 
 
 def with_config(tokenizer: Tokenizer, changes: Mapping[str, Json]) -> Tokenizer:
@@ -50,8 +49,13 @@ def with_special_token(tokenizer: Tokenizer, key: str, text: str | list[Json] | 
     special = {name: value for name, value in tokenizer.special_map.items() if name != key}
     if text is not None:
         special[key] = text
+    return with_special_map(changed, special)
+
+
+def with_special_map(tokenizer: Tokenizer, values: Mapping[str, Json]) -> Tokenizer:
+    """The same tokenizer with `values` as its special_tokens_map.json."""
     return with_made(
-        replace(changed, special_map=special), {SPECIAL_MAP: lambda: json_file(special, indent=2)}
+        replace(tokenizer, special_map=values), {SPECIAL_MAP: lambda: json_file(values, indent=2)}
     )
 
 
@@ -98,6 +102,52 @@ def with_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenizer:
     return with_made(changed, files)
 
 
+def with_arguments(
+    tokenizer: Tokenizer, arguments: Mapping[str, Json], *, kept: Collection[str] = ()
+) -> tuple[Tokenizer, tuple[str, ...]]:
+    """`tokenizer` with `arguments` in place of its config's values, and what to tell the user.
+
+    transformers lets the arguments override tokenizer_config.json, then adds those special tokens
+    that are not in the vocabulary: the named ones in a fixed order, then the additional ones
+    (`tokenization_utils_base.py`, `_from_pretrained` and `all_special_tokens_extended`). Those of
+    `kept` give their token an id and are not set. Raises `CorruptFileError` where the id of a
+    new token is not certain.
+    """
+    named = {k: v for k in NAMED if isinstance(v := arguments.get(k), str)}
+    listed = arguments.get(_ADDITIONAL)
+    additional = None if not isinstance(listed, list) else [t for t in listed if isinstance(t, str)]
+    result, notes = tokenizer, list[str]()
+    if named or additional is not None:
+        effective = [named.get(key) or tokenizer.special(key) for key in NAMED]
+        following = (
+            additional
+            if additional is not None
+            else _additional(tokenizer.config, tokenizer.special_map)
+        )
+        texts = dict.fromkeys(text for text in [*effective, *following] if text is not None)
+        new = [text for text in texts if text not in tokenizer.ids]
+        wanted = [text for text in texts if text in new or text in following]
+        result = with_tokens(tokenizer, wanted)
+        if new:
+            ids = ", ".join(f"'{text}' {result.ids[text]}" for text in new[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            count = f"{len(new)} token{'s' if len(new) > 1 else ''}"
+            notes.append(f"Arguments of the XTuner config add {count}: {ids}{more}.")
+    for key, text in named.items():
+        if key not in kept and result.special(key) != text:
+            result = with_special_token(result, key, text)
+    others = {
+        key: value
+        for key, value in arguments.items()
+        if key not in NAMED and key != _ADDITIONAL and result.config.get(key) != value
+    }
+    if additional is not None and additional != _additional(
+        tokenizer.config, tokenizer.special_map
+    ):
+        result = with_special_token(result, _ADDITIONAL, [*additional])
+    return (with_config(result, others) if others else result), tuple(notes)
+
+
 def with_made(tokenizer: Tokenizer, made: Mapping[str, MadeFile]) -> Tokenizer:
     """The same tokenizer, of which some files are made, in place of those of the same names."""
     copied = tuple(name for name in tokenizer.copied if name not in made)
@@ -125,11 +175,7 @@ def added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
         for token in fast_tokens(tokenizer.read(FAST) or {}):
             found.setdefault(token.id, token)
     special = [text for key in NAMED if (text := tokenizer.special(key)) is not None]
-    for values in (tokenizer.config, tokenizer.special_map):
-        additional = values.get("additional_special_tokens")
-        for entry in additional if isinstance(additional, list) else []:
-            named = AddedToken.of(0, entry)
-            special += [] if named is None else [named.text]
+    special += [*_additional(tokenizer.config), *_additional(tokenizer.special_map)]
     if ADDED in tokenizer.files:
         for name, index in integers(tokenizer.read(ADDED) or {}).items():
             found.setdefault(index, AddedToken(name, index, special=name in special))
@@ -137,3 +183,10 @@ def added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
         if name in tokenizer.ids:
             found.setdefault(tokenizer.ids[name], AddedToken(name, tokenizer.ids[name]))
     return list(found.values())
+
+
+def _additional(*places: Mapping[str, Json]) -> list[str]:
+    """The texts of the additional special tokens, from the first of `places` that has the key."""
+    listed = next((values[_ADDITIONAL] for values in places if _ADDITIONAL in values), None)
+    found = (AddedToken.of(0, entry) for entry in (listed if isinstance(listed, list) else ()))
+    return [token.text for token in found if token is not None]

@@ -21,7 +21,7 @@ _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SentencePiece:
     """A token: its text (a space is U+2581), its score, and its type, such as `NORMAL`."""
 
     text: str
@@ -33,7 +33,7 @@ class Piece:
 class SentencePieceModel:
     """What a `tokenizer.model` says; a piece's id is its place in `pieces`."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SentencePiece, ...]
     algorithm: int
     byte_fallback: bool
     adds_dummy_prefix: bool
@@ -56,7 +56,7 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """The model in the file `path`. Raises `CorruptFileError` if it is none."""
     data = model_bytes(path)
-    pieces: list[Piece] = []
+    pieces: list[SentencePiece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     try:
@@ -108,12 +108,12 @@ def with_texts(data: bytes, texts: Mapping[int, str]) -> bytes:
     return b"".join(result)
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes) -> SentencePiece:
     values = _values(data)
     text, score = values.get(1, b""), values.get(2, b"\0\0\0\0")
     if not isinstance(text, bytes) or not isinstance(score, bytes):
         raise ValueError("a piece without text")
-    return Piece(
+    return SentencePiece(
         text.decode("utf-8", "replace"),
         struct.unpack("<f", score)[0],
         _number(values, 3, NORMAL),

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.storage.json_file import Json, integer, read_json, text
+from xtuner2llava.storage.json_file import Json, read_json, text
 from xtuner2llava.storage.small_file import inside
-from xtuner2llava.tokenizers.added_token import AddedToken
+from xtuner2llava.tokenizers.added_token import decoder_tokens, fast_tokens
 from xtuner2llava.tokenizers.sentencepiece_model import read_sentencepiece
 
 CONFIG = "tokenizer_config.json"
@@ -88,6 +88,14 @@ class Tokenizer:
         return read_json(self.folder / name) if name in self.copied else None
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A tokenizer that transformers loads by itself, and what was done for that."""
+
+    tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`. Raises `CorruptFileError` if there is none or it is damaged."""
     files = tuple(name for name in _NAMES if (folder / name).is_file())
@@ -122,29 +130,6 @@ def _slow_ids(folder: Path, files: Sequence[str]) -> dict[str, int]:
     if "tokenizer.model" in files:
         return read_sentencepiece(folder / "tokenizer.model").ids
     return {}
-
-
-def decoder_tokens(config: Mapping[str, Json]) -> list[AddedToken]:
-    """The tokens of `added_tokens_decoder` in a tokenizer_config."""
-    decoder = config.get("added_tokens_decoder")
-    found = (
-        AddedToken.of(int(index), token)
-        for index, token in (decoder.items() if isinstance(decoder, dict) else ())
-        if index.isdecimal() and len(index) <= 9
-    )
-    return [token for token in found if token is not None]
-
-
-def fast_tokens(content: Mapping[str, Json]) -> list[AddedToken]:
-    """The tokens of `added_tokens` in a tokenizer.json."""
-    added = content.get("added_tokens")
-    found: list[AddedToken] = []
-    for values in added if isinstance(added, list) else []:
-        index = integer(values, "id") if isinstance(values, dict) else None
-        token = AddedToken.of(index, values) if index is not None else None
-        if token is not None:
-            found.append(token)
-    return found
 
 
 def json_file(values: Mapping[str, Json], indent: int | None = None) -> bytes:

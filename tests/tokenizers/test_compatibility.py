@@ -365,12 +365,22 @@ def test_flags_for_which_slow_and_fast_differ(
 # What `verify` says
 
 
+NEW = {"type": "New"}
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda t, c: t["model"].update(merges=[["▁", "a"]]), "each merge is one text"),
         (lambda t, c: t.update(pre_tokenizer={**METASPACE, "split": True}), "add_prefix_space"),
         (lambda t, c: t.update(decoder={"type": "New"}), "does not have its decoder of type New"),
+        (lambda t, c: t.update(decoder={"type": ["New"]}), "does not have its decoder of type ["),
+        (
+            lambda t, c: t.update(
+                decoder={"type": "Sequence", "decoders": [{"type": "Sequence", "decoders": [NEW]}]}
+            ),
+            "does not have its decoder of type New",
+        ),
         (lambda t, c: c.update(tokenizer_class="TokenizersBackend"), "TokenizersBackend"),
         (lambda t, c: c.update(extra_special_tokens=["<s>"]), "extra_special_tokens"),
     ],

@@ -33,6 +33,7 @@ from xtuner2llava.tokenizers.tokenizer import (
     integers,
     json_file,
     slow_ids,
+    steps,
 )
 
 _FAST_CLASS = "PreTrainedTokenizerFast"
@@ -69,7 +70,6 @@ _TYPES = {
     "ByteFallback",
     "model": "BPE WordPiece WordLevel Unigram",
 }
-_INNER = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
 class _UnreadableError(Exception):
@@ -130,8 +130,8 @@ def rewrite_fast(content: dict[str, Json], format_name: str) -> Iterator[str]:
     """Rewrites a tokenizer.json in place; says what it changed."""
     old = format_name == "llava"
     for part, known in _TYPES.items():
-        names = {*known.split(), *(() if old or part != "normalizer" else ("ByteLevel",))}
-        for inner in _nested(content.get(part)):
+        names = [*known.split(), *(() if old or part != "normalizer" else ("ByteLevel",))]
+        for inner in steps(content.get(part)):
             kind = inner.get("type")
             # Before 0.8, a model did not say its type.
             if kind not in names and not (part == "model" and kind is None):
@@ -142,16 +142,6 @@ def rewrite_fast(content: dict[str, Json], format_name: str) -> Iterator[str]:
         yield from _text_merges(content)
         yield from _metaspace_without_split(content)
     yield from _metaspace_fields(content, old=old)
-
-
-def _nested(part: Json) -> Iterator[dict[str, Json]]:
-    """A part of a tokenizer.json, and those in it where it is a sequence of several."""
-    if isinstance(part, dict):
-        yield part
-        for key in _INNER:
-            inner = part.get(key)
-            for one in inner if isinstance(inner, list) else ():
-                yield from _nested(one)
 
 
 def _text_merges(content: dict[str, Json]) -> Iterator[str]:
@@ -174,7 +164,7 @@ def _metaspace_fields(content: dict[str, Json], *, old: bool) -> Iterator[str]:
     """0.15 wants `add_prefix_space`; 0.20 refuses one that `prepend_scheme` contradicts."""
     changed = False
     for part in ("pre_tokenizer", "decoder"):
-        for inner in _nested(content.get(part)):
+        for inner in steps(content.get(part)):
             if inner.get("type") != "Metaspace":
                 continue
             scheme, said = inner.get("prepend_scheme"), inner.get("add_prefix_space")
@@ -194,7 +184,7 @@ def _metaspace_without_split(content: dict[str, Json]) -> Iterator[str]:
     it is given the whole where added tokens are looked for in what it made of it (`normalized`).
     """
     part = content.get("pre_tokenizer")
-    inner = [one for one in _nested(part) if one.get("split") is False]
+    inner = [one for one in steps(part) if one.get("split") is False]
     if not inner:
         return
     added, before = fast_tokens(content), content.get("normalizer")
@@ -207,16 +197,18 @@ def _metaspace_without_split(content: dict[str, Json]) -> Iterator[str]:
     ):
         raise _UnreadableError(f"{_READERS['llava']} has no Metaspace without split")
     replacement = str(inner[0].get("replacement", "▁"))
-    steps: list[Json] = [before] if before is not None else []
+    normalizers: list[Json] = [before] if before is not None else []
     if first:
-        steps += _stripping(added)
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": replacement})
+        normalizers += _stripping(added)
+    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": replacement})
     if scheme != "never":
         # Not in front of one that is there, nor of a token that is found whole.
         ahead = [replacement, *(token.text for token in added if first)]
         pattern = rf"\A(?!{'|'.join(map(re.escape, ahead))})"
-        steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": replacement})
-    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+        normalizers.append(
+            {"type": "Replace", "pattern": {"Regex": pattern}, "content": replacement}
+        )
+    content["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     content["pre_tokenizer"] = None
     tokens = content.get("added_tokens")
     for values in tokens if isinstance(tokens, list) and before is None else ():

@@ -7,12 +7,11 @@ encodes by itself; in one text, that space must be written out where the tokeniz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.editing import added_tokens, with_config, with_made
-from xtuner2llava.tokenizers.tokenizer import FAST, Tokenizer, json_file
+from xtuner2llava.tokenizers.tokenizer import FAST, Tokenizer, json_file, steps
 
 # Classes of transformers that add the bos token where `add_bos_token` is not false
 # (`models/llama/tokenization_llama_fast.py`, `models/gemma/tokenization_gemma_fast.py`).
@@ -44,7 +43,7 @@ def prefix_space(tokenizer: Tokenizer) -> PrefixSpace | None:
         if "tokenizer.model" not in tokenizer.files:
             return None
         return PrefixSpace(everywhere=tokenizer.config.get("legacy") is not False, doubled=True)
-    for step in _steps(content.get("normalizer"), "normalizers"):
+    for step in steps(content.get("normalizer")):
         if step.get("type") == "Prepend" and step.get("prepend") == _SPACE:
             return PrefixSpace(everywhere=True, doubled=True)
         pattern = step.get("pattern")
@@ -52,7 +51,7 @@ def prefix_space(tokenizer: Tokenizer) -> PrefixSpace | None:
         # What `compatibility` writes in place of a Metaspace.
         if isinstance(regex, str) and regex.startswith(rf"\A(?!{_SPACE}"):
             return PrefixSpace(everywhere=regex == rf"\A(?!{_SPACE})", doubled=False)
-    for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps(content.get("pre_tokenizer")):
         if step.get("type") == "Metaspace":
             # Before tokenizers 0.15 there was a flag in place of the scheme.
             flag = "always" if step.get("add_prefix_space", True) else "never"
@@ -65,8 +64,7 @@ def prefix_space(tokenizer: Tokenizer) -> PrefixSpace | None:
 def keeps_spaces(tokenizer: Tokenizer) -> bool:
     """Whether tokenizer.json keeps repeated spaces and those at the end of a text."""
     content = tokenizer.read(FAST) or {}
-    steps = _steps(content.get("normalizer"), "normalizers")
-    return all(step.get("type") in ("Prepend", "Replace") for step in steps)
+    return all(s.get("type") in ("Prepend", "Replace") for s in steps(content.get("normalizer")))
 
 
 def adds_bos(tokenizer: Tokenizer) -> bool:
@@ -78,7 +76,7 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
     content = tokenizer.read(FAST) or {}
     return any(
         _is_token(step.get("single"), bos)
-        for step in _steps(content.get("post_processor"), "processors")
+        for step in steps(content.get("post_processor"))
         if step.get("type") == "TemplateProcessing"
     )
 
@@ -98,14 +96,14 @@ def with_bos_added(tokenizer: Tokenizer, added: bool) -> Tokenizer:
 
     def fast() -> bytes:
         content = tokenizer.read(FAST) or {}
-        steps: list[Json] = [
+        processors: list[Json] = [
             dict(step)
-            for step in _steps(content.get("post_processor"), "processors")
+            for step in steps(content.get("post_processor"))
             if step.get("type") != "TemplateProcessing"
         ]
         if added:
-            steps.append(_bos_processor(bos, tokenizer.ids[bos]))
-        sequence: Json = {"type": "Sequence", "processors": steps} if steps else None
+            processors.append(_bos_processor(bos, tokenizer.ids[bos]))
+        sequence: Json = {"type": "Sequence", "processors": processors} if processors else None
         return json_file({**content, "post_processor": sequence})
 
     return with_made(changed, {FAST: fast})
@@ -139,13 +137,3 @@ def _is_token(pieces: Json, text: str | None) -> bool:
     first = pieces[0] if isinstance(pieces, list) and pieces else None
     token = first.get("SpecialToken") if isinstance(first, dict) else None
     return text is not None and isinstance(token, dict) and token.get("id") == text
-
-
-def _steps(value: Json, inner: str) -> Iterator[Mapping[str, Json]]:
-    """A component of tokenizer.json, or those of a Sequence, which are never nested in practice."""
-    if not isinstance(value, dict):
-        return
-    parts = value.get(inner) if value.get("type") == "Sequence" else [value]
-    for part in parts if isinstance(parts, list) else []:
-        if isinstance(part, dict):
-            yield part

@@ -7,7 +7,7 @@ of an untrusted folder is more than reading it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -38,6 +38,7 @@ _NAMES = (
     "qwen.tiktoken",
 )
 _VOCABULARIES = (FAST, "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
+_INNER = ("normalizers", "pretokenizers", "processors", "decoders")
 
 # Makes the content of a file when it is written; planning does not wait for it.
 MadeFile: TypeAlias = Callable[[], bytes]
@@ -130,6 +131,18 @@ def _slow_ids(folder: Path, files: Sequence[str]) -> dict[str, int]:
     if "tokenizer.model" in files:
         return read_sentencepiece(folder / "tokenizer.model").ids
     return {}
+
+
+def steps(part: Json) -> Iterator[dict[str, Json]]:
+    """A part of a tokenizer.json such as its normalizer, or those that it is a Sequence of."""
+    if not isinstance(part, dict):
+        return
+    inner = next((part[key] for key in _INNER if key in part), None)
+    if part.get("type") != "Sequence" or not isinstance(inner, list):
+        yield part
+        return
+    for one in inner:
+        yield from steps(one)
 
 
 def json_file(values: Mapping[str, Json], indent: int | None = None) -> bytes:

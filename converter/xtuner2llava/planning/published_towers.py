@@ -12,21 +12,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from xtuner2llava.sources.model_config import CLIP_VISION_DEFAULTS
 from xtuner2llava.storage.json_file import Json
 
-# Absent keys mean these (transformers 4.37.2 `models/clip/configuration_clip.py`, CLIPVisionConfig;
-# `models/clip/image_processing_clip.py`, CLIPImageProcessor).
-_CONFIG: Mapping[str, Json] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
+# Of CLIPVisionConfig, the keys that decide what a tower computes; `projection_dim` does not.
+_CONFIG = {key: value for key, value in CLIP_VISION_DEFAULTS.items() if key != "projection_dim"}
+# Absent keys mean these (transformers 4.37.2 `models/clip/image_processing_clip.py`,
+# CLIPImageProcessor).
 _PROCESSOR: Mapping[str, Json] = {
     "do_resize": True,
     "size": {"shortest_edge": 224},

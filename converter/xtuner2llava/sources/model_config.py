@@ -15,7 +15,7 @@ from xtuner2llava.storage.json_file import Json, integer, read_json, text
 
 # The defaults of transformers for a CLIP vision tower
 # (transformers 4.37.2 `models/clip/configuration_clip.py`, `CLIPVisionConfig`).
-_CLIP_VISION_DEFAULTS: dict[str, Json] = {
+CLIP_VISION_DEFAULTS: dict[str, Json] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "projection_dim": 512,
@@ -98,7 +98,7 @@ def vision_tower_config(config: ModelConfig) -> ModelConfig:
     nested = values.get("vision_config")
     if isinstance(nested, dict):
         values = {**nested, "model_type": nested.get("model_type", "clip_vision_model")}
-    complete = {**_CLIP_VISION_DEFAULTS, **values}
+    complete = {**CLIP_VISION_DEFAULTS, **values}
     for key in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
         if (integer(complete, key) or 0) < 1:
             raise CorruptFileError(

@@ -224,3 +224,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(ConversionError, match="SentencePiece model"):
         read_sentencepiece(tmp_path / "tokenizer.model")
+
+
+def test_a_bos_token_that_is_not_a_text_is_not_added(tmp_path: Path) -> None:
+    base = write_base(tmp_path, model_of([*SPECIAL, *normal("a")]), bos_token=["<s>"])
+    content = json.loads(prepare(base).tokenizer.made["tokenizer.json"]())
+    assert content["post_processor"]["special_tokens"] == {}

@@ -220,9 +220,10 @@ def _post_processor(vocab: Mapping[str, int], config: Mapping[str, Json]) -> Jso
     bos, eos = config.get("bos_token"), config.get("eos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    before = [bos] if config.get("add_bos_token") is True and bos in vocab else []
-    after = [eos] if config.get("add_eos_token") is True and eos in vocab else []
-    special = [token for token in dict.fromkeys([*before, *after]) if isinstance(token, str)]
+    add_bos, add_eos = (config.get(key) is True for key in ("add_bos_token", "add_eos_token"))
+    before = [bos] if add_bos and isinstance(bos, str) and bos in vocab else []
+    after = [eos] if add_eos and isinstance(eos, str) and eos in vocab else []
+    special = dict.fromkeys([*before, *after])
 
     def template(sequence: str, kind: int) -> list[Json]:
         def around(tokens: Sequence[Json]) -> list[Json]:

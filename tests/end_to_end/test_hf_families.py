@@ -118,7 +118,7 @@ def test_what_only_later_versions_read_is_for_hf_with_these_versions(
     assert (made.fidelity.kind, made.fidelity.transformers) == ("exact", (versions,))
     assert made.config["text_config"][key] == source.config[key]  # type: ignore[index, call-overload]
     assert sum(note.endswith("this model.") or "MLP" in note for note in made.notes) == 1
-    with pytest.raises(PlanError, match=r"of transformers 4\.37\.2 has .*the format hf can have"):
+    with pytest.raises(PlanError, match=r"of transformers 4\.37\.2 has .*the format hf supports"):
         plan(trained.checkpoint, **trained.bases)
     # Without the key the same tensors are refused in every format.
     config = json.loads((trained.bases["llm"] / "config.json").read_text())

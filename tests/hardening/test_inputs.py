@@ -203,7 +203,7 @@ def test_names_in_a_file_reach_the_terminal_as_text(tmp_path: Path) -> None:
 
 
 def test_long_texts_in_a_file_do_not_flood_the_terminal(tmp_path: Path) -> None:
-    described = {f"{number}": {"dtype": "F99"} for number in range(1000)}
+    described = {f"{number}": {"dtype": f"F99{number}"} for number in range(1000)}
     described["x" * 1_000_000] = {"dtype": "y" * 1_000_000}
     header = json.dumps(dict(reversed(described.items()))).encode()
     folder = tmp_path / "iter_2_xtuner" / "projector"

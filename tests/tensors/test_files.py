@@ -140,4 +140,4 @@ def test_an_entry_of_a_zip_must_have_its_sum(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(b"???" + data)
     with pytest.raises(CorruptFileError, match=r"entry 'archive/data/0' is damaged.*; it is w\.\n"):
-        require_member(SourceFile.of(path), member, "; it is w.")
+        require_member(SourceFile.of(path), member, lambda: "; it is w.")

@@ -144,8 +144,7 @@ class _Conversion:
     ) -> Report:
         from xtuner2llava.metadata.report import Report
 
-        seconds = self.stages.seconds
-        return Report.of(self.plan, self.out, self.options, finished, written, pushed, seconds)
+        return Report.of(self.plan, self.out, self.options, finished, written, pushed, self.stages)
 
     def _folder(self) -> OutputFolder:
         from xtuner2llava.metadata.record import identity

@@ -190,6 +190,7 @@ def test_a_failure_leaves_nothing_here_and_nothing_there(
     assert not list(tmp_path.glob("llava*"))
 
 
+@pytest.mark.slow
 def test_a_failure_keeps_the_part_of_another_job(
     hub: HubServer, checkpoints: Path, local: Path, tmp_path: Path
 ) -> None:

@@ -171,6 +171,7 @@ def test_qwen_1_with_the_workaround(foresee: Foresee) -> None:
     assert any("'<|im_start|>'" in s and "without it" in s for s in outlook.advice)
 
 
+@pytest.mark.slow
 def test_the_lines_to_add_are_enough(foresee: Foresee) -> None:
     """A config with what was advised gets no more advice."""
     outlook = foresee(

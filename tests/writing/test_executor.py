@@ -241,6 +241,7 @@ def test_a_cluster_of_dask_one_of_whose_workers_dies(checkpoints: Path, tmp_path
     assert content(tmp_path / "command") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_cluster_that_is_not_there(installed: bool, tmp_path: Path, checkpoints: Path) -> None:
     if installed:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.mapping import model_name
 from xtuner2llava.metadata.finished_output import FinishedOutput
+from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import ConvertOptions
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.plan import Plan
@@ -56,7 +57,7 @@ class Report:
         finished: FinishedOutput,
         written: Written | None,
         pushed: Pushed | None,
-        seconds: Mapping[str, float],
+        stages: Stages,
     ) -> Report:
         """The report on the output `finished`; nothing `written` says that it was there before."""
         shards = () if written is None else written.shards
@@ -66,7 +67,7 @@ class Report:
             plan=plan,
             files=dict(sorted(finished.files.items())),
             blake3=dict(finished.blake3),
-            seconds=seconds,
+            seconds=stages.seconds,
             verified=options.verify and written is not None,
             resumed=tuple(shard.filename for shard in shards if shard.kept),
             kept_bytes=sum(shard.kept_bytes for shard in shards),

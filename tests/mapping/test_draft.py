@@ -93,8 +93,8 @@ def test_a_new_family_by_yaml_alone(lab: tuple[Source, Trained], tmp_path: Path)
     assert run("mappings", "check", path) == f"{path}: no faults\n"
     assert "becomes: llama" in text
     # Two of their shapes leave one name; the others are comments, with the names that fit.
-    assert "  top_norm.weight: model.norm.weight    # [64]" in text
-    assert "  think.down.weight: mlp.down_proj.weight    # [64, 96]" in text
+    assert "  top_norm.weight: model.norm.weight    # [64], only one of this shape" in text
+    assert "  think.down.weight: mlp.down_proj.weight    # [64, 96], only one of this shape" in text
     assert "# [64, 64]: self_attn.q_proj.weight, self_attn.o_proj.weight" in text
     assert "# Nothing makes: model.embed_tokens.weight, lm_head.weight" in text
     with pytest.raises(PlanError) as caught:
@@ -173,10 +173,9 @@ def test_what_a_fused_tensor_may_be_split_into_is_a_comment(tmp_path: Path) -> N
     config = {**SIZES, "num_key_value_heads": 2, "model_type": "mine"}
     text = drafted(config, shapes(config), tmp_path)
     split = """\
-      # - split: attention.wqkv.weight    # or `deinterleave` it, see the code
+      # - split: attention.wqkv.weight    # [128, 64]
       #   into: [self_attn.q_proj.weight, self_attn.k_proj.weight, self_attn.v_proj.weight]
-      #   sizes: [64, 32, 32]
-"""
+      #   sizes: [64, 32, 32]    # or `deinterleave` with groups: N, slots: [64 // N, 32 // N, 3"""
     assert split in text
     fused = {
         name.replace("mlp.gate_proj", "mlp.gate_up_proj"): (192, 64)
@@ -187,7 +186,7 @@ def test_what_a_fused_tensor_may_be_split_into_is_a_comment(tmp_path: Path) -> N
     }
     text = drafted(config, fused, tmp_path)
     assert "      #   into: [mlp.gate_proj.weight, mlp.up_proj.weight]\n" in text
-    assert "      #   sizes: [96, 96]\n" in text
+    assert "      #   sizes: [96, 96]    # or `deinterleave` with" in text
     assert "# Nothing makes: mlp.gate_proj.weight, mlp.up_proj.weight\n" in text
 
 
@@ -197,17 +196,88 @@ def test_the_nearest_class_is_the_one_that_shares_most_names(tmp_path: Path) -> 
     biases = {f"model.layers.{i}.self_attn.{p}_proj.bias": (64 if p in "qo" else 32,)
               for i in (0, 1) for p in "qkvo"}  # fmt: skip
     norms = {f"model.layers.{i}.self_attn.{p}_norm.weight": (16,) for i in (0, 1) for p in "qk"}
-    assert "becomes: llama\n" in drafted(config, shapes, tmp_path)
+    assert "becomes: llama    # for --format hf and --format llava\n" in drafted(
+        config, shapes, tmp_path
+    )
     text = drafted(config | {"attention_bias": True}, shapes | biases, tmp_path)
-    assert "becomes: llama\n" in text
+    assert "becomes: llama " in text
     assert "          - self_attn.o_proj.bias    # [64]\n" in text
     without_o = {n: s for n, s in biases.items() if "o_proj" not in n}
     text = drafted(config, shapes | without_o, tmp_path)
-    assert "becomes: qwen2\n" in text
+    assert "becomes: qwen2 " in text
     assert "    sliding_window: null    # the class would have one\n" in text
     text = drafted(config, shapes | norms, tmp_path)
-    assert "becomes: qwen3\n" in text
+    assert "becomes: qwen3    # for --format hf\n" in text
     assert "self_attn.q_norm.weight    # [16]\n" in text
+
+
+def renamed(shapes: dict[str, tuple[int, ...]], names: dict[str, str]) -> Any:
+    """`shapes` with parts of their names replaced."""
+    found = {}
+    for name, shape in shapes.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        found[name] = shape
+    return found
+
+
+def test_a_module_called_the_same_is_renamed_where_its_shape_agrees(tmp_path: Path) -> None:
+    config = {**SIZES, "num_key_value_heads": 2, "model_type": "mine"}
+    biases = {f"model.layers.{i}.self_attn.{p}_proj.bias": (64 if p == "q" else 32,)
+              for i in (0, 1) for p in "qkv"}  # fmt: skip
+    own = {"self_attn": "mix", "mlp.gate_proj": "ff.left", "mlp.up_proj": "ff.right"}
+    text = drafted(config, renamed(_llama_shapes(2) | biases, own), tmp_path)
+    # The biases tell a Qwen 2, although all names of attention are others.
+    assert "becomes: qwen2 " in text
+    for part in "qkvo":
+        assert f"   mix.{part}_proj.weight: self_attn.{part}_proj.weight    # [" in text
+    assert "   mix.q_proj.bias: self_attn.q_proj.bias    # [64], same module name\n" in text
+    assert "# - rename: {ff.left.weight: }    # [96, 64]: mlp.gate_proj.weight, mlp.up_proj" in text
+    assert "# Nothing makes: mlp.gate_proj.weight, mlp.up_proj.weight\n" in text
+    # Two of one name, and one of another shape, are left to people.
+    twice = {f"model.layers.{i}.cross.q_proj.weight": (64, 64) for i in (0, 1)}
+    text = drafted(config, renamed(_llama_shapes(2) | twice, {"self_attn": "mix"}), tmp_path)
+    assert "# - rename: {cross.q_proj.weight: }    # [64, 64]: self_attn.q_proj.weight\n" in text
+    assert "# - rename: {mix.q_proj.weight: }    # [64, 64]: self_attn.q_proj.weight\n" in text
+    wide = renamed(_llama_shapes(2), {"self_attn": "mix"})
+    wide |= {name: (80, 64) for name in wide if name.endswith("k_proj.weight")}
+    text = drafted(config, wide, tmp_path)
+    assert "{mix.k_proj.weight: }    # [80, 64]: nothing that is missing has this shape\n" in text
+
+
+@pytest.mark.parametrize("of_kind", ["attention_norm", "ffn_norm"])
+def test_names_that_are_only_alike_assert_nothing(of_kind: str, tmp_path: Path) -> None:
+    # InternLM2's attention_norm is the input_layernorm, not the post_attention_layernorm.
+    names = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+             "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk"}  # fmt: skip
+    config = {**SIZES, "num_key_value_heads": 2, "attention_bias": True, "model_type": "mine"}
+    biases = {f"model.layers.{i}.self_attn.{p}_proj.bias": (64 if p in "qo" else 32,)
+              for i in (0, 1) for p in "qkvo"}  # fmt: skip
+    text = drafted(config, renamed(_llama_shapes(2) | biases, names), tmp_path)
+    kinds = "input_layernorm.weight, post_attention_layernorm.weight"
+    assert f"# - rename: {{{of_kind}.weight: }}    # [64]: {kinds}\n" in text
+    # With k_proj called otherwise, v_proj leaves one name for it, as o_proj does for q_proj.
+    assert "   attention.wq.weight: self_attn.q_proj.weight    # [64, 64], only one of" in text
+    assert "   attention.wk.bias: self_attn.k_proj.bias    # [32], only one of this shape" in text
+
+
+def test_one_tensor_of_queries_keys_and_values_is_never_sure(tmp_path: Path) -> None:
+    # A Phi-3 has one, too, but no shape tells whether its rows are in the same order.
+    fused = {name: shape for name, shape in _llama_shapes(2).items() if "proj" not in name}
+    for i in (0, 1):
+        fused |= {f"model.layers.{i}.attn.Wqkv.weight": (128, 64),
+                  f"model.layers.{i}.attn.out.weight": (64, 64),
+                  f"model.layers.{i}.ff.both.weight": (192, 64),
+                  f"model.layers.{i}.ff.down.weight": (64, 96)}  # fmt: skip
+    config = {**SIZES, "num_key_value_heads": 2, "model_type": "mine"}
+    text = drafted(config, fused, tmp_path)
+    assert "becomes: llama " in text
+    assert "# - split: attn.Wqkv.weight    # [128, 64]\n" in text
+    assert "# - split: ff.both.weight    # [192, 64]\n" in text
+    named = renamed(fused, {"attn.Wqkv": "self_attn.qkv_proj", "ff.both": "mlp.gate_up_proj"})
+    text = drafted(config, named, tmp_path)
+    assert "becomes: phi3    # for --format hf\n" in text
+    assert "          - self_attn.qkv_proj.weight    # [128, 64]\n" in text
 
 
 def test_what_differs_between_layers_is_left_to_people(tmp_path: Path) -> None:

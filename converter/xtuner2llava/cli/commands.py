@@ -453,12 +453,16 @@ def check_mapping(
 ) -> None:
     """Check a mapping FILE; with CHECKPOINT also whether it fits, as `plan` would."""
     from xtuner2llava.errors import MappingError, raise_faults
-    from xtuner2llava.mapping import check_file
+    from xtuner2llava.mapping import Catalogue, check_file
 
     raise_faults(MappingError, check_file(Path(file)))
     if checkpoint is not None:
-        # Which name the tower is published under does not matter to the mapping.
+        # Which name the tower is published under does not matter to the mapping, nor does which
+        # of the formats that have its class.
         named = {**given, "mapping": file, "vision_tower_name": "the vision tower"}
+        plain = Catalogue.shipped().with_family_file(Path(file)).target_class.name
+        if plain not in Catalogue.shipped().formats["llava"].classes:
+            named["format"] = "hf"
         options = flags.collect(Options, named)
         if as_json:
             _show_plan(checkpoint, as_json, options)

@@ -41,8 +41,8 @@ class Match:
         """What agrees with an LLM, and what differs."""
         agree, differ = [], []
         for key, wanted, said in (
-            ("architecture", self.architectures, _texts(config.get("architectures"))),
-            ("model_type", self.model_type, _texts(config.get("model_type"))),
+            ("architecture", self.architectures, texts(config.get("architectures"))),
+            ("model_type", self.model_type, texts(config.get("model_type"))),
         ):
             if wanted and said:
                 if set(wanted) & set(said):
@@ -111,10 +111,10 @@ def _holds(condition: Expression, config: Mapping[str, object]) -> bool:
         return False
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def texts(value: object) -> tuple[str, ...]:
     """A config is untrusted: anything but a text, or texts in a list, says nothing."""
     values = value if isinstance(value, list | tuple) else (value,)
-    return tuple(text for text in values if isinstance(text, str))
+    return tuple(text for text in values if text and isinstance(text, str))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """A starter mapping for an LLM that no family fits: what names and shapes tell; the rest, comments.
 
-A tensor is kept under a name of the class, and renamed where its shape leaves one name. Where there
-are several, such as gate and up, a comment lists them. `mappings check` accepts the draft; a plan
-asks for what is left.
+A tensor is kept under a name of the class. It is renamed where one name of the class is left for
+it: the one with its shape whose module is called the same, such as `q_proj`, or the only one with
+its shape. Where there are several, such as gate and up, a comment lists them. `mappings check`
+accepts the draft; a plan asks for what is left.
 """
 
 from __future__ import annotations
@@ -10,50 +11,54 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from xtuner2llava.errors import MappingError, UnsupportedError
 from xtuner2llava.mapping.catalogue import Catalogue
-from xtuner2llava.mapping.expressions import show
+from xtuner2llava.mapping.detect import texts
+from xtuner2llava.mapping.expressions import Environment, show
 from xtuner2llava.mapping.names import fold, parse_name
 from xtuner2llava.mapping.plain_class import PlainClass
-from xtuner2llava.mapping.similar import SILU, SPELLINGS
+from xtuner2llava.mapping.similar import SILU, spelling_of
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+_Shapes: TypeAlias = Mapping[str, Shape]
+_Parts: TypeAlias = tuple[_Shapes, _Shapes]
+_Targets: TypeAlias = dict[str, tuple[str, str]]
 
 _MAX_COMMENTS = 60
 _MAX_NAMES = 8
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*(\{i\})?")
-_NO_TEXTS = {"true", "false", "null", "True", "False", "Null", "TRUE", "FALSE", "NULL"}
+_IN_LAYER = re.compile(r"(.+?)\.([0-9]+)\.(.+)", re.DOTALL)
+_NO_TEXTS = ("true", "false", "null")
 _ABOUT_FILES = ("architectures", "auto_map", "model_type", "torch_dtype", "transformers_version")
-_FUSED = (
-    tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-    tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
-    ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-)
+# What one tensor may hold in place of several, and what a class that has it so calls it.
+_FUSED = {
+    f"self_attn.qkv_proj.{end}": [f"self_attn.{part}_proj.{end}" for part in "qkv"]
+    for end in ("weight", "bias")
+} | {"mlp.gate_up_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Shapes by name outside of the layers, and by what follows `prefix.{i}.` in them.
+    """Shapes by name: outside of the layers, and by what follows `prefix.{i}.` in them.
 
     `uneven` are names that not all layers have, or not in one shape.
     """
 
-    outside: Mapping[str, Shape]
+    parts: _Parts
     prefix: str
     layers: int
-    inside: Mapping[str, Shape]
-    uneven: Collection[str] = ()
+    uneven: Collection[str]
 
 
-def draft(config: Mapping[str, object], shapes: Mapping[str, Shape], catalogue: Catalogue) -> str:
+def draft(config: Environment, shapes: _Shapes, catalogue: Catalogue) -> str:
     """The YAML of a family for the LLM with this config and these tensors.
 
     For an LLM that a shipped family fits, it is one that extends that family, and says so.
     """
-    refused = []
     try:
         name = catalogue.detect(config, shapes.keys()).name
         return (
@@ -64,16 +69,17 @@ def draft(config: Mapping[str, object], shapes: Mapping[str, Shape], catalogue: 
     except UnsupportedError as error:
         refused = [f"# This LLM is known, and refused: {_quoted(error.faults[0].what)}"]
     except MappingError:
-        pass
+        refused = []
     layout = _layout(shapes)
     plain, expected = _nearest_class(config, layout, catalogue)
+    formats = [name for name, one in catalogue.formats.items() if plain.name in one.classes]
     lines = [
         f"# A beginning, made from names and shapes; it becomes a {plain.architecture} if that is",
         "# what the LLM computes. Compare it with the model's code, and then logits.",
         *refused,
         "schema: 1",
         "family: my-llm",
-        f"becomes: {plain.name}",
+        f"becomes: {plain.name}    # for --format {' and --format '.join(formats)}",
         *_match(config, layout),
         "",
         "tensors:",
@@ -91,170 +97,165 @@ def draft(config: Mapping[str, object], shapes: Mapping[str, Shape], catalogue: 
     return "\n".join(lines) + "\n"
 
 
-def _layout(shapes: Mapping[str, Shape]) -> _Layout:
+def _layout(shapes: _Shapes) -> _Layout:
     """The layers are those of the prefix that the most names continue with a number."""
-    prefixes: dict[str, dict[str, dict[str, Shape]]] = {}
-    for name, shape in shapes.items():
-        parts = name.split(".")
-        at = next((n for n, part in enumerate(parts) if part.isdecimal() and part.isascii()), 0)
-        prefix, rest = ".".join(parts[:at]), ".".join(parts[at + 1 :])
-        if rest and _usable(prefix):
-            prefixes.setdefault(prefix, {}).setdefault(parts[at], {})[rest] = shape
-    prefix = max(prefixes, key=lambda p: sum(map(len, prefixes[p].values())), default="")
-    layers = prefixes.get(prefix, {})
-    found: dict[str, list[Shape]] = {}
-    for layer in layers.values():
-        for rest, shape in layer.items():
-            found.setdefault(rest, []).append(shape)
-    uneven = [n for n, there in found.items() if len(there) < len(layers) or len({*there}) > 1]
-    inner = {f"{prefix}.{i}.{rest}" for i, layer in layers.items() for rest in layer}
-    outside = {name: shape for name, shape in shapes.items() if name not in inner}
-    inside = {rest: there[0] for rest, there in found.items()}
-    return _Layout(outside, prefix, len(layers), inside, uneven)
+    found = {name: match.groups() for name in shapes if (match := _IN_LAYER.fullmatch(name))}
+    prefixes = Counter(prefix for prefix, *_ in found.values() if _usable(prefix))
+    prefix = max(prefixes, key=prefixes.__getitem__, default="")
+    within = {name: (number, rest) for name, (p, number, rest) in found.items() if p == prefix}
+    outside = {name: shape for name, shape in shapes.items() if name not in within}
+    inside: dict[str, list[Shape]] = {}
+    for name, (_, rest) in within.items():
+        inside.setdefault(rest, []).append(shapes[name])
+    layers = len({number for number, _ in within.values()})
+    uneven = [n for n, there in inside.items() if len(there) < layers or len({*there}) > 1]
+    first = {name: there[0] for name, there in inside.items()}
+    return _Layout((outside, first), prefix, layers, uneven)
 
 
 def _nearest_class(
-    config: Mapping[str, object], layout: _Layout, catalogue: Catalogue
-) -> tuple[PlainClass, _Layout]:
-    """The class that has the most of the LLM's names, and its tensors with this config."""
+    config: Environment, layout: _Layout, catalogue: Catalogue
+) -> tuple[PlainClass, _Parts]:
+    """The class with a place for the most tensors, or the most names; what it has for `config`."""
 
-    def shared(found: tuple[PlainClass, _Layout]) -> int:
-        _, its = found
-        return len(layout.outside.keys() & its.outside) + len(layout.inside.keys() & its.inside)
+    def likeness(found: tuple[PlainClass, _Parts]) -> tuple[int, int]:
+        places = named = 0
+        for own, theirs in zip(layout.parts, found[1], strict=True):
+            named += len(own.keys() & theirs)
+            ours = Counter((own[name], _kind(name)) for name in own.keys() - theirs)
+            others = Counter((theirs[name], _kind(name)) for name in theirs.keys() - own)
+            fused = (count for (shape, _), count in ours.items() if _fused(shape, theirs))
+            places += (ours & others).total() + sum(fused)
+        return places + named, named
 
     names = dict.fromkeys(name for one in catalogue.formats.values() for name in one.classes)
-    plain = [catalogue.classes[name] for name in names]
-    return max(((one, _expected(one, config)) for one in plain), key=shared)
+    found = [(one, _expected(one, config)) for one in map(catalogue.classes.__getitem__, names)]
+    return max(found, key=likeness)
 
 
-def _expected(plain: PlainClass, config: Mapping[str, object]) -> _Layout:
+def _expected(plain: PlainClass, config: Environment) -> _Parts:
     """The tensors of a class with one layer; a size that the config does not have is 1."""
     values: dict[str, object] = dict.fromkeys(plain.config.required, 1)
-    values |= {key: config[name] for key in plain.keys if (name := _spelling(key, config))}
-    values["num_hidden_layers"] = 1
+    values |= {key: config[name] for key in plain.keys if (name := spelling_of(key, config))}
     try:
-        complete, faults = plain.complete(values)
-        tensors = {} if faults else plain.tensors(complete)
+        tensors = plain.tensors(plain.complete(values | {"num_hidden_layers": 1})[0])
     except MappingError:
         tensors = {}
-    return _layout({name: tensor.shape for name, tensor in tensors.items()})
+    return _layout({name: tensor.shape for name, tensor in tensors.items()}).parts
 
 
-def _spelling(key: str, config: Mapping[str, object]) -> str:
-    """The name that `config` has for a key of a class; empty if there is none."""
-    return next((name for name in (key, *SPELLINGS.get(key, ())) if name in config), "")
+def _sure(shapes: _Shapes, uneven: Collection[str], expected: _Shapes) -> _Targets:
+    """The name in the class of each tensor for which one is left, and why it is that one."""
+    found = {name: (name, "") for name in shapes if name in expected and name not in uneven}
+    for mark, why in _MARKS:
+        made = {target for target, _ in found.values()}
+        alone: list[dict[tuple[Shape, str], str]] = []
+        for names, done in ((shapes, found.keys()), (expected, made)):
+            keys = {n: (names[n], mark(n)) for n in names if n not in done}
+            count = Counter(keys.values())
+            alone.append({key: name for name, key in keys.items() if count[key] == 1})
+        ours, theirs = alone
+        for key in ours.keys() & theirs:
+            if ours[key] not in uneven and _usable(ours[key]):
+                found[ours[key]] = theirs[key], why
+    return {name: found[name] for name in shapes if name in found}
 
 
-def _match(config: Mapping[str, object], layout: _Layout) -> Iterator[str]:
-    found, model_type = config.get("architectures"), config.get("model_type")
-    texts = [a for a in found if a and isinstance(a, str)] if isinstance(found, list) else []
-    names = [name for name in layout.outside if _usable(name)][:1]
-    names += [f"{layout.prefix}.0.{rest}" for rest in layout.inside if _usable(rest)][:1]
-    entries = {
-        "architectures": f"[{', '.join(map(_scalar, texts[:4]))}]" if texts else "",
-        "model_type": _scalar(model_type) if isinstance(model_type, str) and model_type else "",
-        "tensors": f"[{', '.join(map(_scalar, names))}]" if names else "",
-    }
-    lines = [f"  {key}: {text}" for key, text in entries.items() if text]
-    yield from ["match:", *lines] if lines else []
+def _kind(name: str) -> str:
+    """A weight or a bias; no shape tells the order of the rows in a fused tensor."""
+    return name if name in _FUSED else "bias" if name.endswith("bias") else "weight"
 
 
-def _tensors(config: Mapping[str, object], layout: _Layout, expected: _Layout) -> Iterator[str]:
-    """The rules outside of the layers, and a block for these; comments where there are none."""
-    outside = [*_rules("  ", layout.outside, (), expected.outside)]
-    inside = [*_rules("      ", layout.inside, layout.uneven, expected.inside)]
-    block = [
-        f"- for: {{i: {_spelling('num_hidden_layers', config) or layout.layers}}}",
-        f"  from: {_scalar(layout.prefix + '.{i}')}",
-        "  to: model.layers.{i}",
-        "  rules:",
-    ]
-    is_active = _has_rule(inside)
-    yield from outside
-    if inside and layout.layers:
-        yield from (f"  {'' if is_active else '# '}{line}" for line in block)
-        yield from inside
-    dropped = any(name.endswith("inv_freq") for name in (*layout.outside, *layout.inside))
-    if dropped:
-        yield '  - {drop: "**.inv_freq", because: a buffer that is rebuilt}'
-    if not (is_active or dropped or _has_rule(outside)):
-        yield "  []"
+# What tells tensors of one shape apart, and what a comment says of those that it does tell apart.
+_MARKS: tuple[tuple[Callable[[str], str], str], ...] = (
+    (lambda name: ".".join(name.split(".")[-2:]), "same module name"),
+    (_kind, "only one of this shape"),
+)
 
 
-def _has_rule(lines: list[str]) -> bool:
-    return any(not line.lstrip().startswith("#") for line in lines)
-
-
-def _rules(
-    indent: str,
-    shapes: Mapping[str, Shape],
-    uneven: Collection[str],
-    expected: Mapping[str, Shape],
-) -> Iterator[str]:
-    """`keep` and `rename` for what is sure, and comments for other names and for missing ones."""
-    kept = [name for name in shapes if name in expected and name not in uneven]
-    missing = {name: shape for name, shape in expected.items() if name not in kept}
-    left = {n: s for n, s in shapes.items() if n not in kept and not n.endswith("inv_freq")}
-    count = Counter(left.values())
-    fits = {
-        name: [other for other in missing if missing[other] == shape and name not in uneven]
-        for name, shape in left.items()
-    }
-    renamed = {
-        name: found[0]
-        for name, found in fits.items()
-        if len(found) == 1 and count[left[name]] == 1 and _usable(name)
-    }
-    if kept:
-        yield f"{indent}- keep:"
-        yield from (f"{indent}    - {name}    # {[*shapes[name]]}" for name in kept)
-    if renamed:
-        yield f"{indent}- rename:    # the only ones of these shapes"
-        for name, target in renamed.items():
-            yield f"{indent}    {_scalar(name)}: {target}    # {[*shapes[name]]}"
-    unknown = fold(name for name in left if name not in renamed)
-    if unknown:
-        yield f"{indent}# Not recognised; `rename` them, or `drop` them with a reason:"
-    for one in unknown[:_MAX_COMMENTS]:
-        what = f"{one.count:,} tensors"
-        if one.text in left:
-            names = ", ".join(fits[one.text][:_MAX_NAMES])
-            what = f"{[*left[one.text]]}" + (f": {names}" if names else "")
-            if one.text in uneven:
-                what = "differs between layers"
-        yield f"{indent}# - rename: {{{_scalar(one.text)}: }}    # {what}"
-        yield from _fused(indent, one.text, left.get(one.text, ()), missing)
-    if len(unknown) > _MAX_COMMENTS:
-        yield f"{indent}# and {len(unknown) - _MAX_COMMENTS:,} more kinds"
-    lacking = [one.text for one in fold(name for name in missing if name not in renamed.values())]
-    if lacking:
-        yield f"{indent}# Nothing makes: {', '.join(lacking)}"
-
-
-def _fused(indent: str, name: str, shape: Shape, missing: Mapping[str, Shape]) -> Iterator[str]:
-    """What a tensor may be split into, as comments."""
-    for parts in _FUSED:
+def _fused(shape: Shape, missing: _Shapes) -> list[str]:
+    """The names of the class that a tensor of this shape may be split into."""
+    for parts in _FUSED.values():
         fitting = [missing[part] for part in parts if part in missing]
-        rows = [one[0] for one in fitting if one[1:] == shape[1:]]
-        if len(rows) == len(parts) and shape[:1] == (sum(rows),):
-            yield f"{indent}# - split: {_scalar(name)}    # or `deinterleave` it, see the code"
-            yield f"{indent}#   into: [{', '.join(parts)}]"
-            yield f"{indent}#   sizes: {rows}"
+        rows = sum(one[0] for one in fitting if one[1:] == shape[1:])
+        if len(fitting) == len(parts) and shape[:1] == (rows,):
+            return parts
+    return []
 
 
-def _config(config: Mapping[str, object], plain: PlainClass) -> Iterator[str]:
+def _match(config: Environment, layout: _Layout) -> list[str]:
+    given = {key: texts(config.get(key))[:4] for key in ("architectures", "model_type")}
+    outside, inside = ([name for name in part if _usable(name)][:1] for part in layout.parts)
+    given["tensors"] = (*outside, *(f"{layout.prefix}.0.{name}" for name in inside))
+    lines = [f"  {key}: [{', '.join(map(_scalar, some))}]" for key, some in given.items() if some]
+    return ["match:", *lines] if lines else []
+
+
+def _tensors(config: Environment, layout: _Layout, expected: _Parts) -> Iterator[str]:
+    """The rules outside of the layers, and a block for these; comments where there are none."""
+    yield from (f"  {line}" for line in _rules(layout.parts[0], (), expected[0]))
+    inside = [*_rules(layout.parts[1], layout.uneven, expected[1])]
+    if inside and layout.layers:
+        begin = "  # " if all(line.startswith("#") for line in inside) else "  "
+        yield f"{begin}- for: {{i: {spelling_of('num_hidden_layers', config) or layout.layers}}}"
+        yield f"{begin}  from: {_scalar(layout.prefix + '.{i}')}"
+        yield f"{begin}  to: model.layers.{{i}}"
+        yield f"{begin}  rules:"
+        yield from (f"      {line}" for line in inside)
+    yield '  - {drop: "**.inv_freq", because: a buffer that is rebuilt}'
+
+
+def _rules(shapes: _Shapes, uneven: Collection[str], expected: _Shapes) -> Iterator[str]:
+    """`keep` and `rename` for what is sure, and comments for other names and for missing ones."""
+    sure = _sure(shapes, uneven, expected)
+    if kept := [name for name, (_, why) in sure.items() if not why]:
+        yield "- keep:"
+        yield from (f"    - {name}    # {[*shapes[name]]}" for name in kept)
+    if len(kept) < len(sure):
+        yield "- rename:"
+    for name, (target, why) in sure.items():
+        if why:
+            yield f"    {_scalar(name)}: {target}    # {[*shapes[name]]}, {why}"
+    made = {target for target, _ in sure.values()}
+    missing = {name: shape for name, shape in expected.items() if name not in made}
+    left = {n: s for n, s in shapes.items() if n not in sure and not n.endswith("inv_freq")}
+    if unknown := fold(left):
+        yield "# Not recognised; `rename` them, or `drop` them with a reason:"
+    for one in unknown[:_MAX_COMMENTS]:
+        if one.text in left and one.text not in uneven:
+            yield from _choices(one.text, left[one.text], missing)
+        else:
+            what = "differs between layers" if one.text in left else f"{one.count:,} tensors"
+            yield f"# - rename: {{{_scalar(one.text)}: }}    # {what}"
+    if len(unknown) > _MAX_COMMENTS:
+        yield f"# and {len(unknown) - _MAX_COMMENTS:,} more kinds"
+    if missing:
+        yield f"# Nothing makes: {', '.join(one.text for one in fold(missing))}"
+
+
+def _choices(name: str, shape: Shape, missing: _Shapes) -> Iterator[str]:
+    """What one tensor may become, as a comment."""
+    if parts := _fused(shape, missing):
+        sizes = [missing[part][0] for part in parts]
+        slots = ", ".join(f"{size} // N" for size in sizes)
+        yield f"# - split: {_scalar(name)}    # {[*shape]}"
+        yield f"#   into: [{', '.join(parts)}]"
+        yield f"#   sizes: {sizes}    # or `deinterleave` with groups: N, slots: [{slots}]"
+        return
+    fitting = [other for other, its in missing.items() if its == shape]
+    fitting = [other for other in fitting if _kind(other) == _kind(name)] or fitting
+    names = ", ".join(fitting[:_MAX_NAMES]) or "nothing that is missing has this shape"
+    yield f"# - rename: {{{_scalar(name)}: }}    # {[*shape]}: {names}"
+
+
+def _config(config: Environment, plain: PlainClass) -> Iterator[str]:
     """The lines of a `config` table for the class `plain`, and comments on all other keys."""
-    keep: list[str] = []
-    derive: list[str] = []
-    constant: list[str] = []
-    missing: list[str] = []
-    used = {*_ABOUT_FILES}
-    for key in plain.keys:
-        spelling = _spelling(key, config)
-        used.add(spelling)
+    spellings = {key: spelling_of(key, config) for key in plain.keys}
+    derive, constant, missing = [], [], []
+    for key, spelling in spellings.items():
         if spelling == key:
-            keep.append(key)
-        elif key == "hidden_act" and config.get(spelling) in SILU:
+            continue
+        if key == "hidden_act" and config.get(spelling) in SILU:
             constant.append(f"{key}: silu    # {spelling} is {show(config[spelling])}")
         elif spelling:
             # Other versions of transformers want a float.
@@ -265,7 +266,7 @@ def _config(config: Mapping[str, object], plain: PlainClass) -> Iterator[str]:
             constant.append(f"{key}: null    # the class would have one")
         elif key != "rope_scaling":
             missing.append(f"{key} {show(plain.config.default[key])}")
-    if keep:
+    if keep := [key for key, spelling in spellings.items() if spelling == key]:
         yield f"  keep: [{', '.join(keep)}]"
     for title, entries in (("derive", derive), ("set", constant)):
         if entries:
@@ -273,15 +274,13 @@ def _config(config: Mapping[str, object], plain: PlainClass) -> Iterator[str]:
             yield from (f"    {entry}" for entry in entries)
     if missing:
         yield f"  # Not in the config, so as {plain.architecture} has it: {', '.join(missing)}."
-    others = [
-        f"{_quoted(key)}: {show(value)}"
-        for key, value in config.items()
-        if key not in used and value is not None
-    ]
+    used = {*_ABOUT_FILES, *spellings.values()}
+    others = {key: value for key, value in config.items() if key not in used and value is not None}
     if others:
         yield "  # No rule reads these; `require` what must have one value:"
-        for text in others[:_MAX_COMMENTS]:
-            yield f"  #   {text if text.isprintable() else _quoted(text)}"
+    for key, value in [*others.items()][:_MAX_COMMENTS]:
+        text = f"{_quoted(key)}: {show(value)}"
+        yield f"  #   {text if text.isprintable() else _quoted(text)}"
 
 
 def _usable(name: str) -> bool:
@@ -299,4 +298,4 @@ def _quoted(text: str) -> str:
 
 def _scalar(text: str) -> str:
     """A text as YAML: quoted where it would be something else."""
-    return text if _PLAIN.fullmatch(text) and text not in _NO_TEXTS else _quoted(text)
+    return text if _PLAIN.fullmatch(text) and text.lower() not in _NO_TEXTS else _quoted(text)

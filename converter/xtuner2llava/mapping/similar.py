@@ -48,6 +48,11 @@ SILU = ("silu", "swish", "swiglu")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
+def spelling_of(key: str, config: Mapping[str, object]) -> str:
+    """The name that `config` has for a key of a class; empty if there is none."""
+    return next((name for name in (key, *SPELLINGS.get(key, ())) if name in config), "")
+
+
 def doubtful_defaults(
     defaults: Mapping[str, object], config: Mapping[str, object], unread: tuple[str, ...]
 ) -> Iterator[tuple[str, object, str, object]]:

@@ -14,7 +14,7 @@ import pytest
 from builders.llm_base import write_llm_base
 from builders.training_config import write_training_config
 from xtuner2llava import Inspection, inspect
-from xtuner2llava.planning.fidelity import Fidelity
+from xtuner2llava.planning.plan import Fidelity
 
 Foresee = Callable[..., Inspection]
 LLAMA = "LlavaLlamaForCausalLM"

@@ -16,8 +16,8 @@ from xtuner2llava import PlanError, convert, verify
 from xtuner2llava.cli.commands import main
 from xtuner2llava.errors import MappingError
 from xtuner2llava.mapping import Catalogue, Family, check_file
-from xtuner2llava.planning.fidelity import Fidelity
 from xtuner2llava.planning.language_model import choose_family, translate
+from xtuner2llava.planning.plan import Fidelity
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")
 HF = CATALOGUE.formats["hf"]

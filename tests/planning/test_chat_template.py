@@ -18,9 +18,10 @@ from reference.seen import Seen
 from xtuner2llava.mapping import Catalogue, PromptTemplate
 from xtuner2llava.planning.chat import with_trained_chat
 from xtuner2llava.planning.chat_template import Marks, chat_template, prompt_text
-from xtuner2llava.planning.findings import Findings
-from xtuner2llava.planning.tokens import with_format_tokens
+from xtuner2llava.planning.plan import Findings
+from xtuner2llava.planning.tokenizer import with_format_tokens
 from xtuner2llava.tokenizers import PrefixSpace, Tokenizer, read_tokenizer
+from xtuner2llava.training_config import TrainingData
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")
 REFERENCE = json.loads((Path(__file__).parents[1] / "data/prompts/reference.json").read_text())
@@ -41,7 +42,7 @@ def load(base: Path, template: PromptTemplate | None, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer, _ = with_format_tokens(read_tokenizer(base), CATALOGUE.formats["hf"].tokens)
-    made = with_trained_chat(tokenizer, template, None, Findings((), ()), with_processor=True)
+    made = with_trained_chat(tokenizer, template, TrainingData(), Findings(), with_processor=True)
     return AutoTokenizer.from_pretrained(write(made, folder))
 
 
@@ -187,8 +188,8 @@ def test_white_space_that_the_tokenizer_drops_between_turns_is_said(
     assert rendered(made, first[:1]) == expected[: len(rendered(made, first[:1]))]
     separator = made.encode("\n", add_special_tokens=False)
     assert len(expected) - len(rendered(made, first)) == 2 * len(separator)
-    notes = Findings((), ())
-    with_trained_chat(read_tokenizer(base), template, None, notes, with_processor=True)
+    notes = Findings()
+    with_trained_chat(read_tokenizer(base), template, TrainingData(), notes, with_processor=True)
     assert "drops white space after '<|end|>'" in " ".join(notes.notes)
 
 

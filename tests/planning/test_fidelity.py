@@ -18,7 +18,7 @@ from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import Fault, MappingError
 from xtuner2llava.inspection.inspection import TargetFormat
 from xtuner2llava.mapping import Catalogue, Limit, in_range
-from xtuner2llava.planning.fidelity import Fidelity
+from xtuner2llava.planning.plan import Fidelity
 
 CATALOGUE = Catalogue.shipped()
 

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 
 from xtuner2llava import UsageError
-from xtuner2llava.mapping import Catalogue
-from xtuner2llava.planning.config import json_bytes, output_config
-from xtuner2llava.planning.generation import (
+from xtuner2llava.mapping import Catalogue, Generation
+from xtuner2llava.planning.config import (
     TokenIds,
-    TokenTexts,
     generation_config,
+    json_bytes,
+    output_config,
     token_ids,
     valid_settings,
 )
-from xtuner2llava.planning.vision_tower import check_projector, depth_of
-from xtuner2llava.planning.vision_tower_name import vision_tower_name, well_known
+from xtuner2llava.planning.vision_tower import (
+    depth_of,
+    projector_faults,
+    vision_tower_name,
+    well_known,
+)
 from xtuner2llava.tokenizers import Tokenizer
 
 LARGE_336 = {
@@ -184,24 +188,24 @@ def projector(depth: int, vision: int = 3, llm: int = 4) -> dict[str, tuple[int,
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_any_depth_is_right(depth: int) -> None:
     assert depth_of(projector(depth)) == depth
-    assert check_projector(projector(depth), 3, 4, "x") == []
+    assert projector_faults(projector(depth), 3, 4, "x") == []
 
 
 def test_a_projector_of_other_sizes() -> None:
-    (fault,) = check_projector(projector(2), 5, 4, "iter_2.pth")
+    (fault,) = projector_faults(projector(2), 5, 4, "iter_2.pth")
     assert fault.where == "iter_2.pth, projector.model.0.weight"
     assert fault.what.startswith("has shape [4, 3], expected [4, 5]")
 
 
 def test_a_projector_with_something_else_in_it() -> None:
     shapes = {**projector(2), "model.1.weight": (4,), "norm.weight": (4,)}
-    wheres = {fault.where for fault in check_projector(shapes, 3, 4, "x")}
+    wheres = {fault.where for fault in projector_faults(shapes, 3, 4, "x")}
     assert wheres == {"x, projector.model.1.weight", "x, projector.norm.weight"}
 
 
 def test_a_projector_with_a_hole() -> None:
     shapes = {n: s for n, s in projector(3).items() if not n.startswith("model.2.")}
-    faults = check_projector(shapes, 3, 4, "x")
+    faults = projector_faults(shapes, 3, 4, "x")
     assert [(f.where, f.what) for f in faults] == [
         ("x, projector.model.2.weight", "is missing"),
         ("x, projector.model.2.bias", "is missing"),
@@ -210,7 +214,7 @@ def test_a_projector_with_a_hole() -> None:
 
 def test_a_projector_without_bias_is_one_fault() -> None:
     shapes = {n: s for n, s in projector(2).items() if not n.endswith("bias")}
-    (fault,) = check_projector(shapes, 3, 4, "x")
+    (fault,) = projector_faults(shapes, 3, 4, "x")
     assert fault.what == "a projector without bias"
 
 
@@ -220,22 +224,22 @@ IDS = {"<s>": 1, "</s>": 2, "<|end|>": 7, "<|im_end|>": 8}
 
 
 def ids(
-    named: TokenTexts | None = None,
+    named: Generation | None = None,
     stop_words: tuple[str, ...] = (),
     generation: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> TokenIds:
     tokenizer = Tokenizer(Path(), (), {}, IDS, {})
-    return token_ids(tokenizer, named or TokenTexts(), stop_words, generation or {}, config or {})
+    return token_ids(tokenizer, named or Generation(), stop_words, generation or {}, config or {})
 
 
 def test_the_family_s_tokens_come_first() -> None:
-    named = TokenTexts("<s>", ("<|im_end|>", "</s>"), "</s>")
+    named = Generation("<s>", ("<|im_end|>", "</s>"), "</s>")
     assert ids(named, (), {"bos_token_id": 9, "eos_token_id": 9}) == TokenIds(1, (8, 2), 2)
 
 
 def test_tokens_that_the_tokenizer_lacks_do_not_count() -> None:
-    named = TokenTexts("<bos>", ("<eos>",), "<pad>")
+    named = Generation("<bos>", ("<eos>",), "<pad>")
     base = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0}
     assert ids(named, (), base) == TokenIds(1, (2, 7), 0)
 
@@ -332,7 +336,7 @@ def test_settings_that_stay_as_they_are(settings: dict[str, Any]) -> None:
 def test_an_id_below_0_is_none(tmp_path: Path) -> None:
     """LLaMA's first configs have `pad_token_id` -1."""
     tokenizer = Tokenizer(tmp_path, (), {}, {"<s>": 1, "</s>": 2}, {})
-    found = token_ids(tokenizer, TokenTexts(), (), {}, {"pad_token_id": -1, "eos_token_id": 2})
+    found = token_ids(tokenizer, Generation(), (), {}, {"pad_token_id": -1, "eos_token_id": 2})
     assert found == TokenIds(None, (2,), None)
 
 

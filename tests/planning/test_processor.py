@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from xtuner2llava import ConversionError, convert, inspect, plan
-from xtuner2llava.planning import published_towers
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.published_towers import PublishedTower, clip_processor
+from xtuner2llava.planning.vision_tower import PUBLISHED, PublishedTower, clip_processor
 
 CASE = "qwen2_b_full_frozenvis/iter_2.pth"  # its tower was frozen
 NAME = "openai/clip-tiny"
@@ -38,10 +37,10 @@ def published(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny tower, as if openai had published it."""
     folder = checkpoints / "bases/vision_clip"
     config = json.loads((folder / "config.json").read_text())
-    keys = published_towers.PUBLISHED["openai/clip-vit-large-patch14"].config
+    keys = PUBLISHED["openai/clip-vit-large-patch14"].config
     values = {key: config[key] for key in keys}
     images = clip_processor(json.loads((folder / "preprocessor_config.json").read_text()))
-    monkeypatch.setitem(published_towers.PUBLISHED, NAME, PublishedTower(NAME, values, images))  # type: ignore[arg-type]
+    monkeypatch.setitem(PUBLISHED, NAME, PublishedTower(values, images))  # type: ignore[arg-type]
 
 
 def tower(checkpoints: Path, folder: Path, name: str = "tower", **images: Any) -> Path:

@@ -88,6 +88,16 @@ def is_reference(text: str) -> bool:
     return not any(part.startswith((".", "-")) or ".." in part for part in parts)
 
 
+def find_folder(reference: str) -> Path:
+    """The folder at a path or repo id, with its small files. Raises `CheckpointError`."""
+    folder = local_path(reference)
+    if folder.is_dir():
+        return folder
+    if is_reference(reference):
+        return fetch_model(reference, weights=False)
+    raise CheckpointError("is not a folder here", where=reference)
+
+
 def fetch_model(reference: str, *, weights: bool) -> Path:
     """The snapshot folder of a base model: its small files, and its weights if asked for.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xtuner2llava.errors import UnsupportedError, UsageError
 from xtuner2llava.options import TryOptions
 from xtuner2llava.planning.chat_template import IMAGE
-from xtuner2llava.planning.published_towers import PUBLISHED
+from xtuner2llava.planning.vision_tower import PUBLISHED
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.verification.folder import ConvertedFolder, open_folder

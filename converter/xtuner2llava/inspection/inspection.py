@@ -12,9 +12,9 @@ from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.inspection.token_advice import Advice, TokenAdviser
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import InspectOptions
-from xtuner2llava.planning.fidelity import Fidelity
+from xtuner2llava.planning.plan import Fidelity
 from xtuner2llava.planning.planner import Assessment, assess
-from xtuner2llava.planning.vision_tower_name import KEY as VISION_TOWER_KEY
+from xtuner2llava.planning.vision_tower import KEY as VISION_TOWER_KEY
 from xtuner2llava.sources import Checkpoint, Part
 from xtuner2llava.storage.json_file import Json, read_json
 
@@ -193,7 +193,7 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
     Where only the tower's name is at fault, the rest is judged as if the user had given one.
     """
     if not found.faults:
-        unseen = (f"By the configs alone: {f.where}: {f.what}" for f in found.pending)
+        unseen = (f"By the configs alone: {f.where}: {f.what}" for f in checkpoint.pending)
         said = _notes(checkpoint)
         notes = (note for note in found.notes if note not in said)
         caveats = (*checkpoint.inexact, *notes, *unseen)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from xtuner2llava.mapping import Family
-from xtuner2llava.planning.generation import TokenIds, TokenTexts, token_ids
+from xtuner2llava.planning.config import TokenIds, token_ids
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import Tokenizer
 from xtuner2llava.training_config import Table, TrainingConfig
@@ -40,8 +40,7 @@ class TokenAdviser:
         """All of it; `config` and `generation` are those of the base LLM."""
         named = self.family.generation
         stops = self._of_template(self.training_config.data.prompt_template)
-        texts = TokenTexts(named.bos, named.eos, named.pad)
-        ids = token_ids(self.written, texts, stops, generation, config)
+        ids = token_ids(self.written, named, stops, generation, config)
         yield from self._special_tokens(ids)
         yield from self._template()
         yield from self._stop_words(ids)

@@ -1,11 +1,15 @@
-"""The chat template of the output: the one that the model was trained with."""
+"""How the model was trained to talk: its prompt template, where it stops, its chat template."""
 
 from __future__ import annotations
 
-from xtuner2llava.mapping import PromptTemplate
+from collections.abc import Mapping
+from dataclasses import replace
+
+from xtuner2llava.mapping import Catalogue, Family, PromptTemplate
 from xtuner2llava.planning.chat_template import Marks, chat_template
-from xtuner2llava.planning.config import json_bytes
-from xtuner2llava.planning.findings import Findings
+from xtuner2llava.planning.config import TokenIds, json_bytes, token_ids
+from xtuner2llava.planning.plan import Chat, Findings
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import (
     FAST,
     MODEL,
@@ -22,16 +26,85 @@ from xtuner2llava.tokenizers import (
     without_files,
     without_keys,
 )
-from xtuner2llava.training_config import TrainingConfig
+from xtuner2llava.training_config import Table, TrainingData
 
 _KEY = "chat_template"
 _JINJA, _JSON = "chat_template.jinja", "chat_template.json"
 
 
+def generation_tokens(
+    catalogue: Catalogue,
+    family: Family,
+    tokenizer: Tokenizer,
+    data: TrainingData,
+    given_bos: str | None,
+    base: tuple[Mapping[str, Json], Mapping[str, Json]],
+    findings: Findings,
+) -> tuple[TokenIds, Chat]:
+    """Where to begin, stop and pad, and the prompt template with its stop words.
+
+    `base` are the generation config and the config of the base LLM.
+    """
+    prompt = _prompt_template(catalogue, family, data, findings)
+    of_template = prompt.stop_words if prompt is not None and data.prompt_template else ()
+    asked = [*of_template, *data.stop_words, *([data.eos_token] if data.eos_token else [])]
+    stop_words = tuple(dict.fromkeys(asked))
+    ids = token_ids(tokenizer, family.generation, stop_words, *base)
+    if given_bos is not None:
+        ids = replace(ids, bos=tokenizer.ids[given_bos])
+    unknown = [word for word in stop_words if word not in tokenizer.ids]
+    if unknown:
+        findings.note(
+            f"Stop words that are not a single token here: {', '.join(unknown)}. Stop at them by "
+            "text when you generate."
+        )
+    return ids, Chat(prompt, stop_words or family.chat.stop_words)
+
+
+def _prompt_template(
+    catalogue: Catalogue, family: Family, data: TrainingData, findings: Findings
+) -> PromptTemplate | None:
+    """The prompt template of the training, else the one that the LLM's family is known for."""
+    recorded, known = data.prompt_template, catalogue.prompt_templates
+    if isinstance(recorded, Table):
+        return _written_out(recorded)
+    if recorded is not None:
+        if recorded not in known:
+            findings.note(
+                f"The prompt template {recorded!r} of the XTuner config is not one of XTuner's, so "
+                "no prompt can be given."
+            )
+        return known.get(recorded)
+    usual = known.get(family.chat.template or "")
+    if usual is not None:
+        findings.note(
+            f"Nothing known names the prompt template of the training: {usual.name!r}, the usual "
+            "one of this LLM, is taken for it. --xtuner-config FILE.py names it."
+        )
+    return usual
+
+
+def stop_words_of(template: Table) -> tuple[str, ...]:
+    """The stop words of a template that the config writes out, with XTuner's keys."""
+    words = template.get("STOP_WORDS")
+    listed = words if isinstance(words, (list, tuple)) else ()
+    return tuple(word for word in listed if isinstance(word, str))
+
+
+def _written_out(table: Table) -> PromptTemplate | None:
+    """A template that the config writes out; None where it has no input."""
+    values = (table.get(key) for key in ("INSTRUCTION", "SYSTEM", "SUFFIX", "SEP"))
+    instruction, system, suffix, sep = (x if isinstance(x, str) else "" for x in values)
+    if not instruction:
+        return None
+    as_eos = table.get("SUFFIX_AS_EOS") is True
+    return PromptTemplate(None, instruction, system, suffix, as_eos, sep, stop_words_of(table))
+
+
 def with_trained_chat(
     tokenizer: Tokenizer,
     template: PromptTemplate | None,
-    training_config: TrainingConfig | None,
+    data: TrainingData,
     findings: Findings,
     *,
     with_processor: bool,
@@ -41,11 +114,11 @@ def with_trained_chat(
     In a format `with_processor`, transformers renders the template to text and tokenizes that:
     the template has the bos token, and the tokenizer adds none.
     """
-    bos, eos = trained_tokens(tokenizer, training_config)
     if with_processor:
         tokenizer = with_bos_added(tokenizer, False)
     had = _KEY in tokenizer.config or any(name in tokenizer.files for name in (_JINJA, _JSON))
-    marks = Marks(bos, eos, prefix_space(tokenizer), special_texts(tokenizer))
+    eos = data.eos_token or tokenizer.special("eos_token")
+    marks = Marks(_trained_bos(tokenizer), eos, prefix_space(tokenizer), special_texts(tokenizer))
     text = chat_template(template, marks) if template is not None else None
     tokenizer = without_keys(without_files(tokenizer, (_JINJA, _JSON)), [_KEY])
     if template is None or text is None:
@@ -73,53 +146,40 @@ def with_trained_chat(
     return with_made(tokenizer, files)
 
 
-def with_trained_bos(
-    tokenizer: Tokenizer, training_config: TrainingConfig | None, findings: Findings
-) -> Tokenizer:
+def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
-    XTuner puts the token before a turn even where the tokenizer adds none, as Yi's.
+    XTuner puts the token before a turn even where the tokenizer adds none, as Yi's. Official LLaVA
+    reads tokenizer.model, where `transformers`' AutoTokenizer gave training the tokenizer.json, or
+    made one (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False).
     """
-    bos, _ = trained_tokens(tokenizer, training_config)
+    bos = _trained_bos(tokenizer)
     changed = with_bos_added(tokenizer, True) if bos is not None else tokenizer
     if changed is not tokenizer:
         findings.note(
             f"The tokenizer adds its bos token '{bos}' to a prompt now: the base's does not, and "
             "XTuner trained with it."
         )
-    findings.note(slow_tokenizer_note(tokenizer))
-    return changed
-
-
-def slow_tokenizer_note(tokenizer: Tokenizer) -> str | None:
-    """What official LLaVA, which reads tokenizer.model, drops of a prompt; None if nothing.
-
-    `transformers`' AutoTokenizer gave training the tokenizer.json, or made one (haotian-liu/LLaVA
-    `llava/model/builder.py`, use_fast=False).
-    """
     named = str(tokenizer.config.get("tokenizer_class")).removesuffix("Fast")
-    if MODEL not in tokenizer.copied or (FAST not in tokenizer.files and named != "LlamaTokenizer"):
-        return None
-    if not read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces:
-        return None
-    if keeps_spaces(tokenizer):
-        return (
+    if (
+        MODEL in tokenizer.copied
+        and (FAST in tokenizer.files or named == "LlamaTokenizer")
+        and read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces
+        and keeps_spaces(tokenizer)
+    ):
+        findings.note(
             f"Official LLaVA tokenizes with {MODEL}, which drops repeated spaces, line feeds, and "
             f"white space at either end of a text; training kept them, with a fast tokenizer. A "
             "prompt lacks those tokens there; the format hf keeps them."
         )
-    return None
+    return changed
 
 
-def trained_tokens(
-    tokenizer: Tokenizer, training_config: TrainingConfig | None
-) -> tuple[str | None, str | None]:
-    """The bos and eos tokens that XTuner put around turns.
+def _trained_bos(tokenizer: Tokenizer) -> str | None:
+    """The bos token that XTuner put before turns.
 
-    Qwen's tokenizers have no bos there (InternLM/xtuner `xtuner/dataset/utils.py`,
+    Qwen's tokenizers have none there (InternLM/xtuner `xtuner/dataset/utils.py`,
     get_bos_eos_token_ids).
     """
     named = str(tokenizer.config.get("tokenizer_class", "")).lower()
-    bos = None if named.startswith("qwen") else tokenizer.special("bos_token")
-    eos = training_config.data.eos_token if training_config is not None else None
-    return bos, eos or tokenizer.special("eos_token")
+    return None if named.startswith("qwen") else tokenizer.special("bos_token")

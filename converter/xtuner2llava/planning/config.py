@@ -1,21 +1,90 @@
-"""`config.json` of the output, as plain JSON in the vocabulary of transformers 4.37.
+"""`config.json` and `generation_config.json` of the output, in the vocabulary of transformers 4.37.
 
-Never through `save_pretrained` of a newer transformers: LLaVA's pinned 4.37.2 reads its
+Plain JSON, never through `save_pretrained` of a newer transformers: LLaVA's pinned 4.37.2 reads its
 `rope_parameters` and `dtype` as nothing at all, and silently takes defaults. Version 5 still reads
 `rope_theta`, `rope_scaling` and `torch_dtype`.
+
+LLaVA generates from `inputs_embeds`. transformers before 4.40 then demands a bos id, which it takes
+from `generation_config.bos_token_id`; a chat model without its end-of-turn token among the eos ids
+never stops.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
-from xtuner2llava.mapping import Format, PlainClass
-from xtuner2llava.planning.generation import TokenIds
+from xtuner2llava.mapping import Format, Generation, PlainClass
 from xtuner2llava.storage.json_file import Json
+from xtuner2llava.tokenizers import Tokenizer
 
 VOCABULARY = "4.37.2"
+# Keys about the machine or the library that wrote the file, not about generation.
+_HOUSEKEEPING = ("_from_model_config", "transformers_version", "bos_token_id", "eos_token_id",
+                 "pad_token_id")  # fmt: skip
+
+# What counts only where tokens are drawn, or only with beams, and the values that say nothing.
+# transformers refuses to save a model with others (`GenerationConfig.validate` and
+# `save_pretrained` in `generation/configuration_utils.py`, 4.37.2 to 4.57.1).
+_SAMPLING: dict[str, Json] = {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "top_k": 50,
+                              "min_p": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+                              "top_h": None}  # fmt: skip
+_BEAMS: dict[str, Json] = {"early_stopping": False, "length_penalty": 1.0, "num_beam_groups": 1,
+                           "diversity_penalty": 0.0, "constraints": None,
+                           "force_words_ids": None}  # fmt: skip
+# How a program keeps its cache and what `generate` returns. Each has values that some version of
+# transformers from 4.37 on does not load or save, and none changes which tokens are generated.
+_OF_THE_RUN = ("cache_implementation", "cache_config", "compile_config", "output_attentions",
+               "output_hidden_states", "output_scores", "output_logits",
+               "return_dict_in_generate", "return_legacy_cache")  # fmt: skip
+_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Where generation starts, stops and pads; None where the model has no such token."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+def token_ids(
+    tokenizer: Tokenizer,
+    named: Generation,
+    stop_words: Sequence[str],
+    base_generation: Mapping[str, Json],
+    base_config: Mapping[str, Json],
+) -> TokenIds:
+    """The ids to generate with.
+
+    A token that the family has `named` counts if the tokenizer has it; else what the base's
+    `generation_config.json`, then its `config.json` say; else, for bos and eos, without which
+    nothing can be generated, the tokenizer's own. Of `stop_words`, with which the prompt
+    template ends a turn, those that are single tokens are put before the base's eos ids.
+    """
+
+    def of_base(key: str) -> list[int]:
+        for values in (base_generation, base_config):
+            value = values.get(key)
+            found = value if isinstance(value, list) else [value]
+            ids = [n for n in found if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
+            if ids:
+                return ids
+        return []
+
+    def of_texts(*texts: str | None) -> list[int]:
+        return [tokenizer.ids[text] for text in texts if text is not None and text in tokenizer.ids]
+
+    eos = (
+        of_texts(*named.eos) or of_base("eos_token_id") or of_texts(tokenizer.special("eos_token"))
+    )
+    bos = of_texts(named.bos) or of_base("bos_token_id") or of_texts(tokenizer.special("bos_token"))
+    pad = of_texts(named.pad) or of_base("pad_token_id")
+    ends = tuple(dict.fromkeys([*of_texts(*stop_words), *eos]))
+    return TokenIds(bos[0] if bos else None, ends, pad[0] if pad else None)
 
 
 def output_config(
@@ -36,45 +105,124 @@ def output_config(
     plain, values = llm
     described = format_.classes[plain.name]
     # One eos id, which is all that LlamaConfig promises; generation_config has the whole list.
-    tokens: dict[str, object] = {
+    common: dict[str, object] = {
+        "torch_dtype": dtype,
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos[0] if ids.eos else None,
+        **({} if ids.pad is None else {"pad_token_id": ids.pad}),
     }
-    if ids.pad is not None:
-        tokens["pad_token_id"] = ids.pad
     if "llm" in format_.nest:
-        inner = {
-            **values,
-            "architectures": [plain.architecture],
-            "model_type": plain.model_type,
-            "torch_dtype": dtype,
-            "use_cache": True,
-            **tokens,
-        }
-        values = {format_.nest["llm"]: _sorted(inner)}
+        named = {"architectures": [plain.architecture], "model_type": plain.model_type}
+        values = {format_.nest["llm"]: _sorted({**values, **named, "use_cache": True, **common})}
     if "vision" in format_.nest:
         # What CLIP's text tower would need of it is left to defaults.
-        vision = {**tower[1], "model_type": tower[0].model_type}
-        values = {**values, format_.nest["vision"]: _sorted(vision)}
+        vision = _sorted({**tower[1], "model_type": tower[0].model_type})
+        values = {**values, format_.nest["vision"]: vision}
     return _sorted(
         {
             **values,
             **format_keys,
             "architectures": [described.architecture],
             "model_type": model_type or described.model_type,
-            "torch_dtype": dtype,
             "transformers_version": VOCABULARY,
-            **tokens,
+            **common,
         }
     )
-
-
-def json_bytes(values: Mapping[str, Json]) -> bytes:
-    """JSON as transformers writes it: two spaces, sorted keys, a newline at the end."""
-    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
-    return (text + "\n").encode("utf-8")
 
 
 def _sorted(values: Mapping[str, object]) -> dict[str, Json]:
     """Values of YAML expressions and JSON, which are JSON by construction, by their names."""
     return cast("dict[str, Json]", dict(sorted(values.items())))
+
+
+def json_bytes(values: Mapping[str, object]) -> bytes:
+    """JSON as transformers writes it: two spaces, sorted keys, a newline at the end."""
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+    return (text + "\n").encode("utf-8")
+
+
+def generation_config(
+    base: Mapping[str, Json], ids: TokenIds
+) -> tuple[dict[str, Json], tuple[str, ...]]:
+    """The base's generation settings with `ids`, and a note on each that had to be changed."""
+    kept, notes = valid_settings({k: v for k, v in base.items() if k not in _HOUSEKEEPING})
+    eos: Json = list(ids.eos) if len(ids.eos) > 1 else next(iter(ids.eos), None)
+    tokens = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
+    kept |= {key: value for key, value in tokens.items() if value is not None}
+    return dict(sorted(kept.items())), notes
+
+
+def valid_settings(values: Mapping[str, Json]) -> tuple[dict[str, Json], tuple[str, ...]]:
+    """Generation settings that transformers from 4.37.2 to 5 load and save, and what was changed.
+
+    Without notes, `values` are such already.
+    """
+    result = dict(values)
+    notes = [*_without_run_settings(result), *_one_way_to_choose(result), *_beams(result)]
+    return result, tuple(notes)
+
+
+def _without_run_settings(result: dict[str, Json]) -> Iterator[str]:
+    length = result.get("max_new_tokens")
+    senseless = ["max_new_tokens"] if isinstance(length, int) and length < 1 else []
+    if found := _take(result, [*(key for key in _OF_THE_RUN if key in result), *senseless]):
+        yield f"{_FILE} is written without {found}, which not every transformers loads."
+
+
+def _one_way_to_choose(result: dict[str, Json]) -> Iterator[str]:
+    """Either tokens are drawn, with the settings for it, or the best one is taken, without."""
+    if result.get("penalty_alpha") is not None and result.get("do_sample") is not True:
+        found = _take(result, ["penalty_alpha", "top_k"])
+        yield (
+            f"{_FILE} is written without {found}: transformers 4.57 does not save the settings of "
+            "contrastive search, and 5 has none. Give them to `generate`."
+        )
+    asked = [k for k, neutral in _SAMPLING.items() if result.get(k, neutral) not in (None, neutral)]
+    temperature = result.get("temperature")
+    if isinstance(temperature, int | float) and temperature == 0:
+        # The most likely token: `generate` refuses to divide by it.
+        result["do_sample"] = False
+    elif asked and result.get("do_sample") is None:
+        result["do_sample"] = True
+        yield (
+            f"{_FILE} has do_sample true: the base sets {', '.join(asked)} without it, and "
+            "transformers does not save such a model. Give do_sample=False to `generate` for the "
+            "most likely answer."
+        )
+    if result.get("do_sample") is not True and (
+        found := _take(result, [k for k in _SAMPLING if k in asked or result.get(k, 0) is None])
+    ):
+        yield (
+            f"{_FILE} is written without {found}: do_sample is false, and transformers does not "
+            "save a model with both."
+        )
+
+
+def _beams(result: dict[str, Json]) -> Iterator[str]:
+    beams = result.get("num_beams")
+    width = beams if isinstance(beams, int) and beams > 1 else 1
+    wrong = [k for k, neutral in _BEAMS.items() if width == 1 and result.get(k, neutral) != neutral]
+    groups = result.get("num_beam_groups", 1) not in (None, 1)
+    if width > 1 and groups != bool(result.get("diversity_penalty")):
+        wrong += ["num_beam_groups", "diversity_penalty"]
+    if width > 1 and result.get("early_stopping", False) not in (True, False, "never"):
+        wrong.append("early_stopping")
+    if beams is not None and beams != width:
+        wrong.append("num_beams")
+    answers = result.get("num_return_sequences")
+    drawn = result.get("do_sample") is True and width == 1
+    if isinstance(answers, int) and answers > width and not drawn:
+        wrong.append("num_return_sequences")
+    if found := _take(result, wrong):
+        yield (
+            f"{_FILE} is written without {found}, which do not fit its num_beams, and with which "
+            "transformers does not save a model."
+        )
+
+
+def _take(values: dict[str, Json], keys: Sequence[str]) -> str:
+    """Removes those of `keys` that are there, and lists them."""
+    found = [key for key in dict.fromkeys(keys) if key in values]
+    for key in found:
+        del values[key]
+    return ", ".join(found)

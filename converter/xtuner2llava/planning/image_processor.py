@@ -1,41 +1,77 @@
-"""The image processor that every transformers a format is for loads, and hf's LlavaProcessor."""
+"""How images were prepared in training, as files that every transformers of a format loads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
+from xtuner2llava.hub.download import find_folder
 from xtuner2llava.planning.config import json_bytes
-from xtuner2llava.planning.published_towers import PROCESSOR_KEYS
-from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.planning.plan import Findings
+from xtuner2llava.planning.vision_tower import PROCESSOR_KEYS, PUBLISHED, clip_processor
+from xtuner2llava.sources import Checkpoint
+from xtuner2llava.sources.artifact import VISUAL_ENCODER
+from xtuner2llava.storage.json_file import Json, integer, read_json
 from xtuner2llava.tokenizers import MadeFile
+from xtuner2llava.training_config import TrainingConfig, Value, shown
 
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 CLASS = "CLIPImageProcessor"
 # Pads images to squares with the mean colour; in transformers from 4.49 on.
 PADDING_CLASS = "LlavaImageProcessor"
+# Auto classes take the class that the file names.
+_AUTO = ("AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor")
+_CLIP = (CLASS, f"{CLASS}Fast", f"{CLASS}Pil", "CLIPFeatureExtractor", "CLIPProcessor")
 # Without these, LlavaProcessor of 4.45 to 4.57 makes one image token for an image, or fails.
 _COUNTS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 
 
-def find_image_processor(folder: Path) -> Path:
-    """The file in `folder` with its image processor's settings.
+@dataclass(frozen=True, slots=True)
+class ImageProcessor:
+    """How images were prepared in training: `values` are those of a preprocessor_config.json.
 
-    A processor that transformers 5 saved holds them in processor_config.json. Where neither file is
-    there, the one that should be.
+    `path` is the file that says exactly this; None where the file has to be made.
     """
-    path, nested = folder / PREPROCESSOR, folder / PROCESSOR
-    if not path.is_file() and nested.is_file() and "image_processor" in read_json(nested):
-        return nested
-    return path
+
+    values: Mapping[str, Json]
+    path: Path | None
 
 
-def read_image_processor(path: Path) -> dict[str, Json]:
-    """The settings in a file that `find_image_processor` found."""
-    values = read_json(path)
-    inner = values.get("image_processor")
-    return dict(inner) if isinstance(inner, dict) else values
+def image_processor_of(checkpoint: Checkpoint, tower: Path, findings: Findings) -> ImageProcessor:
+    """The training's image processor, as every transformers loads it.
+
+    That is the file in the folder `tower`, or the one that the XTuner config names in its place,
+    with the config's own arguments. An XTuner folder with a trained tower has it as it was used
+    (InternLM/xtuner `xtuner/model/llava.py`, `to_xtuner_llava`). Raises `PlanError` for one that
+    CLIPImageProcessor is not, whose arguments cannot be read, or that makes images of another size
+    than the tower takes.
+    """
+    config = checkpoint.training_config
+    own = _find(tower)
+    values: Mapping[str, Json] = {}
+    path: Path | None = own
+    if config is None or tower == checkpoint.artifact.folders.get(VISUAL_ENCODER):
+        values = _read(own)
+    else:
+        values, path = _of_training(config, own, findings)
+    tower_config, crop = checkpoint.visual_encoder.config, clip_processor(values)["crop_size"]
+    size = integer(tower_config.values, "image_size") if tower_config else None
+    height = crop.get("height") if isinstance(crop, dict) else None
+    if "crop_size" in values and height not in (None, size) and size is not None:
+        raise PlanError(
+            f"prepares images of {height} pixels, the vision tower takes {size}",
+            where=str(path or "image_processor of the XTuner config"),
+            advice="Do the image processor and the tower belong together?",
+        )
+    loadable, note = loadable_image_processor(values)
+    nested = path is not None and path.name != PREPROCESSOR
+    if nested:
+        findings.note(f"{PREPROCESSOR} is made from the base's {PROCESSOR}, which holds it nested.")
+    findings.note(note)
+    return ImageProcessor(loadable, None if note or nested else path)
 
 
 def loadable_image_processor(values: Mapping[str, Json]) -> tuple[dict[str, Json], str | None]:
@@ -61,9 +97,9 @@ def processor_files(
     settings: Mapping[str, Json],
     *,
     image_token: str,
-    patch_size: int,
-    select_strategy: str,
-    aspect_ratio: str | None,
+    patch_size: object,
+    select_strategy: object,
+    pads: bool,
 ) -> dict[str, MadeFile]:
     """The image processor's config with the processor's class, and the processor's own.
 
@@ -73,36 +109,30 @@ def processor_files(
     Where training padded images to squares, with the mean colour, LlavaImageProcessor does that.
     """
     # Older bases, openai's too, name the class by a key that transformers 5 does not have.
+    left_out = ("feature_extractor_type", "_valid_processor_keys" if pads else "")
     image_values: dict[str, Json] = {
         "image_processor_type": CLASS,
-        **{key: value for key, value in settings.items() if key != "feature_extractor_type"},
+        **{key: value for key, value in settings.items() if key not in left_out},
         "processor_class": processor,
     }
-    if aspect_ratio == "pad":
+    if pads:
         image_values |= {"image_processor_type": PADDING_CLASS, "do_pad": True}
-        image_values.pop("_valid_processor_keys", None)
-    processor_values: dict[str, Json] = {
+    values = {
         "image_token": image_token,
         "num_additional_image_tokens": 1,
         "patch_size": patch_size,
         "processor_class": processor,
         "vision_feature_select_strategy": select_strategy,
     }
-    return {
-        PREPROCESSOR: lambda: json_bytes(image_values),
-        PROCESSOR: lambda: json_bytes(processor_values),
-    }
+    return {PREPROCESSOR: lambda: json_bytes(image_values), PROCESSOR: lambda: json_bytes(values)}
 
 
-def padding_note(aspect_ratio: str | None) -> str | None:
-    """Which transformers can load the image processor that pads as training did."""
-    if aspect_ratio != "pad":
-        return None
-    return (
-        "Training padded images to squares, so the image processor is a LlavaImageProcessor with "
-        "do_pad, and needs transformers 4.49 or later. For 4.45 to 4.48, pad images yourself with "
-        f"image_mean * 255 and set image_processor_type to {CLASS} in {PREPROCESSOR}."
-    )
+# Which transformers can load the image processor that pads as training did.
+PADDING_NOTE = (
+    "Training padded images to squares, so the image processor is a LlavaImageProcessor with "
+    "do_pad, and needs transformers 4.49 or later. For 4.45 to 4.48, pad images yourself with "
+    f"image_mean * 255 and set image_processor_type to {CLASS} in {PREPROCESSOR}."
+)
 
 
 def image_processor_faults(values: Mapping[str, Json]) -> Iterator[str]:
@@ -129,3 +159,103 @@ def processor_faults(values: Mapping[str, Json], patch_size: int | None) -> Iter
             f"{PROCESSOR} holds an image processor, which transformers before 5 takes from "
             f"{PREPROCESSOR}"
         )
+
+
+def _find(folder: Path) -> Path:
+    """The file in `folder` with its image processor's settings.
+
+    A processor that transformers 5 saved holds them in processor_config.json. Where neither file is
+    there, the one that should be.
+    """
+    path, nested = folder / PREPROCESSOR, folder / PROCESSOR
+    if not path.is_file() and nested.is_file() and "image_processor" in read_json(nested):
+        return nested
+    return path
+
+
+def _read(path: Path) -> dict[str, Json]:
+    """The settings in a file that `_find` found."""
+    values = read_json(path)
+    inner = values.get("image_processor")
+    return dict(inner) if isinstance(inner, dict) else values
+
+
+def _of_training(
+    config: TrainingConfig, own: Path, findings: Findings
+) -> tuple[Mapping[str, Json], Path | None]:
+    """What the XTuner config says; `own` is the file beside the tower."""
+    values, path = _named(config, own, findings)
+    loaded = config.data.image_processor
+    kind: Json = loaded.type
+    if kind in _AUTO:
+        kind = values.get("image_processor_type") or values.get("feature_extractor_type") or kind
+    if kind not in (None, *_CLIP):
+        raise PlanError(
+            f"the training prepared images with {kind}, and LLaVA does with {CLASS}",
+            where=f"{config.where}, image_processor",
+            advice="A model with another image processor cannot be converted exactly.",
+        )
+    changes: dict[str, Json] = {}
+    faults: list[Fault] = []
+    for key, value in loaded.arguments.items():
+        name = f"image_processor.{key}"
+        if value is None:
+            continue
+        if key not in PROCESSOR_KEYS:
+            findings.note(f"{name} is set in the XTuner config; {CLASS} ignores it.")
+        elif (plain := _json(value)) is not None:
+            changes[key] = plain
+        else:
+            faults.append(
+                Fault(
+                    config.where,
+                    f"{name} is {shown(value)}, which is not a value of an image processor",
+                    "Name a config that says it as a constant with --xtuner-config FILE.py.",
+                )
+            )
+    raise_faults(PlanError, faults)
+    if changes.items() <= clip_processor(values).items():
+        return values, path
+    listed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+    findings.note(f"{PREPROCESSOR} has the arguments of the XTuner config: {listed}.")
+    return {**values, **changes}, None
+
+
+def _named(
+    config: TrainingConfig, own: Path, findings: Findings
+) -> tuple[Mapping[str, Json], Path | None]:
+    """The image processor in the folder that the config names; that of the tower where it is it."""
+    named = config.data.image_processor.path
+    try:
+        of_tower = config.vision_path
+    except ConversionError:  # Where --vision gives it, that is enough.
+        of_tower = None
+    if named is None or named == of_tower:
+        return _read(own), own
+    try:
+        path = _find(find_folder(named))
+        return _read(path), path
+    except ConversionError:
+        if named in PUBLISHED:
+            return PUBLISHED[named].processor, None
+        if not own.is_file():
+            raise
+    findings.note(
+        f"The XTuner config takes its image processor from '{named}', which cannot be read here; "
+        f"the {PREPROCESSOR} beside the vision tower is used. If it differs, give --vision a "
+        "folder with the tower and the right one."
+    )
+    return _read(own), own
+
+
+def _json(value: Value) -> Json:
+    """A number, a flag, a list of numbers or a table of numbers; None for anything else."""
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, dict):
+        entries = {str(key): _json(entry) for key, entry in value.items()}
+        return None if None in entries.values() else entries
+    if isinstance(value, (list, tuple)):
+        items = [_json(item) for item in value]
+        return None if None in items else items
+    return None

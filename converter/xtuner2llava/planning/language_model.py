@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xtuner2llava.errors import PlanError
+from xtuner2llava.errors import PlanError, UnsupportedError
 from xtuner2llava.mapping import (
     Catalogue,
     Dropped,
@@ -20,18 +21,25 @@ from xtuner2llava.mapping import (
     check_against_class,
 )
 from xtuner2llava.options import PathOrText
-from xtuner2llava.planning.findings import Findings
-from xtuner2llava.planning.hf_vocabulary import vocabulary_tensors
-from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.planning.plan import Findings
+from xtuner2llava.sources import ModelConfig
+from xtuner2llava.sources.model_config import in_437_vocabulary
+from xtuner2llava.storage.json_file import Json, integer
+from xtuner2llava.tensors import LazyTensor, Mean, concat
 from xtuner2llava.tensors.files import cut, read_ranges
+from xtuner2llava.training_config import Reference, Table, TrainingConfig, Unknown, Value
 
 _BLOCK_BYTES = 8 << 20
+# What XTuner's export and the models of llava-hf pad vocabularies to: matrix products like it.
+_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """The LLM as its plain class: config, tensors in the class's order, and what was left out."""
+    """The LLM as its plain class: config, tensors in the class's order, and what was left out.
+
+    It has no tensors where their files are not here yet.
+    """
 
     family: Family
     values: Mapping[str, object]
@@ -45,6 +53,95 @@ class LanguageModel:
         rows = self.values["vocab_size"]
         assert isinstance(rows, int)  # noqa: S101
         return rows
+
+    def with_rows_for(self, tokens: int) -> LanguageModel:
+        """The LLM with rows for ids below `tokens`, where it has fewer.
+
+        An LLM often has more rows than tokens (Qwen 2: 151,936 and 151,646); new tokens take those
+        that are free, as they are. Where there are too few, each tensor over the vocabulary grows
+        by rows that are the mean of its others. A mean has two advantages over zeros: in the head
+        its logit is the mean of all others, so a token without training is never the likeliest; and
+        transformers before 4.45 takes text positions whose embedding is zero for places of images
+        (`modeling_llava.py`, `_merge_input_ids_with_image_features`).
+        """
+        rows = -(-tokens // _MULTIPLE) * _MULTIPLE
+        if tokens <= self.rows:
+            return self
+        names = vocabulary_tensors(self.family.target_class, self.values)
+        grown = {
+            name: concat([tensor, Mean(tensor, rows - tensor.rows)]) if name in names else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, values={**self.values, "vocab_size": rows}, tensors=grown)
+
+
+def trained_llm_config(
+    config: ModelConfig, training_config: TrainingConfig | None
+) -> dict[str, Json]:
+    """The LLM's config in 4.37 vocabulary, as training used it.
+
+    XTuner passes further arguments of `model.llm` on to `from_pretrained`, where they override the
+    config, and turns LLaVAModel's `max_position_embeddings` into a linear `rope_scaling`
+    (InternLM/xtuner `xtuner/model/llava.py`, `_prepare_for_long_context_training`).
+    """
+    values: dict[str, Json] = dict(config.values)
+    if training_config is None:
+        return values
+    for key, value in training_config.llm_overrides.items():
+        if not key.startswith("_"):
+            values[key] = _json(value, f"{training_config.where}, model.llm.{key}")
+    values = in_437_vocabulary(values)
+    scaling = values.get("rope_scaling")
+    before = scaling.get("factor") if isinstance(scaling, dict) else None
+    factor = linear_rope_factor(
+        training_config.max_position_embeddings,
+        integer(values, "max_position_embeddings"),
+        before if isinstance(before, (int, float)) else 1,
+    )
+    if factor is not None:
+        values["rope_scaling"] = {"type": "linear", "factor": factor}
+    return values
+
+
+def linear_rope_factor(
+    max_position_embeddings: int | None,
+    original_max_position_embeddings: int | None,
+    original_rope_factor: float = 1,
+) -> float | None:
+    """The factor of the `{"type": "linear"}` that XTuner trained with; None: RoPE is the base's.
+
+    `max_position_embeddings` is the argument of LLaVAModel, the others are the base LLM's: 1 where
+    its `rope_scaling` is None or has no `factor`. A factor replaces the base's `rope_scaling`
+    whole; `max_position_embeddings` of the config stays (xtuner/model/llava.py,
+    `_prepare_for_long_context_training`, the same from v0.1.23 to today). Raises
+    `UnsupportedError` for a factor that is not a positive number.
+    """
+    if max_position_embeddings is None or not original_max_position_embeddings:
+        return None
+    if not (math.isfinite(original_rope_factor) and original_rope_factor > 0):
+        raise UnsupportedError(
+            f"the base LLM's rope_scaling has the factor {original_rope_factor}, "
+            "a positive number was expected"
+        )
+    original = original_max_position_embeddings * original_rope_factor
+    if max_position_embeddings <= original:
+        return None
+    return float(math.ceil(max_position_embeddings / original))
+
+
+def _json(value: Value, where: str) -> Json:
+    """A value of an XTuner config, where it can stand in a model's config."""
+    match value:
+        case Table():
+            return {str(key): _json(entry, where) for key, entry in value.items()}
+        case list() | tuple():
+            return [_json(entry, where) for entry in value]
+        case None | bool() | int() | float() | str():
+            return value
+        case Reference():
+            return value.path.rpartition(".")[2]
+    what = value.reason if isinstance(value, Unknown) else "it is not a value of a config"
+    raise PlanError(f"cannot be read as data: {what}", where=where)
 
 
 def choose_family(
@@ -60,18 +157,6 @@ def choose_family(
     if path.suffix in (".yaml", ".yml") or path.exists():
         return catalogue.with_family_file(path)
     return catalogue.families[str(mapping)].chosen_for(config, names)
-
-
-def plain_config(
-    family: Family, config: Mapping[str, Json], format_: Format, findings: Findings
-) -> tuple[dict[str, object], list[Limit]]:
-    """The plain class's config, every key explicit, and the caveats. Raises `MappingError`."""
-    translated, limits = translate(family, config, format_)
-    findings.note(*(limit.text for limit in limits))
-    if translated.not_carried:
-        keys = ", ".join(translated.not_carried)
-        findings.note(f"Config keys that {family.target_class.name} does not have: {keys}.")
-    return dict(translated.values), limits
 
 
 def translate(
@@ -98,6 +183,8 @@ def plain_language_model(
     Where the config ties tensors that differ, both are kept and the config is corrected. Raises
     `MappingError` for rules that do not fit; what the class expects otherwise becomes faults.
     """
+    if not tensors:
+        return LanguageModel(family, values, {}, {}, ())
     made = apply(family.expand(config, tensors.keys()), tensors, where=family.file.name)
     values, outputs, dropped = dict(values), dict(made.outputs), list(made.dropped)
     for name, same_as in family.target_class.tied_names(values).items():
@@ -138,6 +225,15 @@ def are_equal(one: LazyTensor, other: LazyTensor) -> bool:
         for start in range(0, one.nbytes, _BLOCK_BYTES)
         for size in (min(_BLOCK_BYTES, one.nbytes - start),)
     )
+
+
+def vocabulary_tensors(plain: PlainClass, values: Mapping[str, object]) -> list[str]:
+    """The tensors of a class that have a row for each token, such as `lm_head.weight`."""
+    return [
+        name
+        for name, expected in plain.tensors(values).items()
+        if expected.formulas and expected.formulas[0].strip() == "vocab_size"
+    ]
 
 
 def _trained_rows(

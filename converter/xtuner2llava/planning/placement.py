@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from xtuner2llava.errors import Fault
+from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping import Dropped, Format, Origin, apply
-from xtuner2llava.planning.findings import Findings
-from xtuner2llava.planning.plan import PlannedTensor
+from xtuner2llava.planning.plan import Findings, PlannedTensor
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import BY_NAME, FileRange, LazyTensor, cast
 
@@ -21,37 +20,32 @@ def place(
     origins: Mapping[str, Mapping[str, Origin]],
     format_: Format,
     environment: Mapping[str, object],
-    findings: Findings,
 ) -> tuple[list[PlannedTensor], list[tuple[str, Dropped]]]:
     """All tensors by component under the format's names, in the order of the output.
 
-    `origins` are, by component, of tensors that rules of a family have made before. What does not
-    fit becomes faults.
+    `origins` are, by component, of tensors that rules of a family have made before. Raises
+    `MappingError` with all that does not fit.
     """
     planned: dict[str, PlannedTensor] = {}
     dropped: list[tuple[str, Dropped]] = []
+    faults: list[Fault] = []
     for component, tensors in components.items():
-        applied = findings.attempt(
-            lambda component=component, tensors=tensors: apply(  # type: ignore[misc]
-                format_.expand(component, environment, tensors.keys()),
-                tensors,
-                where=format_.file.name,
-            )
-        )
-        if applied is None:
+        try:
+            steps = format_.expand(component, environment, tensors.keys())
+            applied = apply(steps, tensors, where=format_.file.name)
+        except MappingError as error:
+            faults.extend(error.faults)
             continue
-        dropped.extend((component, d) for d in applied.dropped)
+        dropped.extend((component, each) for each in applied.dropped)
         for name, tensor in applied.outputs.items():
-            origin = applied.origins[name]
-            sources: Sequence[str] = origin.sources
-            rule = f"{origin.verb} {origin.where}"
-            inner = origins.get(component, {}).get(sources[0])
-            if inner is not None:
-                sources, rule = inner.sources, f"{inner.verb} {inner.where}"
+            made = applied.origins[name]
             if name in planned:
-                findings.faults.append(Fault(origin.where, f"{name} is made twice"))
+                faults.append(Fault(made.where, f"{name} is made twice"))
+            origin = origins.get(component, {}).get(made.sources[0], made)
+            rule = f"{origin.verb} {origin.where}"
             how = "compute" if tensor.ranges() is None else "copy"
-            planned[name] = PlannedTensor(name, component, tensor, tuple(sources), rule, how)
+            planned[name] = PlannedTensor(name, component, tensor, origin.sources, rule, how)
+    raise_faults(MappingError, faults)
     return list(planned.values()), dropped
 
 
@@ -93,29 +87,24 @@ def config_dtype(dtype: str, llm: Iterable[LazyTensor]) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def in_dtype(tensors: Sequence[PlannedTensor], dtype: str) -> tuple[PlannedTensor, ...]:
-    """`tensors` in the dtype to write; integers stay what they are."""
-    result = []
-    for planned in tensors:
-        before = planned.tensor
-        target = before.stored_dtype if dtype == KEEP else BY_NAME[dtype]
-        after = cast(before, target) if before.dtype.is_float else before
-        if after is not before and before.ranges() is not None:
-            planned = replace(planned, how=f"cast from {before.dtype}")
-        result.append(replace(planned, tensor=after))
-    return tuple(result)
+def in_dtype(planned: PlannedTensor, dtype: str) -> PlannedTensor:
+    """The tensor in the dtype to write; integers stay what they are."""
+    before = planned.tensor
+    if not before.dtype.is_float:
+        return planned
+    after = cast(before, before.stored_dtype if dtype == KEEP else BY_NAME[dtype])
+    is_cast = after is not before and before.ranges() is not None
+    how = f"cast from {before.dtype}" if is_cast else planned.how
+    return replace(planned, tensor=after, how=how)
 
 
-def unchecked_note(tensors: Sequence[PlannedTensor]) -> str | None:
+def unchecked_note(tensors: Iterable[PlannedTensor]) -> str | None:
     """What is read from files of torch.save that carry zeros in place of CRC-32 sums, if any is."""
     pieces: set[FileRange] = set()
     count = 0
     for planned in tensors:
-        found = [
-            piece
-            for piece in planned.tensor.extents()
-            if piece.member is not None and not piece.checkable
-        ]
+        extents = planned.tensor.extents()
+        found = [each for each in extents if each.member is not None and not each.checkable]
         pieces.update(found)
         count += bool(found)
     if not pieces:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, UnsupportedError, raise_faults
-from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit, PlainClass
+from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit
 from xtuner2llava.options import Options, flag, parse_size
 from xtuner2llava.options.programs import PROGRAMS
-from xtuner2llava.planning.chat import with_trained_bos, with_trained_chat
-from xtuner2llava.planning.config import json_bytes, output_config
-from xtuner2llava.planning.fidelity import Fidelity
-from xtuner2llava.planning.findings import Findings
-from xtuner2llava.planning.generation import TokenIds, generation_config
-from xtuner2llava.planning.hf_vocabulary import rows_for, vocabulary_tensors, with_rows
-from xtuner2llava.planning.image_processor import PREPROCESSOR, padding_note, processor_files
+from xtuner2llava.planning.chat import generation_tokens, with_trained_bos, with_trained_chat
+from xtuner2llava.planning.config import TokenIds, generation_config, json_bytes, output_config
+from xtuner2llava.planning.image_processor import (
+    PADDING_NOTE,
+    PREPROCESSOR,
+    ImageProcessor,
+    image_processor_of,
+    processor_files,
+)
 from xtuner2llava.planning.language_model import (
     LanguageModel,
     choose_family,
-    plain_config,
     plain_language_model,
+    trained_llm_config,
+    translate,
 )
-from xtuner2llava.planning.llm_config import trained_llm_config
 from xtuner2llava.planning.placement import (
     config_dtype,
     dtype_to_write,
@@ -32,39 +35,30 @@ from xtuner2llava.planning.placement import (
     place,
     unchecked_note,
 )
-from xtuner2llava.planning.plan import Chat, MappingInUse, Plan
+from xtuner2llava.planning.plan import Chat, Fidelity, Findings, MappingInUse, Plan
 from xtuner2llava.planning.redaction import cached_id, redact_json
-from xtuner2llava.planning.tokens import (
-    generation_tokens,
+from xtuner2llava.planning.tokenizer import (
+    check_vocabulary,
     tokenizer_to_write,
-    vocabulary_faults,
+    training_tokenizer,
     with_format_tokens,
 )
-from xtuner2llava.planning.training_files import ImageProcessor, image_processor_of
-from xtuner2llava.planning.training_tokenizer import training_tokenizer
+from xtuner2llava.planning.vision_tower import KEY as VISION_TOWER_KEY
 from xtuner2llava.planning.vision_tower import (
     TOWER_CLASS,
-    check_projector_of,
+    check_projector,
     check_tower,
     depth_of,
-    writes_tower,
+    vision_tower_name,
 )
-from xtuner2llava.planning.vision_tower_name import KEY as VISION_TOWER_KEY
-from xtuner2llava.planning.vision_tower_name import vision_tower_name
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.storage.small_file import read_small
-from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.tokenizers import (
-    FAST,
-    MadeFile,
-    Tokenizer,
-    readable_tokenizer,
-    with_config,
-)
+from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, readable_tokenizer, with_config
 from xtuner2llava.writing.shards import INDEX_NAME, plan_shards
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 # Of a tokenizer's or processor's file; the largest vocabularies have a tenth of it.
 _MAX_COPIED_BYTES = 256 << 20
@@ -75,15 +69,14 @@ class Assessment:
     """What becomes of a checkpoint with some options, as far as it can be known.
 
     `faults` keep it from being converted. Without faults there is a plan, unless tensors are not
-    known yet: weights that were not downloaded, or a training that has not begun; `pending` says
-    which. What was found on the way is there even if something else is at fault.
+    known yet: weights that were not downloaded, or a training that has not begun. What was found on
+    the way is there even if something else is at fault.
     """
 
     format: str
     architecture: str | None
     fidelity: Fidelity
     faults: tuple[Fault, ...]
-    pending: tuple[Fault, ...]
     notes: tuple[str, ...]
     family: Family | None
     llm_config: Mapping[str, Json] | None
@@ -95,19 +88,15 @@ class Assessment:
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact."""
     found = assess(checkpoint, options)
-    raise_faults(PlanError, [*found.faults, *found.pending])
+    raise_faults(PlanError, [*found.faults, *checkpoint.pending])
     assert found.plan is not None  # noqa: S101
-    _log_plan(found.plan)
-    return found.plan
-
-
-def _log_plan(plan: Plan) -> None:
-    for file in plan.mapping.files:
+    for file in found.plan.mapping.files:
         _log.debug("mapping: %s, SHA-256 %s", file.name, file.sha256)
-    for path in plan.copied_files:
+    for path in found.plan.copied_files:
         _log.debug("%s: copied from %s", path.name, path.parent)
-    for name in plan.made_files:
+    for name in found.plan.made_files:
         _log.debug("%s: made", name)
+    return found.plan
 
 
 def assess(checkpoint: Checkpoint, options: Options) -> Assessment:
@@ -115,448 +104,404 @@ def assess(checkpoint: Checkpoint, options: Options) -> Assessment:
     return _Planner(checkpoint, options).assessment()
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What was found; everything else follows from it. None where it is at fault or not known."""
+class _NotKnown(ConversionError):
+    """A part follows from something that is not here, of which the checkpoint has the fault."""
 
-    family: Family | None
-    llm_config: Mapping[str, Json] | None
-    values: Mapping[str, object] | None
-    limits: tuple[Limit, ...]
-    llm: LanguageModel | None
-    base_tokenizer: Tokenizer | None
-    tokenizer: Tokenizer | None
-    tower: Mapping[str, object] | None
-    tower_name: str | None
-    images: ImageProcessor | None
-    writes_tower: bool | None
-    layer: int | None
-    depth: int | None
+    def __init__(self) -> None:
+        super().__init__("is not known")
+        self.faults = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """What a plan has besides the tensors that it writes."""
+class _part(Generic[_T]):
+    """A part of the plan: made when it is first asked for, and kept, as is the error it ends in.
 
-    values: Mapping[str, object]
-    llm_tensors: Mapping[str, LazyTensor]
-    dtype: str
-    ids: TokenIds
-    chat: Chat
-    generation_config: Mapping[str, Json]
-    environment: Mapping[str, object]
-    format_keys: Mapping[str, object]
-    copied: tuple[Path, ...]
-    made: Mapping[str, MadeFile]
+    So each part is written as if the others were right: one that needs another that is at fault
+    ends in the same error, and all others are still judged.
+    """
+
+    def __init__(self, make: Callable[[_Planner], _T]) -> None:
+        self._make, self._name = make, make.__name__
+
+    def __get__(self, planner: _Planner, owner: type) -> _T:
+        if self._name not in planner.made and self._name not in planner.errors:
+            try:
+                planner.made[self._name] = self._make(planner)
+            except ConversionError as error:
+                planner.errors[self._name] = error
+        if self._name in planner.errors:
+            raise planner.errors[self._name]
+        made: _T = planner.made[self._name]
+        return made
 
 
 class _Planner:
-    """The stages of `assess`, with what they share."""
+    """The parts of a plan, each from the checkpoint, the options and other parts."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
-        self._checkpoint, self._options = checkpoint, options
-        self._training_config = checkpoint.training_config
-        self._catalogue = Catalogue.shipped()
-        self._format = self._catalogue.formats[options.format]
+        self.checkpoint, self.options = checkpoint, options
+        self.catalogue = Catalogue.shipped()
+        self.format = self.catalogue.formats[options.format]
         faults = [fault for fault in checkpoint.faults if fault not in checkpoint.pending]
-        self._found = Findings(faults, checkpoint.notes)
+        self.found = Findings(faults, checkpoint.notes)
+        self.made: dict[str, Any] = {}
+        self.errors: dict[str, ConversionError] = {}
 
     def assessment(self) -> Assessment:
         """The judgement, with the plan where everything is known."""
-        checkpoint, found = self._checkpoint, self._found
-        plan: Plan | None = None
-        parts = self._parts()
-        try:
-            found.stop()
-            prepared = self._prepare(parts)
-            found.stop()
-            if not checkpoint.pending and not checkpoint.before_training:
-                plan = self._plan(parts, prepared)
-                found.stop()
-        except ConversionError as error:
-            found.faults[:] = error.faults
+        checkpoint, found, made = self.checkpoint, self.found, self.made
+        stages: list[tuple[str, ...]] = [
+            # Each is judged, whether or not another is at fault.
+            ("llm_config", "family", "base_tokenizer", "tokenizer", "program", "images",
+             "tower_name", "plain_config", "llm", "tower", "projector", "writes_tower",
+             "vocabulary", "layer", "depth"),
+            # These follow from them.
+            ("generation", "dtype", "format_keys", "generation_config", "files_of_bases"),
+        ]  # fmt: skip
+        if not checkpoint.pending and not checkpoint.before_training:
+            stages.append(("plan",))
+        for stage in stages:
+            for name in stage:
+                try:
+                    getattr(self, name)
+                except ConversionError as error:
+                    found.faults.extend(error.faults)
+            if found.faults:
+                break
         faults = tuple(dict.fromkeys(found.faults))
-        family = parts.family
+        _, limits = made.get("plain_config", ({}, ()))
         return Assessment(
-            format=self._format.name,
-            architecture=None if faults or family is None else self._class_of(family).architecture,
-            fidelity=Fidelity.of(parts.limits, inexact=checkpoint.inexact, faults=faults),
+            format=self.format.name,
+            architecture=None if faults else self.described.architecture,
+            fidelity=Fidelity.of(limits, inexact=checkpoint.inexact, faults=faults),
             faults=faults,
-            pending=checkpoint.pending,
-            notes=found.notes,
-            family=family,
-            llm_config=parts.llm_config,
-            base_tokenizer=parts.base_tokenizer,
-            tokenizer=parts.tokenizer,
-            plan=None if faults else plan,
+            notes=tuple(found.notes),
+            family=made.get("family"),
+            llm_config=made.get("llm_config"),
+            base_tokenizer=made.get("base_tokenizer", (None, False))[0],
+            tokenizer=made.get("tokenizer"),
+            plan=None if faults else made.get("plan"),
         )
 
-    def _parts(self) -> _Parts:
-        """Reads and checks each part, whether or not another is at fault."""
-        checkpoint, options, found = self._checkpoint, self._options, self._found
-        llm, attempt = checkpoint.llm, self._found.attempt
-        config = attempt(
-            lambda: trained_llm_config(llm.config, self._training_config) if llm.config else None
-        )
-        names = llm.tensors.keys() or None
-        family = attempt(
-            lambda: (
-                choose_family(self._catalogue, options.mapping, config, names) if config else None
-            )
-        )
-        trained = attempt(lambda: training_tokenizer(checkpoint, options.tokenizer, found))
-        base_tokenizer = trained.tokenizer if trained is not None else None
-        tokenizer = attempt(lambda: self._tokenizer(base_tokenizer, family))
-        attempt(lambda: _check_program(options.for_, family))
-        images = attempt(lambda: image_processor_of(checkpoint, found))
-        tower_name = attempt(lambda: self._tower_name(images))
-        translated = attempt(
-            lambda: plain_config(family, config, self._format, found) if family and config else None
-        )
-        values, limits = translated or (None, ())
-        model = attempt(
-            lambda: (
-                plain_language_model(family, config, values, llm.tensors, found)
-                if family and config and values and llm.tensors
-                else None
-            )
-        )
-        tower = attempt(lambda: check_tower(checkpoint, self._tower_class))
-        if not checkpoint.before_training:
-            attempt(lambda: check_projector_of(checkpoint, values))
-        writes = attempt(lambda: writes_tower(checkpoint, options))
-        self._check_rows(model, values, tokenizer, trained is not None and trained.is_base)
-        training_config = self._training_config
-        layer = attempt(
-            lambda: -2 if training_config is None else training_config.visual_select_layer
-        )
-        depth = attempt(self._depth)
-        return _Parts(
-            family=family,
-            llm_config=config,
-            values=values,
-            limits=tuple(limits),
-            llm=model,
-            base_tokenizer=base_tokenizer,
-            tokenizer=tokenizer,
-            tower=tower,
-            tower_name=tower_name,
-            images=images,
-            writes_tower=writes,
-            layer=layer,
-            depth=depth,
-        )
+    # What was trained
 
-    def _tokenizer(self, base: Tokenizer | None, family: Family | None) -> Tokenizer | None:
+    @_part
+    def llm_config(self) -> Mapping[str, Json]:
+        config = _known(self.checkpoint.llm.config)
+        return trained_llm_config(config, self.checkpoint.training_config)
+
+    @_part
+    def family(self) -> Family:
+        names = self.checkpoint.llm.tensors.keys() or None
+        return choose_family(self.catalogue, self.options.mapping, self.llm_config, names)
+
+    @property
+    def described(self) -> FormatClass:
+        """What the LLM's plain class is called in the format."""
+        return self.format.classes[self.family.target_class.name]
+
+    @_part
+    def base_tokenizer(self) -> tuple[Tokenizer, bool]:
+        """The tokenizer of the training, and whether it is only known as the base LLM's."""
+        return _known(training_tokenizer(self.checkpoint, self.options.tokenizer, self.found))
+
+    @_part
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer to write, as the programs that the format is for load it."""
-        if base is None or family is None:
-            return None
-        options, found = self._options, self._found
-        made = tokenizer_to_write(base, family, self._training_config, options.bos_token, found)
-        prepared = readable_tokenizer(made, options.format)
-        found.note(*prepared.notes)
+        (base, _), data = self.base_tokenizer, self.checkpoint.training_data
+        made = tokenizer_to_write(base, self.family, data, self.options.bos_token, self.found)
+        prepared = readable_tokenizer(made, self.options.format)
+        self.found.note(*prepared.notes)
         return prepared.tokenizer
 
-    def _check_rows(
-        self,
-        model: LanguageModel | None,
-        values: Mapping[str, object] | None,
-        tokenizer: Tokenizer | None,
-        is_base: bool,
-    ) -> None:
-        """Faults where the vocabulary does not have the rows that the tokenizer needs."""
-        if tokenizer is None or not values:
+    @_part
+    def program(self) -> None:
+        """Raises `UnsupportedError` where it does not have the class that the LLM becomes."""
+        name, becomes = self.options.for_, self.family.target_class
+        if name is None or PROGRAMS[name].takes(becomes.name):
             return
-        before = values.get("vocab_size")
-        known = None if self._checkpoint.llm.tensors else before  # of tensors at fault, nothing is
-        rows = model.rows if model is not None else known
-        if isinstance(rows, int):
-            faults = vocabulary_faults(tokenizer, rows, before, is_base=is_base)
-            self._found.faults.extend(faults)
-            if rows != before:
-                self._found.note(
-                    f"The vocabulary has {rows} rows, as trained; the base's config says {before}."
-                )
+        others = [other for other, program in PROGRAMS.items() if program.takes(becomes.name)]
+        raise UnsupportedError(
+            f"{PROGRAMS[name].title} has no class for {becomes.architecture}, which this LLM "
+            "becomes",
+            where=flag("for_"),
+            advice=f"Programs that have one: {', '.join(others)}.",
+        )
 
-    def _prepare(self, parts: _Parts) -> _Prepared:
-        """All that follows from parts without faults, and needs no tensors."""
-        format_, found, training_config = self._format, self._found, self._training_config
-        # Without faults, all of these are there, which mypy does not know.
-        assert parts.family and parts.llm_config and parts.values and parts.tokenizer  # noqa: S101
-        assert parts.tower and parts.images and parts.layer is not None  # noqa: S101
-        base_generation = self._base_generation()
+    @_part
+    def images(self) -> ImageProcessor:
+        folder = _known(self.checkpoint.visual_encoder.folder)
+        return image_processor_of(self.checkpoint, folder, self.found)
+
+    @_part
+    def tower_name(self) -> str | None:
+        """What to write as `mm_vision_tower`; None where the format has no such key."""
+        tower, options = self.checkpoint.visual_encoder, self.options
+        if VISION_TOWER_KEY not in self.format.config_rules.keys:
+            return None
+        name, note = vision_tower_name(
+            options.vision_tower_name,
+            cached_id(tower.folder) or tower.name,
+            _known(tower.config).values,
+            self.images.values,
+            writes_tower=options.include_vision_tower,
+        )
+        self.found.note(note)
+        return name
+
+    @_part
+    def plain_config(self) -> tuple[Mapping[str, object], list[Limit]]:
+        """The config of the LLM's plain class, every key explicit, and the caveats."""
+        translated, limits = translate(self.family, self.llm_config, self.format)
+        self.found.note(*(limit.text for limit in limits))
+        if translated.not_carried:
+            keys, name = ", ".join(translated.not_carried), self.family.target_class.name
+            self.found.note(f"Config keys that {name} does not have: {keys}.")
+        return translated.values, limits
+
+    @_part
+    def llm(self) -> LanguageModel:
+        values, tensors = self.plain_config[0], self.checkpoint.llm.tensors
+        return plain_language_model(self.family, self.llm_config, values, tensors, self.found)
+
+    @_part
+    def tower(self) -> Mapping[str, object]:
+        """The complete config of the vision tower."""
+        tower = self.checkpoint.visual_encoder
+        plain = self.catalogue.classes[TOWER_CLASS]
+        return check_tower(_known(tower.config).values, tower.tensors, plain)
+
+    @_part
+    def projector(self) -> None:
+        if not self.checkpoint.before_training:
+            check_projector(self.checkpoint, self.plain_config[0].get("hidden_size"))
+
+    @_part
+    def writes_tower(self) -> bool:
+        if not self.options.include_vision_tower and self.checkpoint.visual_encoder.trained:
+            raise PlanError(
+                "the vision tower was trained, so it must be written",
+                where="--no-include-vision-tower",
+                advice="Leave the option out.",
+            )
+        return self.options.include_vision_tower
+
+    @_part
+    def vocabulary(self) -> None:
+        """Raises `PlanError` where it does not have the rows that the tokenizer needs."""
+        before, rows = self.plain_config[0].get("vocab_size"), self.llm.rows
+        check_vocabulary(self.tokenizer, rows, before, is_base=self.base_tokenizer[1])
+        if rows != before:
+            self.found.note(
+                f"The vocabulary has {rows} rows, as trained; the base's config says {before}."
+            )
+
+    @_part
+    def layer(self) -> int:
+        config = self.checkpoint.training_config
+        return -2 if config is None else config.visual_select_layer
+
+    @_part
+    def depth(self) -> int:
+        """The number of the projector's layers; before training, what the config says."""
+        config = self.checkpoint.training_config
+        if self.checkpoint.before_training and config is not None:
+            return config.projector_depth
+        return depth_of(self.checkpoint.projector.tensors)
+
+    # What is written
+
+    @_part
+    def base_generation(self) -> Mapping[str, Json]:
+        path = _known(self.checkpoint.llm.folder) / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @_part
+    def format_tokens(self) -> tuple[Tokenizer, dict[str, int]]:
+        return with_format_tokens(self.tokenizer, self.format.tokens)
+
+    @_part
+    def generation(self) -> tuple[TokenIds, Chat]:
         ids, chat = generation_tokens(
-            self._catalogue,
-            parts.family,
-            parts.tokenizer,
-            training_config,
-            self._options.bos_token,
-            base_generation,
-            parts.llm_config,
-            found,
+            self.catalogue,
+            self.family,
+            self.tokenizer,
+            self.checkpoint.training_data,
+            self.options.bos_token,
+            (self.base_generation, self.llm_config),
+            self.found,
         )
-        tokenizer, tokens = with_format_tokens(parts.tokenizer, format_.tokens)
-        if "pad" in tokens:
-            ids = TokenIds(ids.bos, ids.eos, tokens["pad"])
-        model = parts.llm
-        values, tensors = dict(parts.values), dict[str, LazyTensor]()
-        if model is not None:
-            values, grown = self._grown(model, tokenizer, tokens)
-            tensors = dict(grown)
-        dtype = dtype_to_write(
-            self._options.dtype,
-            parts.llm_config,
-            model.tensors.values() if model is not None else (),
-            found,
-        )
-        environment = self._environment(parts, values, tokens)
-        format_keys = format_.config(environment)
-        generation, notes = generation_config(base_generation, ids)
-        found.note(*notes)
-        tokenizer = self._as_trained(tokenizer, chat)
-        tokenizer, made = self._files(parts, tokenizer, tokens, format_keys)
-        copied = [tokenizer.folder / name for name in tokenizer.copied]
-        if PREPROCESSOR not in made and parts.images.path is not None:
-            copied.append(parts.images.path)
-        return _Prepared(
-            values,
-            tensors,
-            dtype,
-            ids,
-            chat,
-            generation,
-            environment,
-            format_keys,
-            tuple(copied),
-            made,
-        )
+        _, tokens = self.format_tokens
+        return (replace(ids, pad=tokens["pad"]) if "pad" in tokens else ids), chat
 
-    def _environment(
-        self, parts: _Parts, values: Mapping[str, object], tokens: Mapping[str, int]
-    ) -> dict[str, object]:
+    @_part
+    def written_llm(self) -> LanguageModel:
+        """The LLM, with rows for the tokens that the format adds."""
+        before, (tokenizer, tokens) = self.llm, self.format_tokens
+        grown = before.with_rows_for(tokenizer.highest_id + 1)
+        if grown is not before:
+            added = ", ".join(f"{use} {n}" for use, n in tokens.items() if n >= before.rows)
+            self.found.note(
+                f"The vocabulary has {grown.rows} rows in place of {before.rows}, for the tokens "
+                f"that are added ({added}); each new row is the mean of the others."
+            )
+        return grown
+
+    @_part
+    def dtype(self) -> str:
+        tensors = self.written_llm.tensors.values()
+        return dtype_to_write(self.options.dtype, self.llm_config, tensors, self.found)
+
+    @_part
+    def environment(self) -> Mapping[str, object]:
         """What the expressions of a format know, see `Format.config`."""
-        assert parts.layer is not None  # noqa: S101
-        tower = self._checkpoint.visual_encoder.config
-        environment: dict[str, object] = {
-            **values,
-            "vision": {**(tower.values if tower is not None else {}), "name": parts.tower_name},
-            "xtuner": self._training_values(parts.layer),
-            "projector": {"depth": parts.depth},
-            "projector_type": f"mlp{parts.depth}x_gelu",
-            "tokens": tokens,
-            "writes": {"visual_encoder": parts.writes_tower},
-        }
-        if not parts.writes_tower:
-            self._found.note(
+        config, data = self.checkpoint.training_config, self.checkpoint.training_data
+        self.found.note(
+            *(
+                config.notes
+                if config is not None
+                else (
+                    "No XTuner config is recorded: mm_vision_select_layer is LLaVAModel's default "
+                    "-2, and images are padded, as XTuner's export assumes. Give --xtuner-config "
+                    "if not.",
+                )
+            )
+        )
+        if not self.writes_tower:
+            self.found.note(
                 "The vision tower is not written: LLaVA takes it from mm_vision_tower; "
                 "LLaVA-NeXT computes NaN unless loading it is delayed."
             )
-        return environment
-
-    def _plan(self, parts: _Parts, prepared: _Prepared) -> Plan:
-        """The whole plan."""
-        checkpoint, format_, found = self._checkpoint, self._format, self._found
-        model = parts.llm
-        assert model is not None and parts.tower is not None  # noqa: S101
-        becomes = model.family.target_class
-        components: dict[str, Mapping[str, LazyTensor]] = {LLM: prepared.llm_tensors}
-        if parts.writes_tower:
-            components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
-        components[PROJECTOR] = dict(sorted(checkpoint.projector.tensors.items()))
-        placed, dropped = place(
-            components, {LLM: model.origins}, format_, prepared.environment, found
-        )
-        found.stop()
-        tensors = in_dtype(placed, prepared.dtype)
-        found.note(unchecked_note(tensors))
-        config = output_config(
-            format_,
-            (becomes, prepared.values),
-            (self._tower_class, parts.tower),
-            prepared.format_keys,
-            model_type=None if self._options.model_type == "official" else self._options.model_type,
-            dtype=config_dtype(prepared.dtype, model.tensors.values()),
-            ids=prepared.ids,
-        )
-        shards = plan_shards(
-            {p.name: p.tensor for p in tensors}, parse_size(self._options.max_shard_size)
-        )
-        files = {
-            "config.json": json_bytes(config),
-            "generation_config.json": json_bytes(prepared.generation_config),
-            **({} if shards.index is None else {INDEX_NAME: shards.index}),
-            **dict(sorted(_files_of_bases(prepared).items())),
-        }
-        return Plan(
-            checkpoint=checkpoint,
-            mapping=MappingInUse(
-                model.family.name,
-                becomes.name,
-                format_.name,
-                (*model.family.files, *format_.files),
-            ),
-            dtype=prepared.dtype,
-            tensors=tensors,
-            dropped=(*((LLM, d) for d in model.dropped), *dropped),
-            config=config,
-            generation_config=prepared.generation_config,
-            token_ids=prepared.ids,
-            chat=prepared.chat,
-            files=files,
-            copied_files=prepared.copied,
-            made_files=tuple(prepared.made),
-            processor=format_.processor,
-            shards=shards,
-            folder_name=self._class_of(model.family).folder_name,
-            fidelity=Fidelity.of(parts.limits, inexact=checkpoint.inexact),
-            notes=found.notes,
-        )
-
-    def _depth(self) -> int:
-        """The number of the projector's layers; before training, what the config says."""
-        if self._checkpoint.before_training and self._training_config is not None:
-            return self._training_config.projector_depth
-        return depth_of(self._checkpoint.projector.tensors)
-
-    def _class_of(self, family: Family) -> FormatClass:
-        return self._format.classes[family.target_class.name]
-
-    @property
-    def _tower_class(self) -> PlainClass:
-        return self._catalogue.classes[TOWER_CLASS]
-
-    def _tower_name(self, images: ImageProcessor | None) -> str | None:
-        """What to write as `mm_vision_tower`; None where the format has no such key.
-
-        Without the tower or its image processor, there are faults already.
-        """
-        tower = self._checkpoint.visual_encoder
-        if VISION_TOWER_KEY not in self._format.config_rules.keys:
-            return None
-        if images is None or tower.config is None:
-            return None
-        named = vision_tower_name(
-            self._options.vision_tower_name,
-            cached_id(tower.folder) or tower.name,
-            tower.config.values,
-            images.values,
-            writes_tower=self._options.include_vision_tower,
-        )
-        self._found.note(named.note)
-        return named.name
-
-    def _training_values(self, layer: int) -> dict[str, object]:
-        """What the format reads as `xtuner.*`."""
-        training_config = self._training_config
-        if training_config is None:
-            self._found.note(
-                "No XTuner config is recorded: mm_vision_select_layer is LLaVAModel's default -2, "
-                "and images are padded, as XTuner's export assumes. Give --xtuner-config if not."
-            )
-            return {"visual_select_layer": layer, "image_aspect_ratio": "pad"}
-        self._found.note(*training_config.notes)
+        tower = _known(self.checkpoint.visual_encoder.config)
         return {
-            "visual_select_layer": layer,
-            # What LLaVA calls the plain resize and crop.
-            "image_aspect_ratio": training_config.data.image_aspect_ratio or "square",
+            **self.written_llm.values,
+            "vision": {**tower.values, "name": self.tower_name},
+            "xtuner": {
+                "visual_select_layer": self.layer,
+                # What LLaVA calls the plain resize and crop.
+                "image_aspect_ratio": data.image_aspect_ratio or "square",
+            },
+            "projector": {"depth": self.depth},
+            "projector_type": f"mlp{self.depth}x_gelu",
+            "tokens": self.format_tokens[1],
+            "writes": {VISUAL_ENCODER: self.writes_tower},
         }
 
-    def _base_generation(self) -> Mapping[str, Json]:
-        folder = self._checkpoint.llm.folder
-        path = folder / "generation_config.json" if folder else None
-        return read_json(path) if path is not None and path.is_file() else {}
+    @_part
+    def format_keys(self) -> Mapping[str, object]:
+        return self.format.config(self.environment)
 
-    def _grown(
-        self, model: LanguageModel, tokenizer: Tokenizer, tokens: Mapping[str, int]
-    ) -> tuple[dict[str, object], Mapping[str, LazyTensor]]:
-        """The LLM's config and tensors, with rows for the tokens that the format adds."""
-        rows = rows_for(model.rows, tokenizer.highest_id + 1)
-        if rows == model.rows:
-            return dict(model.values), model.tensors
-        names = vocabulary_tensors(model.family.target_class, model.values)
-        added = ", ".join(f"{use} {index}" for use, index in tokens.items() if index >= model.rows)
-        self._found.note(
-            f"The vocabulary has {rows} rows in place of {model.rows}, for the tokens that are "
-            f"added ({added}); each new row is the mean of the others."
-        )
-        return {**model.values, "vocab_size": rows}, with_rows(model.tensors, names, rows)
+    @_part
+    def generation_config(self) -> Mapping[str, Json]:
+        values, notes = generation_config(self.base_generation, self.generation[0])
+        self.found.note(*notes)
+        return values
 
-    def _as_trained(self, tokenizer: Tokenizer, chat: Chat) -> Tokenizer:
+    @_part
+    def files_of_bases(self) -> tuple[tuple[Path, ...], Mapping[str, MadeFile]]:
+        """The base models' own files that are copied, and those that are edited or new."""
+        tokenizer, processor = self._tokenizer_as_trained(), self.format.processor
+        data, images = self.checkpoint.training_data, self.images
+        made: Mapping[str, MadeFile] = {}
+        if images.path is None:
+            made = {PREPROCESSOR: lambda: json_bytes(images.values)}
+        if processor is not None:
+            # It pads prompts of a batch, and an answer follows on a prompt's last token.
+            changes: dict[str, Json] = {"processor_class": processor, "padding_side": "left"}
+            tokenizer = with_config(tokenizer, changes)
+            if FAST not in tokenizer.files:
+                self.found.note(
+                    f"The base's tokenizer has no {FAST}, and transformers 5 loads LLaVA's from "
+                    "that, or from tokenizer.model with sentencepiece and protobuf installed. "
+                    "AutoTokenizer's from_pretrained and save_pretrained make one for the base."
+                )
+            pads = data.image_aspect_ratio == "pad"
+            self.found.note(PADDING_NOTE if pads else None)
+            made = processor_files(
+                processor,
+                images.values,
+                image_token=self.format.tokens["image"],
+                patch_size=self.tower["patch_size"],
+                select_strategy=self.format_keys.get("vision_feature_select_strategy", "default"),
+                pads=pads,
+            )
+        copied = [tokenizer.folder / name for name in tokenizer.copied]
+        if PREPROCESSOR not in made and images.path is not None:
+            copied.append(images.path)
+        return tuple(copied), {**tokenizer.made, **made}
+
+    def _tokenizer_as_trained(self) -> Tokenizer:
         """The tokenizer with the bos and the chat template of the training, where they are read."""
-        with_processor = self._format.processor is not None
+        (tokenizer, _), (_, chat) = self.format_tokens, self.generation
+        with_processor = self.format.processor is not None
         if not with_processor:
-            tokenizer = with_trained_bos(tokenizer, self._training_config, self._found)
+            tokenizer = with_trained_bos(tokenizer, self.found)
         # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
-        if with_processor or self._options.model_type == "llava":
+        if with_processor or self.options.model_type == "llava":
+            data = self.checkpoint.training_data
             tokenizer = with_trained_chat(
-                tokenizer,
-                chat.prompt,
-                self._training_config,
-                self._found,
-                with_processor=with_processor,
+                tokenizer, chat.prompt, data, self.found, with_processor=with_processor
             )
         return tokenizer
 
-    def _files(
-        self,
-        parts: _Parts,
-        tokenizer: Tokenizer,
-        tokens: Mapping[str, int],
-        format_keys: Mapping[str, object],
-    ) -> tuple[Tokenizer, dict[str, MadeFile]]:
-        """The tokenizer as it is written, and all files that are made."""
-        processor, image = self._format.processor, tokens.get("image")
-        assert parts.images and parts.tower  # noqa: S101
-        if processor is None or image is None:
-            return tokenizer, {**tokenizer.made, **parts.images.made}
-        # The processor pads prompts of a batch, and an answer follows on a prompt's last token.
-        tokenizer = with_config(tokenizer, {"processor_class": processor, "padding_side": "left"})
-        if FAST not in tokenizer.files:
-            self._found.note(
-                f"The base's tokenizer has no {FAST}, and transformers 5 loads LLaVA's from that, "
-                "or from tokenizer.model with sentencepiece and protobuf installed. "
-                "AutoTokenizer's from_pretrained and save_pretrained make one for the base."
-            )
-        training_config = self._training_config
-        ratio = training_config.data.image_aspect_ratio if training_config is not None else "pad"
-        self._found.note(padding_note(ratio))
-        made = processor_files(
-            processor,
-            parts.images.values,
-            image_token=self._format.tokens["image"],
-            patch_size=_integer(parts.tower["patch_size"]),
-            select_strategy=str(format_keys.get("vision_feature_select_strategy", "default")),
-            aspect_ratio=ratio,
+    @_part
+    def plan(self) -> Plan:
+        checkpoint, format_, options, llm = self.checkpoint, self.format, self.options, self.llm
+        components = {LLM: self.written_llm.tensors}
+        if self.writes_tower:
+            components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
+        components[PROJECTOR] = dict(sorted(checkpoint.projector.tensors.items()))
+        placed, dropped = place(components, {LLM: llm.origins}, format_, self.environment)
+        tensors = tuple(in_dtype(planned, self.dtype) for planned in placed)
+        self.found.note(unchecked_note(tensors))
+        becomes, (ids, chat) = llm.family.target_class, self.generation
+        config = output_config(
+            format_,
+            (becomes, self.written_llm.values),
+            (self.catalogue.classes[TOWER_CLASS], self.tower),
+            self.format_keys,
+            model_type=None if options.model_type == "official" else options.model_type,
+            dtype=config_dtype(self.dtype, llm.tensors.values()),
+            ids=ids,
         )
-        return tokenizer, {**tokenizer.made, **made}
+        shards = plan_shards(
+            {p.name: p.tensor for p in tensors}, parse_size(options.max_shard_size)
+        )
+        copied, made = self.files_of_bases
+        files = {path.name: read_small(path, _MAX_COPIED_BYTES) for path in copied}
+        files |= {name: make() for name, make in made.items()}
+        return Plan(
+            checkpoint=checkpoint,
+            mapping=MappingInUse(
+                llm.family.name, becomes.name, format_.name, (*llm.family.files, *format_.files)
+            ),
+            dtype=self.dtype,
+            tensors=tensors,
+            dropped=(*((LLM, each) for each in llm.dropped), *dropped),
+            config=config,
+            generation_config=self.generation_config,
+            token_ids=ids,
+            chat=chat,
+            files={
+                "config.json": json_bytes(config),
+                "generation_config.json": json_bytes(self.generation_config),
+                **({} if shards.index is None else {INDEX_NAME: shards.index}),
+                # Those of the base models name no path of a machine.
+                **{
+                    name: redact_json(data) if name.endswith("_config.json") else data
+                    for name, data in sorted(files.items())
+                },
+            },
+            copied_files=copied,
+            made_files=tuple(made),
+            processor=format_.processor,
+            shards=shards,
+            folder_name=self.described.folder_name,
+            fidelity=Fidelity.of(self.plain_config[1], inexact=checkpoint.inexact),
+            notes=tuple(self.found.notes),
+        )
 
 
-def _check_program(name: str | None, family: Family | None) -> None:
-    """Raises `UnsupportedError` where the program does not have the class that the LLM becomes."""
-    if name is None or family is None or PROGRAMS[name].takes(family.target_class.name):
-        return
-    others = [
-        other for other, program in PROGRAMS.items() if program.takes(family.target_class.name)
-    ]
-    raise UnsupportedError(
-        f"{PROGRAMS[name].title} has no class for {family.target_class.architecture}, which this "
-        "LLM becomes",
-        where=flag("for_"),
-        advice=f"Programs that have one: {', '.join(others)}.",
-    )
-
-
-def _files_of_bases(prepared: _Prepared) -> dict[str, bytes]:
-    """Files of the base models, as they are or edited, without paths of a machine."""
-    files = {path.name: read_small(path, _MAX_COPIED_BYTES) for path in prepared.copied}
-    files |= {name: make() for name, make in prepared.made.items()}
-    return {
-        name: redact_json(data) if name.endswith("_config.json") else data
-        for name, data in files.items()
-    }
-
-
-def _integer(value: object) -> int:
-    """A size of a config that its class has checked."""
-    assert isinstance(value, int)  # noqa: S101
+def _known(value: _T | None) -> _T:
+    if value is None:
+        raise _NotKnown
     return value

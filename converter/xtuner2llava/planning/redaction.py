@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.planning.published_towers import PUBLISHED
+from xtuner2llava.planning.vision_tower import PUBLISHED
 
 _ABSOLUTE = re.compile(r"(?<![\w/.:])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;()]+[/\\])*"
                        r"([^\s/\\'\"`,;()]+)")  # fmt: skip

@@ -1,65 +1,298 @@
-"""The vision tower and the projector of a plan: what they must be.
+"""The vision tower of a plan and its name, and the projector: what they must be.
 
-XTuner's projector is linear layers with an exact GELU between them. `projector.model` is a
-Sequential with the linears at even indices (InternLM/xtuner
-`xtuner/model/modules/projector/modeling_projector.py`), and so is LLaVA's `mm_projector` of type
-`mlp{depth}x_gelu` (haotian-liu/LLaVA `llava/model/multimodal_projector/builder.py`).
+LLaVA and LLaVA-NeXT make the tower from the config of `mm_vision_tower` and prepare images with the
+image processor there, not from those in the converted folder (haotian-liu/LLaVA
+`llava/model/multimodal_encoder/clip_encoder.py`, `load_model`); the weights alone are replaced by
+the folder's. So a name fits a tower only where every value of both agrees with it. Both builders
+take an existing path, a name that starts with `openai` or `laion`, or one with `ShareGPT4V` in it,
+and raise `ValueError: Unknown vision tower` for others (`llava/model/multimodal_encoder/builder.py`
+of haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT; what NeXT takes besides are not CLIP towers).
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
-from xtuner2llava.errors import Fault, MappingError, PlanError, raise_faults
+from xtuner2llava.errors import Fault, MappingError, PlanError, UsageError, raise_faults
 from xtuner2llava.mapping import PlainClass, check_against_class
-from xtuner2llava.options import Options
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import PROJECTOR
-from xtuner2llava.storage.json_file import integer, read_json
-from xtuner2llava.tensors import Shape
+from xtuner2llava.sources.model_config import CLIP_VISION_DEFAULTS
+from xtuner2llava.storage.json_file import Json, integer, read_json
+from xtuner2llava.tensors import LazyTensor, Shape
 
 # The plain class that every tower is.
 TOWER_CLASS = "clip_vision_model"
+KEY = "mm_vision_tower"
+_ADVICE = (
+    "Give --vision-tower-name ID, a Hub id that starts with openai or laion and holds this config "
+    "and image processor, or a path that exists where the model will be used; --format hf needs no "
+    "name."
+)
+# The owners under whose names the builders look on the Hub; any other `owner/name` is a path there.
+_HUB_ID = re.compile(r"(openai|laion|Lin-Chen(?=/ShareGPT4V))/[\w.-]+", re.ASCII)
+_SHOWN = 4  # differences in a message
+
+# Of CLIPVisionConfig, the keys that decide what a tower computes; `projection_dim` does not.
+_CONFIG = {key: value for key, value in CLIP_VISION_DEFAULTS.items() if key != "projection_dim"}
+# With another of these, loading fails; with another of the rest, LLaVA computes other features.
+_SHAPES = frozenset(_CONFIG) - {"hidden_act", "layer_norm_eps", "num_attention_heads"}
+# Absent keys mean these (transformers 4.37.2 `models/clip/image_processing_clip.py`,
+# CLIPImageProcessor).
+_PROCESSOR: Mapping[str, Json] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,  # bicubic
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "do_convert_rgb": True,
+}
+PROCESSOR_KEYS = tuple(_PROCESSOR)
+# Processors save their numbers from float32 or float64.
+_TOLERANCE = 1e-6
 
 
-def writes_tower(checkpoint: Checkpoint, options: Options) -> bool:
-    """Whether the tower's tensors are written. Raises `PlanError` if they must be and may not."""
-    if not options.include_vision_tower and checkpoint.visual_encoder.trained:
-        raise PlanError(
-            "the vision tower was trained, so it must be written",
-            where="--no-include-vision-tower",
-            advice="Leave the option out.",
+def clip_processor(values: Mapping[str, Json]) -> dict[str, Json]:
+    """A preprocessor_config.json as CLIPImageProcessor understands it, every value explicit.
+
+    A bare number is the shortest edge for `size`, both edges for `crop_size` (transformers
+    `image_processing_utils.py`, `get_size_dict`).
+    """
+    result = {**_PROCESSOR, **{key: values[key] for key in _PROCESSOR if key in values}}
+    size, crop = result["size"], result["crop_size"]
+    if isinstance(size, int):
+        result["size"] = {"shortest_edge": size}
+    if isinstance(crop, int):
+        result["crop_size"] = {"height": crop, "width": crop}
+    for key in ("size", "crop_size"):
+        sizes = result[key]
+        if isinstance(sizes, dict):  # Some versions write all edges, None where one is not meant.
+            result[key] = {edge: n for edge, n in sizes.items() if n is not None}
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedTower:
+    """What a repository of OpenAI's holds: values of CLIPVisionConfig and CLIPImageProcessor."""
+
+    config: Mapping[str, Json]
+    processor: Mapping[str, Json]
+
+    @classmethod
+    def of(
+        cls, hidden: int, inner: int, layers: int, heads: int, patch: int, image: int
+    ) -> PublishedTower:
+        sizes: dict[str, Json] = {
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "patch_size": patch,
+            "image_size": image,
+        }
+        return cls({**_CONFIG, **sizes}, clip_processor({"size": image, "crop_size": image}))
+
+    def differences(
+        self, config: Mapping[str, Json], processor: Mapping[str, Json]
+    ) -> _Differences:
+        """Where a tower's `config` and image `processor` say something else."""
+        here = {**_CONFIG, **config, **clip_processor(processor)}
+        there = {**self.config, **self.processor}
+        keys = [key for key in there if not _equal(here[key], there[key])]
+        texts = [
+            f"{key} is {here[key]!r} here and {there[key]!r} there"
+            for key in sorted(keys, key=lambda key: key not in _SHAPES)
+        ]
+        more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+        return _Differences(", ".join([*texts[:_SHOWN], *more]), not _SHAPES.isdisjoint(keys))
+
+
+class _Differences(NamedTuple):
+    """A list for a message, empty where there are none, and whether tensors have other shapes."""
+
+    listed: str
+    of_shape: bool
+
+
+# The CLIP vision towers that OpenAI published: all that LLaVA loads by one of their names.
+PUBLISHED: Mapping[str, PublishedTower] = {
+    "openai/clip-vit-large-patch14-336": PublishedTower.of(1024, 4096, 24, 16, 14, 336),
+    "openai/clip-vit-large-patch14": PublishedTower.of(1024, 4096, 24, 16, 14, 224),
+    "openai/clip-vit-base-patch16": PublishedTower.of(768, 3072, 12, 12, 16, 224),
+    "openai/clip-vit-base-patch32": PublishedTower.of(768, 3072, 12, 12, 32, 224),
+}
+
+
+def _equal(one: Json, other: Json) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=_TOLERANCE)
+    return one == other
+
+
+# The name
+
+
+class VisionTowerName(NamedTuple):
+    """The name to write, and a note on it for the user, if one is needed."""
+
+    name: str
+    note: str | None = None
+
+
+def vision_tower_name(
+    given: str | None,
+    recorded: str | None,
+    tower: Mapping[str, Json],
+    processor: Mapping[str, Json],
+    *,
+    writes_tower: bool = True,
+) -> VisionTowerName:
+    """The name for a tower with the config `tower` and the image processor `processor`.
+
+    `given` is what the user names; `recorded` is what the XTuner config names, or the Hub
+    repository that the tower was read from. Without `writes_tower`, LLaVA takes the weights too by
+    that name.
+    Raises `UsageError` where LLaVA would silently compute something else with the name, and where
+    only an absolute path is known, which must not be published.
+    """
+    if given is not None:
+        return _given(given, tower, processor)
+    if recorded is not None and recorded in PUBLISHED:
+        differences = PUBLISHED[recorded].differences(tower, processor)
+        if differences.listed:
+            raise _unfit(f"the tower is recorded as '{recorded}'", differences)
+        return VisionTowerName(recorded)
+    if recorded is not None and _HUB_ID.fullmatch(recorded) and not Path(recorded).exists():
+        return VisionTowerName(recorded)
+    what = "no name is recorded" if recorded is None else f"the tower is known here as '{recorded}'"
+    is_local = recorded is not None and _is_absolute(recorded)
+    agreeing = well_known(tower, processor)
+    if agreeing is not None and writes_tower:
+        return VisionTowerName(
+            agreeing,
+            f"{KEY} is '{agreeing}': its config and image processor, which is all that LLaVA takes "
+            f"from there, are this tower's; {'a path is recorded' if is_local else what}.",
         )
-    return options.include_vision_tower
+    nearest = _nearest(tower, processor)
+    if recorded is not None and not is_local:
+        return VisionTowerName(recorded, f"{_unknown(recorded)} {nearest}".strip())
+    raise UsageError(
+        "the vision tower is known only by a path of this machine, which must not be published"
+        if is_local
+        else "nothing says what the vision tower is called",
+        where=KEY,
+        advice=f"{nearest} {_ADVICE}".strip(),
+    )
 
 
-def check_tower(checkpoint: Checkpoint, plain: PlainClass) -> dict[str, object] | None:
-    """The tower's complete config, if there is one. Raises `MappingError` if it is not `plain`."""
-    tower = checkpoint.visual_encoder
-    if tower.config is None:
-        return None
-    values, faults = plain.complete(dict(tower.config.values))
+def well_known(tower: Mapping[str, Json], processor: Mapping[str, Json]) -> str | None:
+    """The published tower from which LLaVA would load exactly this config and processor."""
+    fits = (n for n, one in PUBLISHED.items() if not one.differences(tower, processor).listed)
+    return next(fits, None)
+
+
+def is_known_to_llava(name: str) -> bool:
+    """Whether both builders take the name wherever they run, and it can be a repository."""
+    return _HUB_ID.fullmatch(name) is not None or "ShareGPT4V" in name
+
+
+def _given(name: str, tower: Mapping[str, Json], processor: Mapping[str, Json]) -> VisionTowerName:
+    """The user's name, unless it is known to make LLaVA compute something else silently."""
+    if _is_absolute(name):
+        raise UsageError(
+            f"'{name}' is a path of one machine, which must not be published",
+            where="--vision-tower-name",
+            advice=_ADVICE,
+        )
+    name = name.rstrip("/")  # The Hub has no such names.
+    if name not in PUBLISHED:
+        return VisionTowerName(name, None if is_known_to_llava(name) else _unknown(name))
+    differences = PUBLISHED[name].differences(tower, processor)
+    if not differences.listed:
+        return VisionTowerName(name)
+    if not differences.of_shape:
+        raise _unfit(f"--vision-tower-name is '{name}'", differences)
+    said = f"{KEY} is '{name}', as asked, and LLaVA cannot load this tower by it"
+    return VisionTowerName(name, f"{said}: {differences.listed}.")
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"{KEY} is '{name}'. LLaVA and LLaVA-NeXT find that only where it exists as a path: of "
+        "names, they take those that start with openai or laion. --vision-tower-name gives another."
+    )
+
+
+def _unfit(what: str, differences: _Differences) -> UsageError:
+    return UsageError(
+        f"{what}, but LLaVA would load another config or image processor from there: "
+        f"{differences.listed}",
+        where=KEY,
+        advice=_ADVICE,
+    )
+
+
+def _nearest(tower: Mapping[str, Json], processor: Mapping[str, Json]) -> str:
+    """Why a published tower of the same shapes is not taken; empty where there is none."""
+    for name, one in PUBLISHED.items():
+        differences = one.differences(tower, processor)
+        if not differences.listed:
+            return f"'{name}' has this config; whether its weights are these is not known."
+        if not differences.of_shape:
+            return f"It is not '{name}', whose shapes it has: {differences.listed}."
+    return ""
+
+
+def _is_absolute(path: str) -> bool:
+    return (
+        PurePosixPath(path).is_absolute()
+        or PureWindowsPath(path).is_absolute()
+        or path.startswith("~")
+    )
+
+
+# The parts
+
+
+def check_tower(
+    config: Mapping[str, Json], tensors: Mapping[str, LazyTensor], plain: PlainClass
+) -> dict[str, object]:
+    """The tower's complete config. Raises `MappingError` if it is not `plain`."""
+    values, faults = plain.complete(dict(config))
     # Older checkpoints carry this buffer; the format drops it.
-    shapes = {n: t.shape for n, t in tower.tensors.items() if not n.endswith("position_ids")}
+    shapes = {n: t.shape for n, t in tensors.items() if not n.endswith("position_ids")}
     if shapes and not faults:
         faults = check_against_class(plain, values, shapes)
     raise_faults(MappingError, faults)
     return values
 
 
-def check_projector_of(checkpoint: Checkpoint, llm: Mapping[str, object] | None) -> None:
+def check_projector(checkpoint: Checkpoint, llm_hidden: object) -> None:
     """Raises `PlanError` with all that keeps the projector from being LLaVA's.
 
-    `llm` is the config of the plain class, since families spell `hidden_size` in their own ways;
-    without it, there are faults already, and sizes are not compared.
+    `llm_hidden` is the `hidden_size` of the LLM's plain class, since families spell it in their own
+    ways. Where a size is not known, there are faults already, and nothing is compared.
     """
     tower = checkpoint.visual_encoder.config
-    hidden = llm.get("hidden_size") if llm is not None else None
     vision_hidden = integer(tower.values, "hidden_size") if tower else None
-    if not isinstance(hidden, int) or vision_hidden is None:
+    if not isinstance(llm_hidden, int) or vision_hidden is None:
         return
     shapes = {name: tensor.shape for name, tensor in checkpoint.projector.tensors.items()}
-    faults = check_projector(shapes, vision_hidden, hidden, str(checkpoint.artifact.path))
+    faults = projector_faults(shapes, vision_hidden, llm_hidden, str(checkpoint.artifact.path))
     home = checkpoint.artifact.folders.get(PROJECTOR)
     if home is not None and (home / "config.json").is_file():
         activation = read_json(home / "config.json").get("hidden_act", "gelu")
@@ -81,19 +314,24 @@ def depth_of(names: Iterable[str]) -> int:
     return max(indices, default=0) // 2 + 1
 
 
-def check_projector(
+def projector_faults(
     shapes: Mapping[str, Shape], vision_hidden: int, llm_hidden: int, where: str
 ) -> list[Fault]:
-    """What keeps the projector from being LLaVA's: layers missing, of other sizes, or no bias."""
-    faults: list[Fault] = []
+    """What keeps the projector from being LLaVA's: layers missing, of other sizes, or no bias.
+
+    XTuner's projector is linear layers with an exact GELU between them. `projector.model` is a
+    Sequential with the linears at even indices (InternLM/xtuner
+    `xtuner/model/modules/projector/modeling_projector.py`), and so is LLaVA's `mm_projector` of
+    type `mlp{depth}x_gelu` (haotian-liu/LLaVA `llava/model/multimodal_projector/builder.py`).
+    """
     expected: dict[str, Shape] = {}
     for layer in range(depth_of(shapes)):
         inputs = vision_hidden if layer == 0 else llm_hidden
         expected[f"model.{2 * layer}.weight"] = (llm_hidden, inputs)
         expected[f"model.{2 * layer}.bias"] = (llm_hidden,)
-    biases = [name for name in expected if name.endswith("bias")]
-    if biases and not any(name in shapes for name in biases):
+    if not any(name in shapes for name in expected if name.endswith("bias")):
         return [Fault(where, "a projector without bias", "LLaVA's mlp projectors always have one.")]
+    faults = []
     for name, shape in expected.items():
         if name not in shapes:
             faults.append(Fault(f"{where}, projector.{name}", "is missing"))
@@ -106,7 +344,5 @@ def check_projector(
                     "Do the base LLM and the base vision tower belong to this checkpoint?",
                 )
             )
-    faults.extend(
-        Fault(f"{where}, projector.{name}", "is unexpected") for name in set(shapes) - set(expected)
-    )
-    return faults
+    unexpected = sorted(shapes.keys() - expected.keys())
+    return faults + [Fault(f"{where}, projector.{name}", "is unexpected") for name in unexpected]

@@ -14,7 +14,7 @@ from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifa
 from xtuner2llava.sources.opening import open_artifact
 from xtuner2llava.sources.part import Part, PartAssembly
 from xtuner2llava.storage.fingerprint import Fingerprint
-from xtuner2llava.training_config import TrainingConfig
+from xtuner2llava.training_config import TrainingConfig, TrainingData
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,11 @@ class Checkpoint:
     inexact: tuple[str, ...] = ()
     pending: tuple[Fault, ...] = ()
     before_training: bool = False
+
+    @property
+    def training_data(self) -> TrainingData:
+        """How the training fed the model, as far as a config says it."""
+        return TrainingData() if self.training_config is None else self.training_config.data
 
 
 def open_checkpoint(

@@ -193,7 +193,7 @@ class TrainingConfig:
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """See `planning.llm_config`; None where the argument is not given."""
+        """See `planning.language_model`; None where the argument is not given."""
         if self.model.value("max_position_embeddings") is None:
             return None
         return self.model.positive("max_position_embeddings", 1)

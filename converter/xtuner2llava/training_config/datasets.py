@@ -65,7 +65,8 @@ class Loaded:
 class TrainingData:
     """What the datasets, the tokenizer and the EvaluateChatHook say.
 
-    What cannot be read is None here and a sentence in `notes`: no conversion fails for it.
+    What cannot be read is None here and a sentence in `notes`: no conversion fails for it. The
+    defaults are what holds of a training of which no config is known.
 
     image_aspect_ratio: `pad` where a dataset has `pad_image_to_square`; LLaVADataset's default is
         False.
@@ -79,20 +80,20 @@ class TrainingData:
     data_files: `data_path` of each dataset with images, where it can be read.
     """
 
-    image_aspect_ratio: str | None
-    max_length: int | None
-    prompt_template: str | Table | None
-    image_processor: Loaded
-    tokenizer: Loaded
-    other_tokenizers: tuple[str, ...]
-    bos_token: str | None
-    eos_token: str | None
-    system: str | None
-    stop_words: tuple[str, ...]
-    evaluation: Evaluation | None
-    notes: tuple[str, ...]
-    used: tuple[UsedValue, ...]
-    data_files: tuple[str, ...]
+    image_aspect_ratio: str | None = "pad"  # as XTuner's own export assumes
+    max_length: int | None = None
+    prompt_template: str | Table | None = None
+    image_processor: Loaded = Loaded()
+    tokenizer: Loaded = Loaded()
+    other_tokenizers: tuple[str, ...] = ()
+    bos_token: str | None = None
+    eos_token: str | None = None
+    system: str | None = None
+    stop_words: tuple[str, ...] = ()
+    evaluation: Evaluation | None = None
+    notes: tuple[str, ...] = ()
+    used: tuple[UsedValue, ...] = ()
+    data_files: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Section) -> TrainingData:

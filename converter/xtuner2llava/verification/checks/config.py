@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xtuner2llava.planning.generation import valid_settings
+from xtuner2llava.planning.config import valid_settings
 from xtuner2llava.planning.image_processor import (
     PREPROCESSOR,
     PROCESSOR,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath, PureWindowsPath
 
 from xtuner2llava.mapping import Catalogue, model_name
-from xtuner2llava.planning.vision_tower_name import is_known_to_llava
+from xtuner2llava.planning.vision_tower import is_known_to_llava
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Finding
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
-from xtuner2llava.planning.llm_config import trained_llm_config
+from xtuner2llava.planning.language_model import trained_llm_config
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json

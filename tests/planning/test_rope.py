@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xtuner2llava.errors import UnsupportedError
-from xtuner2llava.planning.llm_config import linear_rope_factor
+from xtuner2llava.planning.language_model import linear_rope_factor
 
 
 @pytest.mark.parametrize(

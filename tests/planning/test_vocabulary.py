@@ -9,9 +9,10 @@ import pytest
 
 from storing import stored
 from xtuner2llava.mapping import Catalogue
-from xtuner2llava.planning.hf_vocabulary import rows_for, vocabulary_tensors, with_rows
+from xtuner2llava.planning.language_model import LanguageModel, vocabulary_tensors
 from xtuner2llava.tensors import LazyTensor, Mean
 
+FAMILY = Catalogue.shipped().families["qwen2"]
 QWEN2: dict[str, Any] = {
     "vocab_size": 8,
     "hidden_size": 8,
@@ -36,7 +37,8 @@ QWEN2: dict[str, Any] = {
     ],
 )
 def test_how_many_rows(rows: int, tokens: int, expected: int) -> None:
-    assert rows_for(rows, tokens) == expected
+    llm = LanguageModel(FAMILY, {**QWEN2, "vocab_size": rows}, {}, {}, ())
+    assert llm.with_rows_for(tokens).rows == expected
 
 
 def test_only_tensors_over_the_vocabulary_grow() -> None:
@@ -66,11 +68,14 @@ def test_rows_are_added_behind_and_others_stay(tmp_path: Path) -> None:
     import torch
 
     weight = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    tensors = {"embed": stored(tmp_path, "embed", weight), "norm": stored(tmp_path, "n", weight)}
-    made = with_rows(tensors, ["embed", "head"], 4)
-    assert read(made["embed"]).tolist() == [[1, 2], [3, 6], [2, 4], [2, 4]]
-    assert made["norm"] is tensors["norm"] and "head" not in made
-    assert with_rows(tensors, ["embed"], 2)["embed"] is tensors["embed"]
+    embed, norm = "model.embed_tokens.weight", "model.norm.weight"
+    tensors = {embed: stored(tmp_path, "embed", weight), norm: stored(tmp_path, "n", weight)}
+    llm = LanguageModel(FAMILY, {**QWEN2, "vocab_size": 2}, tensors, {}, ())
+    made = llm.with_rows_for(4)
+    assert made.values["vocab_size"] == 64
+    assert read(made.tensors[embed])[:4].tolist() == [[1, 2], [3, 6], [2, 4], [2, 4]]
+    assert made.tensors[norm] is tensors[norm] and {*made.tensors} == {embed, norm}
+    assert llm.with_rows_for(2) is llm
 
 
 def test_the_mean_is_the_same_for_any_number_of_threads(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from storing import stored
-from xtuner2llava.errors import UnsupportedError
+from xtuner2llava.errors import CheckpointError, UnsupportedError
 from xtuner2llava.sources.adapter import is_adapted, merge, read_adapter
 from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.tensors import FLOAT16, cast, split
+from xtuner2llava.training_config import TrainingConfig
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -149,6 +150,46 @@ def test_settings_without_effect_on_the_weights_are_fine() -> None:
     )  # fmt: skip
     read = {"ranks": frozenset({4, 8}), "base": "x"}  # to compare with, not to merge by
     assert chosen == LoraSettings("adapter_config.json", 2.0, **read)  # type: ignore[arg-type]
+
+
+def lora(arguments: str) -> LoraSettings:
+    """The settings of the LoRA that an XTuner config gives its LLM."""
+    section = TrainingConfig.from_text(
+        f"model = dict(type='LLaVAModel', llm_lora=dict({arguments}))", "config.py"
+    ).lora("llm")
+    assert section is not None
+    return LoraSettings.from_config(section, None)
+
+
+def test_the_settings_of_an_xtuner_config() -> None:
+    # The defaults are PEFT's.
+    assert lora("") == LoraSettings("config.py", 8.0, ranks=frozenset({8}))
+    assert lora(
+        "type='peft.LoraConfig', r=4, lora_alpha=2.5, use_rslora=True, use_dora=True,"
+        " fan_in_fan_out=True, bias='all', target_modules=build(), modules_to_save=['a'],"
+        " rank_pattern={'q': 2}, alpha_pattern=dict(q=1), layers_to_transform=[1]"
+    ) == LoraSettings(
+        "config.py", 2.5, use_rslora=True, use_dora=True, fan_in_fan_out=True, bias="all",
+        alpha_pattern={"q": 1.0}, ranks=frozenset({4, 2}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("r=0", r"config.py:1: model\.llm_lora\.r is 0, a positive integer"),
+        ("lora_alpha='8'", r"config.py:1: model\.llm_lora\.lora_alpha is '8', a finite number"),
+        ("lora_alpha=float('nan')", "with --lora-alpha"),
+        ("lora_alpha=2 * build()", "with --lora-alpha"),
+        ("alpha_pattern={'q': 'x'}", "alpha_pattern 'q': 'x' is not a plain name"),
+        ("unheard_of=build()", r"model\.llm_lora\.unheard_of is not known without running code"),
+        ("bias=build()", r"model\.llm_lora\.bias is not known"),
+        ("init_lora_weights='pissa'", "init_lora_weights='pissa' changes the base weights too"),
+    ],
+)
+def test_settings_of_a_config_that_cannot_be_merged(arguments: str, text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        lora(arguments)
 
 
 def test_saved_modules_replace_those_of_the_base(tmp_path: Path) -> None:

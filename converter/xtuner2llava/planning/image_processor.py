@@ -227,7 +227,7 @@ def _named(
     """The image processor in the folder that the config names; that of the tower where it is it."""
     named = config.data.image_processor.path
     try:
-        of_tower = config.vision_path
+        of_tower = config.base_path(VISUAL_ENCODER)
     except ConversionError:  # Where --vision gives it, that is enough.
         of_tower = None
     if named is None or named == of_tower:

@@ -87,7 +87,7 @@ def trained_llm_config(
     values: dict[str, Json] = dict(config.values)
     if training_config is None:
         return values
-    for key, value in training_config.llm_overrides.items():
+    for key, value in training_config.overrides("llm").items():
         if not key.startswith("_"):
             values[key] = _json(value, f"{training_config.where}, model.llm.{key}")
     values = in_437_vocabulary(values)

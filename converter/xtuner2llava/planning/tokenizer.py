@@ -251,7 +251,7 @@ def _named(config: TrainingConfig) -> Tokenizer | None:
     """The tokenizer of another folder than the LLM's that the config names; None if it does not."""
     path = config.data.tokenizer.path
     try:
-        of_llm = config.llm_path
+        of_llm = config.base_path(LLM)
     except ConversionError:  # --llm gives it.
         of_llm = None
     if path is None or (of_llm is not None and os.path.normpath(path) == os.path.normpath(of_llm)):

@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
+from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
+from xtuner2llava.training_config.section import Section
 
 # Keys of LoraConfig that do not change what the weights are (peft `tuners/lora/config.py`).
 _HARMLESS = frozenset(
-    "auto_mapping exclude_modules inference_mode init_lora_weights "
-    "layers_pattern layers_to_transform lora_dropout megatron_core modules_to_save "
-    "peft_type peft_version revision runtime_config target_modules task_type "
-    "qalora_group_size ensure_weight_tying type".split()
+    "auto_mapping ensure_weight_tying exclude_modules inference_mode layers_pattern "
+    "layers_to_transform lora_dropout megatron_core modules_to_save peft_version "
+    "qalora_group_size revision runtime_config target_modules task_type type".split()
 )
 _UNDERSTOOD = frozenset(
-    "alpha_pattern base_model_name_or_path bias fan_in_fan_out lora_alpha r rank_pattern use_dora "
-    "use_rslora".split()
+    "alpha_pattern base_model_name_or_path bias fan_in_fan_out init_lora_weights lora_alpha "
+    "peft_type r rank_pattern use_dora use_rslora".split()
 )
 # A larger one is damage, infinity or NaN.
 _LARGEST_ALPHA = 1e9
@@ -60,7 +60,7 @@ class LoraSettings:
             what = f"init_lora_weights={start!r} changes the base weights too"
             advice = "Merge with PEFT where the changed base is, and give the result as --llm."
             faults.append(Fault(where, what, advice))
-        bias = values.get("bias", "none")
+        bias = values.get("bias") or "none"
         if bias not in ("none", "all", "lora_only"):
             faults.append(Fault(where, f"bias={bias!r}, expected none, all or lora_only"))
         found = values.get("alpha_pattern")
@@ -85,6 +85,24 @@ class LoraSettings:
             _ranks(values),
             base if isinstance(base, str) and base else None,
         )
+
+    @classmethod
+    def from_config(cls, lora: Section, given_alpha: float | None) -> LoraSettings:
+        """The settings of an XTuner config's LoraConfig.
+
+        What `given_alpha`, the user's, decides need not be readable there. Defaults are those of
+        PEFT (peft `tuners/lora/config.py`, the same in 0.11 and today).
+        """
+        values: dict[str, Any] = lora.others((*_HARMLESS, "r", "lora_alpha", "alpha_pattern"))
+        try:
+            pattern = lora.section("alpha_pattern")
+            alpha, rank = lora.number("lora_alpha", 8), lora.positive("r", 8)
+            values |= {"lora_alpha": alpha, "r": rank}
+            values["alpha_pattern"] = pattern.others(()) if pattern else None
+        except ConversionError:
+            if given_alpha is None:
+                raise
+        return cls.from_mapping(values, lora.where)
 
     def scale(self, module: str, rank: int) -> float | None:
         """alpha / rank, or alpha / sqrt(rank) for rslora; None if no alpha is known."""

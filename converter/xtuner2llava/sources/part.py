@@ -165,7 +165,7 @@ class PartAssembly:
         name: str | None = None
         try:
             if self.config is not None:
-                name = self.config.llm_path if self.part == LLM else self.config.vision_path
+                name = self.config.base_path(self.part)
         except ConversionError:
             if self.given is None and beside is None:
                 raise
@@ -214,7 +214,7 @@ class PartAssembly:
                 f"is {shown(value)} in training, and {tower.values.get(key)!r} in {tower.path}",
                 f"Give {self.flag} a folder whose config.json says what was trained.",
             )
-            for key, value in self.config.vision_overrides.items()
+            for key, value in self.config.overrides(VISUAL_ENCODER).items()
             if not key.startswith("_") and tower.values.get(key) != value
         ]
         raise_faults(UnsupportedError, changed)
@@ -239,33 +239,17 @@ class PartAssembly:
         """The LoRA of the XTuner config; its alpha need not be readable where the user gave one."""
         if self.config is None:
             return None
-        lora = self.config.llm_lora if self.part == LLM else self.config.visual_encoder_lora
+        lora = self.config.lora(self.part)
         if lora is None:
             return None
-        values: dict[str, object] = {
-            **lora.other,
-            "use_rslora": lora.use_rslora,
-            "use_dora": lora.use_dora,
-            "fan_in_fan_out": lora.fan_in_fan_out,
-            "bias": lora.bias,
-            "rank_pattern": dict(lora.rank_pattern),
-        }
-        try:
-            values["lora_alpha"], values["r"] = lora.lora_alpha, lora.r
-            values["alpha_pattern"] = dict(lora.alpha_pattern)
-        except ConversionError:
-            if self.options.alpha(self.part) is None:
-                raise
-        return LoraSettings.from_mapping(values, self.config.where)
+        return LoraSettings.from_config(lora, self.options.alpha(self.part))
 
     def _will_be_trained(self) -> bool:
         """Whether the training changes the part. Raises `ConversionError` for an adapter that
         cannot be merged afterwards."""
         if self.config is None:
             return True
-        llm = self.part == LLM
-        frozen = self.config.freeze_llm if llm else self.config.freeze_visual_encoder
-        return self._config_lora() is not None or not frozen
+        return self._config_lora() is not None or not self.config.frozen(self.part)
 
     def _require_frozen(self) -> None:
         """Raises `UnsupportedError` where the XTuner config trains a part that is not here.

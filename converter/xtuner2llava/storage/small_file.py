@@ -33,8 +33,9 @@ def read_plain(path: Path, most: int) -> bytes:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise CorruptFileError("cannot be read (it is not a plain file)", where=str(path))
             data = file.read(most + 1)
-    except OSError as error:
-        raise CorruptFileError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character.
+        reason = getattr(error, "strerror", None) or error
+        raise CorruptFileError(f"cannot be read ({reason})", where=str(path)) from error
     if len(data) > most:
         raise CorruptFileError(f"has more than {most:,} bytes", where=str(path))
     return data

@@ -9,14 +9,12 @@ from xtuner2llava.training_config.datasets import (
     UsedValue,
 )
 from xtuner2llava.training_config.evaluator import read_python
-from xtuner2llava.training_config.lora import LoraArguments
 from xtuner2llava.training_config.values import Reference, Table, Unknown, Value, dotted, shown
 
 __all__ = [
     "WITHOUT_IDS",
     "Evaluation",
     "Loaded",
-    "LoraArguments",
     "Reference",
     "Table",
     "TrainingConfig",

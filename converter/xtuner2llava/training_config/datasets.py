@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -70,25 +70,21 @@ class TrainingData:
 
     image_aspect_ratio: `pad` where a dataset has `pad_image_to_square`; LLaVADataset's default is
         False.
-    max_length: in tokens; the largest of the datasets.
     prompt_template: the name in XTuner's PROMPT_TEMPLATE (`qwen_chat`), or a template written out.
     other_tokenizers: where in the config a tokenizer stands that gives other ids than `tokenizer`.
     bos_token: given to the tokenizer by the config: the advice of XTuner #292 for Qwen.
-    system: the EvaluateChatHook's; training itself had no system text (llava_map_fn.py).
     stop_words: `stop_words` and `stop_word` of the EvaluateChatHook, without the template's own.
     evaluation: the EvaluateChatHook, if there is one.
     data_files: `data_path` of each dataset with images, where it can be read.
     """
 
     image_aspect_ratio: str | None = "pad"  # as XTuner's own export assumes
-    max_length: int | None = None
     prompt_template: str | Table | None = None
     image_processor: Loaded = Loaded()
     tokenizer: Loaded = Loaded()
     other_tokenizers: tuple[str, ...] = ()
     bos_token: str | None = None
     eos_token: str | None = None
-    system: str | None = None
     stop_words: tuple[str, ...] = ()
     evaluation: Evaluation | None = None
     notes: tuple[str, ...] = ()
@@ -101,26 +97,40 @@ class TrainingData:
 
 
 class _Reader:
+    """Reads the config's sections, and collects notes and the values that were used."""
+
     def __init__(self, config: Section) -> None:
         self._config = config
         self._notes: list[str] = []
         self._used: list[UsedValue] = []
 
     def read(self) -> TrainingData:
-        datasets = list(self._datasets())
-        hook = self._hook()
-        tokenizer = self._first("tokenizer", [*datasets, self._config])
-        processor = self._first("image_processor", [*datasets, self._config])
+        datasets, hook = list(self._datasets()), self._hook()
+        places = [*datasets, self._config]
+        tokenizers, processors = (
+            [*filter(None, (place.known(key) for place in places)), None]
+            for key in ("tokenizer", "image_processor")
+        )
+        tokenizer = tokenizers[0]
+        aspect_ratio = self._aspect_ratio(datasets)
+        lengths = self._of_each(
+            datasets, "max_length", lambda one, key: one.positive(key, _MAX_LENGTH)
+        )
+        if len(lengths - {None}) > 1:
+            known = sorted(length for length in lengths if length is not None)
+            self._notes.append(f"datasets differ in max_length: {known[:8]}")
         return TrainingData(
-            image_aspect_ratio=self._aspect_ratio(datasets),
-            max_length=self._max_length(datasets),
+            image_aspect_ratio=aspect_ratio,
             prompt_template=self._prompt_template(datasets, hook),
-            image_processor=self._loaded(processor),
+            image_processor=self._loaded(processors[0]),
             tokenizer=self._loaded(tokenizer),
-            other_tokenizers=self._other_tokenizers(tokenizer, [*datasets, self._config]),
+            other_tokenizers=tuple(
+                other.path
+                for other in tokenizers
+                if other and tokenizer and _tokenizes(other.table) != _tokenizes(tokenizer.table)
+            ),
             bos_token=self._text(tokenizer, "bos_token"),
             eos_token=self._text(tokenizer, "eos_token"),
-            system=self._system(hook),
             stop_words=self._stop_words(hook),
             evaluation=self._evaluation(hook),
             notes=tuple(dict.fromkeys(self._notes)),
@@ -139,13 +149,11 @@ class _Reader:
             return None
 
     def _use(self, section: Section, key: str, value: str | int | float | bool) -> None:
-        self._used.append(UsedValue(section.name(key), value, section.line(key)))
+        self._used.append(UsedValue(section.name(key), value, section.table.lines.get(key)))
 
     def _text(self, section: Section | None, key: str) -> str | None:
-        if section is None:
-            return None
-        text = self._try(section.text, key)
-        if text is not None:
+        text = self._try(section.text, key) if section else None
+        if section and text is not None:
             self._use(section, key, text)
         return text
 
@@ -153,27 +161,15 @@ class _Reader:
         if section is None:
             return Loaded()
         name = dotted(section.table.get("type"))
-        arguments = {str(key): value for key, value in section.table.items()}
-        for key in ("type", _PATH, "trust_remote_code"):
-            arguments.pop(key, None)
         return Loaded(
             name.removesuffix(".from_pretrained").rpartition(".")[2] if name else None,
             self._text(section, _PATH),
-            arguments,
+            {
+                str(key): value
+                for key, value in section.table.items()
+                if key not in ("type", _PATH, "trust_remote_code")
+            },
         )
-
-    def _other_tokenizers(
-        self, first: Section | None, places: Iterable[Section]
-    ) -> tuple[str, ...]:
-        """The names of tokenizers that read texts in another way than the first."""
-        if first is None:
-            return ()
-        found = []
-        for place in places:
-            table = place.table.get("tokenizer")
-            if isinstance(table, Table) and _tokenizes(table) != _tokenizes(first.table):
-                found.append(place.name("tokenizer"))
-        return tuple(found)
 
     def _datasets(self) -> Iterator[Section]:
         """The datasets with images below `train_dataloader.dataset`, each once."""
@@ -187,9 +183,8 @@ class _Reader:
             seen.add(id(section.table))
             if "datasets" in section.table:
                 todo += self._parts(section)
-            elif isinstance(section.table.get("dataset"), Table):
-                inner = section.section("dataset")
-                todo += [inner] if inner else []
+            elif inner := section.known("dataset"):
+                todo.append(inner)
             elif _IMAGE_KEYS & section.table.keys():
                 yield section
 
@@ -205,26 +200,25 @@ class _Reader:
     def _hook(self) -> Section | None:
         hooks = self._try(self._config.value, "custom_hooks")
         for index, hook in enumerate(_items(hooks)):
-            if isinstance(hook, Table):
-                kind = dotted(hook.get("type")) or ""
-                if kind.rpartition(".")[2] == "EvaluateChatHook":
-                    return Section(hook, f"custom_hooks[{index}]", self._config.where)
+            kind = dotted(hook.get("type")) if isinstance(hook, Table) else None
+            if isinstance(hook, Table) and (kind or "").rpartition(".")[2] == "EvaluateChatHook":
+                return Section(hook, f"custom_hooks[{index}]", self._config.where)
         return None
 
-    def _first(self, key: str, places: Iterable[Section]) -> Section | None:
-        """The first dict under `key`: a dataset's own, then the one at top level."""
-        for place in places:
-            if isinstance(place.table.get(key), Table):
-                return place.section(key)
-        return None
+    def _of_each(
+        self, datasets: list[Section], key: str, read: Callable[[Section, str], _T]
+    ) -> set[_T | None]:
+        """The values that the datasets have; None where one cannot be read."""
+        found = set[_T | None]()
+        for dataset in datasets:
+            value = self._try(partial(read, dataset), key)
+            found.add(value)
+            if isinstance(value, (bool, int)):
+                self._use(dataset, key, value)
+        return found
 
     def _aspect_ratio(self, datasets: list[Section]) -> str | None:
-        padded = set[bool | None]()
-        for dataset in datasets:
-            value = self._try(dataset.flag, "pad_image_to_square")
-            padded.add(value)
-            if value is not None:
-                self._use(dataset, "pad_image_to_square", value)
+        padded = self._of_each(datasets, "pad_image_to_square", Section.flag)
         if True not in padded and (None in padded or not datasets):
             self._notes.append(
                 "Nothing known says whether training padded images to squares: `pad` is written, "
@@ -238,26 +232,10 @@ class _Reader:
             )
         return "pad" if True in padded else None
 
-    def _max_length(self, datasets: list[Section]) -> int | None:
-        lengths = set()
-        for dataset in datasets:
-            length = self._try(partial(dataset.positive, default=_MAX_LENGTH), "max_length")
-            if length is not None:
-                lengths.add(length)
-                self._use(dataset, "max_length", length)
-        if len(lengths) > 1:
-            self._notes.append(f"datasets differ in max_length: {sorted(lengths)[:8]}")
-        return max(lengths, default=None)
-
     def _prompt_template(self, datasets: list[Section], hook: Section | None) -> str | Table | None:
-        places = [
-            (section, "template")
-            for dataset in datasets
-            if (section := self._first("template_map_fn", [dataset])) is not None
-        ]
-        places.append((self._config, "prompt_template"))
-        if hook is not None:
-            places.append((hook, "prompt_template"))
+        maps = filter(None, (dataset.known("template_map_fn") for dataset in datasets))
+        places = [(section, "template") for section in maps]
+        places += [(place, "prompt_template") for place in (self._config, hook) if place]
         found: dict[object, str | Table] = {}
         for section, key in places:
             value = self._try(section.value, key)
@@ -280,21 +258,15 @@ class _Reader:
         template = _template(self._try(hook.value, "prompt_template"))
         tokenizer = self._try(hook.section, "tokenizer")
         bos = self._try(tokenizer.text, "bos_token") if tokenizer else None
-        return Evaluation(
-            template if isinstance(template, str) else None if template is None else "",
-            bos,
-        )
-
-    def _system(self, hook: Section | None) -> str | None:
-        value = self._try(hook.value, "system") if hook else None
-        text = value if isinstance(value, str) else dotted(value)
-        if hook is not None and text:
-            self._use(hook, "system", shown(text))
-        return text or None
+        return Evaluation("" if isinstance(template, Table) else template, bos)
 
     def _stop_words(self, hook: Section | None) -> tuple[str, ...]:
         if hook is None:
             return ()
+        # Reported only: training itself had no system text (llava_map_fn.py).
+        system = self._try(hook.value, "system")
+        if text := system if isinstance(system, str) else dotted(system):
+            self._use(hook, "system", shown(text))
         words = list(self._try(hook.texts, "stop_words") or ())
         if words:
             self._use(hook, "stop_words", ", ".join(words)[:200])
@@ -316,7 +288,7 @@ def _template(value: Value) -> str | Table | None:
 def _tokenizes(table: Table) -> dict[str, str]:
     """What decides ids, in a form that can be compared."""
     return {
-        str(key): shown(value) if not is_scalar(value) else repr(value)
+        str(key): repr(value) if is_scalar(value) else shown(value)
         for key, value in table.items()
         if key not in ("type", *WITHOUT_IDS) and value is not None
     }

@@ -132,52 +132,48 @@ class _Evaluator:
                 case ast.Import(names=aliases):
                     for alias in aliases:
                         root = alias.name.partition(".")[0]
-                        path = Reference(alias.name if alias.asname else root)
-                        self._names.put(alias.asname or root, path, node.lineno)
-                case ast.ImportFrom(level=0, module=module, names=aliases):
+                        path = alias.name if alias.asname else root
+                        self._names.put(alias.asname or root, Reference(path), node.lineno)
+                case ast.ImportFrom(level=level, module=module, names=aliases):
+                    if level or aliases[0].name == ANY_NAME:
+                        kind = "relative" if level else "star"
+                        self._forget(node, f"a {kind} import is not followed")
+                        continue
                     for alias in aliases:
-                        if alias.name == ANY_NAME:
-                            self._forget(node, "a star import is not followed")
-                        else:
-                            path = Reference(f"{module}.{alias.name}")
-                            self._names.put(alias.asname or alias.name, path, node.lineno)
-                case ast.ImportFrom():
-                    self._forget(node, "a relative import is not followed")
-                case ast.FunctionDef(decorator_list=[], args=ast.arguments(defaults=[])) if not any(
-                    node.args.kw_defaults
-                ):
-                    self._names.put(node.name, self._function(node), node.lineno)
+                        path = f"{module}.{alias.name}"
+                        self._names.put(alias.asname or alias.name, Reference(path), node.lineno)
                 case ast.If(test=test, body=then, orelse=orelse):
                     chosen = self._value(test)
                     if isinstance(chosen, (Unknown, Reference)):
                         self._forget(node, f"it depends on `{ast.unparse(test)[:80]}`")
                     else:
                         self.run(then if chosen else orelse)
+                case ast.FunctionDef(
+                    name=name, decorator_list=[], args=ast.arguments(defaults=[], kw_defaults=words)
+                ) if not any(words):
+                    self._names.put(name, self._function(node), node.lineno)
                 case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                     self._forget(node, _OWN)
+                case ast.With() if "read_base" in ast.unparse(node):
+                    self._forget(node, _BASE)
                 case ast.Pass():
                     pass
                 case _:
-                    reads_base = isinstance(node, ast.With) and "read_base" in ast.unparse(node)
                     kind = type(node).__name__.lower()
-                    code = f"a `{kind}` statement is code, which is not run"
-                    self._forget(node, _BASE if reads_base else code)
+                    self._forget(node, f"a `{kind}` statement is code, which is not run")
 
     def result(self) -> Table:
         """All names, with what became unknown replaced; shared parts stay shared."""
         if "_base_" in self._names:
             unknown = Unknown(_BASE, self._names.lines["_base_"])
-            for name, value in self._names.items():
-                if isinstance(value, Table):
-                    self._names.put(name, unknown, unknown.line)
-            self._names.put(ANY_NAME, unknown, unknown.line)
+            merged = [name for name, value in self._names.items() if isinstance(value, Table)]
+            for name in (*merged, ANY_NAME):
+                self._names.put(name, unknown, unknown.line)
         table = Table()
         for name, value in self._names.items():
             line = self._names.lines[name]
             table.put(name, self._copy(value, line, 0)[0], line)
         return table
-
-    # Expressions
 
     def _value(self, node: ast.expr | ast.AugAssign) -> Value:
         """The value of an expression, all of whose parts are visited; `Unknown` where it is code.
@@ -200,8 +196,14 @@ class _Evaluator:
         match node:
             case ast.Constant(value=None | bool() | int() | float() | str() as constant):
                 return self._bounded(constant, node)
+            case ast.Name(id=name) if name in self._names or ANY_NAME in self._names:
+                return self._names.get(name, self._names.get(ANY_NAME))
+            case ast.Name(id="torch"):
+                # mmengine writes a dtype into the text of a checkpoint's meta as str() gives it,
+                # without an import (mmengine/config/config.py, `pretty_text`).
+                return Reference("torch")
             case ast.Name(id=name):
-                return self._look_up(name, node.lineno)
+                return Unknown(f"nothing in the file gives `{name[:80]}` a value", node.lineno)
             case ast.Attribute(value=inner, attr=attr):
                 return self._attribute(self._value(inner), attr, node)
             case ast.Subscript(value=inner, slice=index) if not isinstance(index, ast.Slice):
@@ -209,31 +211,28 @@ class _Evaluator:
             case ast.List(elts=nodes) | ast.Tuple(elts=nodes) if not any(
                 isinstance(part, ast.Starred) for part in nodes
             ):
-                items = self._values(nodes)
+                items = [*map(self._value, nodes)]
                 return items if isinstance(node, ast.List) else tuple(items)
-            case ast.Set(elts=nodes):
-                items = self._values(nodes)
-                scalars = frozenset(item for item in items if is_scalar(item))
-                return scalars if all(map(is_scalar, items)) else self._unread(node, *items)
             case ast.Dict(keys=keys, values=nodes):
                 return self._table(zip(keys, nodes, strict=True), node)
-            case ast.Call(func=func, args=args, keywords=keywords):
-                return self._call(node, self._callee(func), args, keywords)
-            case ast.BinOp(left=left, op=op, right=right):
-                return self._combine(node, op, self._value(left), self._value(right))
-            case ast.AugAssign(target=left, op=op, value=right):
-                return self._combine(node, op, self._value(left), self._value(right))
-            case ast.UnaryOp(op=op, operand=operand):
-                return self._compute(node, op, self._value(operand))
+            case ast.Call():
+                return self._call(node)
+            case (
+                ast.BinOp(left=left, op=op, right=right)
+                | ast.AugAssign(target=left, op=op, value=right)
+            ):
+                return self._operate(node, op, self._value(left), self._value(right))
             case ast.Compare(left=left, ops=[op], comparators=[right]):
-                return self._compute(node, op, self._value(left), self._value(right))
+                return self._operate(node, op, self._value(left), self._value(right))
+            case ast.UnaryOp(op=op, operand=operand):
+                return self._operate(node, op, self._value(operand))
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 chosen = self._value(test)
                 if is_scalar(chosen):
                     return self._value(body if chosen else orelse)
                 return self._forget(node, f"it depends on `{ast.unparse(test)[:80]}`")
             case ast.JoinedStr(values=parts):
-                texts = self._values(parts)
+                texts = [*map(self._value, parts)]
                 if all(isinstance(text, str) for text in texts):
                     return self._bounded("".join(map(str, texts)), node)
                 return self._unread(node, *texts)
@@ -245,18 +244,6 @@ class _Evaluator:
             case ast.Lambda():
                 return self._function(node)
         return self._forget(node, f"a {type(node).__name__} is code, which is not run")
-
-    def _values(self, nodes: list[ast.expr]) -> list[Value]:
-        return [self._value(node) for node in nodes]
-
-    def _look_up(self, name: str, line: int) -> Value:
-        if name in self._names or ANY_NAME in self._names:
-            return self._names.get(name, self._names.get(ANY_NAME))
-        if name == "torch":
-            # mmengine writes a dtype into the text of a checkpoint's meta as str() gives it,
-            # without an import (mmengine/config/config.py, `pretty_text`).
-            return Reference("torch")
-        return Unknown(f"nothing in the file gives `{name[:80]}` a value", line)
 
     def _attribute(self, value: Value, name: str, node: ast.expr) -> Value:
         if isinstance(value, Reference):
@@ -292,60 +279,52 @@ class _Evaluator:
                 unread += [key, value]
         return self._unread(node, *unread) if unread else table
 
-    def _callee(self, func: ast.expr) -> str:
-        """`dict`, or the full name of something imported."""
-        if isinstance(func, ast.Name) and func.id not in self._names:
-            return func.id
-        value = self._value(func)
-        return value.path if isinstance(value, Reference) else ""
-
-    def _call(
-        self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]
-    ) -> Value:
-        if name in _DICTS and len(args) <= 1:
-            words = [(word.arg, word.value) for word in keywords]
-            return self._table([*((None, arg) for arg in args), *words], node)
-        if name == "int" and len(args) == 1 and not keywords:
-            number = self._value(args[0])
-            if isinstance(number, (int, float)):
-                return self._bounded(int(number), node)
-            return self._unread(node, number)
-        text = ast.unparse(node.func) if isinstance(node.func, (ast.Name, ast.Attribute)) else ""
-        called = f"`{text[:80]}`" if text else "a computed function"
+    def _call(self, node: ast.Call) -> Value:
+        """A dict, or an integer; any other call is code."""
+        name, called = "", "a computed function"
+        if isinstance(node.func, ast.Name) and node.func.id not in self._names:
+            name = node.func.id
+        elif isinstance(function := self._value(node.func), Reference):
+            name = function.path
+        match node:
+            case ast.Call(args=[] | [_] as args, keywords=keywords) if name in _DICTS:
+                words = [(word.arg, word.value) for word in keywords]
+                return self._table([*((None, arg) for arg in args), *words], node)
+            case ast.Call(args=[arg], keywords=[]) if name == "int":
+                number = self._value(arg)
+                if isinstance(number, (int, float)):
+                    return self._bounded(int(number), node)
+                return self._unread(node, number)
+            case ast.Call(func=ast.Name() | ast.Attribute() as func):
+                called = f"`{ast.unparse(func)[:80]}`"
         return self._forget(node, f"a call of {called} is code, which is not run")
 
-    def _compute(self, node: ast.expr, op: ast.AST, *values: Value) -> Value:
-        """A sign or a comparison of plain values."""
-        compute = _OPERATORS.get(type(op))
-        identity = isinstance(op, (ast.Is, ast.IsNot))
-        fits = all(v is None or isinstance(v, bool) if identity else is_scalar(v) for v in values)
-        if compute is None or not fits:
-            return self._unread(node, *values)
-        return self._bounded(compute(*values), node)
-
-    def _combine(
-        self, node: ast.expr | ast.AugAssign, op: ast.operator, left: Value, right: Value
-    ) -> Value:
-        """`left op right`, with bounded results."""
-        numbers, sequences = (int, float), (str, list, tuple)
-        if isinstance(left, numbers) and isinstance(right, numbers) and type(op) in _OPERATORS:
-            bits = left.bit_length() if isinstance(left, int) else 0
-            if isinstance(op, ast.Pow) and bits * abs(right) > _BITS_LIMIT:
+    def _operate(self, node: ast.expr | ast.AugAssign, op: ast.AST, *values: Any) -> Value:
+        """The result of an operator on plain values, or the sum of two texts, lists or tuples."""
+        kinds: tuple[type, ...] = (bool, int, float, str, type(None))
+        if isinstance(op, ast.operator):
+            kinds = (int, float)
+        elif isinstance(op, (ast.Is, ast.IsNot)):
+            kinds = (bool, type(None))
+        match op, values:
+            case ast.Add(), (str() | list() | tuple() as left, right) if type(left) is type(right):
+                self._spend(len(left) + len(right))
+                if len(left) + len(right) > _LENGTH_LIMIT:
+                    return Unknown(_TOO_LARGE, node.lineno)
+                if isinstance(node, ast.AugAssign) and isinstance(left, list):
+                    left.extend(right)
+                    return left
+                total: Value = operator.add(left, right)
+                return total
+            case ast.Pow(), (int(base), int() | float() as power) if (
+                base.bit_length() * abs(power) > _BITS_LIMIT
+            ):
                 return Unknown(_TOO_LARGE, node.lineno)
-            return self._bounded(_OPERATORS[type(op)](left, right), node)
-        alike = isinstance(op, ast.Add) and type(left) is type(right)
-        if alike and isinstance(left, sequences) and isinstance(right, sequences):
-            self._spend(len(left) + len(right))
-            if len(left) + len(right) > _LENGTH_LIMIT:
-                return Unknown(_TOO_LARGE, node.lineno)
-            if isinstance(node, ast.AugAssign) and isinstance(left, list):
-                left.extend(right)
-                return left
-            joined: Value = operator.add(left, right)
-            return joined
+        if type(op) in _OPERATORS and all(isinstance(value, kinds) for value in values):
+            return self._bounded(_OPERATORS[type(op)](*values), node)
         if isinstance(node, ast.AugAssign):
             return self._forget(node, "this change is not read")
-        return self._unread(node, left, right)
+        return self._unread(node, *values)
 
     def _bounded(self, value: Any, node: ast.expr | ast.AugAssign) -> Value:
         """A plain value of a size that a config may need."""
@@ -359,8 +338,6 @@ class _Evaluator:
         """Why an expression of `values`, all of which were visited, is not known."""
         found = (value for value in values if isinstance(value, Unknown))
         return next(found, Unknown(f"`{ast.unparse(node)[:80]}` is not read", node.lineno))
-
-    # What is not followed
 
     def _function(self, node: ast.FunctionDef | ast.Lambda) -> Unknown:
         self._functions.append(node)
@@ -409,23 +386,20 @@ class _Evaluator:
         value = self._changed.get(id(value), (None, value))[1]
         if not isinstance(value, (list, tuple, Table)):
             return value, 0
-        if id(value) in self._copies:
-            return self._copies[id(value)]
-        # Stands until the copy is made: a container that contains itself finds it.
-        self._copies[id(value)] = (Unknown("it is nested too deeply", line), 0)
-        if depth >= _NESTING_LIMIT:
-            return self._copies[id(value)]
-        parts = value.values() if isinstance(value, Table) else value
-        copies = [self._copy(part, line, depth + 1) for part in parts]
-        height = 1 + max((height for _, height in copies), default=0)
-        if height <= _NESTING_LIMIT:
-            made: list[Value] = [copy for copy, _ in copies]
-            whole: Value = tuple(made) if isinstance(value, tuple) else made
-            if isinstance(value, Table):
-                whole = Table()
-                for key, copy in zip(value, made, strict=True):
-                    whole.put(key, copy, value.lines.get(key, 1))
-            self._copies[id(value)] = (whole, height)
+        if id(value) not in self._copies:
+            # Stands until the copy is made: a container that contains itself finds it.
+            self._copies[id(value)] = (Unknown("it is nested too deeply", line), 0)
+            parts = value.values() if isinstance(value, Table) else value
+            deeper = [self._copy(part, line, depth + 1) for part in parts if depth < _NESTING_LIMIT]
+            height = 1 + max((height for _, height in deeper), default=0)
+            if depth < _NESTING_LIMIT and height <= _NESTING_LIMIT:
+                copies = [copy for copy, _ in deeper]
+                whole: Value = tuple(copies) if isinstance(value, tuple) else copies
+                if isinstance(value, Table):
+                    whole = Table()
+                    for key, copy in zip(value, copies, strict=True):
+                        whole.put(key, copy, value.lines.get(key, 1))
+                self._copies[id(value)] = (whole, height)
         return self._copies[id(value)]
 
 

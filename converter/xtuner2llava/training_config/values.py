@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, TypeGuard
 
 Key: TypeAlias = "str | int | float | bool | None"
-Value: TypeAlias = (
-    "Key | Reference | Unknown | Table | list[Value] | tuple[Value, ...] | frozenset[Key]"
-)
+Value: TypeAlias = "Key | Reference | Unknown | Table | list[Value] | tuple[Value, ...]"
 
 ANY_NAME = "*"  # not an identifier, so it cannot clash
 _SHOWN_CHARACTERS = 80
@@ -89,7 +87,7 @@ def shown(value: Value) -> str:
             text = f"a dict with {', '.join(keys[:_SHOWN_KEYS])}{more}" if keys else "an empty dict"
         case str():
             text = repr(value[: _SHOWN_CHARACTERS + 1])
-        case list() | tuple() | frozenset():
+        case list() | tuple():
             return f"a {type(value).__name__} of {len(value)}"
         case _:
             text = repr(value)

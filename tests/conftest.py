@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from reference.cases import Converted
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 # and in programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+# A machine that is busy fails no test: how long an example takes is not what is tested.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # Test modules import `reference.…` from here; `--import-mode=importlib` adds no paths itself.
 sys.path.insert(0, str(Path(__file__).parent))

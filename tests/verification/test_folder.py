@@ -596,6 +596,13 @@ def test_logits_need_a_checkpoint(whole: Path) -> None:
         verify(whole, logits=True)
 
 
+def test_options_of_a_checkpoint_need_one(whole: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        verify(whole, llm="base", weights="module", dtype="float16")
+    assert [fault.where for fault in error.value.faults] == ["llm", "weights"]
+    assert "without against none is" in error.value.faults[0].what
+
+
 def test_no_libraries_global_state_is_changed(whole: Path) -> None:
     import torch
 

@@ -257,6 +257,6 @@ def test_a_cluster_that_is_not_there(installed: bool, tmp_path: Path, checkpoint
     )  # fmt: skip
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
-    expected = "no scheduler answers at tcp://127.0.0.1:9" if installed else "xtuner2llava[dask]"
+    expected = "no scheduler answers at tcp://127" if installed else "pip install distributed"
     assert expected in ran.stderr
     assert list(tmp_path.iterdir()) == []

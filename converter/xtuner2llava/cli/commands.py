@@ -211,7 +211,7 @@ def _argument(name: str, *, required: bool = True) -> Callable[[flags.Function],
 @click.version_option(package_name="xtuner2llava")
 @click.pass_context
 def main(ctx: click.Context, /) -> None:
-    """Converts LLaVA models trained with XTuner to official LLaVA.
+    """Converts LLaVA models trained with XTuner to official LLaVA and transformers.
 
     CHECKPOINT is an iter_N.pth file, a DeepSpeed iter_N.pth/ directory, an iter_N_xtuner/ folder,
     or a Hub repo id of such a folder.
@@ -243,8 +243,8 @@ def convert(
 ) -> None:
     """Convert CHECKPOINT into the folder OUT.
 
-    OUT must not exist, be empty, be this conversion finished (then there is nothing to do) or
-    unfinished (then it goes on where it stopped); anything else needs --overwrite.
+    OUT is a new or empty folder. If it holds this conversion, there is nothing to do; if it holds
+    an unfinished one, that goes on where it stopped. Anything else needs --overwrite.
     """
     options = flags.collect(ConvertOptions, given)
     if dry_run:
@@ -279,10 +279,10 @@ def convert(
 @flags.takes(PushOptions)
 @_talk
 def push(out: str, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Publish OUT, which `convert` wrote, on the Hugging Face Hub as REPO_ID.
+    """Publish OUT on the Hugging Face Hub as REPO_ID.
 
-    It is checked first. One commit makes it visible; what the Hub has already is not sent again, so
-    a run that failed is repeated with the same command.
+    OUT is what `convert` wrote, and is checked first. One commit makes it visible; what the Hub has
+    already is not sent again, so a run that failed is repeated with the same command.
     """
     from xtuner2llava.conversion import push as run
 
@@ -306,7 +306,7 @@ def push(out: str, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> No
 def try_model(
     out: str, image: str, question: str | None, as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """Ask the converted model in OUT a QUESTION about the picture IMAGE.
+    """Ask the model in OUT a QUESTION about the picture IMAGE.
 
     It is asked with the prompt that it was trained with, and answers greedily, here, on a GPU if
     there is one. A QUESTION with <image> in it is the whole prompt.
@@ -334,10 +334,11 @@ def try_model(
 @_talk
 @click.pass_context
 def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Check the folder OUT: by itself, against its checkpoint, and at work.
+    """Check OUT: by itself, against its checkpoint, and at work.
 
-    OUT may also be the Hub repo id, owner/name, of a model that push published: then its small
-    files, headers and sizes are checked there, and no tensor is downloaded.
+    OUT is a folder that `convert` wrote, or the Hub repo id, owner/name, of a model that `push`
+    published: then its small files, headers and sizes are checked there, and no tensor is
+    downloaded.
     """
     options = flags.collect(VerifyOptions, given)
     # Configs of LLaVA are not transformers' own, of which it would warn.
@@ -363,7 +364,10 @@ def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given:
 @flags.option(TALK, "--tensors", is_flag=True, help="Also show every tensor, by kind.")
 @_talk
 def plan(checkpoint: str, tensors: bool, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Show what convert would do; reads headers only, writes nothing."""
+    """Show what convert would do, and write nothing.
+
+    Only headers and small files are read.
+    """
     _show_plan(checkpoint, as_json, flags.collect(Options, given), tensors=tensors)
 
 
@@ -409,7 +413,11 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
 @main.group(cls=flags.Group)
 def mappings() -> None:
-    """LLM families and output formats: list, show, check a file of your own, or draft one."""
+    """LLM families and formats: list, show, check, or draft.
+
+    A mapping says what each tensor of an LLM becomes. A file of your own can be checked, and
+    drafted from a checkpoint.
+    """
 
 
 @mappings.command("list")
@@ -451,7 +459,10 @@ def show_mapping(name: str) -> None:
 def check_mapping(
     file: str, checkpoint: str | None, as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """Check a mapping FILE; with CHECKPOINT also whether it fits, as `plan` would."""
+    """Check a mapping FILE, and whether it fits CHECKPOINT.
+
+    Without CHECKPOINT, the file alone is checked; with it, as `plan` would.
+    """
     from xtuner2llava.errors import MappingError, raise_faults
     from xtuner2llava.mapping import Catalogue, check_file
 
@@ -497,10 +508,13 @@ def draft_mapping(checkpoint: str, **given: Any) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), required=False, metavar="[DIR]")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr.")
 def demo(folder: Path | None, quiet: bool) -> None:
-    """Make a tiny XTuner checkpoint in DIR (default: demo), convert it, and say what was done."""
+    """Make a tiny XTuner checkpoint in DIR and convert it.
+
+    DIR is `demo` if none is given. What is done is shown with its commands.
+    """
     from xtuner2llava.cli.demo import run_demo
 
-    run_demo(folder or Path("demo"), lambda text: None if quiet else click.echo(text))
+    run_demo(folder or Path("demo"), lambda text: None if quiet else _say(text))
 
 
 def _print_json(value: object) -> None:

@@ -25,7 +25,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
         raise UsageError(
             f"Dask is not installed ({error})",
             where="--dask",
-            advice="Install it: pip install 'xtuner2llava[dask]'",
+            advice="Install it: pip install distributed",
         ) from None
     try:
         client: Any = Client(address, timeout=_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call,unused-ignore]

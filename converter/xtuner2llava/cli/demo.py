@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_TOWER = "openai/clip-vit-base-patch16"
+_TOWER = "openai/clip-demo"
 _LLM: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -59,9 +59,10 @@ train_dataloader = dict(dataset=llava_dataset)
 """
 _NEXT = """\
 With your own checkpoint, iter_N.pth or iter_N_xtuner/ of XTuner:
-  xtuner2llava inspect CHECKPOINT                    what it is, and what it can become
-  xtuner2llava convert CHECKPOINT OUT --for PROGRAM  PROGRAM: llava, llava-next, transformers, ...
-Give --llm and --vision if its base models are elsewhere than the training's config says."""
+  xtuner2llava inspect CHECKPOINT      what it is, and what it can become
+  xtuner2llava convert CHECKPOINT OUT --for PROGRAM
+                                       llava, llava-next, transformers, ...
+Give --llm and --vision if its base models are not where the training had them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> None:
     out = folder / "llava-qwen2-demo"
     say(f"$ xtuner2llava plan {files.checkpoint} --vision-tower-name {_TOWER}\n")
     say(render_plan(plan(files.checkpoint, vision_tower_name=_TOWER)))
-    say(f"\n$ xtuner2llava convert {files.checkpoint} {out} --vision-tower-name {_TOWER}\n")
+    say(f"\n$ xtuner2llava convert {files.checkpoint} {out} \\\n    --vision-tower-name {_TOWER}\n")
     report = convert(files.checkpoint, out, vision_tower_name=_TOWER)
     say(render_report(report))
     say(f"\n{tree(out)}\n\n{_NEXT}")

@@ -204,10 +204,14 @@ def tree(folder: Path) -> str:
 
 
 def _targets(targets: Iterable[TargetFormat]) -> Iterable[str]:
+    """What each format can become; formats of which the same is true are named together."""
+    formats: dict[tuple[str, ...], list[str]] = {}
     for target in targets:
-        yield f"{target.format}: {target}"
         remarks = (*target.caveats, *map(_indented, listed(target.faults)))
-        yield from (f"  - {remark}" for remark in remarks)
+        formats.setdefault((str(target), *remarks), []).append(target.format)
+    for (verdict, *said), names in formats.items():
+        yield f"{', '.join(names)}: {verdict}"
+        yield from (f"  - {remark}" for remark in said)
 
 
 def _dropped(plan: Plan) -> Iterable[str]:

@@ -161,7 +161,7 @@ def _read_picture(path: Path) -> Any:
         raise UsageError(
             "reading pictures needs Pillow, which is not installed",
             where="try",
-            advice="Install it: pip install 'xtuner2llava[try]'",
+            advice="Install it: pip install pillow",
         ) from error
     try:
         return Image.open(path).convert("RGB")

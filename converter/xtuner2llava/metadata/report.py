@@ -73,7 +73,7 @@ class Report:
             kept_bytes=sum(shard.kept_bytes for shard in shards),
             nonfinite=finished.nonfinite,
             warnings=_folder_name_warnings(plan, name),
-            next_steps=next_steps(plan),
+            next_steps=next_steps(plan, options.for_),
             pushed=pushed,
             already_converted=written is None,
         )
@@ -114,8 +114,10 @@ def _folder_name_warnings(plan: Plan, out: str) -> tuple[str, ...]:
     )
 
 
-def next_steps(plan: Plan) -> tuple[str, ...]:
-    """How to load it."""
+def next_steps(plan: Plan, program: str | None = None) -> tuple[str, ...]:
+    """How to load it, with `program` if that was named."""
+    if program is not None and (serve := PROGRAMS[program].serve):
+        return (f"Serve it with {PROGRAMS[program].title}: {serve} OUT",)
     if plan.processor is not None:
         return (
             "Load it with transformers: LlavaForConditionalGeneration.from_pretrained and "
@@ -123,7 +125,7 @@ def next_steps(plan: Plan) -> tuple[str, ...]:
         )
     sglang = PROGRAMS["sglang"]
     if plan.config["model_type"] == sglang.model_type and sglang.takes(plan.mapping.target_class):
-        return ("Serve it with SGLang: python -m sglang.launch_server --model-path OUT",)
+        return next_steps(plan, "sglang")
     is_next = not PROGRAMS["llava"].takes(plan.mapping.target_class)
     who = PROGRAMS["llava-next" if is_next else "llava"].title
     return (

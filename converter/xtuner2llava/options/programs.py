@@ -11,7 +11,8 @@ from typing import Literal
 class Program:
     """`classes` are the plain LLM classes that it has for its format; None: all of the format.
 
-    `seen` are the families that a test ran it with; docs/compatibility.md has versions.
+    `seen` are the families that a test ran it with; docs/compatibility.md has versions. `serve` is
+    the command that serves the folder after it.
     """
 
     title: str
@@ -19,6 +20,7 @@ class Program:
     model_type: Literal["official", "llava"]
     classes: tuple[str, ...] | None = None
     seen: frozenset[str] = frozenset()
+    serve: str = ""
 
     def takes(self, target_class: str) -> bool:
         """Whether it loads an LLM of the plain class `target_class`."""
@@ -35,7 +37,13 @@ PROGRAMS: Mapping[str, Program] = {
         "LLaVA-NeXT", "llava", "official", ("llama", "mistral", "mixtral", "qwen2")
     ),
     "transformers": Program("transformers", "hf", "official"),
-    "vllm": Program("vLLM", "hf", "official", seen=_VLLM),
-    "sglang": Program("SGLang", "llava", "llava", ("llama", "mistral", "qwen2")),
-    "lmdeploy": Program("LMDeploy", "hf", "official"),
+    "vllm": Program("vLLM", "hf", "official", seen=_VLLM, serve="vllm serve"),
+    "sglang": Program(
+        "SGLang",
+        "llava",
+        "llava",
+        ("llama", "mistral", "qwen2"),
+        serve="python -m sglang.launch_server --model-path",
+    ),
+    "lmdeploy": Program("LMDeploy", "hf", "official", serve="lmdeploy serve api_server"),
 }

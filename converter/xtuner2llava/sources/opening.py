@@ -33,7 +33,8 @@ def open_artifact(reference: str, weights: str = MASTER) -> Artifact:
     directory = zero_directory(path)
     if directory is not None:
         return open_zero_directory(directory, weights)
-    if not path.exists() and is_reference(reference):
+    # XTuner's models are all of an owner; a word alone is a path that was mistyped.
+    if not path.exists() and "/" in reference and is_reference(reference):
         path = fetch_checkpoint(reference)
     if path.is_dir():
         return _open_folder(path)

@@ -8,16 +8,23 @@ logits     both models run on one image and prompt                 logits/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import CheckpointError, ConversionError, CorruptFileError, UsageError
+from xtuner2llava.errors import (
+    CheckpointError,
+    ConversionError,
+    CorruptFileError,
+    Fault,
+    UsageError,
+    raise_faults,
+)
 from xtuner2llava.hub.download import is_reference
 from xtuner2llava.metadata.stages import Stages
-from xtuner2llava.options import OnProgress, PathOrText, VerifyOptions
+from xtuner2llava.options import INPUT, OnProgress, PathOrText, SourceOptions, VerifyOptions, flag
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.checks import config, names, structure
 from xtuner2llava.verification.checks.privacy import privacy
@@ -75,6 +82,11 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
             where="--logits",
             advice="Give --against CHECKPOINT, or --reference FILE.npz.",
         )
+    if options.against is None:
+        given = (f.name for f in fields(SourceOptions) if f.metadata["group"] == INPUT
+                 and getattr(options, f.name) != f.default)  # fmt: skip
+        what = "says how a checkpoint is read, and without --against none is"
+        raise_faults(UsageError, [Fault(flag(name), what) for name in given])
     repository = fspath(out)
     if "/" in repository and not Path(out).exists() and is_reference(repository):
         return _verify_published(repository, options)
@@ -167,11 +179,11 @@ def _as_asked(folder: ConvertedFolder, options: VerifyOptions) -> Iterator[Check
 def _verify_published(repository: str, options: VerifyOptions) -> Verification:
     """The checks of a model on the Hub, from its small files and its headers."""
     given = {"--against": options.against, "--reference": options.reference}
-    for flag, value in given.items():
+    for name, value in given.items():
         if value is not None:
             raise UsageError(
                 f"reads every tensor, and {repository} is not a folder here",
-                where=flag,
+                where=name,
                 advice=f"Download it (`hf download {repository}`), and give its folder.",
             )
     from xtuner2llava.hub.published import published_copy

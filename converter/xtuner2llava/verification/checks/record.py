@@ -41,7 +41,7 @@ def record_checks(
         for name, recorded in files.items()
         if name not in edited and (what := changed(out.path, name, recorded))
     ]
-    fine = f"{len(files)} files are as written" + "".join(f", {name} aside" for name in edited)
+    fine = f"{len(files)} files as written" + "".join(f", {name} aside" for name in edited)
     yield Check("checksums of small files", *judge(faults, fine))
     known = {*files, RECORD_NAME, *_OF_THE_HUB, *(entry.get("file") for entry in entries)}
     others = [path.name for path in out.files() if path.name not in known]
@@ -69,7 +69,7 @@ def changed(
             advance(count)
     if digest.hexdigest() == values.get(kind):
         return None
-    return f"is not what was written: its {kind} is {digest.hexdigest()}"
+    return f"is not what was written: its {kind} is {digest.hexdigest()[:16]}..."
 
 
 def _misplaced(folder: Path, name: str, values: Mapping[str, Json]) -> str | None:
@@ -106,10 +106,11 @@ def _shards(
     if uncompared and not faults:
         what = f"{RECORD_NAME} has BLAKE3, and the Hub states SHA-256"
         return SKIPPED, f"{what}: sizes are right; verify a download to compare content"
+    files = f"{len(shards)} file{'s' * (len(shards) != 1)}"
     if published is not None:
-        return judge(faults, f"{len(shards)} files are as written, the Hub states")
+        return judge(faults, f"{files} as written, the Hub states")
     total = sum((folder / str(s.get("file"))).stat().st_size for s in shards) if not faults else 0
-    return judge(faults, f"{len(shards)} files, {total:,} bytes, are as written")
+    return judge(faults, f"{files}, {total:,} bytes, as written")
 
 
 def _contradictions(out: ConvertedFolder) -> Iterator[str]:

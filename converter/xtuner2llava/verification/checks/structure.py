@@ -28,7 +28,8 @@ def headers(out: ConvertedFolder) -> Finding:
     """Each header as `safetensors.torch.save_file` writes it, which is stricter than the format."""
     faults = [f for name, found in out.damage.items() if name != RECORD_NAME for f in found]
     faults += [f"{n}: {fault}" for n, shard in out.shards.items() for fault in _unusual(shard)]
-    return judge(faults, f"{len(out.shards)} files, no holes, ordered, padded")
+    count = len(out.shards)
+    return judge(faults, f"{count} file{'s' * (count != 1)}, no holes, ordered, padded")
 
 
 def _unusual(shard: SafetensorsFile) -> Iterator[str]:
@@ -51,8 +52,8 @@ def _unusual(shard: SafetensorsFile) -> Iterator[str]:
 
 def index(out: ConvertedFolder) -> Finding:
     """The index against the files, both ways; without an index there is one file."""
-    files = "readable files" if out.damage.keys() - {RECORD_NAME} else "files"
-    fine = f"{len(out.tensors)} tensors in {len(out.shards)} {files}, each once"
+    count, readable = len(out.shards), "readable " if out.damage.keys() - {RECORD_NAME} else ""
+    fine = f"{len(out.tensors)} tensors in {count} {readable}file{'s' * (count != 1)}, each once"
     return judge([*_file_faults(out)], fine)
 
 

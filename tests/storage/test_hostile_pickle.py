@@ -205,7 +205,10 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
         (b"\x80\x02}(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000N"
          b"K\x01tQK\x01s.", "a dict key of type StorageReference"),
         (b"\x80\x02]p99999999999999999999999\n.", "a dict key of absurd length"),
-        (b"\x80\x02ccollections\nOrderedDict\nK\x05\x85R.", "an OrderedDict of unknown form"),
+        (b"\x80\x02ccollections\nOrderedDict\nK\x05\x85R.",
+         "OrderedDict of something that is not a list"),
+        (b"\x80\x02ccollections\nOrderedDict\n]K\x05a\x85R.",
+         "an OrderedDict of unknown form"),
         (b"\x80\x02ctorch\nSize\nK\x05\x85R.", "torch.Size of something that is not a list"),
         (b"\x80\x02]X\x01\x00\x00\x00a\x93.", "a global whose name is not text"),
         # Nothing, no end, no marker, no memo.

@@ -14,6 +14,7 @@ even be inspected, and gives tensors, not file ranges.
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +32,30 @@ _MAX_DIMENSIONS = 16
 # checkpoints need a tenth of it, about 25 a tensor.
 _MAX_WORK = 5_000_000
 _NAME_SHOWN = 120  # characters
+_PUSH_THEIR_ARGUMENT = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
+    "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split()
+)
+_TO_MARKER, _AND_ONE_BELOW = -1, -2
+_ELEMENTS = "elements for something that is not a list"
+_ITEMS = "items for something that is not a dict"
+_CALL = "a call of something that is not an allowed global"
+# How many values an opcode takes from the stack, and what is wrong where they are of other kinds.
+_OPERANDS = {
+    **{f"TUPLE{count}": (count, "") for count in (1, 2, 3)},
+    **dict.fromkeys(("TUPLE", "LIST", "FROZENSET", "DICT", "POP_MARK"), (_TO_MARKER, "")),
+    "APPEND": (2, _ELEMENTS),
+    "APPENDS": (_AND_ONE_BELOW, _ELEMENTS),
+    "ADDITEMS": (_AND_ONE_BELOW, _ELEMENTS),
+    "SETITEM": (3, _ITEMS),
+    "SETITEMS": (_AND_ONE_BELOW, _ITEMS),
+    "STACK_GLOBAL": (2, "a global whose name is not text"),
+    "BINPERSID": (1, "a storage reference of unknown form"),
+    "REDUCE": (2, _CALL),
+    "NEWOBJ": (2, _CALL),
+    "NEWOBJ_EX": (3, "an object of something that is not an allowed global"),
+    "BUILD": (2, "state for something that has none"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +134,7 @@ def read_pickle(data: bytes, where: str) -> Value:
             machine.position = position or 0
             machine.count(1)
             if opcode.name == "STOP":
-                return machine.pop()
+                return machine.take(1)[0]
             machine.step(opcode.name, argument)
     # The disassembler reports damage by errors of many kinds, and by a warning where the caller
     # wants those as errors.
@@ -134,94 +159,80 @@ class _Machine:
         self.position = 0
 
     def step(self, opcode: str, argument: Any) -> None:
-        push = self._stack.append
-        match opcode:
-            case _ if opcode in _PUSHES_ARGUMENT:
-                if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
-                    raise self._damaged("an integer of absurd length")
-                push(argument)
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self._memo[self._key(argument)] = self._stack[-1]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = self._stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                push(self._memo[argument])
-            case "PROTO" | "FRAME":
+        stack = self._stack
+        if opcode in _PUSH_THEIR_ARGUMENT:
+            if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
+                raise self._damaged("an integer of absurd length")
+            stack.append(argument)
+            return
+        unknown = f"opcode {opcode} has no place in a checkpoint"
+        count, wrong = _OPERANDS.get(opcode, (0, unknown))
+        match opcode, self.take(count):
+            case "PUT" | "BINPUT" | "LONG_BINPUT", _:
+                self._memo[self._key(argument)] = stack[-1]
+            case "MEMOIZE", _:
+                self._memo[len(self._memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET", _:
+                stack.append(self._memo[argument])
+            case "MARK", _:
+                stack.append(_MARK)
+            case "POP", _:
+                stack.pop()
+            case "DUP", _:
+                stack += self.take(1) * 2
+            case "PROTO" | "FRAME" | "POP_MARK", _:
                 pass
-            case "NONE":
-                push(None)
-            case "NEWTRUE" | "NEWFALSE":
-                push(opcode == "NEWTRUE")
-            case "EMPTY_LIST" | "EMPTY_SET":
-                push([])
-            case "EMPTY_TUPLE":
-                push(())
-            case "EMPTY_DICT":
-                push({})
-            case "MARK":
-                push(_MARK)
-            case "POP":
-                self._stack.pop()
-            case "POP_MARK":
-                self._pop_to_mark()
-            case "DUP":
-                push(self._top())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                push(tuple([self.pop() for _ in range(int(opcode[-1]))][::-1]))
-            case "TUPLE":
-                push(tuple(self._pop_to_mark()))
-            case "LIST" | "FROZENSET":
-                push(self._pop_to_mark())
-            case "DICT":
-                pairs = self._pop_to_mark()
-                push({})
-                self._set_items(pairs)
-            case "APPEND":
-                self._extend([self.pop()])
-            case "APPENDS" | "ADDITEMS":
-                self._extend(self._pop_to_mark())
-            case "SETITEM":
-                value, key = self.pop(), self.pop()
-                self._set_items([key, value])
-            case "SETITEMS":
-                self._set_items(self._pop_to_mark())
-            case _:
-                self._object_step(opcode, argument)
-
-    def _object_step(self, opcode: str, argument: Any) -> None:
-        """The opcodes that name globals or make objects."""
-        push = self._stack.append
-        match opcode:
-            case "GLOBAL" | "INST":
-                push(self._global(argument.replace(" ", ".", 1)))
-                if opcode == "INST":
-                    raise self._damaged("opcode INST has no place in a checkpoint")
-            case "STACK_GLOBAL":
-                name, module = self.pop(), self.pop()
-                if not isinstance(name, str) or not isinstance(module, str):
-                    raise self._damaged("a global whose name is not text")
-                push(self._global(f"{module}.{name}"))
-            case "BINPERSID":
-                push(self._storage(self.pop()))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = self.pop(), self.pop()
-                if not isinstance(function, GlobalName) or not isinstance(arguments, tuple):
-                    raise self._damaged("a call of something that is not an allowed global")
-                push(self._call(function.name, arguments))
-            case "NEWOBJ_EX":
-                keywords, arguments, kind = self.pop(), self.pop(), self.pop()
-                if not isinstance(kind, GlobalName) or not isinstance(arguments, tuple):
-                    raise self._damaged("an object of something that is not an allowed global")
-                push(Record(kind.name, (*arguments, keywords)))
-            case "BUILD":
-                state, target = self.pop(), self._top()
+            case "NONE" | "NEWTRUE" | "NEWFALSE", _:
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3", values:
+                stack.append(tuple(values))
+            case "EMPTY_LIST" | "EMPTY_SET" | "LIST" | "FROZENSET", values:
+                stack.append(values)
+            case "EMPTY_DICT" | "DICT", pairs:
+                stack.append(self._filled({}, pairs))
+            case "APPEND" | "APPENDS" | "ADDITEMS", [list() | Record() as target, *values]:
+                (target.elements if isinstance(target, Record) else target).extend(values)
+                stack.append(target)
+            case "SETITEM" | "SETITEMS", [dict() | Record() as target, *pairs]:
+                self._filled(target.items if isinstance(target, Record) else target, pairs)
+                stack.append(target)
+            case "GLOBAL", _:
+                stack.append(self._global(argument.replace(" ", ".", 1)))
+            case "INST", _:
+                self._global(argument.replace(" ", ".", 1))  # Mostly refused by its name.
+                raise self._damaged(unknown)
+            case "STACK_GLOBAL", [str(module), str(name)]:
+                stack.append(self._global(f"{module}.{name}"))
+            case "BINPERSID", [("storage", GlobalName(kind), str(key), _, int(elements))] if (
+                elements >= 0
+            ):
+                if kind not in STORAGES:
+                    raise self._damaged(f"'{kind}' is not a storage class")
+                stack.append(StorageReference(key, BY_NAME[STORAGES[kind]], elements))
+            case "REDUCE" | "NEWOBJ", [GlobalName(name), tuple(arguments)]:
+                stack.append(self._call(name, arguments))
+            case "NEWOBJ_EX", [GlobalName(name), tuple(arguments), keywords]:
+                stack.append(Record(name, (*arguments, keywords)))
+            case "BUILD", [Record() | dict() | list() | TensorReference() as target, state]:
+                # The extra attributes of an OrderedDict or a parameter do not concern the weights.
                 if isinstance(target, Record):
                     target.state = state
-                # The extra attributes of an OrderedDict or a parameter do not concern the weights.
-                elif not isinstance(target, (dict, list, TensorReference)):
-                    raise self._damaged("state for something that has none")
+                stack.append(target)
             case _:
-                raise self._damaged(f"opcode {opcode} has no place in a checkpoint")
+                raise self._damaged(wrong)
+
+    def take(self, count: int) -> list[Value]:
+        """Takes values from the stack; the last was on top."""
+        taken: list[Value] = []
+        if count < 0:
+            while not isinstance(value := self._stack.pop(), _Mark):
+                taken.append(value)
+        for _ in range(1 if count == _AND_ONE_BELOW else count):
+            value = self._stack.pop()
+            if isinstance(value, _Mark):
+                raise self._damaged("a marker where a value is expected")
+            taken.append(value)
+        return taken[::-1]
 
     def count(self, work: int) -> None:
         self._work += work
@@ -231,39 +242,13 @@ class _Machine:
     def _damaged(self, what: str) -> CorruptFileError:
         return CorruptFileError(f"pickle byte {self.position:,}: {what}", where=self._where)
 
-    def pop(self) -> Value:
-        value = self._top()
-        self._stack.pop()
-        return value
-
-    def _top(self) -> Value:
-        value = self._stack[-1]
-        if isinstance(value, _Mark):
-            raise self._damaged("a marker where a value is expected")
-        return value
-
-    def _pop_to_mark(self) -> list[Value]:
-        values: list[Value] = []
-        while not isinstance(value := self._stack.pop(), _Mark):
-            values.append(value)
-        return values[::-1]
-
-    def _extend(self, values: list[Value]) -> None:
-        target = self._top()
-        if isinstance(target, Record):
-            target = target.elements
-        if not isinstance(target, list):
-            raise self._damaged("elements for something that is not a list")
-        target.extend(values)
-
-    def _set_items(self, pairs: list[Value]) -> None:
-        target = self._top()
-        if isinstance(target, Record):
-            target = target.items
-        if not isinstance(target, dict) or len(pairs) % 2:
-            raise self._damaged("items for something that is not a dict")
+    def _filled(self, target: dict[Value, Value], pairs: Sequence[Value]) -> dict[Value, Value]:
+        """`target` with these keys, each followed by its value."""
+        if len(pairs) % 2:
+            raise self._damaged(_ITEMS)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             target[self._key(key)] = value
+        return target
 
     def _key(self, key: Value) -> Value:
         """`key`, if many of its kind cannot share one hash."""
@@ -289,54 +274,47 @@ class _Machine:
             )
         return GlobalName(name)
 
-    def _storage(self, identity: Value) -> StorageReference:
-        match identity:
-            case ("storage", GlobalName(kind), str(key), _, int(elements)) if elements >= 0:
-                if kind in STORAGES:
-                    return StorageReference(key, BY_NAME[STORAGES[kind]], elements)
-                raise self._damaged(f"'{kind}' is not a storage class")
-        raise self._damaged("a storage reference of unknown form")
-
     def _call(self, function: str, arguments: tuple[Value, ...]) -> Value:
         """What the call of an allowed global makes; mostly a `Record`."""
-        match function, arguments:
+        match function.removeprefix("torch._utils._rebuild_"), arguments:
             case "torch._tensor._rebuild_from_type_v2", (GlobalName(inner), _, tuple(of_inner), _):
                 if inner == function:  # A chain of wrappers is not a tensor.
                     raise self._damaged("a tensor wrapped in itself")
                 return self._call(inner, of_inner)
-            case (
-                "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
-                _,
-            ):
+            case "parameter" | "parameter_with_state", _:
                 if arguments and isinstance(arguments[0], TensorReference):
                     return arguments[0]
                 raise self._damaged("a parameter without a tensor")
-            case "torch._utils._rebuild_tensor_v2", _:
+            case "tensor_v2", _:
                 if any(arguments[6:7]):
                     raise self._damaged("a tensor with a conjugate or negative bit")
                 return self._tensor(arguments)
-            case "torch._utils._rebuild_tensor_v3", _:
-                return self._typed_tensor(arguments)
-            case "collections.OrderedDict", _:
-                return self._ordered_dict(arguments[0] if arguments else [])
-            case "builtins.set" | "torch.Size", _:
+            case "tensor_v3", _:  # Of a dtype that has no storage class of its own: uint16, float8.
+                tensor = self._tensor(arguments)
+                kind = arguments[6] if len(arguments) > 6 else None
+                name = kind.name.removeprefix("torch.") if isinstance(kind, GlobalName) else ""
+                if name not in BY_NAME:
+                    raise self._damaged("a tensor of unknown dtype")
+                old, dtype = tensor.storage, BY_NAME[name]
+                elements = old.elements * old.dtype.itemsize // dtype.itemsize
+                return replace(tensor, storage=StorageReference(old.key, dtype, elements))
+            case "collections.OrderedDict" | "builtins.set" | "torch.Size", _:
                 values = arguments[0] if arguments else []
                 if not isinstance(values, (list, tuple)):
                     raise self._damaged(f"{function} of something that is not a list")
                 self.count(len(values))
-                return tuple(values) if function == "torch.Size" else list(values)
+                if function == "torch.Size":
+                    return tuple(values)
+                return list(values) if function == "builtins.set" else self._ordered_dict(values)
         return Record(function, arguments)
 
-    def _ordered_dict(self, pairs: Value) -> dict[Value, Value]:
-        if not isinstance(pairs, list):
-            raise self._damaged("an OrderedDict of unknown form")
-        self.count(len(pairs))
-        result: dict[Value, Value] = {}
+    def _ordered_dict(self, pairs: Sequence[Value]) -> dict[Value, Value]:
+        flat: list[Value] = []
         for pair in pairs:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise self._damaged("an OrderedDict of unknown form")
-            result[self._key(pair[0])] = pair[1]
-        return result
+            flat += pair
+        return self._filled({}, flat)
 
     def _tensor(self, arguments: tuple[Value, ...]) -> TensorReference:
         match arguments:
@@ -346,17 +324,6 @@ class _Machine:
                     return TensorReference(storage, offset, shape, strides)
         raise self._damaged("a tensor of unknown form")
 
-    def _typed_tensor(self, arguments: tuple[Value, ...]) -> TensorReference:
-        """A tensor of a dtype that has no storage class of its own (uint16, float8)."""
-        tensor = self._tensor(arguments)
-        match arguments[6:7]:
-            case (GlobalName(name),) if name.removeprefix("torch.") in BY_NAME:
-                dtype = BY_NAME[name.removeprefix("torch.")]
-                old = tensor.storage
-                elements = old.elements * old.dtype.itemsize // dtype.itemsize
-                return replace(tensor, storage=StorageReference(old.key, dtype, elements))
-        raise self._damaged("a tensor of unknown dtype")
-
 
 def _integers(value: Value) -> tuple[int, ...] | None:
     """A shape or strides; None for anything else."""
@@ -364,9 +331,3 @@ def _integers(value: Value) -> tuple[int, ...] | None:
         return None
     numbers = tuple(n for n in value if isinstance(n, int))
     return numbers if len(numbers) == len(value) else None
-
-
-_PUSHES_ARGUMENT = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
-    "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split()
-)

@@ -12,7 +12,9 @@ import io
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
@@ -55,8 +57,15 @@ class TorchFile:
         self.file = SourceFile.of(path)
         self._limits: dict[str, int] = {}
         self._entries = self._read_directory()
-        self._root = self._find_root()
         self._storages: dict[str, FileRange] = {}
+        split = [name.partition("/") for name in self._entries]
+        roots = [root for root, _, name in split if name == "data.pkl"]
+        if len(roots) != 1:
+            found = f"{len(roots)} data.pkl" if roots else "no data.pkl"
+            raise UnsupportedError(
+                f"a zip, but not one that torch.save wrote ({found} in it)", where=str(path)
+            )
+        self._root = roots[0]
         order = self._small_entry("byteorder")
         if order not in (b"", b"little"):
             raise UnsupportedError(
@@ -89,72 +98,45 @@ class TorchFile:
         return tensors
 
     def _tensor(self, name: str, reference: TensorReference) -> LazyTensor:
-        key = reference.storage.key
-        if key not in self._storages:
-            self._storages[key] = self._range_of(f"data/{key}")
-        storage = self._storages[key]
-        claimed = reference.storage.elements * reference.storage.dtype.itemsize
-        if claimed > storage.length:
+        claimed = reference.storage
+        if claimed.key not in self._storages:
+            self._storages[claimed.key] = self._range_of(f"data/{claimed.key}")
+        storage, size = self._storages[claimed.key], claimed.elements * claimed.dtype.itemsize
+        if size > storage.length:
             raise ValueError(
-                f"its storage should have {claimed:,} bytes, the file has {storage.length:,}"
+                f"its storage should have {size:,} bytes, the file has {storage.length:,}"
             )
         return view_of_storage(
-            name,
-            reference.storage.dtype,
-            reference.shape,
-            storage,
-            reference.strides,
-            reference.offset,
+            name, claimed.dtype, reference.shape, storage, reference.strides, reference.offset
         )
 
     def _read_directory(self) -> dict[str, zipfile.ZipInfo]:
+        """The entries by name; sets how far each may reach: to the next, or to the directory."""
         path = self.file.path
         try:
             with _DirectoryReader(path) as stream, zipfile.ZipFile(stream) as archive:
                 entries, end = archive.infolist(), archive.start_dir
         except (zipfile.BadZipFile, OSError, *_DAMAGED_DIRECTORY) as error:
             raise _not_a_zip(path, error) from error
-        found: dict[str, zipfile.ZipInfo] = {}
-        for entry in entries:
+        found = {entry.filename: entry for entry in entries}
+        if len(found) < len(entries):
+            (name, _), *_ = Counter(entry.filename for entry in entries).most_common(1)
+            raise self._corrupt(f"two entries '{name}'")
+        in_file = sorted(entries, key=lambda entry: entry.header_offset)
+        for entry, following in zip_longest(in_file, in_file[1:]):
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x1:
-                raise CorruptFileError(
-                    f"entry '{entry.filename}' is compressed or encrypted; torch stores them plain",
-                    where=str(path),
+                raise self._corrupt(
+                    f"entry '{entry.filename}' is compressed or encrypted; torch stores them plain"
                 )
-            if entry.filename in found:
-                raise CorruptFileError(f"two entries '{entry.filename}'", where=str(path))
-            found[entry.filename] = entry
-        self._reject_overlaps(entries, end)
+            limit = following.header_offset if following else end
+            if entry.header_offset + _LOCAL_HEADER.size + entry.file_size > limit:
+                if following:
+                    names = f"'{entry.filename}' and '{following.filename}'"
+                    raise self._corrupt(f"entries {names} overlap")
+                what = f"entry '{entry.filename}' ends beyond the data, which has {end:,} bytes"
+                raise self._corrupt(what, _TRUNCATED)
+            self._limits[entry.filename] = limit
         return found
-
-    def _reject_overlaps(self, entries: list[zipfile.ZipInfo], directory: int) -> None:
-        """Sets how far each entry may reach: to the next one, or to the zip's directory."""
-        end, last = 0, ""
-        for entry in sorted(entries, key=lambda entry: entry.header_offset):
-            if entry.header_offset < end:
-                raise CorruptFileError(
-                    f"entries '{last}' and '{entry.filename}' overlap", where=str(self.file.path)
-                )
-            self._limits[last] = entry.header_offset
-            end, last = entry.header_offset + _LOCAL_HEADER.size + entry.file_size, entry.filename
-        if end > directory:
-            raise CorruptFileError(
-                f"entry '{last}' ends beyond the data, which has {directory:,} bytes",
-                where=str(self.file.path),
-                advice=_TRUNCATED,
-            )
-        self._limits[last] = directory
-
-    def _find_root(self) -> str:
-        split = [name.split("/") for name in self._entries]
-        roots = [parts[0] for parts in split if parts[1:] == ["data.pkl"]]
-        if len(roots) != 1:
-            found = f"{len(roots)} data.pkl" if roots else "no data.pkl"
-            raise UnsupportedError(
-                f"a zip, but not one that torch.save wrote ({found} in it)",
-                where=str(self.file.path),
-            )
-        return roots[0]
 
     def _small_entry(self, name: str) -> bytes:
         """The bytes of a metadata entry; empty if the file has none."""
@@ -162,16 +144,14 @@ class TorchFile:
         if entry is None:
             return b""
         if entry.file_size > _MAX_PICKLE_BYTES:
-            raise CorruptFileError(
-                f"its {name} has {entry.file_size:,} bytes, more than any checkpoint needs",
-                where=str(self.file.path),
+            raise self._corrupt(
+                f"its {name} has {entry.file_size:,} bytes, more than any checkpoint needs"
             )
         data = bytes(read_ranges([self._range_of(name)]))
         if entry.CRC and zlib.crc32(data) != entry.CRC:
-            raise CorruptFileError(
+            raise self._corrupt(
                 f"its {name} does not match its checksum",
-                where=str(self.file.path),
-                advice="The file is damaged; copy or download it again.",
+                "The file is damaged; copy or download it again.",
             )
         return data
 
@@ -179,7 +159,7 @@ class TorchFile:
         """Where the data of an entry lies: behind its local header, whose length varies."""
         entry = self._entries.get(f"{self._root}/{name}")
         if entry is None:
-            raise CorruptFileError(f"has no entry '{name}'", where=str(self.file.path))
+            raise self._corrupt(f"has no entry '{name}'")
         expected = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
         size = _LOCAL_HEADER.size + len(expected)
         header = bytes(read_ranges([FileRange(self.file, entry.header_offset, size)]))
@@ -191,13 +171,13 @@ class TorchFile:
             or header[_LOCAL_HEADER.size :] != expected
             or offset + entry.file_size > self._limits[entry.filename]
         ):
-            raise CorruptFileError(
-                f"entry '{entry.filename}' is not where the directory says",
-                where=str(self.file.path),
-                advice=_TRUNCATED,
-            )
+            what = f"entry '{entry.filename}' is not where the directory says"
+            raise self._corrupt(what, _TRUNCATED)
         member = ZipMember(entry.filename, offset, entry.file_size, entry.CRC)
         return FileRange(self.file, offset, entry.file_size, member)
+
+    def _corrupt(self, what: str, advice: str = "") -> CorruptFileError:
+        return CorruptFileError(what, where=str(self.file.path), advice=advice)
 
 
 def _not_a_zip(path: Path, error: Exception) -> UnsupportedError | CorruptFileError:
@@ -206,28 +186,22 @@ def _not_a_zip(path: Path, error: Exception) -> UnsupportedError | CorruptFileEr
             start = stream.read(64)
     except OSError as failure:
         return CorruptFileError(f"cannot be read ({failure.strerror})", where=str(path))
-    again = "Copy or download it again."
-    if not start:
-        return CorruptFileError("is empty", where=str(path), advice=again)
     if start.startswith(b"version https://git-lfs"):
         return git_lfs_pointer(str(path))
-    if start.startswith(b"PK"):
-        return CorruptFileError(
-            f"starts as a checkpoint of torch.save but its end is missing ({error})",
-            where=str(path),
-            advice=_TRUNCATED,
-        )
-    if _LEGACY_MAGIC in start:
-        return UnsupportedError(
-            "the format that torch.save wrote before version 1.6 (no zip)",
-            where=str(path),
-            advice="Save it again where it is trusted: torch.save(torch.load(path), new_path).",
-        )
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        what = "a web page, such as a site's answer in place of the file"
-        return UnsupportedError(what, where=str(path), advice=again)
-    if start[8:10] == b'{"':
+    again = "Copy or download it again."
+    kind: type[UnsupportedError | CorruptFileError] = UnsupportedError
+    what, advice = f"not a checkpoint of torch.save ({error})", ""
+    if not start:
+        kind, what, advice = CorruptFileError, "is empty", again
+    elif start.startswith(b"PK"):
+        what = f"starts as a checkpoint of torch.save but its end is missing ({error})"
+        kind, advice = CorruptFileError, _TRUNCATED
+    elif _LEGACY_MAGIC in start:
+        what = "the format that torch.save wrote before version 1.6 (no zip)"
+        advice = "Save it again where it is trusted: torch.save(torch.load(path), new_path)."
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        what, advice = "a web page, such as a site's answer in place of the file", again
+    elif start[8:10] == b'{"':
         what = "a safetensors file alone, which does not say whose its tensors are"
         advice = "Give the folder that it lies in."
-        return UnsupportedError(what, where=str(path), advice=advice)
-    return UnsupportedError(f"not a checkpoint of torch.save ({error})", where=str(path))
+    return kind(what, where=str(path), advice=advice)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import Applied, RuleSet, apply
+from xtuner2llava.mapping import Applied, apply
 from xtuner2llava.mapping.expand import expand
-from xtuner2llava.mapping.rules import read_rules
+from xtuner2llava.mapping.rules import Entry, read_rules
 from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.yaml import read_document
 from xtuner2llava.tensors import BFLOAT16, FLOAT32, FileRange, Fill, LazyTensor, SourceFile, Stored
@@ -38,16 +37,19 @@ def given(tmp_path: Path) -> Given:
     return make
 
 
-def rules(text: str, parent: RuleSet | None = None, name: str = "t.yaml") -> RuleSet:
-    """The rules of a list in YAML; the first one stands in line 2."""
+Layers = Sequence[Sequence[Entry]]
+
+
+def rules(text: str, parent: Layers = (), name: str = "t.yaml") -> Layers:
+    """The rules of a list in YAML over others; the first one stands in line 2."""
     document = read_document(f"tensors:\n{text}\n".encode(), name)
     reader = Reader(document)
-    found = replace(read_rules(reader, document.table["tensors"]), parent=parent)
+    found = read_rules(reader, document.table["tensors"])
     reader.finish()
-    return found
+    return (found, *parent)
 
 
-def run(text: str | RuleSet, tensors: Tensors, config: dict[str, object] | None = None) -> Applied:
+def run(text: str | Layers, tensors: Tensors, config: dict[str, object] | None = None) -> Applied:
     found = rules(text) if isinstance(text, str) else text
     return apply(expand(found, config or {}, list(tensors)), tensors, where="t.yaml")
 
@@ -58,7 +60,7 @@ def rows(tensor: LazyTensor) -> list[object]:
 
 
 def faults(
-    text: str | RuleSet, tensors: Tensors, config: dict[str, object] | None = None
+    text: str | Layers, tensors: Tensors, config: dict[str, object] | None = None
 ) -> list[str]:
     with pytest.raises(MappingError) as caught:
         run(text, tensors, config)

@@ -141,7 +141,8 @@ def test_what_has_no_mean(tmp_path: Path, shape: tuple[int, ...]) -> None:
 )
 def test_faults_of_a_format_file(tmp_path: Path, lines: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(f"schema: 1\nformat: mine\nextends: hf\n{lines}\n")
+    parts = "{llm: [], projector: [], visual_encoder: []}"
+    path.write_text(f"schema: 1\nformat: mine\nclasses: {{}}\ntensors: {parts}\n{lines}\n")
     (fault,) = Catalogue.shipped().check(path)
     assert message in fault.what
-    assert fault.where == "mine.yaml:4"
+    assert fault.where == "mine.yaml:5"

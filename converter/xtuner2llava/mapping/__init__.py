@@ -4,7 +4,7 @@
     rules           one verb each; `expand` makes them literal steps, `apply` steps to lazy tensors
     config_rules    how config keys are made; `caveats` what may differ
     Family          what an LLM is: rules and config, and the plain class that it becomes
-    PlainClass      what that class is: exact names, shapes and config keys; `check` compares
+    PlainClass      what that class is: exact names, shapes and config keys, and what is not theirs
     Format          where the LLM, the projector and the tower go
     Catalogue       what is shipped, and files of the user's own; `detect` finds an LLM's family
     draft           a starter file for an LLM of no family
@@ -15,15 +15,18 @@ It knows tensors, and no checkpoint layout.
 from xtuner2llava.mapping.apply import Applied, Dropped, Origin, apply
 from xtuner2llava.mapping.catalogue import Catalogue, check_file
 from xtuner2llava.mapping.caveats import Limit, in_range
-from xtuner2llava.mapping.check import check_against_class
 from xtuner2llava.mapping.draft import draft
-from xtuner2llava.mapping.family import ChatDefaults, Family, Generation, TranslatedConfig
-from xtuner2llava.mapping.folder_name import FolderName, model_name
-from xtuner2llava.mapping.format import COMPONENTS, Format, FormatClass
+from xtuner2llava.mapping.family import (
+    ChatDefaults,
+    Family,
+    Generation,
+    PromptTemplate,
+    TranslatedConfig,
+)
+from xtuner2llava.mapping.format import COMPONENTS, FolderName, Format, FormatClass, model_name
 from xtuner2llava.mapping.names import Folded, fold
-from xtuner2llava.mapping.plain_class import MappingFile, PlainClass
-from xtuner2llava.mapping.prompt_templates import PromptTemplate
-from xtuner2llava.mapping.rules import RuleSet, Step
+from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, check_against_class
+from xtuner2llava.mapping.rules import Step
 
 __all__ = [
     "COMPONENTS",
@@ -42,7 +45,6 @@ __all__ = [
     "Origin",
     "PlainClass",
     "PromptTemplate",
-    "RuleSet",
     "Step",
     "TranslatedConfig",
     "apply",

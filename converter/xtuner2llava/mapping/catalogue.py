@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError
 from xtuner2llava.mapping.detect import Match, Refusals, choose, read_refusals
-from xtuner2llava.mapping.family import Family, read_family, read_match_only
+from xtuner2llava.mapping.family import Family, PromptTemplate, read_family, read_match_only
 from xtuner2llava.mapping.format import Format, read_format
 from xtuner2llava.mapping.names import advice_for
 from xtuner2llava.mapping.plain_class import read_class
-from xtuner2llava.mapping.prompt_templates import PromptTemplate, read_prompt_templates
+from xtuner2llava.mapping.schema import ABSENT, Reader
 from xtuner2llava.mapping.yaml import MAX_BYTES, Document, read_document
 
 _T = TypeVar("_T")
@@ -48,7 +48,7 @@ class Catalogue:
 
         Its results are exact if the file is right. Raises `MappingError` with all its faults.
         """
-        return replace(self._read_family(_read(path, path.name)), if_right=path.name)
+        return replace(self._read_family(_read(path)), if_right=path.name)
 
     def detect(self, config: Mapping[str, object], names: Collection[str] | None) -> Family:
         """The shipped family of an LLM with this config and these tensor names.
@@ -73,8 +73,14 @@ class Catalogue:
     @cached_property
     def prompt_templates(self) -> Mapping[str, PromptTemplate]:
         """XTuner's prompt templates by name."""
-        path = self._folder / "prompt_templates.yaml"
-        return read_prompt_templates(_read(path, path.name))
+        reader = Reader(_read(self._folder / "prompt_templates.yaml"))
+        table = reader.document.table
+        found = {
+            name: reader.bind(PromptTemplate, node, "a prompt template", name=name)
+            for name, node in reader.table(table.get("templates", ABSENT), "`templates`").items()
+        }
+        reader.finish()
+        return found
 
     @property
     def stop_words(self) -> Mapping[str, tuple[str, ...]]:
@@ -86,12 +92,12 @@ class Catalogue:
     def refusals(self) -> Refusals:
         """LLMs and classes that are known to have no exact target."""
         path = self._folder / "refusals.yaml"
-        return read_refusals(_read(path, path.name)) if path.is_file() else Refusals()
+        return read_refusals(_read(path)) if path.is_file() else Refusals()
 
     def check(self, path: Path) -> list[Fault]:
         """All faults of a family, format or class file; none if it is right."""
         try:
-            document = _read(path, path.name)
+            document = _read(path)
             found = [shelf for shelf in self._shelves if shelf.kind in document.table]
             if len(found) != 1:
                 raise MappingError(
@@ -113,8 +119,7 @@ class Catalogue:
         return read_family(document, self.families.__getitem__, self.classes.__getitem__)
 
     def _read_format(self, document: Document) -> Format:
-        format_ = read_format(document, self.formats.__getitem__)
-        return replace(format_, refused=self.refusals.of_format(format_.name))
+        return read_format(document, self.refusals.formats)
 
 
 class _Shelf(Mapping[str, _T], Generic[_T]):
@@ -125,54 +130,53 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
 
     def __init__(self, folder: Path, kind: str, parse: Callable[[Document], _T]) -> None:
         self.kind, self.parse = kind, parse
-        self._folder = folder
-        self._names = tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+        self._paths = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
         self._documents: dict[str, Document] = {}
         self._parsed: dict[str, _T] = {}
         self._parsing: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._paths)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._paths
 
     def path(self, name: str) -> Path:
-        return self._folder / f"{name}.yaml"
+        if name not in self._paths:
+            advice = advice_for(name, self, f"Known: {', '.join(self)}.")
+            raise MappingError(f"there is no {self.kind} `{name}`", advice=advice)
+        return self._paths[name]
 
     def document(self, name: str) -> Document:
         if name not in self._documents:
             path = self.path(name)
-            self._documents[name] = _read(path, f"{self._folder.name}/{path.name}")
+            self._documents[name] = _read(path, f"{path.parent.name}/{path.name}")
         return self._documents[name]
 
     def __getitem__(self, name: str) -> _T:
-        if name in self._parsed:
-            return self._parsed[name]
-        if name not in self._names:
-            advice = advice_for(name, self._names, f"Known: {', '.join(self._names)}.")
-            raise MappingError(f"there is no {self.kind} `{name}`", advice=advice)
-        if name in self._parsing:
-            chain = " extends ".join([*self._parsing, name])
-            raise MappingError(f"extends itself: {chain}")
-        self._parsing.append(name)
-        try:
-            self._parsed[name] = self.parse(self.document(name))
-        finally:
-            self._parsing.pop()
+        if name not in self._parsed:
+            if name in self._parsing:
+                chain = " extends ".join([*self._parsing, name])
+                raise MappingError(f"extends itself: {chain}")
+            document = self.document(name)
+            self._parsing.append(name)
+            try:
+                self._parsed[name] = self.parse(document)
+            finally:
+                self._parsing.pop()
         return self._parsed[name]
 
 
-def _read(path: Path, name: str) -> Document:
+def _read(path: Path, name: str = "") -> Document:
     """The document in the file at `path`; at most a byte more than is allowed is read."""
     try:
         if not path.is_file():
             raise MappingError("is not a file", where=str(path))
         with path.open("rb") as file:
-            return read_document(file.read(MAX_BYTES + 1), name)
+            return read_document(file.read(MAX_BYTES + 1), name or path.name)
     except OSError as error:
         raise MappingError(f"cannot be read ({error.strerror})", where=str(path)) from error
 

@@ -57,7 +57,7 @@ def _read_length(reader: Reader, node: Node) -> Expression:
 
 
 def _read_versions(reader: Reader, node: Node) -> str:
-    text = reader.text(node, "`transformers`")
+    text = reader.plain(str, node, "`transformers`")
     parts = [part.strip() for part in text.split(",")]
     if text and not all(_BOUND.fullmatch(part) for part in parts):
         what = f"`{text}` is not a range of versions"

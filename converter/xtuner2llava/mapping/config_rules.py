@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from xtuner2llava.errors import Fault, MappingError
 from xtuner2llava.mapping.expressions import Environment, Expression, lookup, same, say, show
@@ -124,33 +124,28 @@ class ConfigRules:
 
 def read_config_rules(reader: Reader, node: Node, allowed: Collection[str]) -> ConfigRules:
     """The `config` table, which has the keys `allowed`; a key is made in one way only."""
-    table = reader.table(node, "`config`")
-    reader.keys(table, allowed, "`config`")
+    table = reader.table(node, "`config`", allowed)
     keys: dict[str, ConfigKey] = {}
 
-    def add(name: str, line: int, **made: object) -> None:
+    def add(name: str, line: int, **made: Any) -> None:
         if name in keys:
             reader.fault(line, f"`{name}` is already made by {keys[name].where}")
-        keys.setdefault(name, ConfigKey(reader.where(line), **made))  # type: ignore[arg-type]
+        keys.setdefault(name, ConfigKey(reader.where(line), **made))
 
-    def entries(key: str) -> Collection[tuple[str, Node]]:
+    def entries(key: str) -> Iterable[tuple[str, Node]]:
         return reader.table(table.get(key, ABSENT), f"`{key}`").items()
 
     kept = table.get("keep", ABSENT)
     if kept.value != "all":
-        for item in reader.items(kept, "`keep`, if it is not `all`,"):
-            add(reader.text(item, "a config key"), item.line, keep=True)
+        for item in reader.plain(list, kept, "`keep`, if it is not `all`,"):
+            add(reader.plain(str, item, "a config key"), item.line, keep=True)
     reader.names_read.update(keys)
     for name, value in entries("derive"):
         add(name, value.key_line, derive=reader.expression(value, f"`{name}`"))
     for name, value in entries("set"):
-        add(name, value.key_line, value=reader.constant(value))
-    default = {name: reader.constant(value) for name, value in entries("default")}
+        add(name, value.key_line, value=value.data)
+    default = {name: value.data for name, value in entries("default")}
     reader.names_read.update(default)
-    return ConfigRules(
-        keys,
-        default,
-        kept.value == "all",
-        read_requirements(reader, table.get("require", ABSENT)),
-        reader.texts(table.get("nest", ABSENT), "`nest`", ("llm", "vision")),
-    )
+    requirements = read_requirements(reader, table.get("require", ABSENT))
+    nest = reader.texts(table.get("nest", ABSENT), "`nest`", ("llm", "vision"))
+    return ConfigRules(keys, default, kept.value == "all", requirements, nest)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated, ClassVar
 
-from xtuner2llava.errors import Fault, MappingError, UnsupportedError
+from xtuner2llava.errors import Fault, MappingError, UnsupportedError, raise_faults
 from xtuner2llava.mapping.expressions import Expression, say, show
 from xtuner2llava.mapping.names import TextTemplate, fold
 from xtuner2llava.mapping.schema import Reader
@@ -118,42 +119,33 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClassRefusal:
-    """Why a format cannot carry a plain class, and what to do instead."""
+class Refusal:
+    """Why nothing supports an LLM that fits `match`, or a format a plain class; what to do instead.
+
+    The texts may name keys of the LLM's config.
+    """
 
     TITLE: ClassVar = "a refusal"
     where: str
+    match: Match = Match()
     because: TextTemplate
     instead: TextTemplate
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal(ClassRefusal):
-    """A kind of LLM that no format can carry; the texts may name keys of its config."""
-
-    match: Match
+    def fault(self, config: Mapping[str, object]) -> Fault:
+        return Fault(self.where, say(self.because, config), say(self.instead, config))
 
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """LLMs that nothing can carry, and by format the plain classes that it cannot."""
+    """LLMs that nothing supports, and by format the plain classes that it does not."""
 
     llms: tuple[Refusal, ...] = ()
-    formats: Mapping[str, Mapping[str, ClassRefusal]] = field(default_factory=dict)
+    formats: Mapping[str, Mapping[str, Refusal]] = field(default_factory=dict)
 
     def check(self, config: Mapping[str, object], names: Collection[str] | None) -> None:
         """Raises `UnsupportedError` with the reason if an LLM is one of `llms`."""
-        for refusal in self.llms:
-            if refusal.match.fits(config, names):
-                what, advice = say(refusal.because, config), say(refusal.instead, config)
-                raise UnsupportedError(what, where=refusal.where, advice=advice)
-
-    def of_format(self, name: str) -> Mapping[str, Fault]:
-        """The faults of the plain classes that the format `name` cannot have."""
-        return {
-            plain: Fault(refusal.where, refusal.because.text, refusal.instead.text)
-            for plain, refusal in self.formats.get(name, {}).items()
-        }
+        fitting = (refusal for refusal in self.llms if refusal.match.fits(config, names))
+        raise_faults(UnsupportedError, [refusal.fault(config) for refusal in islice(fitting, 1)])
 
 
 def read_refusals(document: Document) -> Refusals:

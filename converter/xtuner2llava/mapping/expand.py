@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.expressions import Environment
 from xtuner2llava.mapping.names import below, join, matches, shortened
-from xtuner2llava.mapping.rules import Block, Entry, Rule, RuleSet, Step
+from xtuner2llava.mapping.rules import Block, Entry, Rule, Step
 
 # The largest models have some 50,000 tensors; a loop over a hostile config ends here.
 _MAX_STEPS = 200_000
@@ -19,12 +19,15 @@ _MAX_STEPS = 200_000
 _STEPS_OF_ANY, _STEPS_A_TENSOR = 20_000, 8
 
 
-def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> list[Step]:
-    """The steps that `rules` come to for a checkpoint that has the tensors `names`.
+def expand(
+    layers: Sequence[Sequence[Entry]], environment: Environment, names: Collection[str]
+) -> list[Step]:
+    """The steps for a checkpoint that has the tensors `names`.
 
-    A rule of a file replaces those rules of the file it extends that make one of its targets or
-    read one of its sources. Steps may still contradict each other or ask for tensors that are not
-    there: `apply` checks that, together with the shapes.
+    `layers` are the rules of a file, those of the file that it extends, and so on. A rule replaces
+    those of later layers that make one of its targets or read one of its sources. Steps may still
+    contradict each other or ask for tensors that are not there: `apply` checks that, together with
+    the shapes.
 
     Raises `MappingError` with every expression that has no value here.
     """
@@ -33,29 +36,24 @@ def expand(rules: RuleSet, environment: Environment, names: Collection[str]) -> 
     most = min(_MAX_STEPS, _STEPS_OF_ANY + _STEPS_A_TENSOR * len(present))
     named: list[Step] = []
     patterns: list[Step] = []
-    own_moves: set[str] = set()
     made: set[str] = set()
     read: set[str] = set()
-    layer: RuleSet | None = rules
-    while layer is not None:
-        steps = list(Expansion(faults, most).steps(layer.entries, environment))
-        patterns += (step for step in steps if step.rule.is_pattern)
-        if layer is rules:
+    own_moves: set[str] | None = None
+    for entries in layers:
+        own = []
+        for step in Expansion(faults, most).steps(entries, environment):
+            if step.rule.is_pattern:
+                patterns.append(step)
+            elif made.isdisjoint(step.targets) and read.isdisjoint(step.sources):
+                own.append(step)
+        if own_moves is None:
             own_moves = {step.sources[0] for step in patterns if step.verb == "move"} - {""}
-        own = [
-            step
-            for step in steps
-            if not step.rule.is_pattern
-            and made.isdisjoint(step.targets)
-            and read.isdisjoint(step.sources)
-        ]
         made.update(name for step in own for name in step.targets)
         read.update(name for step in own for name in step.sources)
         # What is not there need not be dropped: older checkpoints carry buffers, newer ones do not.
         named += (step for step in own if step.verb != "drop" or step.sources[0] in present)
-        layer = layer.parent
     raise_faults(MappingError, shortened(faults))
-    return named + _resolve(patterns, [name for name in names if name not in read], own_moves)
+    return named + _resolve(patterns, [n for n in names if n not in read], own_moves or ())
 
 
 class Expansion:

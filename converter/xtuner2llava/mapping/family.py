@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Annotated
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, TypeVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.caveats import Caveat, Limit, limits
@@ -15,11 +15,12 @@ from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.mapping.names import advice_for
 from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
-from xtuner2llava.mapping.rules import RuleSet, Step, read_rules
+from xtuner2llava.mapping.rules import Entry, Step, read_rules
 from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.similar import doubtful_defaults
 from xtuner2llava.mapping.yaml import Document, Node
 
+_T = TypeVar("_T")
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).
 HOUSEKEEPING = frozenset(
     (
@@ -55,6 +56,23 @@ class ChatDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """One template, with the fields of XTuner's `PROMPT_TEMPLATE` (`xtuner/utils/templates.py`).
+
+    `instruction` has the placeholder `{input}` and may have `{round}`, `system` has `{system}`.
+    `name` is None for a template that a config writes out.
+    """
+
+    name: str | None
+    instruction: str
+    system: str = ""
+    suffix: str = ""
+    suffix_as_eos: bool = False
+    sep: str = ""
+    stop_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TranslatedConfig:
     """The plain class's config, all its keys explicit, and source keys that nothing reads.
 
@@ -71,9 +89,12 @@ def _read_config(reader: Reader, node: Node) -> ConfigRules:
 
 
 def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
-    table = reader.table(node, "`tokenizer`")
-    reader.keys(table, ("class", "convert", "files", "special_tokens"), "`tokenizer`")
-    return {name: reader.constant(value) for name, value in table.items()}
+    table = reader.table(node, "`tokenizer`", ("class", "convert", "files", "special_tokens"))
+    return {name: value.data for name, value in table.items()}
+
+
+def _read_tensors(reader: Reader, node: Node) -> tuple[tuple[Entry, ...], ...]:
+    return (read_rules(reader, node),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,22 +106,30 @@ class Family:
     """The models that it is for, as people call them."""
     match: Match = field(default_factory=Match)
     dims: Mapping[str, Expression] = field(default_factory=dict)
-    rules: Annotated[RuleSet, read_rules] = field(metadata=key("tensors"), default=RuleSet())
+    layers: Annotated[tuple[tuple[Entry, ...], ...], _read_tensors] = field(
+        metadata=key("tensors"), default=()
+    )
+    """Its rules, and those of the families that it extends, which they replace."""
     config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
     tokenizer: Annotated[Mapping[str, object], _read_tokenizer] = field(default_factory=dict)
     generation: Generation = Generation()
     chat: ChatDefaults = ChatDefaults()
     caveats: tuple[Caveat, ...] = ()
     target_class: PlainClass = field(metadata=GIVEN)
-    files: tuple[MappingFile, ...] = field(metadata=GIVEN)
-    """This file, those it extends, and the class: the provenance of a conversion."""
+    own_files: tuple[MappingFile, ...] = field(metadata=GIVEN)
+    """This file, and those that it extends."""
     names_read: frozenset[str] = field(metadata=GIVEN, default=frozenset())
     if_right: str | None = field(metadata=GIVEN, default=None)
     """What its results depend on where only the user says so; None for one that is shipped."""
 
     @property
     def file(self) -> MappingFile:
-        return self.files[0]
+        return self.own_files[0]
+
+    @property
+    def files(self) -> tuple[MappingFile, ...]:
+        """The provenance of a conversion: its files, and that of the class."""
+        return (*self.own_files, self.target_class.file)
 
     def environment(self, config: Mapping[str, object]) -> Environment:
         """What its expressions know: the source config, its defaults, and `dims`."""
@@ -108,7 +137,7 @@ class Family:
 
     def expand(self, config: Mapping[str, object], names: Collection[str]) -> list[Step]:
         """Its rules for a checkpoint with this source config and these tensor names."""
-        return expand(self.rules, self.environment(config), names)
+        return expand(self.layers, self.environment(config), names)
 
     def translate_config(
         self, config: Mapping[str, object], format_: Format | None = None
@@ -156,25 +185,27 @@ class Family:
 
     def over(self, parent: Family) -> Family:
         """This family with the tables of `parent` under its own; `match` is its own."""
-        own, theirs = self.generation, parent.generation
         return replace(
             self,
             dims={**parent.dims, **self.dims},
-            rules=RuleSet(self.rules.entries, parent.rules),
+            layers=(*self.layers, *parent.layers),
             config=parent.config.under(self.config),
             tokenizer={**parent.tokenizer, **self.tokenizer},
-            generation=Generation(
-                own.bos or theirs.bos, own.eos or theirs.eos, own.pad or theirs.pad
-            ),
-            chat=ChatDefaults(
-                self.chat.template or parent.chat.template,
-                self.chat.stop_words or parent.chat.stop_words,
-            ),
+            generation=_filled(self.generation, parent.generation),
+            chat=_filled(self.chat, parent.chat),
             caveats=(*parent.caveats, *self.caveats),
-            # The last of a family's files is its class, which comes last again.
-            files=(*self.files, *parent.files[:-1]),
+            own_files=(*self.own_files, *parent.own_files),
             names_read=self.names_read | parent.names_read,
         )
+
+
+def _filled(own: _T, parent: _T) -> _T:
+    """A dataclass with `parent`'s value of each field that is empty."""
+    fallen_back = {
+        each.name: getattr(own, each.name) or getattr(parent, each.name)
+        for each in fields(own)  # type: ignore[arg-type]
+    }
+    return replace(own, **fallen_back)  # type: ignore[type-var]
 
 
 def read_match_only(document: Document) -> Match:
@@ -201,10 +232,9 @@ def read_family(
     reader, table = Reader(document), document.table
     parent = reader.found("extends", find_family)
     plain = reader.found("becomes", find_class) or (parent.target_class if parent else None)
-    file = MappingFile(document.name, document.sha256)
-    family = reader.root(
-        Family, "a family", ("extends", "becomes"), target_class=plain, files=(file,)
-    )
+    files = (MappingFile(document.name, document.sha256),)
+    besides = ("extends", "becomes")
+    family = reader.root(Family, "a family", besides, target_class=plain, own_files=files)
     for name in () if "extends" in table else ("becomes", "tensors"):
         if name not in table:
             reader.fault(document.line, f"a family needs `{name}`")
@@ -214,7 +244,6 @@ def read_family(
     if plain is not None:
         line = table["config"].key_line if "config" in table else document.line
         _check_keys(reader, line, family.config, plain)
-        family = replace(family, files=(*family.files, plain.file))
     reader.finish()
     return family
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
@@ -15,15 +16,61 @@ from xtuner2llava.mapping.config_rules import (
     read_config_rules,
     read_requirements,
 )
+from xtuner2llava.mapping.detect import Refusal
 from xtuner2llava.mapping.expand import expand
 from xtuner2llava.mapping.expressions import Environment
-from xtuner2llava.mapping.folder_name import FolderName
 from xtuner2llava.mapping.plain_class import MappingFile
-from xtuner2llava.mapping.rules import RuleSet, Step, read_rules
+from xtuner2llava.mapping.rules import Entry, Step, read_rules
 from xtuner2llava.mapping.schema import ABSENT, GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document, Node
 
 COMPONENTS = ("llm", "projector", "visual_encoder")
+
+
+def model_name(path: Path) -> str:
+    """What LLaVA calls a model in `path`: for `checkpoint-…`, the folder above counts too.
+
+    `get_model_name_from_path` in `llava/mm_utils.py` of both. A snapshot in the Hub's cache is
+    loaded by its repo id.
+    """
+    path = path.absolute()
+    repo = path.parent.parent.name
+    if path.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.rpartition("--")[2]
+    if path.name.startswith("checkpoint-"):
+        return f"{path.parent.name}_{path.name}"
+    return path.name
+
+
+@dataclass(frozen=True, slots=True)
+class FolderName:
+    """What a folder's name must contain to be loaded as a class, and what it must not.
+
+    Compared in lower case, as haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT do in
+    `llava/model/builder.py`.
+    """
+
+    needs: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+
+    def missing(self, name: str) -> list[str]:
+        return [word for word in self.needs if word not in name.lower()]
+
+    def wrong(self, name: str) -> list[str]:
+        return [word for word in self.avoid if word in name.lower()]
+
+    def fits(self, name: str) -> bool:
+        return not self.reasons(name)
+
+    def reasons(self, name: str) -> str:
+        """Why LLaVA loads another class by `name`: "lacks 'qwen'"; empty where it does not."""
+        lacks = [f"lacks '{word}'" for word in self.missing(name)]
+        return " and ".join([*lacks, *(f"contains '{word}'" for word in self.wrong(name))])
+
+    def suggest(self, candidates: Sequence[str]) -> str:
+        """The first of `candidates` that works, or the plainest name that does."""
+        plain = "-".join(self.needs)
+        return next((name for name in candidates if self.fits(name)), plain)
 
 
 _Requirements = Annotated[tuple[Requirement, ...], read_requirements]
@@ -41,9 +88,11 @@ class FormatClass:
     caveats: tuple[Caveat, ...] = ()
 
 
-def _read_tensors(reader: Reader, node: Node) -> Mapping[str, RuleSet]:
-    table = reader.table(node, "`tensors`")
-    reader.keys(table, COMPONENTS, "`tensors`")
+def _read_tensors(reader: Reader, node: Node) -> Mapping[str, tuple[Entry, ...]]:
+    table = reader.table(node, "`tensors`", COMPONENTS)
+    for name in COMPONENTS:
+        if name not in table and node is not ABSENT:
+            reader.fault(node.line, f"`tensors` needs `{name}`")
     return {name: read_rules(reader, table.get(name, ABSENT)) for name in COMPONENTS}
 
 
@@ -57,12 +106,12 @@ def _read_tokens(reader: Reader, node: Node) -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """An output format, with the format it extends already merged in."""
+    """An output format."""
 
     name: str = field(metadata=key("format"))
-    classes: Mapping[str, FormatClass] = field(default_factory=dict)
-    rules: Annotated[Mapping[str, RuleSet], _read_tensors] = field(
-        metadata=key("tensors"), default_factory=dict
+    classes: Mapping[str, FormatClass]
+    rules: Annotated[Mapping[str, tuple[Entry, ...]], _read_tensors] = field(
+        metadata=key("tensors")
     )
     """By component, one of `COMPONENTS`."""
     config_rules: Annotated[ConfigRules, _read_config] = field(
@@ -73,13 +122,9 @@ class Format:
     """Tokens that the tokenizer must have, by what they are for: `image` and `pad`."""
     processor: str | None = None
     """The class of transformers that prepares texts and images together, if there is one."""
-    files: tuple[MappingFile, ...] = field(metadata=GIVEN)
+    file: MappingFile = field(metadata=GIVEN)
     refused: Mapping[str, Fault] = field(metadata=GIVEN, default_factory=dict)
     """Plain classes that it cannot have, each with the reason."""
-
-    @property
-    def file(self) -> MappingFile:
-        return self.files[0]
 
     @property
     def nest(self) -> Mapping[str, str]:
@@ -96,10 +141,6 @@ class Format:
         what = f"the format {self.name} has no class for {name}; it has {', '.join(self.classes)}"
         return [Fault(self.file.name, what)]
 
-    def faults(self, environment: Environment) -> list[Fault]:
-        """Its requirements that do not hold; `environment` is that of `config`."""
-        return failures(self.requirements, environment)
-
     def class_limits(self, name: str, values: Mapping[str, object]) -> list[Limit]:
         """The caveats of the plain class `name` here that hold for its config `values`."""
         return limits(self.classes[name].caveats, values)
@@ -108,7 +149,7 @@ class Format:
         self, component: str, environment: Environment, names: Collection[str]
     ) -> list[Step]:
         """The steps for the tensors `names` of a component; see `expand`."""
-        return expand(self.rules[component], environment, names)
+        return expand([self.rules[component]], environment, names)
 
     def config(self, environment: Environment) -> dict[str, object]:
         """The config keys that it adds to those of the plain class.
@@ -119,44 +160,20 @@ class Format:
         `tokens` (the ids of the format's tokens). Raises `MappingError` with all that has no
         value, and with every requirement of the format that does not hold.
         """
-        faults = self.faults(environment)
+        faults = failures(self.requirements, environment)
         values = self.config_rules.make(environment, faults)
         raise_faults(MappingError, faults)
         return values
 
-    def over(self, parent: Format) -> Format:
-        """This format with the tables of `parent` under its own."""
-        return replace(
-            self,
-            classes={**parent.classes, **self.classes},
-            rules={
-                name: RuleSet(
-                    self.rules[name].entries if name in self.rules else (), parent.rules[name]
-                )
-                for name in COMPONENTS
-            },
-            config_rules=parent.config_rules.under(self.config_rules),
-            requirements=(*parent.requirements, *self.requirements),
-            tokens={**parent.tokens, **self.tokens},
-            processor=self.processor or parent.processor,
-            files=(*self.files, *parent.files),
-        )
 
+def read_format(document: Document, refusals: Mapping[str, Mapping[str, Refusal]]) -> Format:
+    """The format in a file. Raises `MappingError` with all faults of the file.
 
-def read_format(document: Document, find_format: Callable[[str], Format]) -> Format:
-    """The format in a file. Raises `MappingError` with all faults of the file."""
-    reader, table = Reader(document), document.table
+    `refusals` are, by format, of the plain classes that it cannot have.
+    """
+    reader = Reader(document)
     file = MappingFile(document.name, document.sha256)
-    found = reader.root(Format, "a format", ("extends",), files=(file,))
-    parent = reader.found("extends", find_format)
-    if "extends" not in table:
-        needed = [("a format", document.line, table, name) for name in ("classes", "tensors")]
-        if "tensors" in table:
-            node = table["tensors"]
-            of_tensors = reader.table(node, "`tensors`")
-            needed += [("`tensors`", node.line, of_tensors, name) for name in COMPONENTS]
-        for what, line, there, name in needed:
-            if name not in there:
-                reader.fault(line, f"{what} needs `{name}`")
+    found = reader.root(Format, "a format", file=file)
     reader.finish()
-    return found.over(parent) if parent else found
+    refused = refusals.get(found.name, {})
+    return replace(found, refused={name: one.fault({}) for name, one in refused.items()})

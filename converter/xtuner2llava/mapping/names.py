@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
 from xtuner2llava.errors import Fault
@@ -13,6 +14,8 @@ from xtuner2llava.errors import Fault
 _T = TypeVar("_T")
 _MAX_LENGTH = 500
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
+# A part of a name that is the number of a layer or an expert.
+_NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
 # Enough to find a slip; comparing with every name of a large model would take seconds.
 _MAX_CANDIDATES = 400
 _MAX_SUGGESTIONS = 10
@@ -32,11 +35,8 @@ class TextTemplate:
 
     def render(self, values: Mapping[str, object]) -> str:
         """The text with every placeholder replaced. Raises `KeyError` for one without value."""
-        if len(self.parts) == 1:
-            return self.text
-        return "".join(
-            str(values[part]) if index % 2 else part for index, part in enumerate(self.parts)
-        )
+        found = [str(values[part]) if n % 2 else part for n, part in enumerate(self.parts)]
+        return "".join(found)
 
 
 def parse_template(text: str) -> TextTemplate:
@@ -77,45 +77,37 @@ def below(name: str, prefix: str) -> str | None:
 
 def matches(pattern: str, name: str) -> bool:
     """Whether the glob `pattern` covers all of `name`, in at most the product of their lengths."""
-    return _covers(
-        pattern.split("."),
-        name.split("."),
-        "**",
-        lambda wanted, found: _covers(wanted, found, "*", str.__eq__),
-    )
+
+    def covers(part: str, found: str) -> bool:
+        return _covers(part, found, "*", str.__eq__)
+
+    return _covers(pattern.split("."), name.split("."), "**", covers)
 
 
 def _covers(
     pattern: Sequence[_T], items: Sequence[_T], star: _T, equal: Callable[[_T, _T], bool]
 ) -> bool:
-    """Wildcard matching with one step back: `star` is any number of items, others one each."""
-    at = taken = retry = 0
-    last_star = -1
-    while taken < len(items):
-        if at < len(pattern) and pattern[at] == star:
-            last_star, retry = at, taken
-            at += 1
-        elif at < len(pattern) and equal(pattern[at], items[taken]):
-            at += 1
-            taken += 1
-        elif last_star >= 0:
-            retry += 1
-            at, taken = last_star + 1, retry
+    """Wildcard matching: `star` is any number of items, all else in `pattern` is one."""
+    ends = {0}
+    for wanted in pattern:
+        if wanted == star:
+            ends = {*range(min(ends), len(items) + 1)}
         else:
+            ends = {end + 1 for end in ends if end < len(items) and equal(wanted, items[end])}
+        if not ends:
             return False
-    return all(item == star for item in pattern[at:])
+    return len(items) in ends
 
 
-def nearest(name: str, candidates: Sequence[str]) -> str | None:
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `name`, if one is like it."""
     if len(name) > _MAX_LENGTH:
         return None
-    usable = [text for text in candidates[:_MAX_CANDIDATES] if len(text) <= _MAX_LENGTH]
-    found = difflib.get_close_matches(name, usable, n=1, cutoff=0.7)
-    return found[0] if found else None
+    usable = [text for text in candidates if len(text) <= _MAX_LENGTH][:_MAX_CANDIDATES]
+    return next(iter(difflib.get_close_matches(name, usable, n=1, cutoff=0.7)), None)
 
 
-def advice_for(name: str, known: Sequence[str], otherwise: str) -> str:
+def advice_for(name: str, known: Iterable[str], otherwise: str) -> str:
     """The advice for a name that is not one of `known`: the one that was meant, or `otherwise`."""
     near = nearest(name, known)
     return f"Did you mean `{near}`?" if near else otherwise
@@ -131,7 +123,7 @@ class Suggestions:
     def near(self, name: str) -> str | None:
         template = unnumbered(name)
         if template not in self._found and len(self._found) < _MAX_SUGGESTIONS:
-            near = nearest(template, list(self._texts))
+            near = nearest(template, self._texts)
             self._found[template] = self._texts[near] if near else None
         return self._found.get(template)
 
@@ -150,40 +142,33 @@ class Folded:
 
 def unnumbered(name: str) -> str:
     """`name` with `{}` for each of its parts that is a number."""
-    return ".".join("{}" if _is_number(part) else part for part in name.split("."))
+    return _NUMBER.sub("{}", name)
 
 
 def fold(names: Iterable[str]) -> list[Folded]:
     """`names` in the order given, those that differ only in numbers as one."""
     groups: dict[str, list[list[int]]] = {}
     for name in names:
-        numbers = [int(part) for part in name.split(".") if _is_number(part)]
+        numbers = [int(number) for number in _NUMBER.findall(name)]
         groups.setdefault(unnumbered(name), []).append(numbers)
     found = []
     for template, rows in groups.items():
-        runs = [_runs(sorted(set(column))) for column in zip(*rows, strict=True)]
-        first, *pieces = template.split("{}")
-        text = first + "".join(map("".join, zip(runs, pieces, strict=False)))
+        runs = iter([_runs(sorted(set(column))) for column in zip(*rows, strict=True)])
+        parts = template.split(".")
+        text = ".".join(next(runs, part) if part == "{}" else part for part in parts)
         found.append(Folded(text, template, len(rows)))
     return found
-
-
-def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit() and len(part) <= 9
 
 
 def _runs(numbers: Sequence[int]) -> str:
     """`{0..3,7}`; a single number stands as it is; after four runs, an ellipsis."""
     if len(numbers) == 1:
         return str(numbers[0])
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    shown = ["..".join(map(str, ends)) for ends in runs[:4]]
-    return "{" + ",".join(shown) + (",…" if len(runs) > 4 else "") + "}"
+    found = []
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        found.append(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]))
+    return "{" + ",".join(found[:4]) + (",…" if len(found) > 4 else "") + "}"
 
 
 class TensorFaults:
@@ -199,18 +184,16 @@ class TensorFaults:
     def faults(self) -> list[Fault]:
         """In the order of the first name of each, at most forty and a last one that counts."""
         return shortened(
-            [
-                Fault(f"{where}, {folded}", what, advice)
-                for (where, what, advice), names in self._names.items()
-                for folded in fold(names)
-            ]
+            Fault(f"{where}, {folded}", what, advice)
+            for (where, what, advice), names in self._names.items()
+            for folded in fold(names)
         )
 
 
-def shortened(faults: Sequence[Fault]) -> list[Fault]:
+def shortened(faults: Iterable[Fault]) -> list[Fault]:
     """The first forty faults, and one that says how many more there are."""
     unique = list(dict.fromkeys(faults))
-    if len(unique) <= _MAX_FAULTS:
-        return unique
-    more = Fault("", f"and {len(unique) - _MAX_FAULTS:,} more faults of this kind")
-    return [*unique[:_MAX_FAULTS], more]
+    if len(unique) > _MAX_FAULTS:
+        more = Fault("", f"and {len(unique) - _MAX_FAULTS:,} more faults of this kind")
+        unique[_MAX_FAULTS:] = [more]
+    return unique

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from xtuner2llava.errors import Fault
@@ -32,7 +32,6 @@ from xtuner2llava.tensors import (
 )
 
 _Names: TypeAlias = tuple[TextTemplate, ...]
-_Tensors: TypeAlias = Sequence[LazyTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +78,6 @@ Entry: TypeAlias = Rule | Block
 
 
 @dataclass(frozen=True, slots=True)
-class RuleSet:
-    """The rules of a file, and of the file it extends, which they take precedence over."""
-
-    entries: tuple[Entry, ...] = ()
-    parent: RuleSet | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
     """A rule for literal tensor names, with the values of its `numbers` and its `count`."""
 
@@ -109,13 +100,35 @@ class Step:
         """`numbers` as the rule writes them."""
         return tuple(number.text for number in self.rule.numbers)
 
-    def make(self, sources: _Tensors) -> _Tensors:
+    def make(self, sources: Sequence[LazyTensor]) -> Sequence[LazyTensor]:
         """One tensor for each target. Raises `ValueError` where the shapes do not fit."""
-        return _VERBS[self.verb].make(self, sources)
+        match self.verb:
+            case "keep" | "rename" | "move":
+                return sources
+            case "split":
+                return _split(self, sources[0])
+            case "concat":
+                return [concat(sources)]
+            case "deinterleave":
+                return deinterleave(sources[0], self.count, self.numbers)
+            case "unstack":
+                members = unstack(sources[0], self.count)
+                parts = (_split(self, one) if self.numbers else [one] for one in members)
+                return [*chain.from_iterable(parts)]
+            case "transpose":
+                return [Transpose(sources[0])]
+            case "normalize":
+                return [Normalize(sources[0])]
+            case "resize":
+                return [_resize(self, sources[0])]
+            case "fill":
+                # No file says its dtype; a cast at the end of the plan gives it its neighbours'.
+                return [Fill(FLOAT32, self.numbers, self.rule.value)]
+        return ()
 
 
-def _split(step: Step, sources: _Tensors) -> _Tensors:
-    source, dim = sources[0], step.rule.dim
+def _split(step: Step, source: LazyTensor) -> Sequence[LazyTensor]:
+    dim = step.rule.dim
     if len(source.shape) <= dim or sum(step.numbers) != source.shape[dim]:
         raise ValueError(
             f"its shape is {list(source.shape)}, and [{', '.join(step.formulas)}] = "
@@ -127,32 +140,25 @@ def _split(step: Step, sources: _Tensors) -> _Tensors:
     return [Columns(source, end - size, end) for end, size in ends]
 
 
-def _unstack(step: Step, sources: _Tensors) -> _Tensors:
-    members = unstack(sources[0], step.count)
-    if not step.numbers:
-        return members
-    return [part for member in members for part in _split(step, [member])]
-
-
-def _resize(step: Step, sources: _Tensors) -> _Tensors:
-    (source,), (rows,) = sources, step.numbers
+def _resize(step: Step, source: LazyTensor) -> LazyTensor:
+    (rows,) = step.numbers
     if not source.shape:
         raise ValueError("a scalar has no rows")
     if rows == source.rows:
-        return sources
+        return source
     if rows > source.rows:
         zeros = Fill(source.dtype, (rows - source.rows, *source.row_shape), 0.0)
-        return [Rows([Piece(source, 0, source.rows), Piece(zeros, 0, zeros.rows)])]
+        return Rows([Piece(source, 0, source.rows), Piece(zeros, 0, zeros.rows)])
     if not step.rule.lossy:
         raise ValueError(
             f"it has {source.rows:,} rows, and [{', '.join(step.formulas)}] = [{rows}] would cut "
             "some; that needs `lossy: true`"
         )
-    return [Rows([Piece(source, 0, rows)])]
+    return Rows([Piece(source, 0, rows)])
 
 
 def _name(reader: Reader, node: Node, *, glob: bool = False) -> _Names:
-    return (reader.name(reader.text(node, "a tensor name"), node.line, glob=glob),)
+    return (reader.name(reader.plain(str, node, "a tensor name"), node.line, glob=glob),)
 
 
 def _glob(reader: Reader, node: Node) -> _Names:
@@ -167,7 +173,7 @@ def _prefix(reader: Reader, node: Node) -> _Names:
 def _names(reader: Reader, node: Node) -> _Names:
     if node.value == []:
         reader.fault(node.line, "a list of names is empty")
-    items = reader.items(node, "the value of `into` or `concat`")
+    items = reader.plain(list, node, "the value of `into` or `concat`")
     return tuple(name for item in items for name in _name(reader, item))
 
 
@@ -180,18 +186,19 @@ def _rows(reader: Reader, node: Node) -> tuple[Expression, ...]:
 
 
 def _dim(reader: Reader, node: Node) -> int:
-    if isinstance(node.value, int) and not isinstance(node.value, bool) and node.value in (0, 1):
+    if type(node.value) is int and node.value in (0, 1):
         return node.value
     reader.fault(node.line, "`dim` is 0 (rows) or 1 (columns)")
     return 0
 
 
 class _Verb(NamedTuple):
-    """What a verb makes of its sources, how the value of its own key and of `into` is read, and its
-    other keys; those that may be left out end in a question mark."""
+    """How its own key is read, and `into`, and which other keys it has.
 
-    make: Callable[[Step, _Tensors], _Tensors]
-    read: Callable[[Reader, Node], _Names]
+    Those that may be left out end in a question mark.
+    """
+
+    read: Callable[[Reader, Node], _Names] = _name
     into: Callable[[Reader, Node], _Names] | None = None
     keys: tuple[str, ...] = ()
 
@@ -211,36 +218,26 @@ _FIELDS: Mapping[str, tuple[str, Any]] = {
     "if": ("condition", Expression | None),
 }
 _VERBS: Mapping[str, _Verb] = {
-    "keep": _Verb(lambda step, sources: sources, _name),
-    "rename": _Verb(lambda step, sources: sources, _name),
-    "move": _Verb(lambda step, sources: sources, _prefix, keys=("to",)),
-    "split": _Verb(_split, _name, _names, ("sizes", "dim?")),
-    "concat": _Verb(lambda step, sources: [concat(sources)], _names, _name),
-    "deinterleave": _Verb(
-        lambda step, sources: deinterleave(sources[0], step.count, step.numbers),
-        _name,
-        _names,
-        ("groups", "slots"),
-    ),
-    "unstack": _Verb(_unstack, _name, _name_or_names, ("for", "sizes?")),
-    "transpose": _Verb(lambda step, sources: [Transpose(sources[0])], _name, _name),
-    "normalize": _Verb(lambda step, sources: [Normalize(sources[0])], _name, _name),
-    "resize": _Verb(_resize, _name, _name, ("rows", "lossy?")),
-    # No file says its dtype; a cast at the end of the plan gives it that of its neighbours.
-    "fill": _Verb(
-        lambda step, sources: [Fill(FLOAT32, step.numbers, step.rule.value)],
-        _name,
-        keys=("shape", "value?"),
-    ),
-    "drop": _Verb(lambda step, sources: (), _glob, keys=("because",)),
+    "keep": _Verb(),
+    "rename": _Verb(),
+    "move": _Verb(_prefix, keys=("to",)),
+    "split": _Verb(_name, _names, ("sizes", "dim?")),
+    "concat": _Verb(_names, _name),
+    "deinterleave": _Verb(_name, _names, ("groups", "slots")),
+    "unstack": _Verb(_name, _name_or_names, ("for", "sizes?")),
+    "transpose": _Verb(_name, _name),
+    "normalize": _Verb(_name, _name),
+    "resize": _Verb(_name, _name, ("rows", "lossy?")),
+    "fill": _Verb(_name, keys=("shape", "value?")),
+    "drop": _Verb(_glob, keys=("because",)),
 }
 # Only in the file of a class: the names and shapes that it has.
-_SHAPES: Mapping[str, _Verb] = {"shapes": _Verb(lambda step, sources: (), _name)}
+_SHAPES = {"shapes": _Verb()}
 
 
-def read_rules(reader: Reader, node: Node) -> RuleSet:
+def read_rules(reader: Reader, node: Node) -> tuple[Entry, ...]:
     """The rules of a family's or a format's list."""
-    return RuleSet(_Rules(reader, _VERBS, ("from", "to")).read(node))
+    return _Rules(reader, _VERBS, ("from", "to")).read(node)
 
 
 def read_shapes(reader: Reader, node: Node) -> tuple[Entry, ...]:
@@ -265,7 +262,7 @@ class _Rules:
         return rules
 
     def _entries(self, node: Node) -> Iterator[Entry]:
-        for item in self._reader.items(node, "a set of rules"):
+        for item in self._reader.plain(list, node, "a set of rules"):
             if not isinstance(item.value, dict):
                 self._reader.fault(item.line, "a rule is a table of keys and values")
             elif "rules" in item.value:
@@ -275,7 +272,7 @@ class _Rules:
 
     def _block(self, node: Node, table: Mapping[str, Node]) -> Block:
         reader, outer, used = self._reader, self._reader.variables, self._reader.used
-        reader.keys(table, ("for", *dict.fromkeys(self._prefixes), "rules", "if"), "a block")
+        reader.table(node, "a block", ("for", *dict.fromkeys(self._prefixes), "rules", "if"))
         loops = self._loops(table)
         reader.variables, reader.used = outer | loops.keys(), set()
         empty = Node(node.line, node.line, "")
@@ -317,33 +314,29 @@ class _Rules:
             return
         name = found[0]
         verb = self._verbs[name]
-        keys = ("into", *verb.keys) if verb.into else verb.keys
-        allowed = (name, *(key.rstrip("?") for key in keys), "if")
-        reader.keys(table, allowed, f"`{name}`")
+        keys = (name, *(("into",) if verb.into else ()), *verb.keys)
+        reader.table(node, f"`{name}`", (*(key.rstrip("?") for key in keys), "if"))
         for key in keys:
             if not key.endswith("?") and key not in table:
                 reader.fault(node.line, f"`{name}` needs `{key}`")
         values = {
             field: reader.value(kind, table[key], f"`{key}`")
             for key, (field, kind) in _FIELDS.items()
-            if key in table and key in allowed
+            if key in table and (key == "if" or key in keys or f"{key}?" in keys)
         }
         if name in ("keep", "rename", "shapes"):
             yield from self._one_a_name(name, table[name], values.get("condition"))
             return
         values["targets" if name == "fill" else "sources"] = verb.read(reader, table[name])
-        loops = self._loops(table) if "for" in keys else {}
-        if loops:
+        outer = reader.variables
+        if "for" in keys and (loops := self._loops(table)):
             values["variable"], values["count"] = next(iter(loops.items()))
-        if verb.into and "into" in table:
-            outer = reader.variables
             reader.variables |= loops.keys()
+        if verb.into and "into" in table:
             values["targets"] = verb.into(reader, table["into"])
-            reader.variables = outer
+        reader.variables = outer
         rule = Rule(name, reader.where(table[name].key_line), **values)
         self._check_numbers(table, rule)
-        if "for" in keys:
-            self._check_members(table, rule, len(loops))
         yield rule
 
     def _one_a_name(self, verb: str, node: Node, condition: Expression | None) -> Iterator[Rule]:
@@ -362,27 +355,25 @@ class _Rules:
                 yield Rule(verb, where, (), name, shape, condition=condition)
 
     def _check_numbers(self, table: Mapping[str, Node], rule: Rule) -> None:
-        """A fault unless each of several targets has its number of rows."""
+        """Faults unless each of several targets has its number of rows, and each member a name."""
         key = "slots" if "slots" in table else "sizes"
         names, numbers = len(rule.targets), len(rule.numbers)
         if key in table and numbers and names and names != numbers:
             what = f"{names} names in `into`, {numbers} numbers in `{key}`"
             self._reader.fault(table[key].line, what)
-        elif rule.verb == "unstack" and names > 1 and not numbers:
+        if rule.verb != "unstack" or not {"for", "into"} <= table.keys():
+            return
+        loops, line = table["for"].value, table["into"].key_line
+        if names > 1 and not numbers:
             what = f"{names} names in `into`, and no `sizes`"
-            advice = "Say how many rows each of them has."
-            self._reader.fault(table["into"].key_line, what, advice)
-
-    def _check_members(self, table: Mapping[str, Node], rule: Rule, loops: int) -> None:
-        """Faults unless `unstack` has one loop, whose variable tells its targets apart."""
-        if "for" in table and loops != 1:
-            what = f"`for` of `unstack` has {loops} variables, expected one"
+            self._reader.fault(line, what, "Say how many rows each of them has.")
+        if isinstance(loops, dict) and len(loops) != 1:
+            what = f"`for` of `unstack` has {len(loops)} variables, expected one"
             self._reader.fault(table["for"].key_line, what)
         for name in rule.targets:
             if rule.variable and rule.variable not in name.variables:
                 what = f"`{name.text}` does not say which one it is"
-                advice = f"Write {{{rule.variable}}} in it."
-                self._reader.fault(table["into"].key_line, what, advice)
+                self._reader.fault(line, what, f"Write {{{rule.variable}}} in it.")
 
 
 def _targets(rules: Sequence[Entry], prefix: str) -> Iterator[tuple[str, str]]:

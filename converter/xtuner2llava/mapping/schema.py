@@ -23,11 +23,17 @@ from xtuner2llava.mapping.yaml import Document, Node
 SCHEMA = 1
 # What a key that a table does not have is read from.
 ABSENT = Node(1, 1, None)
-_T = TypeVar("_T")
-
-
 # The metadata of a field that has no key: the caller of `bind` gives it, or it keeps its default.
 GIVEN: Mapping[str, None] = {"key": None}
+_T = TypeVar("_T")
+# What the types of plain values are in YAML, and what messages call them.
+_KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a text"),
+    bool: ((bool,), "true or false"),
+    float: ((int, float), "a number"),
+    list: ((list,), "a list"),
+    dict: ((dict,), "a table of keys and values"),
+}
 
 
 def key(name: str) -> Mapping[str, str]:
@@ -67,25 +73,20 @@ class Reader:
 
     def __init__(self, document: Document) -> None:
         self.document = document
+        self.where = document.where
         self.faults: list[Fault] = []
         self.names_read: set[str] = set()
         self.variables: frozenset[str] = frozenset()
         self.used: set[str] = set()
-
-    def where(self, line: int) -> str:
-        return self.document.where(line)
 
     def fault(self, line: int, what: str, advice: str = "") -> None:
         self.faults.append(Fault(self.where(line), what, advice))
 
     def finish(self) -> None:
         """Raises `MappingError` with all faults, if there are any, in the order of their lines."""
-
-        def line(fault: Fault) -> int:
-            digits = fault.where.rpartition(":")[2]
-            return int(digits) if digits.isdecimal() else 0
-
-        raise_faults(MappingError, sorted(self.faults, key=line))
+        lines = {fault: fault.where.rpartition(":")[2] for fault in self.faults}
+        in_order = sorted(lines, key=lambda f: int(lines[f]) if lines[f].isdecimal() else 0)
+        raise_faults(MappingError, in_order)
 
     def root(
         self, kind: type[_T], title: str, besides: Collection[str] = (), **given: object
@@ -107,9 +108,8 @@ class Reader:
 
         It may also have the keys `besides`.
         """
-        table = self.table(node, title)
         keys = [key for key in _keys_of(kind) if key.field not in given]  # type: ignore[arg-type]
-        self.keys(table, (*besides, *(key.name for key in keys)), title)
+        table = self.table(node, title, (*besides, *(key.name for key in keys)))
         values: dict[str, Any] = dict(given)
         if "where" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
             values["where"] = self.where(node.line)
@@ -133,74 +133,50 @@ class Reader:
         if origin is tuple:
             # A single text is a list of one.
             single = arguments[0] is str and node is not ABSENT and not isinstance(node.value, list)
-            items = [node] if single else self.items(node, what)
+            items = [node] if single else self.plain(list, node, what)
             return tuple(self.value(arguments[0], item, what) for item in items)
         if origin is not None and issubclass(origin, Mapping):
             entries = self.table(node, what).items()
             return {key: self.value(arguments[1], value, f"`{key}`") for key, value in entries}
+        if kind in _KINDS:
+            return self.plain(kind, node, what)
         readers: dict[Any, Callable[[Node, str], Any]] = {
-            str: self.text,
-            bool: self.flag,
-            float: self.number,
             Expression: self.expression,
             TextTemplate: self.sentence,
-            object: lambda node, _: self.constant(node),
+            object: lambda node, _: node.data,
         }
         if kind in readers:
             return readers[kind](node, what)
         return self.bind(kind, node, getattr(kind, "TITLE", what))
 
-    def keys(self, table: Mapping[str, Node], allowed: Collection[str], what: str) -> None:
-        """Faults for the keys that `what` does not have."""
-        for key, node in table.items():
-            if key not in allowed:
+    def plain(self, kind: type[_T], node: Node, what: str) -> _T:
+        """A text that is not empty, a number, a list and so on; empty where it is another."""
+        kinds, title = _KINDS[kind]
+        # In Python, true is a number.
+        is_of_kind = isinstance(node.value, kinds) and isinstance(node.value, bool) == (
+            kind is bool
+        )
+        if is_of_kind and node.value != "":
+            return kind(node.value)  # type: ignore[call-arg]
+        if node is not ABSENT:
+            self.fault(node.line, f"{what} is {title}")
+        return kind()
+
+    def table(
+        self, node: Node, what: str, allowed: Collection[str] | None = None
+    ) -> dict[str, Node]:
+        """The entries of a table, with faults for keys that are not among those `allowed`."""
+        table = self.plain(dict, node, what)
+        for key, value in table.items():
+            if allowed is not None and key not in allowed:
                 advice = advice_for(key, [*allowed], f"It has: {', '.join(allowed)}.")
-                self.fault(node.key_line, f"{what} has no key `{key}`", advice)
-
-    def table(self, node: Node, what: str) -> dict[str, Node]:
-        if isinstance(node.value, dict):
-            return node.value
-        self._wrong(node, f"{what} is a table of keys and values")
-        return {}
-
-    def items(self, node: Node, what: str) -> list[Node]:
-        if isinstance(node.value, list):
-            return node.value
-        self._wrong(node, f"{what} is a list")
-        return []
-
-    def text(self, node: Node, what: str) -> str:
-        """A text that is not empty."""
-        if isinstance(node.value, str) and node.value:
-            return node.value
-        self._wrong(node, f"{what} is a text")
-        return ""
-
-    def flag(self, node: Node, what: str) -> bool:
-        if isinstance(node.value, bool):
-            return node.value
-        self._wrong(node, f"{what} is true or false")
-        return False
-
-    def number(self, node: Node, what: str) -> float:
-        if isinstance(node.value, int | float) and not isinstance(node.value, bool):
-            return float(node.value)
-        self._wrong(node, f"{what} is a number")
-        return 0.0
-
-    def constant(self, node: Node) -> object:
-        """The value as plain data: scalars, lists and dictionaries with text keys."""
-        if isinstance(node.value, list):
-            return [self.constant(item) for item in node.value]
-        if isinstance(node.value, dict):
-            return {key: self.constant(value) for key, value in node.value.items()}
-        return node.value
+                self.fault(value.key_line, f"{what} has no key `{key}`", advice)
+        return table
 
     def texts(self, node: Node, what: str, allowed: Collection[str]) -> dict[str, str]:
         """A table of texts with the keys `allowed`."""
-        table = self.table(node, what)
-        self.keys(table, allowed, what)
-        return {key: self.text(value, f"`{key}`") for key, value in table.items()}
+        table = self.table(node, what, allowed)
+        return {key: self.plain(str, value, f"`{key}`") for key, value in table.items()}
 
     def expression(self, node: Node, what: str) -> Expression:
         """A number or an expression; null where it is something else."""
@@ -211,24 +187,23 @@ class Reader:
                 return expression
             except MappingError as error:
                 self.faults.extend(error.faults)
-        else:
-            self._wrong(node, f"{what} is a number or an expression")
+        elif node is not ABSENT:
+            self.fault(node.line, f"{what} is a number or an expression")
         return parse_expression(None, self.where(node.line))
 
     def sentence(self, node: Node, what: str) -> TextTemplate:
         """A text for people, with placeholders for config keys."""
-        template = self._template(node.line, parse_template, self.text(node, what))
+        template = self._template(node.line, parse_template, self.plain(str, node, what))
         self.names_read.update(name.partition(".")[0] for name in template.variables)
         return template
 
     def name(self, text: str, line: int, *, glob: bool = False) -> TextTemplate:
         """A tensor name, whose placeholders are loop variables."""
         name = self._template(line, lambda text: parse_name(text, glob=glob), text)
-        for variable in name.variables:
-            if variable not in self.variables:
-                known = ", ".join(sorted(self.variables)) or "none here"
-                what = f"`{text}`: `{variable}` is not a loop variable"
-                self.fault(line, what, f"Known loop variables: {known}.")
+        for variable in sorted({*name.variables} - self.variables):
+            known = ", ".join(sorted(self.variables)) or "none here"
+            what = f"`{text}`: `{variable}` is not a loop variable"
+            self.fault(line, what, f"Known loop variables: {known}.")
         self.used.update(name.variables)
         return name
 
@@ -238,11 +213,9 @@ class Reader:
         Faults inside the file that is named are that file's.
         """
         node = self.document.table.get(key, ABSENT)
-        name = self.text(node, f"`{key}`")
-        if not name:
-            return None
+        name = self.plain(str, node, f"`{key}`")
         try:
-            return find(name)
+            return find(name) if name else None
         except MappingError as error:
             for fault in error.faults:
                 where = fault.where or self.where(node.line)
@@ -255,7 +228,3 @@ class Reader:
         except ValueError as error:
             self.fault(line, str(error))
             return TextTemplate(text, (text,))
-
-    def _wrong(self, node: Node, what: str) -> None:
-        if node is not ABSENT:
-            self.fault(node.line, what)

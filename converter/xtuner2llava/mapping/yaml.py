@@ -49,6 +49,15 @@ class Node:
     key_line: int
     value: Scalar | list[Node] | dict[str, Node]
 
+    @property
+    def data(self) -> object:
+        """The value as plain data: scalars, lists, and dictionaries with text keys."""
+        if isinstance(self.value, list):
+            return [item.data for item in self.value]
+        if isinstance(self.value, dict):
+            return {key: item.data for key, item in self.value.items()}
+        return self.value
+
 
 @dataclass(frozen=True, slots=True)
 class Document:

@@ -472,7 +472,7 @@ class _Planner:
         return Plan(
             checkpoint=checkpoint,
             mapping=MappingInUse(
-                llm.family.name, becomes.name, format_.name, (*llm.family.files, *format_.files)
+                llm.family.name, becomes.name, format_.name, (*llm.family.files, format_.file)
             ),
             dtype=self.dtype,
             tensors=tensors,

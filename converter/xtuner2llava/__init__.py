@@ -77,9 +77,12 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     """PEP 562."""
     if name == "__version__":
-        from xtuner2llava.metadata.version import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version()
+        try:
+            return version("xtuner2llava")
+        except PackageNotFoundError:
+            return "unknown"
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = next((m for m, names in _MODULES.items() if name in names), "errors")

@@ -9,6 +9,7 @@ publish   OUT.partial becomes OUT, or a commit on the Hub          hub/
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) -> Report:
     """Converts the XTuner checkpoint at `checkpoint` into the folder `out`, see `api.convert`."""
     from xtuner2llava.hub.push import choose_destination
-    from xtuner2llava.metadata.card_template import read_card_template
-    from xtuner2llava.metadata.complete import with_metadata
+    from xtuner2llava.metadata.card import read_card_template
     from xtuner2llava.metadata.finished_output import finished_output
+    from xtuner2llava.metadata.record import with_metadata
 
     destination = choose_destination(options)
     template = read_card_template(options.card_template)
@@ -191,9 +192,12 @@ class _Conversion:
         """Writes the planned files beside the shards, the record of them last."""
         from xtuner2llava.metadata.finished_output import FinishedOutput
         from xtuner2llava.metadata.record import with_closed_record
+        from xtuner2llava.writing.out_record import RECORD_NAME
 
         with self.stages.stage("describe"):
             files = with_closed_record(self.plan.files, written)
             for name, data in files.items():
                 folder.write_bytes(name, data)
-        return FinishedOutput.of(written, files)
+        sizes = {shard.filename: shard.size for shard in written.shards}
+        sizes |= {name: len(data) for name, data in files.items()}
+        return FinishedOutput(sizes, json.loads(files[RECORD_NAME]))

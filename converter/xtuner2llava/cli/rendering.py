@@ -65,12 +65,7 @@ def render_plan(plan: Plan, *, tensors: bool = False) -> str:
 
 def _parts(plan: Plan) -> Iterable[tuple[str, str, str, str]]:
     """A row for each part, and below it a row for all tensors that are made in the same way."""
-    checkpoint = plan.checkpoint
-    parts = {
-        "llm": checkpoint.llm,
-        "visual_encoder": checkpoint.visual_encoder,
-        "projector": checkpoint.projector,
-    }
+    parts = plan.checkpoint.parts
     groups: dict[str, dict[str, list[PlannedTensor]]] = {}
     for planned in plan.tensors:
         how = "copied" if planned.how == "copy" else planned.how

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtuner2llava import __version__
 from xtuner2llava.errors import HubError, VerificationError
 from xtuner2llava.hub.download import list_files
 from xtuner2llava.hub.errors import (
@@ -22,13 +23,7 @@ from xtuner2llava.hub.errors import (
     root_cause,
     with_retries,
 )
-from xtuner2llava.metadata import (
-    CARD_NAME,
-    is_generated,
-    with_extra_keys,
-    with_front_matter_of,
-)
-from xtuner2llava.metadata.version import version
+from xtuner2llava.metadata import CARD_NAME, MARK, merged_card
 from xtuner2llava.options import PushOptions
 from xtuner2llava.storage.json_file import Json
 
@@ -123,7 +118,7 @@ class Upload:
         with hub_errors(destination.repo_id):
             if get_token() is None:
                 raise HubError("needs a token, and there is none", where="the Hub", advice=LOG_IN)
-            self._api = HfApi(library_name="xtuner2llava", library_version=version())
+            self._api = HfApi(library_name="xtuner2llava", library_version=__version__)
             made = with_retries(
                 lambda: self._api.create_repo(
                     destination.repo_id, private=destination.private, exist_ok=True
@@ -275,12 +270,11 @@ class Upload:
             return
         with ours.as_file() as file:
             text = file.read().decode()
-        if not is_generated(text):
+        if MARK not in text:
             return
         path = self._api.hf_hub_download(self.repo_id, CARD_NAME, revision=head)
         theirs = Path(path).read_text(encoding="utf-8", errors="replace")
-        merge = with_extra_keys if is_generated(theirs) else with_front_matter_of
-        merged = merge(theirs, text)
+        merged = merged_card(text, theirs)
         if merged is not None:
             self.add(CARD_NAME, merged.encode("utf-8"))
             return

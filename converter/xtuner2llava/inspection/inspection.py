@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from xtuner2llava.errors import ConversionError, Fault
-from xtuner2llava.inspection.token_advice import Advice, TokenAdviser
+from xtuner2llava.inspection.token_advice import Advice, TokenAdvice
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import InspectOptions
 from xtuner2llava.planning.plan import Fidelity
@@ -138,47 +138,38 @@ class Inspection:
 
 def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, and what it can become with the base models that are here."""
-    artifact, config, training_config = (
-        checkpoint.artifact,
-        checkpoint.llm.config,
-        checkpoint.training_config,
-    )
+    config, training_config = checkpoint.llm.config, checkpoint.training_config
     formats = Catalogue.shipped().formats
-    found = {name: assess(checkpoint, options.with_format(name)) for name in formats}
-    targets = {name: _target(checkpoint, options, one) for name, one in found.items()}
-    any_found = next(iter(found.values()))
-    advice = tuple(_advice(checkpoint, any_found)) if checkpoint.before_training else ()
+    assessments = [assess(checkpoint, options.with_format(name)) for name in formats]
+    found = assessments[0]  # What holds of the checkpoint is the same for all.
+    tokenizer = found.base_tokenizer
+    recorded = {
+        "llm": (checkpoint.llm.name, checkpoint.llm.folder),
+        "visual_encoder": (checkpoint.visual_encoder.name, checkpoint.visual_encoder.folder),
+        "tokenizer": (
+            checkpoint.training_data.tokenizer.path,
+            tokenizer.folder if tokenizer else None,
+        ),
+    }
+    advice = list(_advice(checkpoint, found)) if checkpoint.before_training else []
     return Inspection(
-        layout=artifact.layout,
-        iteration=artifact.iteration,
-        parts={
-            "llm": _summary(checkpoint.llm),
-            "visual_encoder": _summary(checkpoint.visual_encoder),
-            "projector": _summary(checkpoint.projector),
+        layout=checkpoint.artifact.layout,
+        iteration=checkpoint.artifact.iteration,
+        parts={name: _summary(part) for name, part in checkpoint.parts.items()},
+        bases={
+            n: Base(name, None if folder is None else str(folder))
+            for n, (name, folder) in recorded.items()
         },
-        bases=_bases(checkpoint, any_found),
         llm_architectures=config.architectures if config else (),
-        family=any_found.family.name if any_found.family is not None else None,
+        family=found.family.name if found.family else None,
         training_config={used.name: used.value for used in training_config.used}
         if training_config
         else {},
-        targets=tuple(targets.values()),
+        targets=tuple(_target(checkpoint, options, each) for each in assessments),
         notes=tuple(note for note in _notes(checkpoint) if note not in checkpoint.inexact),
-        advice=tuple(one.sentence for one in advice),
-        lines=tuple(one.line for one in advice if one.line is not None),
+        advice=tuple(sentence for sentence, _ in advice),
+        lines=tuple(line for _, line in advice if line is not None),
     )
-
-
-def _bases(checkpoint: Checkpoint, found: Assessment) -> dict[str, Base]:
-    """What is read of base models, tokenizer and all, beside what the training's records say."""
-    training_config, tokenizer = checkpoint.training_config, found.base_tokenizer
-    named = training_config.data.tokenizer.path if training_config is not None else None
-    parts = {"llm": checkpoint.llm, "visual_encoder": checkpoint.visual_encoder}
-    bases = {
-        name: Base(part.name, None if part.folder is None else str(part.folder))
-        for name, part in parts.items()
-    }
-    return {**bases, "tokenizer": Base(named, None if tokenizer is None else str(tokenizer.folder))}
 
 
 def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -212,20 +203,22 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
     return TargetFormat(found.format, None, found.fidelity, (), found.faults)
 
 
-def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
+def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterator[Advice]:
     """What to change in a config before it trains."""
-    training_config, family, config = checkpoint.training_config, found.family, found.llm_config
-    if training_config is None:
-        return
-    folder, base, tokenizer = checkpoint.llm.folder, found.base_tokenizer, found.tokenizer
-    if family and config and base and tokenizer and folder:
+    family, config, folder = found.family, found.llm_config, checkpoint.llm.folder
+    if family and config and found.base_tokenizer and found.tokenizer and folder:
         path = folder / "generation_config.json"
         generation: dict[str, Json] = {}
         with suppress(ConversionError):
             generation = read_json(path) if path.is_file() else {}
-        stop_words = Catalogue.shipped().stop_words
-        adviser = TokenAdviser(training_config, family, base, tokenizer, stop_words)
-        yield from adviser.advice(config, generation)
+        advisor = TokenAdvice(
+            checkpoint.training_data,
+            family,
+            found.base_tokenizer,
+            found.tokenizer,
+            Catalogue.shipped().stop_words,
+        )
+        yield from advisor.all(generation, config)
 
 
 def _summary(part: Part) -> PartSummary:

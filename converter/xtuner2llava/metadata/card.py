@@ -1,27 +1,24 @@
-"""The card: what the model is made of, how to load it, how it was converted."""
+"""The model card: what the model is made of, how to load it, how it was converted."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-from xtuner2llava.metadata.card_template import CardTemplate
-from xtuner2llava.metadata.front_matter import dump, front_matter
+from xtuner2llava import __version__
+from xtuner2llava.errors import CorruptFileError, Fault, UsageError, raise_faults
+from xtuner2llava.metadata.front_matter import MARK, dump, front_matter, parse, split
 from xtuner2llava.metadata.usage import example_prompt, usage
-from xtuner2llava.metadata.version import version
-from xtuner2llava.options import ConvertOptions, Options, decided
+from xtuner2llava.options import ConvertOptions, Options, PathOrText, decided
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.redaction import hub_id, redact_name, redact_text
 from xtuner2llava.sources import Part
-from xtuner2llava.storage.json_file import integer
+from xtuner2llava.storage.json_file import Json, integer
+from xtuner2llava.storage.small_file import read_plain
 
-CARD_NAME = "README.md"
 _ADVICE = re.compile(r"--[a-z]|Give .*--[a-z]")
-MARK = (
-    "<!-- Written by xtuner2llava. Take this line out to keep your own text when it is pushed "
-    "again. -->"
-)
 _TITLES = {
     "parts": "What it is made of",
     "usage": "Load it",
@@ -29,13 +26,17 @@ _TITLES = {
     "conversion": "How it was converted",
     "caveats": "Caveats",
 }
+# What may stand between {{ and }} in a card of the user's own.
+PLACES = ("name", "summary", *_TITLES)
+_PLACE = re.compile(r"\{\{\s*([\w.-]+)\s*\}\}")
+_MAX_BYTES = 1 << 20
 
 
-def model_card(plan: Plan, options: ConvertOptions, template: CardTemplate | None) -> str:
+def model_card(plan: Plan, options: ConvertOptions, template: str | None) -> str:
     """The text of README.md. It names no path of this machine, and nothing of the training data.
 
     `options` are those of the conversion, to say the command. With `template`, the card is the
-    user's.
+    user's: its places are filled, and metadata that it does not have is added.
     """
     sections = {
         "name": plan.suggested_name,
@@ -48,7 +49,7 @@ def model_card(plan: Plan, options: ConvertOptions, template: CardTemplate | Non
     }
     metadata = front_matter(plan)
     if template is not None:
-        return template.fill(metadata, sections)
+        return _filled(template, metadata, sections)
     text = [f"{dump(metadata)}{MARK}", f"# {sections['name']}", sections["summary"]]
     text += [
         f"## {title}\n\n{sections[name].strip()}"
@@ -58,9 +59,38 @@ def model_card(plan: Plan, options: ConvertOptions, template: CardTemplate | Non
     return "\n\n".join(text) + "\n"
 
 
-def is_generated(text: str) -> bool:
-    """Whether a card is ours to replace."""
-    return MARK in text
+def read_card_template(path: PathOrText | None) -> str | None:
+    """Reads a file of at most 1 MiB. Raises `UsageError` with all that is wrong with it."""
+    if path is None:
+        return None
+    where = f"--card-template {path}"
+    try:
+        text = read_plain(Path(path), _MAX_BYTES).decode("utf-8-sig")
+    except CorruptFileError as error:
+        raise UsageError(error.faults[0].what, where=where) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("cannot be read (it is not UTF-8)", where=where) from error
+    faults = [
+        Fault(where, f"has no place '{name}'", f"Known are {', '.join(PLACES)}.")
+        for name in sorted(set(_PLACE.findall(text)) - set(PLACES))
+    ]
+    yaml_text, _ = split(text)
+    try:
+        parse(yaml_text or "")
+    except ValueError as error:
+        faults.append(Fault(where, f"its metadata between --- lines {error}"))
+    raise_faults(UsageError, faults)
+    return text
+
+
+def _filled(template: str, metadata: Mapping[str, Json], sections: Mapping[str, str]) -> str:
+    """The card, with `sections` in their places and `metadata` where it says nothing."""
+    yaml_text, body = split(template)
+    own = parse(yaml_text or "")
+    missing = {key: value for key, value in metadata.items() if key not in own}
+    added = dump(missing).removeprefix("---\n").removesuffix("---\n") if missing else ""
+    head = f"{yaml_text.rstrip()}\n" if yaml_text and yaml_text.strip() else ""
+    return f"---\n{head}{added}---\n" + _PLACE.sub(lambda m: sections[m[1]].strip(), body)
 
 
 def _for_readers(note: str) -> str:
@@ -135,7 +165,7 @@ def _conversion(plan: Plan, options: ConvertOptions) -> str:
         else ""
     )
     return (
-        f"From an XTuner checkpoint ({artifact.layout}{when}) by xtuner2llava {version()}, with "
+        f"From an XTuner checkpoint ({artifact.layout}{when}) by xtuner2llava {__version__}, with "
         f"the mapping `{plan.mapping.family}` → `{plan.mapping.format}`, in "
         f"{plan.config.get('torch_dtype')}:\n\n"
         f"```console\n$ {_command(plan, options)}\n```\n\n"

@@ -1,4 +1,4 @@
-"""The YAML between the `---` lines of a card: what the Hub files a model under."""
+"""The YAML between the `---` lines of a model card: what the Hub files a model under."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.redaction import hub_id
 from xtuner2llava.storage.json_file import Json
 
+CARD_NAME = "README.md"
+# Of a card without this line, the Hub has its owner's.
+MARK = (
+    "<!-- Written by xtuner2llava. Take this line out to keep your own text when it is pushed "
+    "again. -->"
+)
 # As huggingface_hub finds it (`repocard.py`, REGEX_YAML_BLOCK), with the body apart.
 _BLOCK = re.compile(
     r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL
 )
 _ORDER = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "base_model",
-    "base_model_relation",
-    "datasets",
-    "pipeline_tag",
-    "library_name",
-    "tags",
-)
+    "license license_name license_link language base_model base_model_relation datasets "
+    "pipeline_tag library_name tags"
+).split()
 _MAX_YAML_BYTES = 64 << 10
 _MAX_BRACKETS = 1000
 _MAX_CARD_BYTES = 4 << 20
@@ -61,10 +59,7 @@ def front_matter(plan: Plan) -> dict[str, Json]:
         values["base_model"] = bases
         # Of several bases, the Hub would otherwise say that they were merged.
         values["base_model_relation"] = "finetune"
-    files = (
-        checkpoint.training_config.data.data_files if checkpoint.training_config is not None else ()
-    )
-    names = [PurePath(path).name for path in files]
+    names = [PurePath(path).name for path in checkpoint.training_data.data_files]
     datasets: list[Json] = [*dict.fromkeys(_DATASETS[n] for n in names if n in _DATASETS)]
     if datasets:
         values["datasets"] = datasets
@@ -111,51 +106,36 @@ def dump(values: Mapping[str, Json]) -> str:
     """The YAML of `values`, the usual keys first, between its `---` lines."""
     import yaml
 
-    places = {key: place for place, key in enumerate(_ORDER)}
-    ordered = sorted(values, key=lambda key: (places.get(key, len(places)), key))
-    text = yaml.safe_dump(
-        {key: values[key] for key in ordered}, sort_keys=False, allow_unicode=True, width=1000
-    )
+    ordered = {key: values[key] for key in (*_ORDER, *sorted(values)) if key in values}
+    text = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{text}---\n"
 
 
-def with_front_matter_of(theirs: str, ours: str) -> str | None:
-    """The card `ours` with all metadata of `theirs`; None unless `theirs` is nothing but metadata.
+def merged_card(ours: str, theirs: str) -> str | None:
+    """The card to publish where `theirs` is on the Hub; None where that stays.
 
-    Such cards the Hub makes when a repository is created with a license.
+    Of one that this tool wrote, the metadata that only it has is kept, such as datasets added by
+    hand. All metadata counts of one that has nothing else: such cards the Hub makes when a
+    repository is created with a license. Any other one is its owner's.
     """
-    yaml_text, body = split(theirs)
-    if yaml_text is None or body.strip():
+    (yaml_text, body), is_generated = split(theirs), MARK in theirs
+    if not is_generated and (yaml_text is None or body.strip()):
         return None
+    own_yaml, text = split(ours)
     try:
-        return _with_metadata(ours, {**_metadata(ours), **parse(yaml_text)})
+        own, other = parse(own_yaml or ""), parse(yaml_text or "")
     except ValueError:
-        return None
-
-
-def with_extra_keys(theirs: str, ours: str) -> str:
-    """The card `ours` with the metadata that only `theirs` has, such as datasets added by hand."""
-    try:
-        return _with_metadata(ours, {**_metadata(theirs), **_metadata(ours)})
-    except ValueError:
-        return ours
-
-
-def _metadata(card: str) -> dict[str, Json]:
-    return parse(split(card)[0] or "")
-
-
-def _with_metadata(card: str, values: Mapping[str, Json]) -> str:
-    return dump(values) + split(card)[1]
+        return ours if is_generated else None
+    return dump(other | own if is_generated else own | other) + text
 
 
 def _inherited(folder: Path, llm_id: str | None) -> dict[str, Json]:
     """License and languages of the base LLM, from the card beside its weights."""
-    path = folder / "README.md"
+    path = folder / CARD_NAME
     try:
         if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
             return {}
-        found = _metadata(path.read_text(encoding="utf-8", errors="replace"))
+        found = parse(split(path.read_text(encoding="utf-8", errors="replace"))[0] or "")
     except (OSError, ValueError):
         return {}
     values: dict[str, Json] = {}

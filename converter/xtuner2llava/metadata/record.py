@@ -1,50 +1,81 @@
-"""`conversion.json`: where the output came from, without a path or name of this machine."""
+"""The small files that describe the output; `conversion.json` says where it came from.
+
+None of them has a path or a name of this machine.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from os import PathLike
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from blake3 import blake3
 
-from xtuner2llava.metadata.card import CARD_NAME
-from xtuner2llava.metadata.version import version
-from xtuner2llava.options import Options, decided, defaults
+from xtuner2llava import __version__
+from xtuner2llava.errors import UsageError
+from xtuner2llava.metadata.card import model_card
+from xtuner2llava.metadata.front_matter import CARD_NAME
+from xtuner2llava.options import ConvertOptions, Options, decided, defaults
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.redaction import redact_name, redact_text
+from xtuner2llava.planning.redaction import redact_config, redact_name, redact_text
 from xtuner2llava.sources import Fingerprint, Part
-from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import SourceFile
 from xtuner2llava.writing import Written
+from xtuner2llava.writing.disk import disk_errors
 from xtuner2llava.writing.out_record import RECORD_NAME, TOOL
 
 # 2: BLAKE3 where 1 had SHA-256, and small files as objects, not as bare digests.
 SCHEMA = 2
 
 
-def open_record(plan: Plan, options: Options) -> bytes:
+def with_metadata(plan: Plan, options: ConvertOptions, template: str | None) -> Plan:
+    """`plan` with all files of the output; `with_closed_record` adds what writing says.
+
+    `template` is the user's card. Raises `UsageError` where an XTuner config is to be included and
+    there is none.
+    """
+    files = dict(plan.files)
+    if options.include_xtuner_config:
+        files["xtuner_config.py"] = _xtuner_config(plan, options)
+    files[CARD_NAME] = model_card(plan, options, template).encode("utf-8")
+    plan = replace(plan, files=files)
+    return replace(plan, files={**files, RECORD_NAME: _open_record(plan, options)})
+
+
+def _xtuner_config(plan: Plan, options: ConvertOptions) -> bytes:
+    """The XTuner config as it may be published."""
+    found, given = plan.checkpoint.artifact.config, options.xtuner_config
+    if given is not None:
+        with disk_errors(Path(given), "cannot be read"):
+            found = Path(given).read_text(encoding="utf-8-sig"), str(given)
+    if found is None:
+        raise UsageError(
+            "there is no XTuner config to include",
+            where="--include-xtuner-config",
+            advice="Give it with --xtuner-config.",
+        )
+    return redact_config(*found).encode("utf-8")
+
+
+def _open_record(plan: Plan, options: Options) -> bytes:
     """`conversion.json` as far as it is known before anything is written."""
-    checkpoint = plan.checkpoint
-    parts = {
-        LLM: checkpoint.llm,
-        VISUAL_ENCODER: checkpoint.visual_encoder,
-        PROJECTOR: checkpoint.projector,
-    }
+    checkpoint, config, prompt = plan.checkpoint, plan.checkpoint.training_config, plan.chat.prompt
     return json_bytes(
         {
             "schema": SCHEMA,
-            "tool": {"name": TOOL, "version": version()},
+            "tool": {"name": TOOL, "version": __version__},
             "checkpoint": {
                 "layout": checkpoint.artifact.layout,
                 "iteration": checkpoint.artifact.iteration,
                 "files": _files(checkpoint.artifact.files),
             },
-            "parts": {name: _part(part) for name, part in parts.items()},
+            "parts": {name: _part(part) for name, part in checkpoint.parts.items()},
             "base_files": _files(checkpoint.base_files),
             "mapping": {
                 "family": plan.mapping.family,
@@ -60,20 +91,21 @@ def open_record(plan: Plan, options: Options) -> bytes:
             },
             "chat": {
                 "template": plan.chat.template,
-                "prompt": prompt_text(plan.chat.prompt, "{question}") if plan.chat.prompt else None,
+                "prompt": prompt_text(prompt, "{question}") if prompt else None,
                 "stop_words": list(plan.chat.stop_words),
             },
             "shards": [],
             "files": {
                 name: {"blake3": blake3(data).hexdigest()} for name, data in plan.files.items()
             },
-            "dropped": [
-                {"component": component, "name": d.name, "because": d.because}
-                for component, d in plan.dropped
-            ],
+            "dropped": plan.to_dict()["dropped"],
             "nonfinite": [],
             "notes": [redact_text(note) for note in plan.notes],
-            "xtuner_config": _training_config(plan),
+            "xtuner_config": config
+            and {
+                used.name: redact_name(used.value) if isinstance(used.value, str) else used.value
+                for used in config.used
+            },
         }
     )
 
@@ -111,31 +143,34 @@ def describe(record: Mapping[str, Json], times: Collection[SourceFile] = ()) -> 
     README.md is not among it unless it is made from the user's template: it may be edited, and says
     whether the output was verified. With the `times` of inputs, it holds for this machine only.
     """
-    found = {"the version of xtuner2llava": _text(record, "tool")}
-    chosen = record.get("options")
-    options = chosen if isinstance(chosen, dict) else {}
-    checkpoint = record.get("checkpoint")
-    inputs: dict[str, list[str]] = {}
-    for listed in (_items(checkpoint, "files"), record.get("base_files")):
-        for entry in listed if isinstance(listed, list) else ():
-            if isinstance(entry, dict):
-                mark = f"{entry.get('bytes')} {entry.get('digest')}"
-                inputs.setdefault(f"the input {entry.get('name')}", []).append(mark)
-    for file in sorted(times, key=lambda file: file.path):
-        mark = f"{file.path} {file.size} {file.mtime_ns}"
-        inputs.setdefault(f"the input {file.path.name}", []).append(mark)
-    files = record.get("files")
-    small = {name: json.dumps(d, sort_keys=True) for name, d in files.items()} if isinstance(
-        files, dict) else {}  # fmt: skip
+
+    def told(key: str) -> str:
+        return json.dumps(record.get(key), sort_keys=True)
+
+    options, small = table(record, "options"), table(record, "files")
     if "--card-template" not in options:
-        small.pop(CARD_NAME, None)
+        small = {name: value for name, value in small.items() if name != CARD_NAME}
+    inputs: dict[str, list[str]] = {}
+    marks = [
+        *(
+            (each.get("name"), f"{each.get('bytes')} {each.get('digest')}")
+            for listed in (table(record, "checkpoint").get("files"), record.get("base_files"))
+            for each in tables(listed)
+        ),
+        *(
+            (f.path.name, f"{f.path} {f.size} {f.mtime_ns}")
+            for f in sorted(times, key=attrgetter("path"))
+        ),
+    ]
+    for name, mark in marks:
+        inputs.setdefault(f"the input {name}", []).append(mark)
     rest = ("parts", "mapping", "dtype", "dropped", "notes", "xtuner_config")
     return {
-        **found,
+        "the version of xtuner2llava": told("tool"),
         **{name: str(value) for name, value in {**defaults(), **options}.items()},
-        **{name: ", ".join(marks) for name, marks in inputs.items()},
-        **{f"{key} in conversion.json": _text(record, key) for key in rest},
-        **small,
+        **{name: ", ".join(listed) for name, listed in inputs.items()},
+        **{f"{key} in conversion.json": told(key) for key in rest},
+        **{name: json.dumps(value, sort_keys=True) for name, value in small.items()},
     }
 
 
@@ -144,12 +179,15 @@ def outcome(described: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in described.items() if not k.startswith("--") or k == "--weights"}
 
 
-def _items(value: Json, key: str) -> Json:
-    return value.get(key) if isinstance(value, dict) else None
+def table(values: Mapping[str, Json], key: str) -> dict[str, Json]:
+    """The object under `key` of a record that may be damaged; empty where there is none."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
-def _text(record: Mapping[str, Json], key: str) -> str:
-    return json.dumps(record.get(key), sort_keys=True)
+def tables(value: Json) -> list[dict[str, Json]]:
+    """The objects of a list, likewise."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def _part(part: Part) -> dict[str, Json]:
@@ -173,14 +211,3 @@ def _part(part: Part) -> dict[str, Json]:
 
 def _files(files: Sequence[Fingerprint]) -> list[Json]:
     return [{"name": f.name, "bytes": f.size, "digest": f.digest} for f in files]
-
-
-def _training_config(plan: Plan) -> Json:
-    """What was read from the XTuner config, its paths made publishable."""
-    training_config = plan.checkpoint.training_config
-    if training_config is None:
-        return None
-    return {
-        used.name: redact_name(used.value) if isinstance(used.value, str) else used.value
-        for used in training_config.used
-    }

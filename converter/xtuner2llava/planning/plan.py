@@ -179,16 +179,11 @@ class Plan:
     def to_dict(self) -> dict[str, Json]:
         """The whole plan as JSON: every tensor with its shape, dtype, sources and rule."""
         checkpoint = self.checkpoint
-        parts = {
-            "llm": checkpoint.llm,
-            "visual_encoder": checkpoint.visual_encoder,
-            "projector": checkpoint.projector,
-        }
         shard_of = {e.name: s.filename for s in self.shards.shards for e in s.entries}
         return {
             "checkpoint": str(checkpoint.artifact.path),
             "layout": checkpoint.artifact.layout,
-            "parts": {name: part.origin for name, part in parts.items()},
+            "parts": {name: part.origin for name, part in checkpoint.parts.items()},
             "family": self.mapping.family,
             "becomes": self.mapping.target_class,
             "format": self.mapping.format,

@@ -43,6 +43,10 @@ class Checkpoint:
     before_training: bool = False
 
     @property
+    def parts(self) -> dict[str, Part]:
+        return {LLM: self.llm, VISUAL_ENCODER: self.visual_encoder, PROJECTOR: self.projector}
+
+    @property
     def training_data(self) -> TrainingData:
         """How the training fed the model, as far as a config says it."""
         return TrainingData() if self.training_config is None else self.training_config.data

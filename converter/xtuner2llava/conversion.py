@@ -23,7 +23,7 @@ from xtuner2llava.sources import Checkpoint, open_checkpoint, open_training
 
 if TYPE_CHECKING:
     # Imported where they are used: `plan` and `inspect` start sooner without them.
-    from xtuner2llava.hub.upload import Destination, Pushed, Upload
+    from xtuner2llava.hub.upload import Pushed, Upload
     from xtuner2llava.inspection.inspection import Inspection
     from xtuner2llava.metadata.finished_output import FinishedOutput
     from xtuner2llava.metadata.report import Report
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) -> Report:
     """Converts the XTuner checkpoint at `checkpoint` into the folder `out`, see `api.convert`."""
-    from xtuner2llava.hub.push import choose_destination
+    from xtuner2llava.hub.push import check_destination
     from xtuner2llava.metadata.card import read_card_template
     from xtuner2llava.metadata.finished_output import finished_output
     from xtuner2llava.metadata.record import with_metadata
 
-    destination = choose_destination(options)
+    check_destination(options)
     template = read_card_template(options.card_template)
     stages = Stages()
     opened = _open(checkpoint, options, stages)
@@ -46,12 +46,12 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
         stage.nbytes = planned.nbytes
     if options.on_plan is not None:
         options.on_plan(planned)
-    conversion = _Conversion(Path(out), planned, options, destination, stages)
+    conversion = _Conversion(Path(out), planned, options, stages)
     finished = None if options.overwrite else finished_output(Path(out), planned)
     if finished is not None:
         return conversion.report(finished, None, conversion.push())
-    if destination is not None and options.low_disk:
-        return conversion.write_to_hub(destination)
+    if options.low_disk:
+        return conversion.write_to_hub()
     return conversion.write()
 
 
@@ -77,10 +77,9 @@ def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
 def push(out: PathOrText, repo_id: str, options: PushOptions) -> Pushed:
     """Publishes the folder `out`, see `api.push`."""
     from xtuner2llava.hub.push import push_folder
-    from xtuner2llava.hub.upload import Destination
 
     with Stages().stage("upload") as stage:
-        pushed = push_folder(Path(out), Destination.of(repo_id, options), options)
+        pushed = push_folder(Path(out), repo_id, options)
         stage.nbytes = pushed.nbytes
     return pushed
 
@@ -94,12 +93,11 @@ def _open(checkpoint: PathOrText, options: Options, stages: Stages) -> Checkpoin
 
 @dataclass(frozen=True, slots=True)
 class _Conversion:
-    """A planned conversion into `out`, and where it is published, if it is."""
+    """A planned conversion into `out`, which is published if the options say so."""
 
     out: Path
     plan: Plan
     options: ConvertOptions
-    destination: Destination | None
     stages: Stages
 
     def write(self) -> Report:
@@ -112,31 +110,32 @@ class _Conversion:
         pushed = self.push(tuple(finished.blake3))
         return self.report(finished, written, pushed)
 
-    def write_to_hub(self, destination: Destination) -> Report:
+    def write_to_hub(self) -> Report:
         """Sends each shard and removes it before the next is written: OUT does not appear."""
-        from xtuner2llava.hub.push import publish_small_files
         from xtuner2llava.hub.upload import open_upload
         from xtuner2llava.metadata import CARD_NAME
 
-        with self._folder() as folder, open_upload(destination) as upload:
+        repo_id = str(self.options.push_to_hub)
+        with self._folder() as folder, open_upload(repo_id, self.options) as upload:
             upload.check_card(self.plan.files[CARD_NAME].decode("utf-8"))
             written = self._write(folder, upload)
             finished = self._describe(folder, written)
             with self.stages.stage("publish"):
-                pushed = publish_small_files(upload, folder.path)
+                pushed = upload.commit(folder.path, self.plan.files)
         return self.report(finished, written, pushed)
 
     def push(self, shards: tuple[str, ...] | None = None) -> Pushed | None:
         """Publishes OUT if asked to; it is checked, unless its `shards` were just written."""
-        if self.destination is None:
+        repo_id = self.options.push_to_hub
+        if repo_id is None:
             return None
-        from xtuner2llava.hub.push import publish_converted, push_folder
+        from xtuner2llava.hub.push import push_folder, push_written
 
         with self.stages.stage("upload") as stage:
             if shards is None:
-                pushed = push_folder(self.out, self.destination, self.options)
+                pushed = push_folder(self.out, repo_id, self.options)
             else:
-                pushed = publish_converted(self.out, shards, self.destination, self.options)
+                pushed = push_written(self.out, shards, self.options)
             stage.nbytes = pushed.nbytes
         return pushed
 
@@ -166,7 +165,6 @@ class _Conversion:
         )
 
     def _write(self, folder: OutputFolder, upload: Upload | None) -> Written:
-        from xtuner2llava.hub.push import deliver_to
         from xtuner2llava.options import parse_size
         from xtuner2llava.writing import write_shards
 
@@ -182,7 +180,7 @@ class _Conversion:
                 max_memory=parse_size(options.max_memory),
                 verify=options.verify,
                 executor=options.executor,
-                deliver=None if upload is None else deliver_to(upload),
+                deliver=None if upload is None else upload.deliver,
                 on_progress=on_progress,
             )
             stage.nbytes = sum(shard.size for shard in written.shards)

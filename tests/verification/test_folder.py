@@ -580,13 +580,13 @@ def test_a_tokenizer_that_cannot_be_loaded_here_is_still_counted(
         raise ValueError("requires the protobuf library")
 
     monkeypatch.setattr(tokenizer_check, "load_tokenizer", refuse)
-    monkeypatch.setattr(tokenizer_check, "_has_protobuf", lambda: False)
+    monkeypatch.setattr(tokenizer_check, "has_sentencepiece", lambda: False)
     found = verify(folder).named("tokenizer")
     assert found.result == "skipped" and "sentencepiece and protobuf" in found.detail
     (folder / "added_tokens.json").write_text(json.dumps({"more": 10_000}))
     found = verify(folder).named("tokenizer")
     assert found.result == "FAILED" and "has ids up to 10000" in found.detail
-    monkeypatch.setattr(tokenizer_check, "_has_protobuf", lambda: True)
+    monkeypatch.setattr(tokenizer_check, "has_sentencepiece", lambda: True)
     assert "does not load" in verify(folder).named("tokenizer").detail
 
 

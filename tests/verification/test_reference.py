@@ -147,7 +147,10 @@ def test_the_logits_of_xtuner_itself(
         ({"logits": None}, "logits is missing"),
         ({"logits": numpy.zeros((4, 384), numpy.float16)}, "logits is float16 [4, 384]"),
         ({"logits": numpy.full((4, 384), numpy.nan, numpy.float32)}, "expected finite"),
-        ({"input_ids": numpy.zeros((2, 4), numpy.int64)}, "not one prompt"),
+        (
+            {"input_ids": numpy.zeros((2, 4), numpy.int64)},
+            "int64 [2, 4], expected whole numbers of one",
+        ),
         ({"input_ids": numpy.array([[1, 2, 3]])}, "-200 in input_ids needs pixel_values"),
         ({"input_ids": numpy.array([["a", "b"]])}, "input_ids is <U1 [1, 2]"),
         (

@@ -11,7 +11,7 @@ from xtuner2llava.errors import ConversionError, HubError, UsageError
 
 _T = TypeVar("_T")
 
-LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
 _READ = "log in with `hf auth login` or set HF_TOKEN."
 _AGAIN = "Run the same command again: what the Hub has already is not sent again."
 _FORBIDDEN = "The token may not write there: make one that may, or give an owner that is yours."
@@ -41,6 +41,14 @@ def hub_errors(where: str, kind: type[ConversionError] = HubError) -> Iterator[N
         invalid = isinstance(cause, HFValidationError) and kind is HubError
         what, advice = described
         raise (UsageError if invalid else kind)(what, where=where, advice=advice) from error
+
+
+def require_token() -> None:
+    """Raises `HubError` if there is nothing to log in to the Hub with."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise HubError("needs a token, and there is none", where="the Hub", advice=_LOG_IN)
 
 
 def with_retries(call: Callable[[], _T], tries: int = 3) -> _T:
@@ -109,7 +117,7 @@ def _describe(error: Exception, *, reading: bool) -> tuple[str, str] | None:
         case errors.RevisionNotFoundError():
             return "has no such revision", "Check the name."
         case errors.RepositoryNotFoundError():
-            spelling = f"; for a private one, {_READ}" if reading else f" of the owner. {LOG_IN}"
+            spelling = f"; for a private one, {_READ}" if reading else f" of the owner. {_LOG_IN}"
             what = "is not a repository on the Hub that this token can see"
             return what, f"Check the spelling{spelling}"
         case errors.LocalEntryNotFoundError():
@@ -120,7 +128,7 @@ def _describe(error: Exception, *, reading: bool) -> tuple[str, str] | None:
         server = str(getattr(error, "server_message", None) or "") or first_line
         advice = {CONFLICT: f"Others commit to it at the same time. {again}"}
         advice |= dict.fromkeys(_TRANSIENT, again)
-        advice[401] = f"The token is not valid{f': {_READ}' if reading else f'. {LOG_IN}'}"
+        advice[401] = f"The token is not valid{f': {_READ}' if reading else f'. {_LOG_IN}'}"
         advice[403] = "" if reading else _FORBIDDEN
         return f"the Hub answered {status}: {server[:500]}", advice.get(status, "")
     if isinstance(error, ValueError) and "README.md" in str(error):

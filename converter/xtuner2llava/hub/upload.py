@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,16 +16,17 @@ from xtuner2llava.errors import HubError, VerificationError
 from xtuner2llava.hub.download import list_files
 from xtuner2llava.hub.errors import (
     CONFLICT,
-    LOG_IN,
     http_status,
     hub_errors,
     is_transient,
+    require_token,
     root_cause,
     with_retries,
 )
 from xtuner2llava.metadata import CARD_NAME, MARK, merged_card
 from xtuner2llava.options import PushOptions
 from xtuner2llava.storage.json_file import Json
+from xtuner2llava.writing import WrittenShard
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -37,24 +38,6 @@ _TRIES = 5
 _MAX_PLAIN_BYTES = 16 << 20
 # What earlier conversions wrote: of two models in one folder, loaders take the wrong one.
 _OLD_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """A model repository `owner/name`, or `name` of the user whose token it is.
-
-    It is made if it does not exist, and only then is `private` asked. `revision` is a branch, which
-    is made too; None is the default branch.
-    """
-
-    repo_id: str
-    private: bool = False
-    revision: str | None = None
-    commit_message: str | None = None
-
-    @classmethod
-    def of(cls, repo_id: str, options: PushOptions) -> Destination:
-        return cls(repo_id, options.private, options.revision, options.commit_message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +66,7 @@ class Pushed:
 
 
 @contextmanager
-def open_upload(destination: Destination) -> Iterator[Upload]:
+def open_upload(repo_id: str, options: PushOptions) -> Iterator[Upload]:
     """An upload, during which huggingface_hub shows no bars of its own."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -94,35 +77,33 @@ def open_upload(destination: Destination) -> Iterator[Upload]:
     were_shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        yield Upload(destination)
+        yield Upload(repo_id, options)
     finally:
         if were_shown:
             enable_progress_bars()
 
 
 class Upload:
-    """Files on their way into the repository `destination`, which is made if need be.
+    """Files on their way into the model repository `repo_id`: `owner/name`, or `name` of the user.
 
-    Nothing is visible there before `commit`. What was sent by an earlier attempt is not sent again:
-    the Hub's storage knows files by their content. Raises `HubError`, and `UsageError` for a name
-    that no repository can have.
+    It is made if it does not exist, and only then does `private` of the options count; so is their
+    branch. Nothing is visible there before `commit`. What was sent by an earlier attempt is not
+    sent again: the Hub's storage knows files by their content. Raises `HubError`, and `UsageError`
+    for a name that no repository can have.
     """
 
-    def __init__(self, destination: Destination) -> None:
-        from huggingface_hub import HfApi, get_token
+    def __init__(self, repo_id: str, options: PushOptions) -> None:
+        from huggingface_hub import HfApi
 
-        self._destination = destination
-        self._branch = destination.revision or _MAIN
+        self._options = options
+        self._branch = options.revision or _MAIN
         self._operations: dict[str, CommitOperationAdd] = {}
         self._notes: list[str] = []
-        with hub_errors(destination.repo_id):
-            if get_token() is None:
-                raise HubError("needs a token, and there is none", where="the Hub", advice=LOG_IN)
-            self._api = HfApi(library_name="xtuner2llava", library_version=__version__)
+        self._api = HfApi(library_name="xtuner2llava", library_version=__version__)
+        with hub_errors(repo_id):
+            require_token()
             made = with_retries(
-                lambda: self._api.create_repo(
-                    destination.repo_id, private=destination.private, exist_ok=True
-                )
+                lambda: self._api.create_repo(repo_id, private=options.private, exist_ok=True)
             )
             self.repo_id = made.repo_id
             # A new branch is made with the commit; until then the default one stands for it.
@@ -148,6 +129,11 @@ class Upload:
                 raise ValueError(f"README.md: {'; '.join(messages)}")
             hf_raise_for_status(answer)
 
+    def deliver(self, path: Path, shard: WrittenShard, advance: Callable[[int], None]) -> None:
+        """Sends a shard as soon as it is written."""
+        self.send(path, shard.filename)
+        advance(shard.size)
+
     def send(self, path: Path, name: str) -> None:
         """Sends the file at `path`, which is not needed any more when this returns.
 
@@ -164,7 +150,7 @@ class Upload:
         if operation.path_or_fileobj == b"":  # The Hub has it.
             self._operations[name] = operation
         elif operation.upload_info.size <= _MAX_PLAIN_BYTES:
-            self.add(name, path.read_bytes())
+            self._add(name, path.read_bytes())
         else:
             raise HubError(
                 f"the Hub does not take {name} as a large file",
@@ -172,18 +158,21 @@ class Upload:
                 advice="Do its .gitattributes and .gitignore leave out *.safetensors?",
             )
 
-    def add(self, name: str, data: bytes) -> None:
+    def _add(self, name: str, data: bytes) -> None:
         """Adds a small file to the commit."""
         from huggingface_hub import CommitOperationAdd
 
         self._operations[name] = CommitOperationAdd(path_in_repo=name, path_or_fileobj=data)
 
-    def commit(self) -> Pushed:
-        """Makes all files visible at once, and checks that the Hub shows what was sent.
+    def commit(self, folder: Path, names: Iterable[str]) -> Pushed:
+        """Makes all that was sent visible at once, with the small files `names` of `folder`.
 
         Weights of an earlier model go with the same commit. A README.md on the Hub that its owner
-        wrote stays. Nothing is committed if all of it is there already.
+        wrote stays. Nothing is committed if all of it is there already. Raises `VerificationError`
+        if the Hub then shows anything else.
         """
+        for name in names:
+            self._add(name, (folder / name).read_bytes())
         with hub_errors(self.repo_id):
             if not self._has_branch:
                 self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True)
@@ -200,7 +189,7 @@ class Upload:
             repo_id=self.repo_id,
             revision=self._branch,
             commit=commit,
-            link=page if self._destination.revision is None else f"{page}/tree/{self._branch}",
+            link=page if self._options.revision is None else f"{page}/tree/{self._branch}",
             files=tuple(sorted(self._operations)),
             nbytes=sum(op.upload_info.size for op in self._operations.values()),
             removed=tuple(removed),
@@ -211,7 +200,7 @@ class Upload:
         """The commit that has everything, and what it removed."""
         from huggingface_hub import CommitOperationDelete
 
-        message = self._destination.commit_message or "LLaVA model converted by xtuner2llava"
+        message = self._options.commit_message or "LLaVA model converted by xtuner2llava"
         for attempt in range(1, _TRIES + 1):
             head = self._head()
             there = list_files(self.repo_id, head, recursive=True) if head is not None else {}
@@ -276,7 +265,7 @@ class Upload:
         theirs = Path(path).read_text(encoding="utf-8", errors="replace")
         merged = merged_card(text, theirs)
         if merged is not None:
-            self.add(CARD_NAME, merged.encode("utf-8"))
+            self._add(CARD_NAME, merged.encode("utf-8"))
             return
         del self._operations[CARD_NAME]
         self._notes.append("README.md on the Hub is its owner's own, and stays as it is.")

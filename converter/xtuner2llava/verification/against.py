@@ -78,9 +78,9 @@ def against_checks(
         "bytes": sum(planned.tensor.nbytes for planned in common),
         "differing": [*faults, *differing],
     }
+    # The index depends on the shard size, and is checked against the shards.
+    files = {name: data for name, data in plan.files.items() if name != INDEX_NAME}
     try:
-        # The index depends on the shard size, and is checked against the shards.
-        files = {name: data for name, data in plan.files.items() if name != INDEX_NAME}
         faults = [f for name, data in files.items() if (f := _file_fault(out, name, data))]
         yield Check(FILES, *judge(faults, ", ".join(files)))
     except ConversionError as error:

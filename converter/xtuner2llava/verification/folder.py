@@ -59,6 +59,10 @@ _PREFIXES = {
 }
 
 
+class UnreadableWeights(CorruptFileError):
+    """What needs all tensors of a folder was asked where a weight file is damaged."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConvertedFolder:
     """A folder whose config could be read; `shards` are its readable safetensors files by name.
@@ -79,8 +83,15 @@ class ConvertedFolder:
     damage: Mapping[str, list[str]]
 
     @property
+    def unreadable(self) -> list[str]:
+        """The weight files that could not be read."""
+        return sorted(self.damage.keys() - {RECORD_NAME})
+
+    @property
     def tensors(self) -> dict[str, LazyTensor]:
-        """All tensors by name."""
+        """All tensors by name. Raises `UnreadableWeights`."""
+        if self.unreadable:
+            raise UnreadableWeights(f"{self.unreadable[0]} cannot be read")
         return {n: tensor for shard in self.shards.values() for n, tensor in shard.tensors.items()}
 
     def part(self, part: str) -> dict[str, LazyTensor]:

@@ -15,6 +15,7 @@ WARNING = "warning"
 SKIPPED = "skipped"
 # Checks that others ask for by name.
 TENSORS = "tensors against the checkpoint"
+LOGITS = "logits against the trained model"
 REFERENCE = "logits against the reference"
 
 _SHOWN = 5

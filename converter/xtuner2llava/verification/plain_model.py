@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,12 @@ def new_tower(values: Mapping[str, Json], **others: object) -> Any:
     ours = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
     known = {key: value for key, value in values.items() if key not in ours}
     return classes.CLIPVisionModel(classes.CLIPVisionConfig(**{**known, **others}))
+
+
+def projector_prefixes(names: Iterable[str]) -> list[str]:
+    """The prefixes of the linear layers of a projector, in order: "0.", "2."; "" for one alone."""
+    prefixes = {name.removesuffix("weight").removesuffix("bias") for name in names}
+    return sorted(prefixes, key=lambda prefix: int(prefix.rstrip(".") or 0))
 
 
 def tower_config_of_shapes(shapes: Mapping[str, _Shape]) -> dict[str, Json]:

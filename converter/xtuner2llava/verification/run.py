@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,15 +23,14 @@ from xtuner2llava.errors import (
 )
 from xtuner2llava.hub.download import is_reference
 from xtuner2llava.metadata.stages import Stages
-from xtuner2llava.options import INPUT, OnProgress, PathOrText, SourceOptions, VerifyOptions, flag
+from xtuner2llava.options import INPUT, PathOrText, SourceOptions, VerifyOptions, flag
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.verification.checks import config, names, structure
-from xtuner2llava.verification.checks.privacy import privacy
+from xtuner2llava.verification.checks import config, names, structure, tokenizer
 from xtuner2llava.verification.checks.record import record_checks
-from xtuner2llava.verification.checks.tokenizer import tokenizer_checks
-from xtuner2llava.verification.folder import ConvertedFolder, open_folder
+from xtuner2llava.verification.folder import ConvertedFolder, UnreadableWeights, open_folder
 from xtuner2llava.verification.outcome import (
     FAILED,
+    LOGITS,
     REFERENCE,
     SKIPPED,
     TENSORS,
@@ -61,16 +59,11 @@ _CHECKS: Mapping[str, Callable[[ConvertedFolder], Finding | None]] = {
     "vision tower in the folder": config.tower,
     "generation config": config.generation,
     "image processor": config.image_processor,
-}
-# Those that are skipped where a header cannot be read.
-_OF_TENSORS = (
-    structure.language_model, structure.tower, structure.projector, config.vocabulary, config.tie,
-    config.dtype, config.tower, config.image_processor,
-)  # fmt: skip
-_TEXT_CHECKS: Mapping[str, Callable[[ConvertedFolder], Finding | None]] = {
+    "tokenizer": tokenizer.loads,
+    "bos of the tokenizer": tokenizer.bos,
     "folder name": names.folder_name,
     "mm_vision_tower": names.vision_tower,
-    "no local paths": privacy,
+    "no local paths": names.privacy,
 }
 
 
@@ -87,36 +80,21 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
                  and getattr(options, f.name) != f.default)  # fmt: skip
         what = "says how a checkpoint is read, and without --against none is"
         raise_faults(UsageError, [Fault(flag(name), what) for name in given])
-    repository = fspath(out)
-    if "/" in repository and not Path(out).exists() and is_reference(repository):
+    path, repository = Path(out), fspath(out)
+    if "/" in repository and not path.exists() and is_reference(repository):
         return _verify_published(repository, options)
-    stages = Stages()
+    stages, figures = Stages(), dict[str, Json]()
     with stages.stage("look") as stage:
-        folder, checks = check_folder(Path(out), options)
-        stage.nbytes = _weight_bytes(Path(out))
-    figures: dict[str, Json] = {}
+        folder, checks = check_folder(path, options)
+        stage.nbytes = _weight_bytes(path)
     broken = {c.name for c in checks if c.result == FAILED} & {_CONFIG, _HEADERS}
     if folder is None or broken:
         why = "the folder is damaged, see above"
         asked = {TENSORS: options.against, REFERENCE: options.reference}
         checks += [Check(name, SKIPPED, why) for name, value in asked.items() if value is not None]
-        return Verification(Path(out), tuple(checks), figures)
-    plan: Plan | None = None
-    if options.against is not None:
-        from xtuner2llava.verification.against import against_checks, plan_again
-
-        with stages.stage("plan"):
-            plan = plan_again(fspath(options.against), options, folder)
-        with stages.stage("compare") as stage:
-            checks += against_checks(folder, plan, options, figures)
-            stage.nbytes = plan.nbytes
-    if options.reference is not None or (plan is not None and options.logits):
-        from xtuner2llava.verification.logits import run_checks
-
-        counter = partial(byte_counter, options.on_progress)
-        with stages.stage("logits"):
-            checks += run_checks(folder, plan, options, figures, counter)
-    return Verification(Path(out), tuple(checks), figures)
+    else:
+        checks += _check_at_work(folder, options, stages, figures)
+    return Verification(path, tuple(checks), figures)
 
 
 def check_folder(
@@ -133,44 +111,69 @@ def check_folder(
     checks = []
     if RECORD_NAME in folder.damage:
         checks.append(Check(RECORD_NAME, *judge(folder.damage[RECORD_NAME], "")))
-    checks += _made(_CHECKS, folder)
-    checks += [*tokenizer_checks(folder), *_made(_TEXT_CHECKS, folder)]
-    counter = byte_counter(options.on_progress, "checksums", _weight_bytes(path))
-    checks += [*record_checks(folder, counter, published), *_as_asked(folder, options)]
-    return folder, checks
+    for name, look in _CHECKS.items():
+        checks += _checked(name, _row(name, look, folder))
+    advance = _byte_counter(options, "checksums", _weight_bytes(path))
+    return folder, [*checks, *record_checks(folder, advance, published), *_asked(folder, options)]
 
 
-def _weight_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def _made(
-    table: Mapping[str, Callable[[ConvertedFolder], Finding | None]], folder: ConvertedFolder
+def _check_at_work(
+    folder: ConvertedFolder, options: VerifyOptions, stages: Stages, figures: dict[str, Json]
 ) -> Iterator[Check]:
-    unread = folder.damage.keys() - {RECORD_NAME}
-    for name, look in table.items():
-        try:
-            skip = unread and look in _OF_TENSORS
-            finding = (SKIPPED, f"{min(unread)} cannot be read") if skip else look(folder)
-        except ConversionError as error:
-            yield Check.failed(name, error)
-        else:
-            if finding is not None:
-                yield Check(name, *finding)
+    """The checks with a checkpoint or a reference, where they are given."""
+    plan: Plan | None = None
+    if options.against is not None:
+        from xtuner2llava.verification.against import against_checks, plan_again
+
+        with stages.stage("plan"):
+            plan = plan_again(fspath(options.against), options, folder)
+        with stages.stage("compare") as stage:
+            yield from against_checks(folder, plan, options, figures)
+            stage.nbytes = plan.nbytes
+    if not options.logits and options.reference is None:
+        return
+    from xtuner2llava.verification.logits.reference import read_reference, reference_checks
+    from xtuner2llava.verification.logits.trained import logits_checks
+
+    with stages.stage("logits"):
+        if plan is not None and options.logits:
+            advance, trust = _byte_counter(options, "logits"), options.trust_remote_code
+            yield from _checked(LOGITS, logits_checks(folder, plan, trust, figures, advance))
+        if options.reference is not None:
+            given = read_reference(Path(options.reference))
+            checkpoint = None if plan is None else plan.checkpoint
+            advance = _byte_counter(options, "reference")
+            run = reference_checks(folder, checkpoint, given, figures, advance)
+            yield from _checked(REFERENCE, run)
 
 
-def _as_asked(folder: ConvertedFolder, options: VerifyOptions) -> Iterator[Check]:
+def _row(
+    name: str, look: Callable[[ConvertedFolder], Finding | None], folder: ConvertedFolder
+) -> Iterator[Check]:
+    if finding := look(folder):
+        yield Check(name, *finding)
+
+
+def _checked(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """`checks`; one called `name` if an error ends them."""
+    try:
+        yield from checks
+    except UnreadableWeights as error:
+        yield Check(name, SKIPPED, str(error))
+    except ConversionError as error:
+        yield Check.failed(name, error)
+
+
+def _asked(folder: ConvertedFolder, options: VerifyOptions) -> Iterator[Check]:
     """Whether the folder is what the options ask for."""
     faults = []
     if options.format not in (None, folder.format):
         faults.append(f"it is of format {folder.format}, --format is {options.format}")
     if folder.format == "llava":
-        model_type = folder.config.get("model_type")
-        kind = "llava" if model_type == "llava" else "official"
-        if options.model_type not in (None, kind):
-            faults.append(f"its model_type is {model_type!r}, --model-type is {options.model_type}")
-        tower, wanted = folder.config.get("mm_vision_tower"), options.vision_tower_name
-        if wanted not in (None, tower):
+        kind, tower = folder.config.get("model_type"), folder.config.get("mm_vision_tower")
+        if options.model_type not in (None, "llava" if kind == "llava" else "official"):
+            faults.append(f"its model_type is {kind!r}, --model-type is {options.model_type}")
+        if (wanted := options.vision_tower_name) not in (None, tower):
             faults.append(f"its mm_vision_tower is {tower!r}, --vision-tower-name is {wanted}")
     if faults:
         yield Check("as asked for", *judge(faults, ""))
@@ -202,16 +205,18 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
         raise type(error).from_faults(faults) from error
 
 
-def byte_counter(
-    on_progress: OnProgress | None, stage: str, total: int = 0
-) -> Callable[[int], None]:
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _byte_counter(options: VerifyOptions, stage: str, total: int = 0) -> Callable[[int], None]:
     """Adds up bytes, and reports their sum as the progress of `stage`."""
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if on_progress is not None:
-            on_progress(stage, done, max(total, done))
+        if options.on_progress is not None:
+            options.on_progress(stage, done, max(total, done))
 
     return advance

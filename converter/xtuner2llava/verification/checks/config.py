@@ -15,7 +15,7 @@ from xtuner2llava.planning.image_processor import (
 from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.verification.folder import LLAVA_CLASSES, ConvertedFolder
-from xtuner2llava.verification.outcome import OK, SKIPPED, WARNING, Finding, judge
+from xtuner2llava.verification.outcome import FAILED, OK, SKIPPED, WARNING, Finding, judge
 from xtuner2llava.verification.plain_model import plain_config
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -80,17 +80,16 @@ def vocabulary(out: ConvertedFolder) -> Finding:
 
 def tie(out: ConvertedFolder) -> Finding:
     """Whether tie_word_embeddings says what the tensors are."""
-    flag = bool(getattr(plain_config(out.text), "tie_word_embeddings", False))
+    tied = bool(getattr(plain_config(out.text), "tie_word_embeddings", False))
     if out.format == "hf":
         # The top level counts for the whole model.
-        flag = bool(out.config.get("tie_word_embeddings", flag))
-    has_head = _HEAD in out.part(LLM)
-    faults = []
-    if flag and has_head:
-        faults = ["tie_word_embeddings is true, and lm_head.weight is there, to be overwritten"]
-    elif not flag and not has_head:
-        faults = ["tie_word_embeddings is false, and there is no lm_head.weight"]
-    return judge(faults, "tied, the head is left out" if flag else "not tied, the head is there")
+        tied = bool(out.config.get("tie_word_embeddings", tied))
+    if tied is not (_HEAD in out.part(LLM)):
+        return OK, "tied, the head is left out" if tied else "not tied, the head is there"
+    if tied:
+        what = "tie_word_embeddings is true, and lm_head.weight is there, to be overwritten"
+        return FAILED, what
+    return FAILED, "tie_word_embeddings is false, and there is no lm_head.weight"
 
 
 def dtype(out: ConvertedFolder) -> Finding:
@@ -110,17 +109,19 @@ def tower(out: ConvertedFolder) -> Finding:
     """Whether loaders take the tower's tensors that are in the folder."""
     there = bool(out.part(VISUAL_ENCODER))
     if out.format == "hf":
-        faults = [] if there else ["its tensors are not there"]
-        return judge(faults, "there, as the class needs it")
-    flag = out.config.get("unfreeze_mm_vision_tower")
-    if there and flag is not True:
-        what = "its tensors are there, but unfreeze_mm_vision_tower is not true"
-        return judge([f"{what}, so that LLaVA silently takes those of mm_vision_tower"], "")
-    if not there and flag is not False:
-        return judge(["unfreeze_mm_vision_tower is not false, and its tensors are not there"], "")
-    if not there:
-        return WARNING, "it is not here: LLaVA takes mm_vision_tower, LLaVA-NeXT computes NaN"
-    return OK, "there, with unfreeze_mm_vision_tower: true, which both LLaVA and NeXT load right"
+        found = (OK, "there, as the class needs it")
+        return found if there else (FAILED, "its tensors are not there")
+    match there, out.config.get("unfreeze_mm_vision_tower"):
+        case True, True:
+            what = "which both LLaVA and NeXT load right"
+            return OK, f"there, with unfreeze_mm_vision_tower: true, {what}"
+        case True, _:
+            what = "its tensors are there, but unfreeze_mm_vision_tower is not true"
+            return FAILED, f"{what}, so that LLaVA silently takes those of mm_vision_tower"
+        case False, False:
+            what = "it is not here: LLaVA takes mm_vision_tower, LLaVA-NeXT computes NaN"
+            return WARNING, what
+    return FAILED, "unfreeze_mm_vision_tower is not false, and its tensors are not there"
 
 
 def generation(out: ConvertedFolder) -> Finding:

@@ -1,13 +1,30 @@
-"""Names that decide what LLaVA loads: the folder's own, and `mm_vision_tower`."""
+"""Names: those by which LLaVA loads a folder, and those of the machine that it was made on."""
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath, PureWindowsPath
+import getpass
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from xtuner2llava.mapping import Catalogue, model_name
+from xtuner2llava.metadata import CARD_NAME
 from xtuner2llava.planning.vision_tower import is_known_to_llava
 from xtuner2llava.verification.folder import ConvertedFolder
-from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Finding
+from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Finding, judge
+from xtuner2llava.writing import INDEX_NAME
+from xtuner2llava.writing.out_record import RECORD_NAME
+
+# Written by the converter; all others are copies from the base models.
+_OURS = ("config.json", "generation_config.json", CARD_NAME, RECORD_NAME, INDEX_NAME)
+# Lists of words: "/home" may be a token there.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+_MAX_BYTES = 64 << 20
+# An absolute path of at least two parts that is not the path of a URL, or a Windows one.
+_PATH = re.compile(r"(?<![\w/.:~<-])(?:~?(?:/[\w.@+-]+){2,}|[A-Za-z]:\\{1,2}[\w.@+-]+)")
+_HOME = re.compile(r"(?:/home|/Users|/root)/[\w.@+-]+/|[A-Za-z]:\\{1,2}Users\\")
+# Accounts of machines. Names of less than four letters are words of other texts.
+_NOT_PEOPLE = ("root", "user", "users", "admin", "ubuntu", "runner", "docker", "nobody", "test")
 
 
 def folder_name(out: ConvertedFolder) -> Finding | None:
@@ -44,3 +61,40 @@ def vision_tower(out: ConvertedFolder) -> Finding | None:
     return WARNING, (
         f"LLaVA finds '{value}' only where that path exists: other names begin with openai or laion"
     )
+
+
+def privacy(out: ConvertedFolder) -> Finding:
+    """Absolute paths, homes and this user's name: wrong in our files, a warning in copied ones."""
+    ours, copied, count = list[str](), list[str](), 0
+    for path in out.files():
+        if path.suffix in (".safetensors", ".model") or path.stat().st_size > _MAX_BYTES:
+            continue
+        count += 1
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = [f"{path.name} says '{what}'" for what in _private(text, path.name)]
+        (ours if path.name in _OURS else copied).extend(found)
+    result, detail = judge([*ours, *copied], f"none in {count} text files")
+    return (WARNING, f"copied from the base: {detail}") if copied and not ours else (result, detail)
+
+
+def _private(text: str, file: str) -> Iterator[str]:
+    if file in _VOCABULARIES:
+        yield from (match[0] for match in [_HOME.search(text)] if match)
+        return
+    home = f"{Path.home()}/"
+    if len(home) > 2 and home in text:
+        yield home
+    if match := _PATH.search(text):
+        yield match[0][:80]
+    # As a part of a path, or by itself; not as the owner in a Hub id, where it comes first.
+    user = _user()
+    if user is not None and re.search(rf"(?<=[/\\@]){re.escape(user)}(?![\w-])", text):
+        yield user
+
+
+def _user() -> str | None:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        return None
+    return name if len(name) > 3 and name.lower() not in _NOT_PEOPLE else None

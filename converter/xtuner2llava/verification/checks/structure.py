@@ -18,7 +18,6 @@ from xtuner2llava.verification.plain_model import (
     tower_shapes,
 )
 from xtuner2llava.writing import INDEX_NAME
-from xtuner2llava.writing.out_record import RECORD_NAME
 
 # Dtypes by their place in a file: enum `Dtype` of safetensors `src/tensor.rs`, backwards.
 _ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
@@ -26,10 +25,13 @@ _ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOO
 
 def headers(out: ConvertedFolder) -> Finding:
     """Each header as `safetensors.torch.save_file` writes it, which is stricter than the format."""
-    faults = [f for name, found in out.damage.items() if name != RECORD_NAME for f in found]
+    faults = [fault for name in out.unreadable for fault in out.damage[name]]
     faults += [f"{n}: {fault}" for n, shard in out.shards.items() for fault in _unusual(shard)]
-    count = len(out.shards)
-    return judge(faults, f"{count} file{'s' * (count != 1)}, no holes, ordered, padded")
+    return judge(faults, f"{len(out.shards)} {_files(out)}, no holes, ordered, padded")
+
+
+def _files(out: ConvertedFolder) -> str:
+    return "file" if len(out.shards) == 1 else "files"
 
 
 def _unusual(shard: SafetensorsFile) -> Iterator[str]:
@@ -52,22 +54,26 @@ def _unusual(shard: SafetensorsFile) -> Iterator[str]:
 
 def index(out: ConvertedFolder) -> Finding:
     """The index against the files, both ways; without an index there is one file."""
-    count, readable = len(out.shards), "readable " if out.damage.keys() - {RECORD_NAME} else ""
-    fine = f"{len(out.tensors)} tensors in {count} {readable}file{'s' * (count != 1)}, each once"
-    return judge([*_file_faults(out)], fine)
+    where = {tensor: file for file, shard in out.shards.items() for tensor in shard.tensors}
+    readable = "readable " if out.unreadable else ""
+    fine = f"{len(where)} tensors in {len(out.shards)} {readable}{_files(out)}, each once"
+    return judge([*_other_weights(out, where), *_index_faults(out, where)], fine)
 
 
-def _file_faults(out: ConvertedFolder) -> Iterator[str]:
-    seen: dict[str, str] = {}
+def _other_weights(out: ConvertedFolder, where: Mapping[str, str]) -> Iterator[str]:
+    """Tensors and files of weights that loaders may take instead of others."""
     for file, shard in out.shards.items():
-        for tensor in shard.tensors:
-            if tensor in seen:
-                yield f"{tensor} is in {seen[tensor]} and in {file}"
-            seen[tensor] = file
+        yield from (
+            f"{n} is in {file} and in {where[n]}" for n in shard.tensors if where[n] != file
+        )
     for path in out.files():
         if path.suffix in (".bin", ".pth", ".pt"):
             yield f"{path.name} lies beside the safetensors files"
-    files = sorted([*out.shards, *(name for name in out.damage if name != RECORD_NAME)])
+
+
+def _index_faults(out: ConvertedFolder, where: Mapping[str, str]) -> Iterator[str]:
+    """What the index, if there is one, says wrong of the tensors, which are `where` they are."""
+    files = sorted([*out.shards, *out.unreadable])
     if not (out.path / INDEX_NAME).is_file():
         if files != ["model.safetensors"]:
             found = ", ".join(files) or "no safetensors file"
@@ -85,14 +91,14 @@ def _file_faults(out: ConvertedFolder) -> Iterator[str]:
     yield from (f"{INDEX_NAME} names {n}, which is not there" for n in sorted(named - {*files}))
     yield from (f"{n} is not in {INDEX_NAME}" for n in sorted({*files} - named))
     for tensor, said in weight_map.items():
-        if tensor not in seen and said not in out.damage:
+        if tensor not in where and said not in out.damage:
             yield f"{INDEX_NAME} names {tensor}, which is in no file"
-        elif seen.get(tensor, said) != said:
-            yield f"{tensor} is in {seen[tensor]}, {INDEX_NAME} says {said}"
-    for tensor in sorted({*seen} - {*weight_map}):
-        yield f"{tensor} is in {seen[tensor]}, and not in {INDEX_NAME}"
+        elif where.get(tensor, said) != said:
+            yield f"{tensor} is in {where[tensor]}, {INDEX_NAME} says {said}"
+    for tensor in sorted(where.keys() - weight_map.keys()):
+        yield f"{tensor} is in {where[tensor]}, and not in {INDEX_NAME}"
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    data = sum(tensor.nbytes for tensor in out.tensors.values())
+    data = sum(t.nbytes for shard in out.shards.values() for t in shard.tensors.values())
     if total != data:
         yield f"{INDEX_NAME} says total_size {total}, the tensors have {data} bytes"
 
@@ -120,13 +126,19 @@ def tower(out: ConvertedFolder) -> Finding:
 
 def projector(out: ConvertedFolder) -> Finding:
     """Depth and sizes of the projector against the config and the two models it connects."""
-    depth, named = projector_depth(out)
-    if depth is None:
+    hidden, source = out.text.get("hidden_size"), out.vision or {}
+    if out.format == "hf":
+        depth, named = 2, "LlavaMultiModalProjector has linear_1 and linear_2"
+        vision = source.get("hidden_size")
+    else:
+        kind, vision = (out.config.get(f"mm_{key}") for key in ("projector_type", "hidden_size"))
+        match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", str(kind))
+        depth, named = (
+            int(match[1]) if match else int(kind == "linear"),
+            f"mm_projector_type {kind!r}",
+        )
+    if not depth:
         return judge([f"{named} is not one that LLaVA has"], "")
-    hidden = out.text.get("hidden_size")
-    vision = (
-        out.config.get("mm_hidden_size") if out.vision is None else out.vision.get("hidden_size")
-    )
     if not isinstance(hidden, int) or not isinstance(vision, int):
         return judge([f"sizes are {vision!r} and {hidden!r}"], "")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -140,16 +152,6 @@ def projector(out: ConvertedFolder) -> Finding:
     if token is not None and math.prod(token.shape) != vision:
         faults.append(f"the tower is {math.prod(token.shape)} wide, the config says {vision}")
     return judge(faults, f"{depth} linear layers, as {named} says")
-
-
-def projector_depth(out: ConvertedFolder) -> tuple[int | None, str]:
-    """How many linear layers the config says the projector has, and where it says so."""
-    if out.format == "hf":
-        return 2, "LlavaMultiModalProjector has linear_1 and linear_2"
-    kind = out.config.get("mm_projector_type")
-    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind) if isinstance(kind, str) else None
-    depth = 1 if kind == "linear" else int(match[1]) if match else None
-    return depth, f"mm_projector_type {kind!r}"
 
 
 def _differences(found: Mapping[str, LazyTensor], expected: ClassShapes) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from xtuner2llava.errors import ConversionError
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.tokenizers import read_tokenizer, tokenizer_faults
 from xtuner2llava.verification.folder import ConvertedFolder
-from xtuner2llava.verification.outcome import SKIPPED, WARNING, Check, judge
+from xtuner2llava.verification.outcome import FAILED, SKIPPED, WARNING, Finding, judge
 
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -25,18 +26,17 @@ _MAX_BYTES = 64 << 20
 _SAMPLE = "A picture of 2 cats.\nWhat is it?"
 
 
-def tokenizer_checks(out: ConvertedFolder) -> Iterator[Check]:
+def loads(out: ConvertedFolder) -> Finding:
     """Loads the tokenizer with transformers, without remote code, and counts its tokens."""
-    name, rows = "tokenizer", integer(out.text, "vocab_size") or 0
+    rows = integer(out.text, "vocab_size") or 0
     faults = [*_faults_of_files(out, rows)]
     try:
         tokenizer = load_tokenizer(out.path, out.text.get("model_type"))
     except Exception as error:
         if not lacks_sentencepiece(out.path) or (out.path / "tokenizer.json").is_file():
-            faults = [f"does not load: {type(error).__name__}: {error}"]
+            return FAILED, f"does not load: {type(error).__name__}: {error}"
         what = "loading it needs the packages sentencepiece and protobuf"
-        yield Check(name, *(judge(faults, "") if faults else (SKIPPED, what)))
-        return
+        return judge(faults, "") if faults else (SKIPPED, what)
     ids: Mapping[str, int] = tokenizer.get_vocab()
     highest = max(ids.values(), default=-1)
     if highest >= rows or len(tokenizer) > rows:
@@ -51,16 +51,21 @@ def tokenizer_checks(out: ConvertedFolder) -> Iterator[Check]:
         image = out.config.get("image_token_index", out.config.get("image_token_id"))
         if image not in ids.values():
             faults.append(f"image_token_index {image} is not a token")
-    fine = f"{type(tokenizer).__name__}, {len(tokenizer)} ≤ {rows} rows"
-    yield Check(name, *judge(faults, fine))
-    bos = tokenizer.bos_token
-    if out.text.get("model_type") == "qwen2" and bos is not None:
-        yield Check(
-            "bos of the tokenizer",
-            WARNING,
-            f"it is {bos}: a prompt that begins with it loses the first token of every chunk after "
-            "an image (LLaVA `mm_utils.py`, tokenizer_image_token)",
-        )
+    return judge(faults, f"{type(tokenizer).__name__}, {len(tokenizer)} ≤ {rows} rows")
+
+
+def bos(out: ConvertedFolder) -> Finding | None:
+    """Whether LLaVA drops tokens, as it does with a Qwen2 that has a bos token."""
+    token = None
+    if out.text.get("model_type") == "qwen2":
+        with suppress(ConversionError):  # It does not load.
+            token = read_tokenizer(out.path).special("bos_token")
+    if token is None:
+        return None
+    return WARNING, (
+        f"it is {token}: a prompt that begins with it loses the first token of every chunk after "
+        "an image (LLaVA `mm_utils.py`, tokenizer_image_token)"
+    )
 
 
 def _faults_of_files(out: ConvertedFolder, rows: int) -> Iterator[str]:
@@ -71,9 +76,8 @@ def _faults_of_files(out: ConvertedFolder, rows: int) -> Iterator[str]:
         yield from (fault.what for fault in error.faults)
         return
     yield from tokenizer_faults(tokenizer, out.format)
-    highest = max(tokenizer.ids.values(), default=-1)
-    if highest >= rows:
-        yield f"has ids up to {highest}, the embedding has {rows} rows"
+    if tokenizer.highest_id >= rows:
+        yield f"has ids up to {tokenizer.highest_id}, the embedding has {rows} rows"
 
 
 def load_tokenizer(source: Path, model_type: Json) -> Any:
@@ -115,14 +119,12 @@ def lacks_sentencepiece(folder: Path) -> bool:
 
     transformers reads it with sentencepiece, from 5 on with protobuf.
     """
-    if not (folder / "tokenizer.model").is_file():
-        return False
-    return find_spec("sentencepiece") is None or not _has_protobuf()
+    return (folder / "tokenizer.model").is_file() and not has_sentencepiece()
 
 
-def _has_protobuf() -> bool:
+def has_sentencepiece() -> bool:
     try:
-        return find_spec("google.protobuf") is not None
+        return find_spec("sentencepiece") is not None and find_spec("google.protobuf") is not None
     except ModuleNotFoundError:  # Not even `google`.
         return False
 

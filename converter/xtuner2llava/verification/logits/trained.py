@@ -1,0 +1,152 @@
+"""`verify --logits`: the folder against the trained model, run in its own architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from xtuner2llava.errors import ConversionError, UnsupportedError
+from xtuner2llava.planning.language_model import trained_llm_config
+from xtuner2llava.sources import Checkpoint
+from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.storage.json_file import Json
+from xtuner2llava.verification.folder import ConvertedFolder
+from xtuner2llava.verification.logits.run import (
+    FOLDER,
+    NOISE,
+    NUDGED,
+    ROUNDED,
+    TRAINED,
+    Model,
+    Run,
+    fixed_input,
+)
+from xtuner2llava.verification.logits.streamed import ClipTower, LanguageModel, Weights, rounded
+from xtuner2llava.verification.outcome import FAILED, LOGITS, OK, SKIPPED, Check
+from xtuner2llava.verification.plain_model import plain_config
+
+if TYPE_CHECKING:
+    from xtuner2llava.planning.plan import Plan
+
+# How stored weights are read: rounded, or moved.
+Read = Callable[[Weights], Weights]
+
+_OF_WRONG = "logits of a wrong model differ"
+
+
+def as_stored(weights: Weights) -> Weights:
+    return weights
+
+
+def logits_checks(
+    out: ConvertedFolder,
+    plan: Plan,
+    trust_remote_code: bool,
+    figures: dict[str, Json],
+    advance: Callable[[int], None],
+) -> Iterator[Check]:
+    """Runs both models and compares their logits; `figures` gets the numbers."""
+    folder = folder_model(out, plan.checkpoint)
+    source = partial(_source_model, plan.checkpoint, trust_remote_code)
+    try:
+        trained = source(partial(rounded, dtype=plan.dtype))
+    except UnsupportedError as error:
+        yield Check(LOGITS, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
+        run = Run({FOLDER: folder}, fixed_input(folder), [(FOLDER, FOLDER)], advance)
+        run.run()
+        figures["logits"] = run.to_dict()
+        yield run.wrong_check(FOLDER, 0.0, _OF_WRONG)
+        return
+    models = {ROUNDED: trained, FOLDER: folder}
+    pairs = [(ROUNDED, FOLDER), (ROUNDED, NUDGED)]
+    kinds = {planned.how for planned in plan.tensors}
+    if kinds != {"copy"}:
+        models = {TRAINED: source(as_stored), **models}
+        pairs.append((TRAINED, FOLDER))
+    given, compared = fixed_input(folder, trained), (ROUNDED, FOLDER)
+    run = Run(models, given, pairs, advance, nudged={NUDGED: ROUNDED}, compared=compared)
+    run.run()
+    figures["logits"] = run.to_dict()
+    found = run.distances[ROUNDED, FOLDER]
+    # Equal weights in equal modules give equal bits.
+    exact = trained.language.title == folder.language.title and "compute" not in kinds
+    allowed = 0.0 if exact else NOISE * run.distances[ROUNDED, NUDGED].largest
+    why = "same weights, same class" if exact else f"{NOISE} times the noise of float32"
+    detail = f"{found} over {run.positions} positions; {allowed:.2g} is allowed: {why}"
+    if (far := run.distances.get((TRAINED, FOLDER))) is not None:
+        detail += f"; from {trained.language.title} before rounding to {plan.dtype}: {far}"
+    if found.largest <= allowed:
+        yield Check(LOGITS, OK, detail)
+    else:
+        where = next((name for name, apart in run.stages.items() if not apart <= 0), "the head")
+        yield Check(LOGITS, FAILED, f"{detail}; the first to differ is: {where}")
+    yield run.wrong_check(ROUNDED, allowed, _OF_WRONG)
+
+
+def folder_model(
+    out: ConvertedFolder, checkpoint: Checkpoint | None, read: Read = as_stored
+) -> Model:
+    """The folder as its own config has it. Raises `ConversionError` where it cannot be run.
+
+    Without tensors or a config of its own, the tower is that of `checkpoint`.
+    """
+    key = "mm_vision_select_layer" if out.format == "llava" else "vision_feature_layer"
+    layer = out.config.get(key)
+    if not isinstance(layer, int):
+        raise ConversionError(f"the selected layer is {layer!r}", where="config.json")
+    tower: Weights = out.part(VISUAL_ENCODER)
+    vision = out.vision or {}
+    if checkpoint is not None:
+        tower = tower or checkpoint.visual_encoder.tensors
+        vision = vision or _vision_config(checkpoint)
+    return Model(
+        LanguageModel(plain_config(out.text), read(out.part(LLM))),
+        ClipTower(vision, read(tower), read(out.part(PROJECTOR)), layer),
+    )
+
+
+def _source_model(checkpoint: Checkpoint, trust: bool, read: Read) -> Model:
+    """The trained model in its own architecture. Raises `UnsupportedError` if it cannot be run."""
+    llm, training = checkpoint.llm, checkpoint.training_config
+    assert llm.config is not None  # noqa: S101 - it was planned
+    values = trained_llm_config(llm.config, training)
+    config = _source_config(values, str(llm.config.path.parent), trust)
+    remote = type(config).__module__.startswith("transformers_modules")
+    projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
+    layer = -2 if training is None else training.visual_select_layer
+    tower = read(checkpoint.visual_encoder.tensors)
+    return Model(
+        LanguageModel(config, read(llm.tensors), trust=remote),
+        ClipTower(_vision_config(checkpoint), tower, read(projector), layer),
+    )
+
+
+def _vision_config(checkpoint: Checkpoint) -> Mapping[str, Json]:
+    config = checkpoint.visual_encoder.config
+    assert config is not None  # noqa: S101 - it was planned
+    return config.values
+
+
+def _source_config(values: dict[str, Json], folder: str, trust: bool) -> Any:
+    try:
+        return plain_config(values)
+    except UnsupportedError:
+        remote = values.get("auto_map")
+        if not isinstance(remote, dict) or "AutoModelForCausalLM" not in remote:
+            raise
+    if not trust:
+        named = values.get("architectures")
+        raise UnsupportedError(
+            f"{named} is code beside the base model, and --trust-remote-code was not given"
+        )
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    except Exception as error:
+        raise UnsupportedError(f"its config: {type(error).__name__}: {error}") from error
+    for key, value in values.items():
+        if hasattr(config, key) and key not in ("auto_map", "architectures", "model_type"):
+            setattr(config, key, value)
+    return config

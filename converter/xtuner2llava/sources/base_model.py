@@ -9,32 +9,152 @@ from xtuner2llava.errors import CheckpointError, ConversionError, Fault, Unsuppo
 from xtuner2llava.hub.download import fetch_model, is_reference, local_path
 from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
-from xtuner2llava.storage.weights import (
-    Weights,
-    find_weights,
-    open_weights,
-    quantised,
-)
-
-FLAGS = {LLM: "--llm", VISUAL_ENCODER: "--vision"}
-TITLES = {LLM: "LLM", VISUAL_ENCODER: "vision tower"}
+from xtuner2llava.storage.weights import Weights, find_weights, open_weights, quantised
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedBase:
-    """The name of a base model, and the record that names it: "the XTuner config".
+class BaseModel:
+    """The base model of a part: what the user gave for it, and what the training recorded.
 
-    `folder` has that name and lies beside the checkpoint, where no folder is at `name` itself.
+    `given` counts before `name`, which `record` has: "the XTuner config". Either may be a folder
+    (relative to the working directory, as XTuner takes it) or a Hub repo id. Where no folder is at
+    `name`, `beside` is one of that name near the checkpoint.
     """
 
-    name: str | None
+    part: str
+    checkpoint: Path
+    given: str | None
+    name: str | None = None
     record: str = "the XTuner config"
-    folder: Path | None = None
+    beside: Path | None = None
 
     @property
-    def place(self) -> str | None:
-        """Where it is: a folder or a Hub repo id."""
-        return self.name if self.folder is None else str(self.folder)
+    def title(self) -> str:
+        return {LLM: "LLM", VISUAL_ENCODER: "vision tower"}[self.part]
+
+    @property
+    def flag(self) -> str:
+        return {LLM: "--llm", VISUAL_ENCODER: "--vision"}[self.part]
+
+    @property
+    def recorded_place(self) -> str | None:
+        """The folder or Hub repo id that was recorded."""
+        return self.name if self.beside is None else str(self.beside)
+
+    @property
+    def reference(self) -> str | None:
+        """The folder or Hub repo id to use."""
+        return self.given if self.given is not None else self.recorded_place
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether `find` downloads it."""
+        reference = self.reference
+        return (
+            reference is not None and not local_path(reference).is_dir() and is_reference(reference)
+        )
+
+    def find(self, *, weights: bool) -> Path:
+        """Its folder, downloaded if need be; `weights` says whether these are needed too.
+
+        Raises `ConversionError` if there is none; the message says what names it, and where it was
+        looked for.
+        """
+        reference = self.reference
+        if reference is None:
+            raise UnsupportedError(
+                f"nothing names the base {self.title}, whose config and small files are needed",
+                where=str(self.checkpoint),
+                advice=f"Give its folder or Hub repo id with {self.flag}, or the config of the "
+                "training with --xtuner-config.",
+            )
+        folder = local_path(reference)
+        if folder.is_dir():
+            return folder
+        looked = f"looked for {'there' if folder.is_absolute() else f'in {Path.cwd()}'}"
+        if self.given is not None:
+            where, named = self.flag, f"the base {self.title} '{reference}'"
+        else:
+            where = str(self.checkpoint)
+            named = f"the base {self.title} '{reference}', as {self.record} names it,"
+            looked += " and beside the checkpoint"
+        what = f"{named} is not a folder here ({looked})"
+        advice = f"Give the base model's folder or Hub repo id with {self.flag}."
+        if folder.is_file():
+            what = f"{named} is a file, expected a folder"
+        elif is_reference(reference):
+            try:
+                return fetch_model(reference, weights=weights)
+            except CheckpointError as error:
+                faults = [
+                    Fault(where, f"{what}; {f.where} {f.what}", f"{f.advice} {advice}".strip())
+                    for f in error.faults
+                ]
+                raise type(error).from_faults(faults) from error
+        raise UnsupportedError(what, where=where, advice=advice)
+
+    def read_config(self, folder: Path) -> ModelConfig:
+        """The config in its `folder`. Raises `CheckpointError` if it cannot be used."""
+        if not (folder / "config.json").exists():
+            adapter = (folder / "adapter_config.json").is_file()
+            raise UnsupportedError(
+                "a LoRA adapter, not a base model"
+                if adapter
+                else "has no config.json, as models do",
+                where=str(folder),
+                advice=f"Give the base model's folder or Hub repo id with {self.flag}.",
+            )
+        config = read_model_config(folder)
+        if self.part == LLM:
+            if config.values.get("quantization_config"):
+                raise UnsupportedError(
+                    "a quantised model, whose weights are not those that become the merged model",
+                    where=str(config.path),
+                    advice="Give the unquantised base model with --llm.",
+                )
+            return config
+        kind = config.model_type
+        if kind not in ("clip", "clip_vision_model"):
+            reason = "XTuner's LLaVA trains CLIP towers"
+            if kind is not None and "siglip" in kind:
+                reason = (
+                    "XTuner drops the first patch of a tower without class token, and LLaVA does "
+                    "not"
+                )
+            raise UnsupportedError(
+                f"model_type is {kind!r}, expected a CLIP model: {reason}", where=str(config.path)
+            )
+        return vision_tower_config(config)
+
+    def open(self, folder: Path, *, stream: bool = False) -> Weights:
+        """Its weights in `folder`; with `stream`, those on the Hub, read there as they are needed.
+
+        Headers only are read. Raises `CheckpointError` if there are none, or quantised ones.
+        """
+        found = find_weights(folder)
+        if stream:
+            from xtuner2llava.hub.stream import open_remote
+
+            opened = open_remote(str(self.reference), folder)
+        elif found is not None:
+            opened = open_weights(found)
+        else:
+            raise UnsupportedError(
+                f"has no weights, and the {self.title}'s are needed: it was not trained in full",
+                where=str(folder),
+                advice="Expected model.safetensors or pytorch_model.bin, or their index.",
+            )
+        tensors = opened.tensors
+        if self.part == VISUAL_ENCODER:
+            # A base may be a whole CLIPModel, of which XTuner loads the vision tower.
+            tensors = {n: t for n, t in tensors.items() if n.startswith("vision_model.")}
+        codes = quantised(tensors)
+        if codes is not None:
+            advice = f"Give the unquantised base model with {self.flag}."
+            raise UnsupportedError(codes, where=str(folder), advice=advice)
+        if not tensors:
+            raise UnsupportedError(f"has no {self.title} in it", where=str(found or folder))
+        return Weights(tensors, opened.files)
 
 
 def find_beside(name: str, checkpoint: Path) -> Path | None:
@@ -56,121 +176,8 @@ def find_beside(name: str, checkpoint: Path) -> Path | None:
         return None
 
 
-def find_base(
-    part: str, given: str | None, recorded: RecordedBase, checkpoint: Path, *, weights: bool
-) -> Path:
-    """The folder of the base model of `part`.
-
-    `given` by the user counts before `recorded`; either may be a folder (relative to the working
-    directory, as XTuner takes it) or a Hub repo id. A recorded one may also lie beside the
-    checkpoint. `weights` says whether they are needed too. Raises `ConversionError` if there is no
-    such folder; the message says what names it, and where it was looked for.
-    """
-    reference = given if given is not None else recorded.place
-    flag, title = FLAGS[part], TITLES[part]
-    if reference is None:
-        raise UnsupportedError(
-            f"nothing names the base {title}, whose config and small files are needed",
-            where=str(checkpoint),
-            advice=f"Give its folder or Hub repo id with {flag}, or the config of the training "
-            "with --xtuner-config.",
-        )
-    named = f"the base {title} '{reference}'"
-    where = flag
-    if given is None:
-        named, where = f"{named}, as {recorded.record} names it,", str(checkpoint)
-    advice = f"Give the base model's folder or Hub repo id with {flag}."
-    folder = local_path(reference)
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise UnsupportedError(f"{named} is a file, expected a folder", where=where, advice=advice)
-    looked = f"looked for in {Path.cwd()}" if not folder.is_absolute() else "looked for there"
-    if given is None:
-        looked += " and beside the checkpoint"
-    if not is_reference(reference):
-        raise UnsupportedError(
-            f"{named} is not a folder here ({looked})", where=where, advice=advice
-        )
-    try:
-        return fetch_model(reference, weights=weights)
-    except CheckpointError as error:
-        what = f"{named} is not a folder here ({looked});"
-        faults = [
-            Fault(where, f"{what} {fault.where} {fault.what}", f"{fault.advice} {advice}".strip())
-            for fault in error.faults
-        ]
-        raise type(error).from_faults(faults) from error
-
-
-def is_remote(reference: str | None) -> bool:
-    """Whether `find_base` would download the base model `reference`."""
-    return reference is not None and not local_path(reference).is_dir() and is_reference(reference)
-
-
-def open_streamed(part: str, reference: str, folder: Path) -> Weights:
-    """The weights of a base model on the Hub, read there as they are needed.
-
-    `folder` is where `find_base` put its small files.
-    """
-    from xtuner2llava.hub.stream import open_remote
-
-    return _usable(part, open_remote(reference, folder), folder, str(folder))
-
-
-def read_config(part: str, folder: Path) -> ModelConfig:
-    """The config of the base model in `folder`. Raises `CheckpointError` if it cannot be used."""
-    if not (folder / "config.json").exists():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise UnsupportedError(
-            "a LoRA adapter, not a base model" if adapter else "has no config.json, as models do",
-            where=str(folder),
-            advice=f"Give the base model's folder or Hub repo id with {FLAGS[part]}.",
-        )
-    config = read_model_config(folder)
-    if part == LLM:
-        if config.values.get("quantization_config"):
-            raise UnsupportedError(
-                "a quantised model, whose weights are not those that become the merged model",
-                where=str(config.path),
-                advice="Give the unquantised base model with --llm.",
-            )
-        return config
-    kind = config.model_type
-    if kind not in ("clip", "clip_vision_model"):
-        reason = (
-            "XTuner drops the first patch of a tower without class token, and LLaVA does not"
-            if kind is not None and "siglip" in kind
-            else "XTuner's LLaVA trains CLIP towers"
-        )
-        raise UnsupportedError(
-            f"model_type is {kind!r}, expected a CLIP model: {reason}", where=str(config.path)
-        )
-    return vision_tower_config(config)
-
-
-def open_base(part: str, folder: Path) -> Weights:
-    """The weights of the base model in `folder`; headers only are read."""
-    found = find_weights(folder)
-    if found is None:
-        raise UnsupportedError(
-            f"has no weights, and the {TITLES[part]}'s are needed: it was not trained in full",
-            where=str(folder),
-            advice="Expected model.safetensors or pytorch_model.bin, or their index.",
-        )
-    return _usable(part, open_weights(found), folder, str(found))
-
-
-def _usable(part: str, opened: Weights, folder: Path, where: str) -> Weights:
-    """The tensors of the part. Raises `UnsupportedError` if there are none, or quantised ones."""
-    tensors = opened.tensors
-    if part == VISUAL_ENCODER:
-        # A base may be a whole CLIPModel, of which XTuner loads the vision tower.
-        tensors = {n: t for n, t in tensors.items() if n.startswith("vision_model.")}
-    codes = quantised(tensors)
-    if codes is not None:
-        advice = f"Give the unquantised base model with {FLAGS[part]}."
-        raise UnsupportedError(codes, where=str(folder), advice=advice)
-    if not tensors:
-        raise UnsupportedError(f"has no {TITLES[part]} in it", where=where)
-    return Weights(tensors, opened.files)
+def model_name(name: str | None) -> str | None:
+    """The last component of a model's path or repo id, also where that is a folder of the cache."""
+    parts = Path((name or "").partition("@")[0]).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1]) if parts else None

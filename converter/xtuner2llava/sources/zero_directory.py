@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +65,16 @@ def open_zero_directory(path: Path, weights: str = MASTER) -> Artifact:
     and 2 keep beside them. Raises `CheckpointError` where ranks are missing or do not belong
     together.
     """
-    model_files, optimizer_files = _rank_files(path)
     # Each rank records the shapes of all parameters, mostly in the same bytes.
     pickles: dict[bytes, Value] = {}
-    models = [_RankFile.open(file, pickles) for file in model_files]
-    optimizers = [_RankFile.open(file, pickles) for file in optimizer_files]
+    models, optimizers = (
+        [_RankFile.open(file, pickles) for file in files] for files in _rank_files(path)
+    )
     first, ranks = models[0], len(optimizers) or len(models)
     if optimizers and weights == MASTER:
         stage = _check_ranks(path, models, optimizers)
         layout = f"DeepSpeed ZeRO-{stage} directory, {ranks} ranks, master weights"
-        tensors = _Masters(path, models, optimizers, stage).tensors()
+        tensors = _master_weights(path, models, optimizers, stage)
     else:
         layout = f"DeepSpeed directory, {ranks} ranks, 16-bit module weights"
         tensors = _module_weights(path, first, has_master=bool(optimizers))
@@ -113,19 +113,14 @@ class _RankFile:
             raise CorruptFileError("has no optimizer_state_dict", where=str(self.path))
         return found
 
-    def tensors(
-        self, key: str, known: Mapping[str, LazyTensor] | None = None
-    ) -> dict[str, LazyTensor]:
-        """The tensors in the dict under `key`, but those that are `known`."""
+    def tensors(self, key: str) -> dict[str, LazyTensor]:
+        """The tensors in the dict under `key`."""
         found = self.value.get(key)
-        entries = found.items() if isinstance(found, dict) else ()
         return self.file.tensors(
             {
                 name: reference
-                for name, reference in entries
-                if isinstance(name, str)
-                and isinstance(reference, TensorReference)
-                and name not in (known or {})
+                for name, reference in (found.items() if isinstance(found, dict) else ())
+                if isinstance(name, str) and isinstance(reference, TensorReference)
             }
         )
 
@@ -139,25 +134,47 @@ class _RankFile:
             raise CorruptFileError(f"has no usable '{key}'", where=str(self.path))
         return tensors
 
+    def shapes(self, group: Value) -> list[tuple[str, Shape]]:
+        """Names and shapes of the parameters of a group."""
+        shapes: list[tuple[str, Shape]] = []
+        for name, value in group.items() if isinstance(group, dict) else ():
+            if isinstance(name, str) and isinstance(value, (tuple, list)):
+                shape = tuple(n for n in value if isinstance(n, int) and n >= 0)
+                if len(shape) != len(value):
+                    what = f"{name} has a shape that makes no sense"
+                    raise CorruptFileError(what, where=str(self.path))
+                shapes.append((name, shape))
+        return shapes
+
     @property
     def step(self) -> float | None:
         """The step at which the optimizer was saved, under the key of any stage."""
         for key in ("base_optimizer_state", "optimizer_state_dict"):
-            step: Value = self.optimizer.get(key)
-            step = step.get("state") if isinstance(step, dict) else None
-            step = next(iter(step.values()), None) if isinstance(step, dict) else None
-            step = step.get("step") if isinstance(step, dict) else None
-            if isinstance(step, (int, float)):
-                return float(step)
-            if isinstance(step, TensorReference) and math.prod(step.shape) == 1:
-                tensor = self.file.tensors({"step": step})["step"]
-                for piece in tensor.extents():
-                    if piece.checkable is not None:
-                        require_member(piece.file, piece.checkable)
-                code = _STEP_CODES.get(tensor.dtype.name)
-                data = bytes(read_ranges(tensor.ranges() or ()))
-                return float(struct.unpack(code, data)[0]) if code else None
+            states = _entry(self.optimizer.get(key), "state")
+            first = next(iter(states.values()), None) if isinstance(states, dict) else None
+            match _entry(first, "step"):
+                case int() | float() as step:
+                    return float(step)
+                case TensorReference() as reference if math.prod(reference.shape) == 1:
+                    tensor = self.file.tensors({"step": reference})["step"]
+                    for piece in tensor.extents():
+                        if piece.checkable is not None:
+                            require_member(piece.file, piece.checkable)
+                    code = _STEP_CODES.get(tensor.dtype.name)
+                    data = bytes(read_ranges(tensor.ranges() or ()))
+                    return float(struct.unpack(code, data)[0]) if code else None
         return None
+
+
+def _entry(value: Value, key: str) -> Value:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _largest(value: Value) -> int:
+    """An integer, the largest of a list, or what a member of an enum was made of; else 0."""
+    found = value.arguments if isinstance(value, Record) else value
+    numbers = found if isinstance(found, (list, tuple)) else (found,)
+    return max((n for n in numbers if isinstance(n, int)), default=0)
 
 
 def _rank_files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -165,8 +182,7 @@ def _rank_files(path: Path) -> tuple[list[Path], list[Path]]:
     faults: list[Fault] = []
     found: dict[str, dict[int, Path]] = {"model_states": {}, "optim_states": {}}
     for entry in sorted(path.iterdir()):
-        match = _RANK_FILE.fullmatch(entry.name)
-        if match is None:
+        if (match := _RANK_FILE.fullmatch(entry.name)) is None:
             continue
         if int(match["tensor_parallel"]) > 0:
             raise UnsupportedError(
@@ -194,8 +210,9 @@ def _rank_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 def _check_ranks(path: Path, models: Sequence[_RankFile], optimizers: Sequence[_RankFile]) -> int:
     """The ZeRO stage; raises if ranks are missing, or from other runs or steps than the rest."""
-    stages = {_stage(rank.optimizer.get("zero_stage")) for rank in optimizers}
-    counts = {_partitions(rank.optimizer.get("partition_count")) for rank in optimizers}
+    stages = {_largest(rank.optimizer.get("zero_stage")) for rank in optimizers}
+    # One count a group for ZeRO-1 and 2, where groups of experts can have fewer.
+    counts = {_largest(rank.optimizer.get("partition_count")) for rank in optimizers}
     stage, count = stages.pop(), counts.pop()
     if stages or counts or stage not in (1, 2, 3):
         raise CorruptFileError(
@@ -228,18 +245,6 @@ def _stale(files: Sequence[_RankFile], what: str, values: Sequence[Value]) -> It
             )
 
 
-def _stage(value: Value) -> int:
-    if isinstance(value, Record) and value.arguments:
-        value = value.arguments[0]
-    return value if isinstance(value, int) else 0
-
-
-def _partitions(value: Value) -> int:
-    # One count a group for ZeRO-1 and 2, where groups of experts can have fewer.
-    found = value if isinstance(value, list) else [value]
-    return max((n for n in found if isinstance(n, int)), default=0)
-
-
 def _module_weights(path: Path, model: _RankFile, *, has_master: bool) -> dict[str, LazyTensor]:
     """The 16-bit weights of the module; ZeRO-3 has none, its tensors are empty."""
     references = tensor_references(model.value.get("module"), f"{model.path} (module)")
@@ -254,135 +259,110 @@ def _module_weights(path: Path, model: _RankFile, *, has_master: bool) -> dict[s
     return tensors
 
 
-class _Masters:
-    """The master weights of all parameters, as ranges over the rank files."""
+# A parameter: its name, its shape, and the ranges that start with its elements.
+_Parameter = tuple[str, Shape, DType, list[FileRange]]
 
-    def __init__(
-        self,
-        path: Path,
-        models: Sequence[_RankFile],
-        optimizers: Sequence[_RankFile],
-        stage: int,
-    ) -> None:
-        self._path, self._models, self._stage = path, models, stage
-        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        self._groups = [rank.flat_groups(key) for rank in optimizers]
-        dtypes = {tensor.dtype for rank in self._groups for tensor in rank}
-        if len(dtypes) != 1 or len({len(rank) for rank in self._groups}) != 1:
-            raise CorruptFileError("its ranks have different groups or dtypes", where=str(path))
-        self._dtype: DType = dtypes.pop()
-        self._tensors: dict[str, LazyTensor] = {}
-        self._faults: list[Fault] = []
-        # Parameters of which the ranks do not hold all elements.
-        self._short: list[str] = []
 
-    def tensors(self) -> dict[str, LazyTensor]:
-        """Buffers, frozen and trained parameters, and shared ones under each of their names."""
-        self._add_frozen()
-        if self._stage == 3:
-            self._add_cut_per_rank()
-        else:
-            self._add_cut_groups()
-        if self._short:
-            what = "has more elements than the ranks hold of it"
-            self._faults.append(Fault.about(str(self._path), self._short, what, _COPY_AGAIN))
-        raise_faults(CorruptFileError, self._faults)
-        tensors = self._tensors
-        shared = self._models[0].value.get("shared_params")
-        for name, original in shared.items() if isinstance(shared, dict) else ():
-            if isinstance(name, str) and isinstance(original, str) and original in tensors:
-                tensors[name] = tensors[original]
-        # What no optimizer has: buffers, and before DeepSpeed 0.9 the frozen parameters, of which
-        # the module's 16 bits are all.
-        others = self._models[0].tensors("module", tensors)
-        empty = [name for name, tensor in others.items() if tensor.shape == (0,)]
-        if empty:
-            what = "is in the module, where ZeRO-3 keeps no weights, and in no optimizer state"
-            raise UnsupportedError.from_faults([Fault.about(str(self._path), empty, what)])
-        return {**others, **tensors}
-
-    def _add_frozen(self) -> None:
-        """Frozen parameters, if they were saved: whole (1, 2), or a part in each rank (3)."""
-        ranks = self._models if self._stage == 3 else self._models[:1]
-        fragments = [rank.tensors("frozen_param_fragments") for rank in ranks]
-        absent: list[str] = []
-        for name, shape in self._shapes(self._models[0].value.get("frozen_param_shapes")).items():
-            parts = [rank[name] for rank in fragments if name in rank]
-            if len(parts) != len(fragments):
-                absent.append(name)
-            else:
-                ranges = [piece for part in parts for piece in part.ranges() or ()]
-                self._add(name, shape, parts[0].dtype, ranges)
-        if absent:
-            what = "is frozen, and not in every rank"
-            self._faults.append(Fault.about(str(self._path), absent, what))
-
-    def _add_cut_groups(self) -> None:
-        """ZeRO-1 and 2: each group's partitions, one after the other, hold its parameters."""
-        groups = self._param_shapes()
-        if len(groups) != len(self._groups[0]):
-            raise CorruptFileError(
-                f"names {len(groups)} parameter groups, its optimizer states have "
-                f"{len(self._groups[0])}",
-                where=str(self._path),
-            )
-        alignment = 2 * len(self._groups)
-        for index, shapes in enumerate(groups):
-            ranges = [piece for rank in self._groups for piece in rank[index].ranges() or ()]
-            available = sum(rank[index].rows for rank in self._groups)
-            used = sum(math.prod(shape) for shape in shapes.values())
-            # DeepSpeed pads a group to a multiple of 2 x ranks (zero_to_fp32.py).
-            if math.ceil(used / alignment) != math.ceil(available / alignment):
-                what = f"group {index} has {available:,} elements, its parameters {used:,}"
-                self._faults.append(Fault(str(self._path), what, _COPY_AGAIN))
-                continue
-            offset = 0
-            for name, shape in shapes.items():
-                self._add(name, shape, self._dtype, ranges, offset)
-                offset += math.prod(shape)
-
-    def _add_cut_per_rank(self) -> None:
-        """ZeRO-3: each parameter has a part in every rank, at the same place in each."""
-        by_rank = [[p for group in rank for p in group.ranges() or ()] for rank in self._groups]
-        size, offset = self._dtype.itemsize, 0
-        for shapes in self._param_shapes():
-            for name, shape in shapes.items():
-                part = math.ceil(math.prod(shape) / len(by_rank))
-                pieces = [p for ranges in by_rank for p in cut(ranges, offset * size, part * size)]
-                self._add(name, shape, self._dtype, pieces)
-                offset += part
-        padding = 2 * len(by_rank) * len(self._groups[0])
-        for rank, groups in enumerate(self._groups):
-            elements = sum(group.rows for group in groups)
-            if not offset <= elements <= offset + padding:
-                what = f"rank {rank} has {elements:,} elements, its parameters {offset:,}"
-                self._faults.append(Fault(str(self._path), what, _COPY_AGAIN))
-
-    def _add(
-        self, name: str, shape: Shape, dtype: DType, ranges: Sequence[FileRange], offset: int = 0
-    ) -> None:
-        """Adds the tensor that starts at element `offset` of `ranges`."""
-        pieces = cut(ranges, offset * dtype.itemsize, math.prod(shape) * dtype.itemsize)
+def _master_weights(
+    path: Path, models: Sequence[_RankFile], optimizers: Sequence[_RankFile], stage: int
+) -> dict[str, LazyTensor]:
+    """Buffers, frozen and trained parameters, and shared ones under each of their names."""
+    where, first = str(path), models[0]
+    faults: list[Fault] = []
+    tensors: dict[str, LazyTensor] = {}
+    short: list[str] = []
+    ranks = models if stage == 3 else models[:1]
+    for name, shape, dtype, ranges in (
+        *_frozen(where, ranks, faults),
+        *_trained(where, first, optimizers, stage, faults),
+    ):
         try:
-            self._tensors[name] = Stored(name, dtype, shape, pieces)
+            pieces = cut(ranges, 0, math.prod(shape) * dtype.itemsize)
+            tensors[name] = Stored(name, dtype, shape, pieces)
         except ValueError:
-            self._short.append(name)
+            short.append(name)
+    if short:
+        what = "has more elements than the ranks hold of it"
+        faults.append(Fault.about(where, short, what, _COPY_AGAIN))
+    raise_faults(CorruptFileError, faults)
+    shared = first.value.get("shared_params")
+    for alias, original in shared.items() if isinstance(shared, dict) else ():
+        if isinstance(alias, str) and isinstance(original, str) and original in tensors:
+            tensors[alias] = tensors[original]
+    # What no optimizer has: buffers, and before DeepSpeed 0.9 the frozen parameters, of which the
+    # module's 16 bits are all.
+    others = {n: t for n, t in first.tensors("module").items() if n not in tensors}
+    empty = [name for name, tensor in others.items() if tensor.shape == (0,)]
+    if empty:
+        what = "is in the module, where ZeRO-3 keeps no weights, and in no optimizer state"
+        raise UnsupportedError.from_faults([Fault.about(where, empty, what)])
+    return {**others, **tensors}
 
-    def _param_shapes(self) -> list[dict[str, Shape]]:
-        found = self._models[0].value.get("param_shapes")
-        groups = [self._shapes(group) for group in found] if isinstance(found, list) else []
-        if not any(groups):
-            raise CorruptFileError("has no param_shapes", where=str(self._models[0].path))
-        return groups
 
-    def _shapes(self, group: Value) -> dict[str, Shape]:
-        """Names and shapes of one parameter group."""
-        shapes: dict[str, Shape] = {}
-        for name, value in group.items() if isinstance(group, dict) else ():
-            if isinstance(name, str) and isinstance(value, (tuple, list)):
-                shape = tuple(n for n in value if isinstance(n, int) and n >= 0)
-                if len(shape) != len(value):
-                    where = str(self._models[0].path)
-                    raise CorruptFileError(f"{name} has a shape that makes no sense", where=where)
-                shapes[name] = shape
-        return shapes
+def _frozen(where: str, ranks: Sequence[_RankFile], faults: list[Fault]) -> Iterator[_Parameter]:
+    """Frozen parameters, if they were saved: whole (1, 2), or a part in each rank (3)."""
+    fragments = [rank.tensors("frozen_param_fragments") for rank in ranks]
+    absent: list[str] = []
+    for name, shape in ranks[0].shapes(ranks[0].value.get("frozen_param_shapes")):
+        parts = [rank[name] for rank in fragments if name in rank]
+        if len(parts) == len(fragments):
+            yield name, shape, parts[0].dtype, _ranges(parts)
+        else:
+            absent.append(name)
+    if absent:
+        faults.append(Fault.about(where, absent, "is frozen, and not in every rank"))
+
+
+def _trained(
+    where: str,
+    model: _RankFile,
+    optimizers: Sequence[_RankFile],
+    stage: int,
+    faults: list[Fault],
+) -> Iterator[_Parameter]:
+    """Trained parameters, each at one place in one flat vector, or in all of several.
+
+    With ZeRO-1 and 2, a group's vector is its partitions of all ranks; with ZeRO-3, each rank has
+    one, of its partitions of all groups.
+    """
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    ranks = [rank.flat_groups(key) for rank in optimizers]
+    dtypes = {tensor.dtype for groups in ranks for tensor in groups}
+    if len(dtypes) != 1 or len({len(groups) for groups in ranks}) != 1:
+        raise CorruptFileError("its ranks have different groups or dtypes", where=where)
+    found = model.value.get("param_shapes")
+    shapes = [model.shapes(group) for group in found] if isinstance(found, list) else []
+    if not any(shapes):
+        raise CorruptFileError("has no param_shapes", where=str(model.path))
+    (dtype,) = dtypes
+    by_group = list(zip(*ranks, strict=True))
+    if stage == 3:
+        vectors = {f"rank {index}": groups for index, groups in enumerate(ranks)}
+        work = [([one for group in shapes for one in group], vectors)]
+    elif len(shapes) == len(by_group):
+        work = [
+            (group, {f"group {index}": [*by_group[index]]}) for index, group in enumerate(shapes)
+        ]
+    else:
+        raise CorruptFileError(
+            f"names {len(shapes)} parameter groups, its optimizer states have {len(by_group)}",
+            where=where,
+        )
+    # DeepSpeed pads a group to a multiple of 2 x ranks (zero_to_fp32.py).
+    padding = 2 * len(ranks) * (len(by_group) if stage == 3 else 1)
+    for parameters, vectors in work:
+        ranges, offset = [_ranges(vector) for vector in vectors.values()], 0
+        for name, shape in parameters:
+            part = math.ceil(math.prod(shape) / len(ranges))
+            place = (offset * dtype.itemsize, part * dtype.itemsize)
+            yield name, shape, dtype, [p for vector in ranges for p in cut(vector, *place)]
+            offset += part
+        for title, vector in vectors.items():
+            elements = sum(tensor.rows for tensor in vector)
+            if not offset <= elements < offset + padding:
+                what = f"{title} has {elements:,} elements, its parameters {offset:,}"
+                faults.append(Fault(where, what, _COPY_AGAIN))
+
+
+def _ranges(tensors: Sequence[LazyTensor]) -> list[FileRange]:
+    return [piece for tensor in tensors for piece in tensor.ranges() or ()]

@@ -61,7 +61,8 @@ def test_the_wheel_carries_code_mappings_and_the_typing_marker(wheel: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "converter"
-    code = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    kinds = ("*.py", "*.jinja")
+    code = {p.relative_to(package).as_posix() for kind in kinds for p in package.rglob(kind)}
     assert names == code | {f"xtuner2llava/{path}" for path in SHIPPED} | {"xtuner2llava/py.typed"}
 
 
@@ -82,6 +83,7 @@ def test_dependencies_are_the_declared_few(installed: Path) -> None:
         "blake3",
         "click",
         "huggingface-hub",
+        "jinja2",
         "pyyaml",
         "safetensors",
         "torch",

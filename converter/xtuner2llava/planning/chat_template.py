@@ -10,6 +10,7 @@ takes its place (InternLM/xtuner `xtuner/dataset/map_fns/template_map_fn.py`,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from string import Formatter
@@ -32,6 +33,25 @@ class Marks:
     prefix: PrefixSpace | None
     specials: Set[str] = frozenset()
 
+    def lead(self, piece: str, before: str) -> str:
+        """The space to write before `piece`, which XTuner encodes by itself, after `before`."""
+        prefix, specials = self.prefix, tuple(self.specials)
+        if prefix is None or not piece or piece.startswith(specials):
+            return ""
+        ends_special = before == IMAGE or before.endswith(specials)
+        added_by_itself = not before or (prefix.everywhere and ends_special)
+        return "" if added_by_itself or (piece.startswith(" ") and not prefix.doubled) else " "
+
+    def lead_of(self, part: _Part, value: str, before: str) -> str:
+        """Jinja that writes the space before a piece, which begins with `part` or with `value`."""
+        if part.field is None:
+            return _text(self.lead(part.text, before))
+        if not self.lead("piece", before):
+            return ""
+        doubled = self.prefix is not None and self.prefix.doubled
+        known = value if doubled else f"{value} and not {value}.startswith(' ')"
+        return f"{{%- if {known} -%}}{_text(' ')}{{%- endif -%}}"
+
 
 def prompt_text(template: PromptTemplate, text: str) -> str | None:
     """One turn with an image and `text`, without the bos token; None if the template has no input.
@@ -51,11 +71,102 @@ def chat_template(template: PromptTemplate, marks: Marks) -> str | None:
     Contents may be texts or lists with texts and images. There is no system text unless the
     conversation has some. Roles are system, user and assistant.
     """
-    parts = _parts(template.instruction, "input")
+    turn = _parts(template.instruction, "input")
     system = _parts(template.system or "{system}", "system")
-    if parts is None or system is None:
+    if turn is None or system is None:
         return None
-    return "".join(line.strip() for line in _Writer(template, marks).lines(parts, system))
+    bos, end = marks.bos or "", template.suffix if template.suffix_as_eos else marks.eos
+    end = end or template.suffix  # What an answer ends with.
+    # What stands before a turn's first piece.
+    follows = bos if not template.suffix_as_eos and bos else template.sep or end
+    written = {
+        "BOS": _text(bos),
+        "BOS AGAIN": "" if template.suffix_as_eos else _text(bos),
+        "SYSTEM": marks.lead_of(system[0], "ns.system", bos)
+        + "".join("{{- ns.system -}}" if part.field else _text(part.text) for part in system),
+        "LEAD OF THE FIRST": marks.lead_of(turn[0], "ns.input", bos),
+        "LEAD": marks.lead_of(turn[0], "ns.input", follows),
+        "TURN": "".join(_turn(turn, marks)),
+        "ANSWER": "".join(_answer(template, marks, turn[-1].text, end)),
+    }
+    text = "".join(line.strip() for line in _TEMPLATE.splitlines())
+    return re.sub(r"<([A-Z ]+)>", lambda found: written[found[1]], text)
+
+
+# A message's content becomes one text, with <image> where its images are. As llava_map_fn does it,
+# images come first, each with a line feed, and there is no space around the rest.
+_TEMPLATE = """\
+{%- set ns = namespace(turn=0, system='', input='', text='') -%}
+{%- for message in messages -%}
+    {%- set ns.text = '' -%}
+    {%- if message['content'] is string -%}
+        {%- set ns.text = message['content'] -%}
+    {%- else -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'text' -%}
+                {%- set ns.text = ns.text + item['text'] -%}
+            {%- else -%}
+                {%- set ns.text = ns.text + '<image>' -%}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- if message['role'] == 'system' -%}
+        {%- set ns.system = ns.text -%}
+    {%- elif message['role'] == 'user' -%}
+        {%- if '<image>' in ns.text -%}
+            {%- set ns.text = ('<image>\\n' * (ns.text.split('<image>') | length - 1)
+            + ns.text.replace('<image>', '') | trim) | trim -%}
+        {%- endif -%}
+        {%- set ns.input = ns.input + ns.text -%}
+        {%- if loop.last or loop.nextitem['role'] != 'user' -%}
+            {%- set ns.turn = ns.turn + 1 -%}
+            {%- if ns.turn == 1 -%}
+                <BOS>
+                {%- if ns.system -%}
+                    <SYSTEM>
+                {%- else -%}
+                    <LEAD OF THE FIRST>
+                {%- endif -%}
+            {%- else -%}
+                <BOS AGAIN>
+                <LEAD>
+            {%- endif -%}
+            <TURN>
+            {%- set ns.input = '' -%}
+        {%- endif -%}
+    {%- elif message['role'] == 'assistant' -%}
+        <ANSWER>
+    {%- else -%}
+        {{ raise_exception('The roles are system, user and assistant') }}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def _turn(parts: list[_Part], marks: Marks) -> Iterator[str]:
+    for part, following in zip(parts, [*parts[1:], _Part("")], strict=True):
+        if part.field == "round":
+            yield "{{- ns.turn -}}"
+        elif part.field is None:
+            yield _text(part.text)
+        else:
+            line_feed, tail = marks.lead("\n", IMAGE), marks.lead(following.text, IMAGE)
+            old, new = _quoted(f"{IMAGE}\n"), _quoted(f"{IMAGE}{line_feed}\n")
+            yield f"{{{{- ns.input{f'.replace({old}, {new})' if line_feed else ''} -}}}}"
+            if tail:
+                yield f"{{%- if ns.input.endswith({_quoted(IMAGE)}) -%}}"
+                yield f"{_text(tail)}{{%- endif -%}}"
+
+
+def _answer(
+    template: PromptTemplate, marks: Marks, instruction_end: str, end: str
+) -> Iterator[str]:
+    yield marks.lead_of(_Part("", "text"), "ns.text", instruction_end)
+    alone = _text(marks.lead(template.suffix, instruction_end))
+    yield f"{{%- if not ns.text -%}}{alone}{{%- endif -%}}" if alone else ""
+    yield "{{- ns.text -}}" + _text(template.suffix)
+    yield _text("" if template.suffix_as_eos else marks.eos or "")
+    yield _text(marks.lead(template.sep, end) + template.sep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,114 +191,6 @@ def _parts(text: str, field: str) -> list[_Part] | None:
         return None
     fields = [part.field for part in parts if part.field is not None]
     return parts if fields.count(field) == 1 and {*fields} <= {field, "round"} else None
-
-
-class _Writer:
-    def __init__(self, template: PromptTemplate, marks: Marks) -> None:
-        self._template, self._marks = template, marks
-
-    def lines(self, parts: list[_Part], system: list[_Part]) -> Iterator[str]:
-        """The template's lines, which have no space of their own at either end."""
-        template, marks = self._template, self._marks
-        bos = marks.bos or ""
-        # What stands before a turn's first piece.
-        follows = bos if not template.suffix_as_eos and bos else template.sep or self._turn_end
-        yield "{%- set ns = namespace(turn=0, system='', input='', text='') -%}"
-        yield "{%- for message in messages -%}"
-        yield from _CONTENT
-        yield "{%- if message['role'] == 'system' -%}{%- set ns.system = ns.text -%}"
-        yield "{%- elif message['role'] == 'user' -%}"
-        yield from _IMAGE_FIRST
-        yield "{%- set ns.input = ns.input + ns.text -%}"
-        yield "{%- if loop.last or loop.nextitem['role'] != 'user' -%}"
-        yield "{%- set ns.turn = ns.turn + 1 -%}"
-        again = "" if template.suffix_as_eos else _text(bos)
-        yield f"{{%- if ns.turn == 1 -%}}{_text(bos)}"
-        yield "{%- if ns.system -%}"
-        yield self._lead_of(system[0], "ns.system", bos)
-        for part in system:
-            yield "{{- ns.system -}}" if part.field else _text(part.text)
-        yield f"{{%- else -%}}{self._lead_of(parts[0], 'ns.input', bos)}{{%- endif -%}}"
-        yield f"{{%- else -%}}{again}"
-        yield f"{self._lead_of(parts[0], 'ns.input', follows)}{{%- endif -%}}"
-        yield from self._turn(parts)
-        yield "{%- set ns.input = '' -%}{%- endif -%}"
-        yield "{%- elif message['role'] == 'assistant' -%}"
-        yield from self._answer(parts[-1].text)
-        yield "{%- else -%}{{ raise_exception('The roles are system, user and assistant') }}"
-        yield "{%- endif -%}{%- endfor -%}"
-
-    def _turn(self, parts: list[_Part]) -> Iterator[str]:
-        for index, part in enumerate(parts):
-            if part.field == "round":
-                yield "{{- ns.turn -}}"
-            elif part.field is None:
-                yield _text(part.text)
-            else:
-                after = parts[index + 1].text if index + 1 < len(parts) else ""
-                line_feed, tail = self._lead("\n", IMAGE), self._lead(after, IMAGE)
-                old, new = _quoted(f"{IMAGE}\n"), _quoted(f"{IMAGE}{line_feed}\n")
-                yield f"{{{{- ns.input{f'.replace({old}, {new})' if line_feed else ''} -}}}}"
-                if tail:
-                    yield f"{{%- if ns.input.endswith({_quoted(IMAGE)}) -%}}"
-                    yield f"{_text(tail)}{{%- endif -%}}"
-
-    def _answer(self, instruction_end: str) -> Iterator[str]:
-        template = self._template
-        yield self._lead_of(_Part("", "text"), "ns.text", instruction_end)
-        alone = _text(self._lead(template.suffix, instruction_end))
-        yield f"{{%- if not ns.text -%}}{alone}{{%- endif -%}}" if alone else ""
-        yield "{{- ns.text -}}" + _text(template.suffix)
-        yield _text("" if template.suffix_as_eos else self._marks.eos or "")
-        yield _text(self._lead(template.sep, self._turn_end) + template.sep)
-
-    @property
-    def _turn_end(self) -> str:
-        """What an answer ends with."""
-        if self._template.suffix_as_eos:
-            return self._template.suffix
-        return self._marks.eos or self._template.suffix
-
-    def _lead_of(self, part: _Part, value: str, before: str) -> str:
-        """Jinja that writes the space before a piece, which begins with `part` or with `value`."""
-        if part.field is None:
-            return _text(self._lead(part.text, before))
-        if not self._lead("piece", before):
-            return ""
-        doubled = self._marks.prefix is not None and self._marks.prefix.doubled
-        known = value if doubled else f"{value} and not {value}.startswith(' ')"
-        return f"{{%- if {known} -%}}{_text(' ')}{{%- endif -%}}"
-
-    def _lead(self, piece: str, before: str) -> str:
-        """The space to write before `piece`, which XTuner encodes by itself, after `before`."""
-        prefix = self._marks.prefix
-        if prefix is None or not piece or self._starts_special(piece):
-            return ""
-        added_by_itself = not before or (prefix.everywhere and self._ends_special(before))
-        return "" if added_by_itself or (piece.startswith(" ") and not prefix.doubled) else " "
-
-    def _starts_special(self, text: str) -> bool:
-        return any(text.startswith(token) for token in self._marks.specials)
-
-    def _ends_special(self, text: str) -> bool:
-        return text == IMAGE or any(text.endswith(token) for token in self._marks.specials)
-
-
-# A message's content as one text, with <image> where its images are.
-_CONTENT = (
-    "{%- set ns.text = '' -%}",
-    "{%- if message['content'] is string -%}{%- set ns.text = message['content'] -%}",
-    "{%- else -%}{%- for item in message['content'] -%}",
-    "{%- if item['type'] == 'text' -%}{%- set ns.text = ns.text + item['text'] -%}",
-    f"{{%- else -%}}{{%- set ns.text = ns.text + '{IMAGE}' -%}}{{%- endif -%}}",
-    "{%- endfor -%}{%- endif -%}",
-)
-# As llava_map_fn does it: images first, each with a line feed, and no space around the rest.
-_IMAGE_FIRST = (
-    f"{{%- if '{IMAGE}' in ns.text -%}}",
-    f"{{%- set ns.text = ('{IMAGE}\\n' * (ns.text.split('{IMAGE}') | length - 1)",
-    f" + ns.text.replace('{IMAGE}', '') | trim) | trim -%}}{{%- endif -%}}",
-)
 
 
 def _quoted(text: str) -> str:

@@ -11,6 +11,7 @@ import re
 import warnings
 from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.planning.vision_tower import PUBLISHED
@@ -120,53 +121,34 @@ def redact_config(text: str, where: str) -> str:
 
 
 class _Scrub(ast.NodeTransformer):
-    """Replaces strings, knowing under which name each stands."""
+    """Replaces strings that stand under `name`."""
 
-    def __init__(self) -> None:
-        self._name = ""
+    def __init__(self, name: str = "") -> None:
+        self._name = name
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        target = node.targets[0]
-        node.value = self._under(target.id if isinstance(target, ast.Name) else "", node.value)
+    def visit(self, node: Any) -> Any:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name), *_]) | ast.keyword(arg=str(name)):
+                node.value = _Scrub(name).visit(node.value)
+            case ast.Assign() | ast.keyword():
+                node.value = _Scrub().visit(node.value)
+            case ast.Dict():
+                names = [str(k.value) if isinstance(k, ast.Constant) else self._name
+                         for k in node.keys]  # fmt: skip
+                pairs = zip(names, node.values, strict=True)
+                node.values = [_Scrub(name).visit(value) for name, value in pairs]
+            case ast.Constant(value=str(text)):
+                return ast.Constant(self._published(text))
+            case ast.Constant(value=bytes()) | ast.JoinedStr():
+                return ast.Constant(LEFT_OUT)
+            case _:
+                return self.generic_visit(node)
         return node
-
-    def visit_keyword(self, node: ast.keyword) -> ast.AST:
-        node.value = self._under(node.arg or "", node.value)
-        return node
-
-    def visit_Dict(self, node: ast.Dict) -> ast.AST:
-        node.values = [
-            self._under(
-                str(key.value) if isinstance(key, ast.Constant) else self._name,
-                value,
-            )
-            for key, value in zip(node.keys, node.values, strict=True)
-        ]
-        return node
-
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        if isinstance(node.value, str):
-            return ast.copy_location(ast.Constant(self._published(node.value)), node)
-        if isinstance(node.value, bytes):
-            return ast.copy_location(ast.Constant(LEFT_OUT), node)
-        return node
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
-        return ast.copy_location(ast.Constant(LEFT_OUT), node)
-
-    def _under(self, name: str, value: ast.expr) -> ast.expr:
-        outer, self._name = self._name, name
-        try:
-            visited = self.visit(value)
-        finally:
-            self._name = outer
-        assert isinstance(visited, ast.expr)  # noqa: S101 - expressions become expressions
-        return visited
 
     def _published(self, text: str) -> str:
         if _MODELS.search(self._name):
             return redact_name(text)
         private = _PRIVATE.search(self._name) and not _HARMLESS.search(self._name)
-        if private or (_PATH.fullmatch(text) and ("/" in text or "\\" in text)):
+        if private or _PATH.fullmatch(text):
             return LEFT_OUT
         return _INSIDE.sub(LEFT_OUT, text)

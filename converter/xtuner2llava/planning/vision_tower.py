@@ -169,27 +169,42 @@ def vision_tower_name(
     Raises `UsageError` where LLaVA would silently compute something else with the name, and where
     only an absolute path is known, which must not be published.
     """
-    if given is not None:
-        return _given(given, tower, processor)
-    if recorded is not None and recorded in PUBLISHED:
-        differences = PUBLISHED[recorded].differences(tower, processor)
-        if differences.listed:
-            raise _unfit(f"the tower is recorded as '{recorded}'", differences)
-        return VisionTowerName(recorded)
-    if recorded is not None and _HUB_ID.fullmatch(recorded) and not Path(recorded).exists():
-        return VisionTowerName(recorded)
-    what = "no name is recorded" if recorded is None else f"the tower is known here as '{recorded}'"
-    is_local = recorded is not None and _is_absolute(recorded)
-    agreeing = well_known(tower, processor)
+    name = recorded if given is None else given.rstrip("/")  # The Hub has no such names.
+    is_local = name is not None and _is_absolute(name)
+    if given is not None and is_local:
+        raise UsageError(
+            f"'{given}' is a path of one machine, which must not be published",
+            where="--vision-tower-name",
+            advice=_ADVICE,
+        )
+    if name is not None and name in PUBLISHED:
+        differences = PUBLISHED[name].differences(tower, processor)
+        if not differences.listed:
+            return VisionTowerName(name)
+        if given is not None and differences.of_shape:
+            said = f"{KEY} is '{name}', as asked, and LLaVA cannot load this tower by it"
+            return VisionTowerName(name, f"{said}: {differences.listed}.")
+        what = "--vision-tower-name is" if given is not None else "the tower is recorded as"
+        raise UsageError(
+            f"{what} '{name}', but LLaVA would load another config or image processor from there: "
+            f"{differences.listed}",
+            where=KEY,
+            advice=_ADVICE,
+        )
+    if name is not None and given is not None:
+        return VisionTowerName(name, None if is_known_to_llava(name) else _unknown(name))
+    if name is not None and _HUB_ID.fullmatch(name) and not Path(name).exists():
+        return VisionTowerName(name)
+    agreeing, nearest = well_known(tower, processor), _nearest(tower, processor)
     if agreeing is not None and writes_tower:
+        what = "no name is recorded" if name is None else f"the tower is known here as '{name}'"
         return VisionTowerName(
             agreeing,
             f"{KEY} is '{agreeing}': its config and image processor, which is all that LLaVA takes "
             f"from there, are this tower's; {'a path is recorded' if is_local else what}.",
         )
-    nearest = _nearest(tower, processor)
-    if recorded is not None and not is_local:
-        return VisionTowerName(recorded, f"{_unknown(recorded)} {nearest}".strip())
+    if name is not None and not is_local:
+        return VisionTowerName(name, f"{_unknown(name)} {nearest}".strip())
     raise UsageError(
         "the vision tower is known only by a path of this machine, which must not be published"
         if is_local
@@ -210,39 +225,10 @@ def is_known_to_llava(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None or "ShareGPT4V" in name
 
 
-def _given(name: str, tower: Mapping[str, Json], processor: Mapping[str, Json]) -> VisionTowerName:
-    """The user's name, unless it is known to make LLaVA compute something else silently."""
-    if _is_absolute(name):
-        raise UsageError(
-            f"'{name}' is a path of one machine, which must not be published",
-            where="--vision-tower-name",
-            advice=_ADVICE,
-        )
-    name = name.rstrip("/")  # The Hub has no such names.
-    if name not in PUBLISHED:
-        return VisionTowerName(name, None if is_known_to_llava(name) else _unknown(name))
-    differences = PUBLISHED[name].differences(tower, processor)
-    if not differences.listed:
-        return VisionTowerName(name)
-    if not differences.of_shape:
-        raise _unfit(f"--vision-tower-name is '{name}'", differences)
-    said = f"{KEY} is '{name}', as asked, and LLaVA cannot load this tower by it"
-    return VisionTowerName(name, f"{said}: {differences.listed}.")
-
-
 def _unknown(name: str) -> str:
     return (
         f"{KEY} is '{name}'. LLaVA and LLaVA-NeXT find that only where it exists as a path: of "
         "names, they take those that start with openai or laion. --vision-tower-name gives another."
-    )
-
-
-def _unfit(what: str, differences: _Differences) -> UsageError:
-    return UsageError(
-        f"{what}, but LLaVA would load another config or image processor from there: "
-        f"{differences.listed}",
-        where=KEY,
-        advice=_ADVICE,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from builders.families.models import KINDS, SIZES
 from reference.measured import Measured
 from xtuner2llava.errors import MappingError, UnsupportedError
-from xtuner2llava.mapping import Catalogue, check_file
+from xtuner2llava.mapping import Catalogue
 
 FOLDER = Path(__file__).parents[2] / "mappings"
 CATALOGUE = Catalogue(FOLDER)
@@ -360,11 +360,11 @@ def test_match_takes_a_condition_on_the_config(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     head = "schema: 1\nfamily: my\nextends: llama\nmatch: "
     path.write_text(head + "{model_type: my, when: 'a_key > 3'}\n")
-    assert check_file(path) == []
+    assert Catalogue.shipped().check(path) == []
     match = CATALOGUE.with_family_file(path).match
     assert match.fits({"model_type": "my", "a_key": 4}, None)
     assert not match.fits({"model_type": "my", "a_key": 3}, None)
     assert not match.fits({"model_type": "my", "a_key": "many"}, None)
     assert not match.fits({"a_key": 4}, None)  # nothing speaks for it
     path.write_text(head + "{model_type: my, when: 'open(1)'}\n")
-    assert [fault.where for fault in check_file(path)] == ["my.yaml:4"]
+    assert [fault.where for fault in Catalogue.shipped().check(path)] == ["my.yaml:4"]

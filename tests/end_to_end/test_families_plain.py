@@ -11,7 +11,7 @@ import pytest
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS, Source, load_plain
 from xtuner2llava import PlanError, plan
-from xtuner2llava.mapping import Catalogue, Family, apply, check_against_class
+from xtuner2llava.mapping import Catalogue, Family, check_against_class
 from xtuner2llava.storage.weights import open_weights
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")
@@ -67,7 +67,7 @@ def make(case: str, folder: Path) -> tuple[Source, Any]:
 
 def plain(source: Source, tensors: Any, family: Family) -> Plain:
     values = family.translate_config(source.config).values
-    made = apply(family.expand(source.config, tensors.keys()), tensors)
+    made = family.apply(source.config, tensors)
     shapes = {name: tensor.shape for name, tensor in made.outputs.items()}
     assert check_against_class(family.target_class, values, shapes, made.origins) == []
     config = {

@@ -15,7 +15,7 @@ from builders.families.models import SIZES, Source, random_tensors, shapes_of_cl
 from xtuner2llava import PlanError, convert, verify
 from xtuner2llava.cli.commands import main
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import Catalogue, Family, check_file
+from xtuner2llava.mapping import Catalogue, Family
 from xtuner2llava.planning.language_model import choose_family, translate
 from xtuner2llava.planning.plan import Fidelity
 
@@ -196,7 +196,7 @@ def test_the_readmes_mixture_of_experts_is_converted(tmp_path: Path, checkpoints
     from safetensors.torch import load_file
 
     path, source, expected = moe(tmp_path)
-    assert check_file(path) == []
+    assert Catalogue.shipped().check(path) == []
     trained = write_trained(tmp_path / "trained", source, checkpoints)
     out = tmp_path / "llava-mixtral-lab"
     report = convert(trained.checkpoint, out, mapping=path, dtype="keep", **trained.bases)

@@ -14,9 +14,7 @@ from xtuner2llava.mapping import (
     ChatDefaults,
     Family,
     Generation,
-    apply,
     check_against_class,
-    check_file,
 )
 from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
 
@@ -83,8 +81,7 @@ def tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
 def convert(
     family: Family, config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
 ) -> Applied:
-    given = tensors(shapes)
-    return apply(family.expand(config, [*given]), given, where=family.file.name)
+    return family.apply(config, tensors(shapes))
 
 
 @pytest.mark.parametrize("folder", ["families", "formats", "classes"])
@@ -92,7 +89,7 @@ def test_shipped_files_are_right_and_named_after_what_they_are(folder: str) -> N
     shelf: Mapping[str, Family] = getattr(CATALOGUE, folder)
     assert len(shelf) == len([*(FOLDER / folder).glob("*.yaml")]) > 0
     for name in shelf:
-        assert check_file(FOLDER / folder / f"{name}.yaml") == []
+        assert Catalogue.shipped().check(FOLDER / folder / f"{name}.yaml") == []
         assert shelf[name].name == name
         assert CATALOGUE.text_of(name)
 
@@ -303,25 +300,27 @@ def test_official_llava_puts_parts_in_their_places() -> None:
     }
     places = {
         component: {
-            step.sources[0]: step.targets for step in llava.expand(component, environment, names)
+            **{origin.sources[0]: name for name, origin in applied.origins.items()},
+            **{dropped.name: None for dropped in applied.dropped},
         }
         for component, names in {
             "llm": ["lm_head.weight"],
             "projector": ["model.0.weight", "model.2.bias"],
             "visual_encoder": ["vision_model.pre_layrnorm.bias", POSITION_IDS],
         }.items()
+        for applied in [llava.apply(component, environment, tensors(dict.fromkeys(names, (1,))))]
     }
     assert places == {
-        "llm": {"lm_head.weight": ("lm_head.weight",)},
+        "llm": {"lm_head.weight": "lm_head.weight"},
         "projector": {
-            "model.0.weight": ("model.mm_projector.0.weight",),
-            "model.2.bias": ("model.mm_projector.2.bias",),
+            "model.0.weight": "model.mm_projector.0.weight",
+            "model.2.bias": "model.mm_projector.2.bias",
         },
         "visual_encoder": {
             "vision_model.pre_layrnorm.bias": (
-                "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
+                "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"
             ),
-            POSITION_IDS: (),
+            POSITION_IDS: None,
         },
     }
     # The keys of XTuner's own published llava-llama-3-8b-v1_1 in LLaVA format.
@@ -465,7 +464,7 @@ def test_the_example_of_the_page_works(tmp_path: Path) -> None:
     text = (FOLDER.parent / "docs/mappings.md").read_text()
     path = tmp_path / "lab.yaml"
     path.write_text(text.split("```yaml\n")[1].split("```")[0])
-    assert check_file(path) == []
+    assert Catalogue.shipped().check(path) == []
     family = CATALOGUE.with_family_file(path)
     config = {
         "vocab_size": 40,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import Catalogue, check_file
+from xtuner2llava.mapping import Catalogue
 
 HEAD = "schema: 1\nfamily: my\nbecomes: llama\nconfig: {keep: all}\n"
 RULES = HEAD + "tensors:\n"
@@ -16,7 +16,7 @@ RULES = HEAD + "tensors:\n"
 def check(tmp_path: Path, text: str) -> list[str]:
     path = tmp_path / "my.yaml"
     path.write_text(text)
-    faults = [f"{fault.where}: {fault.what}" for fault in check_file(path)]
+    faults = [f"{fault.where}: {fault.what}" for fault in Catalogue.shipped().check(path)]
     if faults and "family:" in text:
         with pytest.raises(MappingError) as caught:
             Catalogue.shipped().with_family_file(path)
@@ -229,7 +229,9 @@ def test_wrong_rules(tmp_path: Path, rules: str, expected: str) -> None:
 def test_wrong_files(tmp_path: Path, text: str, expected: list[str]) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(text)
-    assert [f"{f.where}: {f.what}" for f in check_file(path)] == [f"my.yaml{e}" for e in expected]
+    assert [f"{f.where}: {f.what}" for f in Catalogue.shipped().check(path)] == [
+        f"my.yaml{e}" for e in expected
+    ]
 
 
 def test_wrong_tables_are_all_named(tmp_path: Path) -> None:
@@ -317,9 +319,9 @@ tensors:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert check_file(tmp_path / "absent.yaml")[0].what == "is not a file"
-    assert check_file(tmp_path)[0].what == "is not a file"
-    assert check_file(Path("/dev/zero"))[0].what == "is not a file"
+    assert Catalogue.shipped().check(tmp_path / "absent.yaml")[0].what == "is not a file"
+    assert Catalogue.shipped().check(tmp_path)[0].what == "is not a file"
+    assert Catalogue.shipped().check(Path("/dev/zero"))[0].what == "is not a file"
 
 
 def test_advice_says_what_would_be_right(tmp_path: Path) -> None:
@@ -327,7 +329,7 @@ def test_advice_says_what_would_be_right(tmp_path: Path) -> None:
     path.write_text(
         HEAD + "tensors:\n  - {spilt: a, into: [b], sizes: [1]}\n  - {x: y}\ncaveat: []\n"
     )
-    assert [fault.advice for fault in check_file(path)] == [
+    assert [fault.advice for fault in Catalogue.shipped().check(path)] == [
         "Did you mean `split`?",
         "The verbs are keep, rename, move, split, concat, deinterleave, unstack, transpose, "
         "normalize, resize, fill, drop; a block has `rules`.",

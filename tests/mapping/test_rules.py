@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import Applied, apply
-from xtuner2llava.mapping.expand import expand
+from xtuner2llava.mapping.apply import Applied, apply
 from xtuner2llava.mapping.rules import Entry, read_rules
 from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.yaml import read_document
@@ -51,7 +50,7 @@ def rules(text: str, parent: Layers = (), name: str = "t.yaml") -> Layers:
 
 def run(text: str | Layers, tensors: Tensors, config: dict[str, object] | None = None) -> Applied:
     found = rules(text) if isinstance(text, str) else text
-    return apply(expand(found, config or {}, list(tensors)), tensors, where="t.yaml")
+    return apply(found, config or {}, tensors, where="t.yaml")
 
 
 def rows(tensor: LazyTensor) -> list[object]:

@@ -17,7 +17,7 @@ from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import Fault, MappingError
 from xtuner2llava.inspection.inspection import TargetFormat
-from xtuner2llava.mapping import Catalogue, Limit, in_range
+from xtuner2llava.mapping import Catalogue, Limit
 from xtuner2llava.planning.plan import Fidelity
 
 CATALOGUE = Catalogue.shipped()
@@ -69,25 +69,6 @@ def test_the_narrowest_limit_counts(
     assert verdict == expected
     assert str(verdict) == text
     assert verdict.is_possible is (expected.kind != "not_possible")
-
-
-@pytest.mark.parametrize(
-    ("version", "versions", "inside"),
-    [
-        ("4.45.0", ">=4.45", True),
-        ("4.45", ">=4.45.0", True),
-        ("4.44.9", ">=4.45", False),
-        ("4.5.0", ">=4.45", False),
-        ("5.0.0.dev0", ">=4.45", True),
-        ("5.3.1", ">=4.38, <5.4", True),
-        ("5.4.0", ">=4.38, <5.4", False),
-        ("4.37.2", ">=4.38, <5.4", False),
-        ("5.4", "<= 5.4", True),
-        ("5.4", "> 5.4", False),
-    ],
-)
-def test_ranges_of_versions(version: str, versions: str, inside: bool) -> None:
-    assert in_range(version, versions) is inside
 
 
 def test_every_shipped_caveat_has_its_limit_as_data() -> None:

@@ -54,7 +54,7 @@ NAMES = ["-".join(parts) for n in (1, 2, 3) for parts in itertools.permutations(
 @pytest.mark.parametrize("becomes", CLASSES)
 def test_a_name_that_fits_is_loaded_right(becomes: str) -> None:
     described = CLASSES[becomes]
-    fitting = [name for name in NAMES if described.folder_name.fits(name)]
+    fitting = [name for name in NAMES if not described.folder_name.reasons(name)]
     assert len(fitting) > 30
     assert {next_(name) for name in fitting} == {described.architecture}
     if becomes in ("llama", "mistral"):  # LLaVA has no other classes
@@ -66,18 +66,18 @@ def test_few_names_that_would_work_are_called_wrong(becomes: str) -> None:
     described = CLASSES[becomes]
     loaders = (llava, next_) if becomes in ("llama", "mistral") else (next_,)
     right = [name for name in NAMES if {load(name) for load in loaders} == {described.architecture}]
-    refused = [name for name in right if not described.folder_name.fits(name)]
+    refused = [name for name in right if described.folder_name.reasons(name)]
     # Such as "llama-qwen-llava", which is loaded as a Llama although it says Qwen.
     assert len(refused) < len(right) / 2
     plain = f"llava-{becomes}-7b-xtuner".replace("qwen2", "qwen2.5")
-    assert described.folder_name.fits(plain)
+    assert described.folder_name.reasons(plain) == ""
 
 
 def test_what_is_wrong_with_a_name() -> None:
     name = CLASSES["qwen2"].folder_name
-    assert name.missing("my-model") == ["llava", "qwen"]
-    assert name.wrong("LLaVA-Llama-Qwen") == ["llama"]
-    assert name.fits("LLaVA-Qwen2.5-7B")
+    assert name.reasons("my-model") == "lacks 'llava' and lacks 'qwen'"
+    assert name.reasons("LLaVA-Llama-Qwen") == "contains 'llama'"
+    assert name.reasons("LLaVA-Qwen2.5-7B") == ""
 
 
 def test_a_checkpoint_is_called_after_the_folder_above() -> None:
@@ -85,13 +85,12 @@ def test_a_checkpoint_is_called_after_the_folder_above() -> None:
     assert model_name(Path("runs/llava-qwen/checkpoints")) == "checkpoints"
     assert model_name(Path("llava-qwen")) == "llava-qwen"
     assert model_name(Path("checkpoint-5")) == f"{Path.cwd().name}_checkpoint-5"
-    assert CLASSES["qwen2"].folder_name.fits(model_name(Path("llava-qwen/checkpoint-5")))
+    name = model_name(Path("llava-qwen/checkpoint-5"))
+    assert CLASSES["qwen2"].folder_name.reasons(name) == ""
 
 
-def test_the_suggestion_is_the_first_that_works() -> None:
+def test_the_suggestion_is_one_that_works() -> None:
     name = FolderName(needs=("llava", "qwen"), avoid=("yi",))
-    assert name.suggest(["llava-x", "llava-yi-qwen", "llava-qwen-7b", "qwen-llava"]) == (
-        "llava-qwen-7b"
-    )
-    assert name.suggest(["nothing"]) == "llava-qwen"
-    assert name.suggest([]) == "llava-qwen"
+    assert name.suggest("llava-qwen-7b") == "llava-qwen-7b"
+    for wrong in ("llava-x", "llava-yi-qwen", "nothing", ""):
+        assert name.suggest(wrong) == "llava-qwen"

@@ -54,8 +54,8 @@ def test_the_suggested_name_is_one_that_works(
 ) -> None:
     made = make(checkpoints, case, llm)
     assert made.folder_name.needs == needs
-    assert made.folder_name.fits(made.suggested_name)
-    assert make(checkpoints, case, llm, format="hf").folder_name.fits("anything")
+    assert made.folder_name.reasons(made.suggested_name) == ""
+    assert make(checkpoints, case, llm, format="hf").folder_name.reasons("anything") == ""
 
 
 def test_every_tensor_says_what_it_is_made_of(checkpoints: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from packaging.specifiers import SpecifierSet
+
 from builders.families.checkpoints import Trained
 from builders.families.models import Source
 from reference.compose import Llava
-from xtuner2llava.mapping import in_range
 
 if TYPE_CHECKING:
     import numpy
@@ -27,7 +28,7 @@ class Scaling:
     def __call__(self, inputs_embeds: Any, use_cache: bool = False) -> Any:
         import transformers
 
-        if not in_range(transformers.__version__, "<5.4"):
+        if SpecifierSet(">=5.4").contains(transformers.__version__, prereleases=True):
             inputs_embeds = inputs_embeds * self._source.config["hidden_size"] ** 0.5
         return self._source.model(inputs_embeds=inputs_embeds, use_cache=use_cache)
 

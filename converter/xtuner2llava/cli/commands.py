@@ -464,9 +464,9 @@ def check_mapping(
     Without CHECKPOINT, the file alone is checked; with it, as `plan` would.
     """
     from xtuner2llava.errors import MappingError, raise_faults
-    from xtuner2llava.mapping import Catalogue, check_file
+    from xtuner2llava.mapping import Catalogue
 
-    raise_faults(MappingError, check_file(Path(file)))
+    raise_faults(MappingError, Catalogue.shipped().check(Path(file)))
     if checkpoint is not None:
         # Which name the tower is published under does not matter to the mapping, nor does which
         # of the formats that have its class.

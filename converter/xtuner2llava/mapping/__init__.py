@@ -1,7 +1,7 @@
 """The mapping language: YAML that says what an LLM is, and where its parts go.
 
     yaml, schema    text to values that know their lines, and these to dataclasses
-    rules           one verb each; `expand` makes them literal steps, `apply` steps to lazy tensors
+    rules           one verb each; `apply` makes tensors of them
     config_rules    how config keys are made; `caveats` what may differ
     Family          what an LLM is: rules and config, and the plain class that it becomes
     PlainClass      what that class is: exact names, shapes and config keys, and what is not theirs
@@ -12,9 +12,9 @@
 It knows tensors, and no checkpoint layout.
 """
 
-from xtuner2llava.mapping.apply import Applied, Dropped, Origin, apply
-from xtuner2llava.mapping.catalogue import Catalogue, check_file
-from xtuner2llava.mapping.caveats import Limit, in_range
+from xtuner2llava.mapping.apply import Applied, Dropped, Origin
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.caveats import Limit
 from xtuner2llava.mapping.draft import draft
 from xtuner2llava.mapping.family import (
     ChatDefaults,
@@ -23,19 +23,16 @@ from xtuner2llava.mapping.family import (
     PromptTemplate,
     TranslatedConfig,
 )
-from xtuner2llava.mapping.format import COMPONENTS, FolderName, Format, FormatClass, model_name
-from xtuner2llava.mapping.names import Folded, fold
+from xtuner2llava.mapping.format import FolderName, Format, FormatClass, model_name
+from xtuner2llava.mapping.names import fold
 from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, check_against_class
-from xtuner2llava.mapping.rules import Step
 
 __all__ = [
-    "COMPONENTS",
     "Applied",
     "Catalogue",
     "ChatDefaults",
     "Dropped",
     "Family",
-    "Folded",
     "FolderName",
     "Format",
     "FormatClass",
@@ -45,13 +42,9 @@ __all__ = [
     "Origin",
     "PlainClass",
     "PromptTemplate",
-    "Step",
     "TranslatedConfig",
-    "apply",
     "check_against_class",
-    "check_file",
     "draft",
     "fold",
-    "in_range",
     "model_name",
 ]

@@ -179,8 +179,3 @@ def _read(path: Path, name: str = "") -> Document:
             return read_document(file.read(MAX_BYTES + 1), name or path.name)
     except OSError as error:
         raise MappingError(f"cannot be read ({error.strerror})", where=str(path)) from error
-
-
-def check_file(path: Path) -> list[Fault]:
-    """All faults of a mapping file, which may name shipped ones; none if it is right."""
-    return Catalogue.shipped().check(path)

@@ -94,28 +94,3 @@ def limits(caveats: Sequence[Caveat], environment: Environment) -> list[Limit]:
     """What those of `caveats` say that hold. Raises `MappingError`."""
     found = (caveat.limit(environment) for caveat in caveats)
     return [limit for limit in found if limit is not None]
-
-
-def in_range(version: str, versions: str) -> bool:
-    """Whether `version`, such as `4.45.2` or `5.0.0.dev0`, is one of `versions`."""
-    number = _numbers(version)
-    for sign, bound in _BOUND.findall(versions):
-        other = _numbers(bound)
-        holds = {
-            "<": number < other,
-            "<=": number <= other,
-            ">": number > other,
-            ">=": number >= other,
-        }
-        if not holds[sign]:
-            return False
-    return True
-
-
-def _numbers(version: str) -> list[int]:
-    """Its numbers, without zeros at the end, so that 5.0 is 5."""
-    found = re.match(r"[0-9]+(?:\.[0-9]+)*", version, re.ASCII)
-    numbers = [int(part) for part in found[0].split(".")] if found else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return numbers

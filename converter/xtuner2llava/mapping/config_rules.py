@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.mapping.expressions import Environment, Expression, lookup, same, say, show
+from xtuner2llava.mapping.expressions import Environment, Expression, say, show
 from xtuner2llava.mapping.names import TextTemplate
 from xtuner2llava.mapping.schema import ABSENT, Reader
 from xtuner2llava.mapping.yaml import Node
@@ -42,28 +43,18 @@ def read_requirements(reader: Reader, node: Node) -> tuple[Requirement, ...]:
         return tuple(reader.value(tuple[Requirement, ...], node, "`require`"))
     found = []
     for key, value in reader.table(node, "`require`").items():
-        reader.names_read.add(key.partition(".")[0])
         if isinstance(value.value, list | dict):
             what = f"`{key}`: a required value is a number, a text, true, false or null"
             reader.fault(value.line, what, "Conditions are a list of `that` and `because`.")
-        else:
-            found.append(_equality(reader.where(value.key_line), key, value.value))
+            continue
+        text = f"{key} == {json.dumps(value.value, ensure_ascii=False)}"
+        that = reader.expression(Node(value.key_line, value.key_line, text), f"`{key}`")
+        because = f"`{key}` has a value that cannot be expressed"
+        found.append(Requirement(that.where, that, TextTemplate(because, (because,))))
     return tuple(found)
 
 
-def _equality(where: str, key: str, expected: object) -> Requirement:
-    """That a key has one value; a key that is not there is null."""
-    text = f"`{key}` has a value that cannot be expressed"
-    return Requirement(
-        where,
-        Expression(
-            f"{key} == {show(expected)}",
-            where,
-            frozenset([key.partition(".")[0]]),
-            lambda scope: same(lookup(scope.environment, key), expected),
-        ),
-        TextTemplate(text, (text,)),
-    )
+Requirements: TypeAlias = Annotated[tuple[Requirement, ...], read_requirements]
 
 
 def failures(requirements: Sequence[Requirement], environment: Environment) -> list[Fault]:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import ast
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from xtuner2llava.errors import MappingError
@@ -49,7 +48,7 @@ class _Scope(NamedTuple):
             return None
         if not isinstance(container, Mapping):
             raise NoValueError(f"`{ast.unparse(node)}` has no part `{key}`")
-        keys = sorted(str(known) for known in container)
+        keys = sorted(map(str, container))
         near = nearest(key, keys)
         meant = f"; did you mean `{near}`?" if near else "."
         known = ", ".join(keys[:20]) + (", …" if len(keys) > 20 else "") or "none"
@@ -95,7 +94,8 @@ _OF_NUMBERS: Mapping[type[ast.AST] | str, Callable[..., object]] = {
     "min": lambda *numbers: min(numbers),
     "max": lambda *numbers: max(numbers),
 }
-_OF_ANY: Mapping[type[ast.AST] | str, Callable[..., object]] = {
+_OPERATIONS: Mapping[type[ast.AST] | str, Callable[..., object]] = {
+    **_OF_NUMBERS,
     ast.List: lambda *items: [*items],
     ast.Not: lambda value: not _truth(value),
     ast.Eq: lambda left, right: same(left, right),
@@ -118,33 +118,27 @@ class Expression:
     """First parts of the names it reads: `vision` for `vision.hidden_size`."""
     compute: _Part
 
-    def value(self, environment: Environment) -> object:
-        """Its value. Raises `MappingError` where it has none."""
-        return self._computed(_Scope(environment, absent_is_null=False))
+    def value(
+        self,
+        environment: Environment,
+        convert: Callable[[object], object] = lambda value: value,
+        absent_is_null: bool = False,
+    ) -> object:
+        """Its value, through `convert`. Raises `MappingError` where it has none."""
+        try:
+            return convert(self.compute(_Scope(environment, absent_is_null)))
+        except NoValueError as wrong:
+            raise MappingError(f"`{self.text}`: {wrong}", where=self.where) from None
 
     def integer(self, environment: Environment) -> int:
         """Its value, which must be a whole number of at least 0: a size, a count."""
-        value = self.value(environment)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self._error(f"is {show(value)}, expected a whole number of at least 0")
+        value = self.value(environment, _size)
+        assert isinstance(value, int)  # noqa: S101
         return value
 
     def condition(self, environment: Environment) -> bool:
         """Whether it holds; names that are not there are null, and null is false."""
-        return bool(self._computed(_Scope(environment, absent_is_null=True), _truth))
-
-    def _computed(
-        self, scope: _Scope, convert: Callable[[object], object] = lambda value: value
-    ) -> object:
-        try:
-            return convert(self.compute(scope))
-        except NoValueError as wrong:
-            raise self._error(str(wrong)) from None
-
-    def _error(self, what: str) -> MappingError:
-        return MappingError(f"`{self.text}`: {what}", where=self.where)
+        return bool(self.value(environment, _truth, absent_is_null=True))
 
 
 def parse_expression(source: str | int | float | bool | None, where: str) -> Expression:
@@ -157,24 +151,22 @@ def parse_expression(source: str | int | float | bool | None, where: str) -> Exp
     if len(text) > _MAX_LENGTH:
         what = f"`{shown}` has {len(text)} characters, an expression may have {_MAX_LENGTH}"
         raise MappingError(what, where=where)
-    tree: ast.expr = ast.Constant(source)
+    names: set[str] = set()
     try:
         # Backslashes make nothing that is needed here, and escapes that Python warns about.
         if "\\" in text:
             raise ValueError
-        if isinstance(source, str):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(text, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            is_text = isinstance(source, str)
+            tree = ast.parse(text, mode="eval").body if is_text else ast.Constant(source)
+        compute = _compile(tree, names)
+        return Expression(text, where, frozenset(names), compute)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise MappingError(f"`{shown}` is not an expression", where=where) from None
-    names: set[str] = set()
-    try:
-        compute = _compile(tree, names)
     except NoValueError as wrong:
         advice = "Expressions are arithmetic and comparisons over config keys, nothing else."
         raise MappingError(f"`{shown}`: {wrong}", where=where, advice=advice) from None
-    return Expression(text, where, frozenset(names), compute)
 
 
 def _compile(node: ast.expr, names: set[str], depth: int = 1) -> _Part:
@@ -184,7 +176,6 @@ def _compile(node: ast.expr, names: set[str], depth: int = 1) -> _Part:
     """
     if depth > _MAX_DEPTH:
         raise NoValueError(f"is nested more than {_MAX_DEPTH} levels deep")
-    operation = partial(_operation, names, depth + 1)
     match node:
         case ast.Constant(value=str() | int() | float() | None as constant):
             _bounded(constant)
@@ -201,49 +192,49 @@ def _compile(node: ast.expr, names: set[str], depth: int = 1) -> _Part:
             return lambda scope: scope.find(container(scope), name, node)
         case ast.Attribute():
             raise NoValueError("a dot goes between names only")
-        case ast.List(elts=items):
-            return operation(ast.List, *items)
-        case ast.UnaryOp(op=sign, operand=operand):
-            return operation(type(sign), operand)
-        case ast.BinOp(left=left, op=sign, right=right):
-            return operation(type(sign), left, right)
         case ast.BoolOp(op=word, values=values):
             # `or` ends at the first true part, `and` at the first false one.
             parts = [_compile(value, names, depth + 1) for value in values]
             ending = isinstance(word, ast.Or)
             return lambda scope: any(_truth(part(scope)) is ending for part in parts) is ending
-        case ast.Compare(left=left, ops=signs, comparators=rights):
+        case ast.Compare(left=left, ops=[_, _, *_] as signs, comparators=rights):
             pairs = zip([left, *rights], signs, rights, strict=False)
-            links = [operation(type(sign), one, other) for one, sign, other in pairs]
-            return lambda scope: all(link(scope) for link in links)
-        case ast.Call(func=ast.Name(id=name), args=[_, *more] as arguments, keywords=[]) if (
+            links: list[ast.expr] = [ast.Compare(one, [sign], [two]) for one, sign, two in pairs]
+            return _compile(ast.BoolOp(ast.And(), links), names, depth)
+        case ast.List(elts=operands):
+            return _operation(ast.List, operands, names, depth + 1)
+        case ast.UnaryOp(op=sign, operand=operand):
+            return _operation(type(sign), [operand], names, depth + 1)
+        case (
+            ast.BinOp(left=left, op=sign, right=right)
+            | ast.Compare(left=left, ops=[sign], comparators=[right])
+        ):
+            return _operation(type(sign), [left, right], names, depth + 1)
+        case ast.Call(func=ast.Name(id=name), args=[_, *more] as operands, keywords=[]) if (
             name in _FUNCTIONS
         ):
-            if more and name in _OF_ANY:
+            if more and name not in _OF_NUMBERS:
                 raise NoValueError(f"`{name}` takes one value")
-            return operation(name, *arguments)
+            return _operation(name, operands, names, depth + 1)
         case ast.Call():
             raise NoValueError(f"the only functions are {', '.join(_FUNCTIONS)}")
     raise NoValueError(f"{type(node).__name__} is not allowed")
 
 
 def _operation(
-    names: set[str], depth: int, kind: type[ast.AST] | str, *operands: ast.expr
+    kind: type[ast.AST] | str, operands: Sequence[ast.expr], names: set[str], depth: int
 ) -> _Part:
-    function = _OF_NUMBERS.get(kind) or _OF_ANY.get(kind)
-    if function is None:
+    if kind not in _OPERATIONS:
         raise NoValueError(f"{getattr(kind, '__name__', kind)} is not allowed")
     parts = [_compile(operand, names, depth) for operand in operands]
 
     def compute(scope: _Scope) -> object:
         values = [part(scope) for part in parts]
-        if kind in _OF_NUMBERS:
-            for operand, value in zip(operands, values, strict=True):
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    what = f"`{ast.unparse(operand)}` is {show(value)}, expected a number"
-                    raise NoValueError(what)
+        for operand, value in zip(operands, values, strict=True) if kind in _OF_NUMBERS else ():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise NoValueError(f"`{ast.unparse(operand)}` is {show(value)}, expected a number")
         try:
-            return _bounded(function(*values))
+            return _bounded(_OPERATIONS[kind](*values))
         except ZeroDivisionError:
             raise NoValueError("divides by zero") from None
         except OverflowError:
@@ -252,26 +243,29 @@ def _operation(
     return compute
 
 
+def _size(value: object) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return _size(int(value))
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise NoValueError(f"is {show(value)}, expected a whole number of at least 0")
+    return value
+
+
 def _bounded(value: object) -> object:
     if isinstance(value, int | float) and not abs(value) <= _MAX_MAGNITUDE:
         raise NoValueError("a number in it is not finite or beyond 64 bits")
     return value
 
 
-def lookup(environment: Environment, name: str) -> object:
-    """The value of a dotted name; null where it, or what it is part of, is not there."""
-    value: object = environment
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
 def say(template: TextTemplate, environment: Environment) -> str:
-    """A text for people, with the config's values in its placeholders."""
-    values = {name: lookup(environment, name) for name in template.variables}
-    return template.render(
-        {name: value if isinstance(value, str) else show(value) for name, value in values.items()}
-    )
+    """A text for people, with the values of the config in its placeholders."""
+    values: dict[str, str] = {}
+    for name in template.variables:
+        value: object = environment
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        values[name] = value if isinstance(value, str) else show(value)
+    return template.render(values)
 
 
 def show(value: object) -> str:

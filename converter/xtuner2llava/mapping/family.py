@@ -7,18 +7,19 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, TypeVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.mapping.apply import Applied, apply
 from xtuner2llava.mapping.caveats import Caveat, Limit, limits
 from xtuner2llava.mapping.config_rules import ConfigRules, failures, read_config_rules
 from xtuner2llava.mapping.detect import Match
-from xtuner2llava.mapping.expand import expand
 from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.mapping.names import advice_for
 from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
-from xtuner2llava.mapping.rules import Entry, Step, read_rules
+from xtuner2llava.mapping.rules import Entry, read_rules
 from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.similar import doubtful_defaults
 from xtuner2llava.mapping.yaml import Document, Node
+from xtuner2llava.tensors import LazyTensor
 
 _T = TypeVar("_T")
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).
@@ -135,9 +136,9 @@ class Family:
         """What its expressions know: the source config, its defaults, and `dims`."""
         return with_dims({**self.config.default, **config}, self.dims)
 
-    def expand(self, config: Mapping[str, object], names: Collection[str]) -> list[Step]:
-        """Its rules for a checkpoint with this source config and these tensor names."""
-        return expand(self.layers, self.environment(config), names)
+    def apply(self, config: Mapping[str, object], tensors: Mapping[str, LazyTensor]) -> Applied:
+        """What its rules make of the tensors of an LLM with this source config; see `apply`."""
+        return apply(self.layers, self.environment(config), tensors, where=self.file.name)
 
     def translate_config(
         self, config: Mapping[str, object], format_: Format | None = None

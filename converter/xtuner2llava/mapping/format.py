@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
+from xtuner2llava.mapping.apply import Applied, apply
 from xtuner2llava.mapping.caveats import Caveat, Limit, limits
 from xtuner2llava.mapping.config_rules import (
     ConfigRules,
-    Requirement,
+    Requirements,
     failures,
     read_config_rules,
-    read_requirements,
 )
 from xtuner2llava.mapping.detect import Refusal
-from xtuner2llava.mapping.expand import expand
 from xtuner2llava.mapping.expressions import Environment
 from xtuner2llava.mapping.plain_class import MappingFile
-from xtuner2llava.mapping.rules import Entry, Step, read_rules
+from xtuner2llava.mapping.rules import Entry, read_rules
 from xtuner2llava.mapping.schema import ABSENT, GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document, Node
+from xtuner2llava.tensors import LazyTensor
 
 COMPONENTS = ("llm", "projector", "visual_encoder")
 
@@ -53,27 +53,15 @@ class FolderName:
     needs: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
 
-    def missing(self, name: str) -> list[str]:
-        return [word for word in self.needs if word not in name.lower()]
-
-    def wrong(self, name: str) -> list[str]:
-        return [word for word in self.avoid if word in name.lower()]
-
-    def fits(self, name: str) -> bool:
-        return not self.reasons(name)
-
     def reasons(self, name: str) -> str:
         """Why LLaVA loads another class by `name`: "lacks 'qwen'"; empty where it does not."""
-        lacks = [f"lacks '{word}'" for word in self.missing(name)]
-        return " and ".join([*lacks, *(f"contains '{word}'" for word in self.wrong(name))])
+        lacks = [f"lacks '{word}'" for word in self.needs if word not in name.lower()]
+        wrong = [f"contains '{word}'" for word in self.avoid if word in name.lower()]
+        return " and ".join([*lacks, *wrong])
 
-    def suggest(self, candidates: Sequence[str]) -> str:
-        """The first of `candidates` that works, or the plainest name that does."""
-        plain = "-".join(self.needs)
-        return next((name for name in candidates if self.fits(name)), plain)
-
-
-_Requirements = Annotated[tuple[Requirement, ...], read_requirements]
+    def suggest(self, candidate: str) -> str:
+        """`candidate` if it works, or the plainest name that does."""
+        return candidate if not self.reasons(candidate) else "-".join(self.needs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +71,7 @@ class FormatClass:
     TITLE: ClassVar = "a class"
     architecture: str
     model_type: str
-    requirements: _Requirements = field(metadata=key("require"), default=())
+    requirements: Requirements = field(metadata=key("require"), default=())
     folder_name: FolderName = field(default_factory=FolderName)
     caveats: tuple[Caveat, ...] = ()
 
@@ -117,7 +105,7 @@ class Format:
     config_rules: Annotated[ConfigRules, _read_config] = field(
         metadata=key("config"), default=ConfigRules()
     )
-    requirements: _Requirements = field(metadata=key("require"), default=())
+    requirements: Requirements = field(metadata=key("require"), default=())
     tokens: Annotated[Mapping[str, str], _read_tokens] = field(default_factory=dict)
     """Tokens that the tokenizer must have, by what they are for: `image` and `pad`."""
     processor: str | None = None
@@ -145,11 +133,11 @@ class Format:
         """The caveats of the plain class `name` here that hold for its config `values`."""
         return limits(self.classes[name].caveats, values)
 
-    def expand(
-        self, component: str, environment: Environment, names: Collection[str]
-    ) -> list[Step]:
-        """The steps for the tensors `names` of a component; see `expand`."""
-        return expand([self.rules[component]], environment, names)
+    def apply(
+        self, component: str, environment: Environment, tensors: Mapping[str, LazyTensor]
+    ) -> Applied:
+        """The tensors of a component under the names that they have here; see `apply`."""
+        return apply([self.rules[component]], environment, tensors, where=self.file.name)
 
     def config(self, environment: Environment) -> dict[str, object]:
         """The config keys that it adds to those of the plain class.

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.mapping.apply import Origin
-from xtuner2llava.mapping.config_rules import Requirement, failures, read_requirements
-from xtuner2llava.mapping.expand import Expansion
+from xtuner2llava.mapping.apply import Expansion, Origin
+from xtuner2llava.mapping.config_rules import Requirements, failures
 from xtuner2llava.mapping.expressions import Environment, Expression, same, show
 from xtuner2llava.mapping.names import Suggestions, TensorFaults, fold, shortened
 from xtuner2llava.mapping.rules import Entry, read_shapes
@@ -54,9 +53,7 @@ class ClassKeys:
     when_null: Mapping[str, Expression] = field(default_factory=dict)
     optional: Mapping[str, Expression] = field(default_factory=dict)
     checked: tuple[str, ...] = ()
-    requirements: Annotated[tuple[Requirement, ...], read_requirements] = field(
-        metadata=key("require"), default=()
-    )
+    requirements: Requirements = field(metadata=key("require"), default=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +139,9 @@ class PlainClass:
         faults: list[Fault] = []
         found: dict[str, ExpectedTensor] = {}
         for step in Expansion(faults).steps(self.entries, self.environment(config)):
-            found[step.targets[0]] = ExpectedTensor(step.numbers, step.formulas, step.where)
+            found[step.targets[0]] = ExpectedTensor(
+                step.numbers, step.rule.formulas, step.rule.where
+            )
         raise_faults(MappingError, shortened(faults))
         return found
 

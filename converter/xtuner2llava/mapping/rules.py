@@ -57,6 +57,11 @@ class Rule:
     condition: Expression | None = None
 
     @property
+    def formulas(self) -> tuple[str, ...]:
+        """`numbers` as written."""
+        return tuple(number.text for number in self.numbers)
+
+    @property
     def is_pattern(self) -> bool:
         """Whether it stands for all names that a prefix or a glob covers."""
         return self.verb == "move" or (self.verb == "drop" and "*" in self.sources[0].text)
@@ -87,22 +92,9 @@ class Step:
     numbers: tuple[int, ...] = ()
     count: int = 0
 
-    @property
-    def verb(self) -> str:
-        return self.rule.verb
-
-    @property
-    def where(self) -> str:
-        return self.rule.where
-
-    @property
-    def formulas(self) -> tuple[str, ...]:
-        """`numbers` as the rule writes them."""
-        return tuple(number.text for number in self.rule.numbers)
-
     def make(self, sources: Sequence[LazyTensor]) -> Sequence[LazyTensor]:
         """One tensor for each target. Raises `ValueError` where the shapes do not fit."""
-        match self.verb:
+        match self.rule.verb:
             case "keep" | "rename" | "move":
                 return sources
             case "split":
@@ -131,7 +123,7 @@ def _split(step: Step, source: LazyTensor) -> Sequence[LazyTensor]:
     dim = step.rule.dim
     if len(source.shape) <= dim or sum(step.numbers) != source.shape[dim]:
         raise ValueError(
-            f"its shape is {list(source.shape)}, and [{', '.join(step.formulas)}] = "
+            f"its shape is {list(source.shape)}, and [{', '.join(step.rule.formulas)}] = "
             f"{list(step.numbers)} makes {sum(step.numbers):,} {'columns' if dim else 'rows'}"
         )
     if dim == 0:
@@ -151,7 +143,7 @@ def _resize(step: Step, source: LazyTensor) -> LazyTensor:
         return Rows([Piece(source, 0, source.rows), Piece(zeros, 0, zeros.rows)])
     if not step.rule.lossy:
         raise ValueError(
-            f"it has {source.rows:,} rows, and [{', '.join(step.formulas)}] = [{rows}] would cut "
+            f"it has {source.rows:,} rows, and [{step.rule.formulas[0]}] = [{rows}] would cut "
             "some; that needs `lossy: true`"
         )
     return Rows([Piece(source, 0, rows)])

@@ -17,7 +17,6 @@ from xtuner2llava.mapping import (
     Origin,
     PlainClass,
     TranslatedConfig,
-    apply,
     check_against_class,
 )
 from xtuner2llava.options import PathOrText
@@ -185,7 +184,7 @@ def plain_language_model(
     """
     if not tensors:
         return LanguageModel(family, values, {}, {}, ())
-    made = apply(family.expand(config, tensors.keys()), tensors, where=family.file.name)
+    made = family.apply(config, tensors)
     values, outputs, dropped = dict(values), dict(made.outputs), list(made.dropped)
     for name, same_as in family.target_class.tied_names(values).items():
         if name not in outputs or same_as not in outputs:

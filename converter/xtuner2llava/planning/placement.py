@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.mapping import Dropped, Format, Origin, apply
+from xtuner2llava.mapping import Dropped, Format, Origin
 from xtuner2llava.planning.plan import Findings, PlannedTensor
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import BY_NAME, FileRange, LazyTensor, cast
@@ -31,8 +31,7 @@ def place(
     faults: list[Fault] = []
     for component, tensors in components.items():
         try:
-            steps = format_.expand(component, environment, tensors.keys())
-            applied = apply(steps, tensors, where=format_.file.name)
+            applied = format_.apply(component, environment, tensors)
         except MappingError as error:
             faults.extend(error.faults)
             continue

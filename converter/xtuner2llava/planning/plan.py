@@ -168,7 +168,7 @@ class Plan:
     def suggested_name(self) -> str:
         """A folder name under which LLaVA finds the right class, after the base LLM's."""
         base = Path(self.checkpoint.llm.name or "").name
-        name = self.folder_name.suggest([f"llava-{base}-xtuner".lower()] if base else [])
+        name = self.folder_name.suggest(f"llava-{base}-xtuner".lower() if base else "")
         return name or "llava"
 
     @property

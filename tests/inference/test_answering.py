@@ -90,7 +90,7 @@ def test_what_cannot_be_asked_is_an_error(
         answer(tmp_path, DATA / "wide.png", "What?", TryOptions())
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "PIL", None)
-        with pytest.raises(ConversionError, match=r"pip install 'xtuner2llava\[try\]'"):
+        with pytest.raises(ConversionError, match="pip install pillow"):
             ask(folder, "wide.png", "What?")
 
 

@@ -20,7 +20,7 @@ from xtuner2llava.planning.vision_tower import PUBLISHED
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.verification.folder import ConvertedFolder, open_folder
-from xtuner2llava.verification.plain_model import plain_config
+from xtuner2llava.verification.plain_model import plain_config, project
 
 if TYPE_CHECKING:
     import torch
@@ -67,15 +67,21 @@ def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Ans
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ask = _ask_transformers if out.format == "hf" else _ask_llava
     with torch.inference_mode():
-        prompt, tokenizer, generate = ask(out, picture, question, device)
-        streamer = _streamer(tokenizer, options.on_text)
-        made = generate(do_sample=False, max_new_tokens=options.max_new_tokens, streamer=streamer)
-    tokens = tuple(int(token) for token in made)
+        prompt, tokenizer, model, inputs = ask(out, picture, question, device)
+        made = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=options.max_new_tokens,
+            streamer=_streamer(tokenizer, options.on_text),
+        )[0]
+    # Where the prompt went in as ids, they come out again.
+    made = made[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else made
     text = tokenizer.decode(made, skip_special_tokens=True)
-    return Answer(prompt, text.strip(), tokens, device)
+    return Answer(prompt, text.strip(), tuple(made.tolist()), device)
 
 
-_Asked = tuple[str, Any, Callable[..., "torch.Tensor"]]
+# The prompt, the tokenizer, the model, and what it generates from.
+_Asked = tuple[str, Any, Any, Mapping[str, Any]]
 
 
 def _ask_transformers(out: ConvertedFolder, picture: Any, question: str, device: str) -> _Asked:
@@ -89,36 +95,32 @@ def _ask_transformers(out: ConvertedFolder, picture: Any, question: str, device:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         conversation = [{"role": "user", "content": content}]
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
-    inputs = processor(images=picture, text=prompt, return_tensors="pt")
-    inputs = inputs.to(device, _dtype(out))
-    start = inputs["input_ids"].shape[1]
-    return prompt, processor.tokenizer, lambda **how: model.generate(**inputs, **how)[0, start:]
+    inputs = processor(images=picture, text=prompt, return_tensors="pt").to(device, _dtype(out))
+    return prompt, processor.tokenizer, model, inputs
 
 
 def _ask_llava(out: ConvertedFolder, picture: Any, question: str, device: str) -> _Asked:
     import torch
     import transformers
 
-    dtype, config = _dtype(out), out.config
-    parts = _parts(out)
+    dtype, parts = _dtype(out), _parts(out)
     # transformers 5 warns of the older word, even where it says nothing.
     text = {k: v for k, v in out.text.items() if k != "rope_scaling" or v is not None}
-    llm = _load(_llm_class(text), text, parts[LLM], dtype)
+    kinds: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    llm = _load(kinds[type(plain_config(text))], text, parts[LLM], dtype)
     vision = {**_tower_config(out), "model_type": "clip_vision_model"}
     tower = _load(transformers.CLIPVisionModel, vision, parts[VISUAL_ENCODER], dtype)
-    projector = _projector(parts[PROJECTOR], dtype)
-    for module in (llm, tower, projector):
+    for module in (llm, tower):
         module.to(device).eval()
-    settings = out.path / "generation_config.json"
-    if settings.is_file():
+    if (out.path / "generation_config.json").is_file():
         llm.generation_config = transformers.GenerationConfig.from_pretrained(out.path)
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(out.path, config=llm.config)
     prompt = question if IMAGE in question else _prompt(out, question)
     before, _, after = prompt.partition(IMAGE)
     pixels = _pixels(out, picture).to(device, dtype)
     states = tower(pixels, output_hidden_states=True).hidden_states
-    seen = projector(states[config["mm_vision_select_layer"]][:, 1:])
+    projector = {name: tensor.to(device, dtype) for name, tensor in parts[PROJECTOR].items()}
+    seen = project(states[out.config["mm_vision_select_layer"]], projector)
     embed = llm.get_input_embeddings()
 
     def embedded(piece: str, *, first: bool) -> Any:
@@ -127,24 +129,7 @@ def _ask_llava(out: ConvertedFolder, picture: Any, question: str, device: str) -
 
     embeds = torch.cat([embedded(before, first=True), seen, embedded(after, first=False)], dim=1)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)
-    return (
-        prompt,
-        tokenizer,
-        lambda **how: llm.generate(inputs_embeds=embeds, attention_mask=mask, **how)[0],
-    )
-
-
-def _llm_class(text: Mapping[str, Json]) -> Any:
-    """The class of transformers that official LLaVA's derives from."""
-    import transformers
-
-    names = {
-        "llama": "LlamaForCausalLM",
-        "qwen2": "Qwen2ForCausalLM",
-        "mistral": "MistralForCausalLM",
-        "mixtral": "MixtralForCausalLM",
-    }
-    return getattr(transformers, names[str(text["model_type"])])
+    return prompt, tokenizer, llm, {"inputs_embeds": embeds, "attention_mask": mask}
 
 
 def _dtype(out: ConvertedFolder) -> torch.dtype:
@@ -225,20 +210,6 @@ def _load(kind: Any, values: Mapping[str, Json], tensors: _Tensors, dtype: torch
     return kind.from_pretrained(None, config=config, state_dict=tensors, torch_dtype=dtype)
 
 
-def _projector(tensors: _Tensors, dtype: torch.dtype) -> Any:
-    """Linear layers at even places, and a GELU between them."""
-    import torch
-
-    layers: list[torch.nn.Module] = []
-    places = sorted(int(name.removesuffix(".weight")) for name in tensors if "weight" in name)
-    for weight in (tensors[f"{place}.weight"] for place in places):
-        layers += [torch.nn.GELU()] if layers else []
-        layers.append(torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=dtype))
-    made = torch.nn.Sequential(*layers)
-    made.load_state_dict(tensors)
-    return made
-
-
 def _pixels(out: ConvertedFolder, picture: Any) -> torch.Tensor:
     """The picture as LLaVA's `process_images` prepares it."""
     from PIL import Image
@@ -256,13 +227,11 @@ def _pixels(out: ConvertedFolder, picture: Any) -> torch.Tensor:
 
 
 def _streamer(tokenizer: Any, on_text: _OnText | None) -> Any:
+    """What calls `on_text` with the answer, piece by piece."""
     if on_text is None:
         return None
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if on_text is not None:
-                on_text(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
+    return streamer

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from xtuner2llava.errors import CorruptFileError, UnsupportedError
+from xtuner2llava.errors import ConversionError, CorruptFileError, UnsupportedError
 from xtuner2llava.storage.json_file import Json
+
+if TYPE_CHECKING:
+    import torch
 
 # A hostile config may ask for a billion layers; no model has more than these.
 _MOST = {"num_hidden_layers": 1000, "num_local_experts": 1000, "n_layer": 1000}
@@ -22,15 +25,6 @@ _MOST = {"num_hidden_layers": 1000, "num_local_experts": 1000, "n_layer": 1000}
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 _TOWER = "vision_model."
 _Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClassShapes:
-    """The tensors of a class under the names of files; `optional` ones need not be there."""
-
-    title: str
-    shapes: Mapping[str, _Shape]
-    optional: frozenset[str]
 
 
 def plain_config(values: Mapping[str, Json]) -> Any:
@@ -63,47 +57,51 @@ def plain_config(values: Mapping[str, Json]) -> Any:
             f"transformers {transformers.__version__} has no model_type {model_type!r}",
             where="config.json",
         )
-    return _made("config", lambda: AutoConfig.for_model(model_type, **given))
+    with _making("config"):
+        return AutoConfig.for_model(model_type, **given)
 
 
-def language_model_shapes(values: Mapping[str, Json], found: Container[str]) -> ClassShapes:
-    """What the class of the config `values` has; a tied head may be left out of `found`."""
-    import torch
+def new_language_model(
+    config: Any, kind: type[ConversionError] = CorruptFileError, **options: Any
+) -> Any:
+    """The causal language model that transformers has for `config`. Raises `kind` if it has none.
+
+    As of `new_tower`, all parameters are where torch puts new tensors.
+    """
     import transformers
 
     classes: Any = transformers
-    config = plain_config(values)
-    with torch.device("meta"):
-        model = _made("model", lambda: classes.AutoModelForCausalLM.from_config(config))
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    head = {"lm_head.weight"} if tied and "lm_head.weight" not in found else set()
-    return ClassShapes(type(model).__name__, _shapes(model), frozenset(head))
+    make = classes.AutoModelForCausalLM.from_config
+    with _making("model", kind):
+        return make(config, attn_implementation="eager", **options).float().eval()
 
 
-def tower_shapes(values: Mapping[str, Json]) -> ClassShapes:
-    """What `CLIPVisionModel` has with the config `values`."""
-    import torch
-
-    with torch.device("meta"):
-        shapes = _shapes(_made("model", lambda: new_tower(values)))
-    optional = frozenset(name for name in shapes if name.endswith("position_ids"))
-    return ClassShapes("CLIPVisionModel", shapes, optional)
-
-
-def new_tower(values: Mapping[str, Json], **others: object) -> Any:
-    """A `CLIPVisionModel` with the vision config `values`, where torch puts new tensors."""
+def new_tower(values: Mapping[str, Json]) -> Any:
+    """A `CLIPVisionModel` with the vision config `values`."""
     import transformers
 
     classes: Any = transformers
     ours = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
     known = {key: value for key, value in values.items() if key not in ours}
-    return classes.CLIPVisionModel(classes.CLIPVisionConfig(**{**known, **others}))
+    with _making("model"):
+        config = classes.CLIPVisionConfig(**known, attn_implementation="eager")
+        return classes.CLIPVisionModel(config).float().eval()
 
 
-def projector_prefixes(names: Iterable[str]) -> list[str]:
-    """The prefixes of the linear layers of a projector, in order: "0.", "2."; "" for one alone."""
-    prefixes = {name.removesuffix("weight").removesuffix("bias") for name in names}
-    return sorted(prefixes, key=lambda prefix: int(prefix.rstrip(".") or 0))
+def project(hidden: torch.Tensor, projector: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What `projector` makes of the hidden states of a tower, (1, 1 + patches, hidden size).
+
+    That is without the class token. It is linear layers, "0.weight" or "weight" if there is one,
+    with an exact GELU between them (LLaVA `multimodal_projector/builder.py`).
+    """
+    from torch.nn import functional
+
+    made = hidden[:, 1:]
+    prefixes = {name.removesuffix("weight").removesuffix("bias") for name in projector}
+    for number, prefix in enumerate(sorted(prefixes, key=lambda each: int(each.rstrip(".") or 0))):
+        made = functional.gelu(made) if number else made
+        made = functional.linear(made, projector[f"{prefix}weight"], projector[f"{prefix}bias"])
+    return made
 
 
 def tower_config_of_shapes(shapes: Mapping[str, _Shape]) -> dict[str, Json]:
@@ -162,14 +160,14 @@ def in_files(model: Any) -> dict[str, list[tuple[str, _Shape]]]:
     return found
 
 
-def _shapes(model: Any) -> dict[str, _Shape]:
-    return {name: shape for parts in in_files(model).values() for name, shape in parts}
+@contextmanager
+def _making(what: str, kind: type[ConversionError] = CorruptFileError) -> Iterator[None]:
+    """Raises `kind` where transformers makes no `what`; changes no random numbers."""
+    import torch
 
-
-def _made(what: str, make: Callable[[], Any]) -> Any:
-    """What `make` makes; raises `CorruptFileError` where transformers does not."""
     try:
-        return make()
+        with torch.random.fork_rng(devices=[]):
+            yield
     except Exception as error:
         text = f"transformers makes no {what} of it: {type(error).__name__}: {error}"
-        raise CorruptFileError(text, where="config.json") from error
+        raise kind(text, where="config.json") from error

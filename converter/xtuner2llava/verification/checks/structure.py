@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors import LazyTensor, Shape
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import SKIPPED, Finding, judge
 from xtuner2llava.verification.plain_model import (
-    ClassShapes,
-    language_model_shapes,
+    in_files,
+    new_language_model,
+    new_tower,
+    plain_config,
     tower_config_of_shapes,
-    tower_shapes,
 )
 from xtuner2llava.writing import INDEX_NAME
 
@@ -105,23 +107,37 @@ def _index_faults(out: ConvertedFolder, where: Mapping[str, str]) -> Iterator[st
 
 def language_model(out: ConvertedFolder) -> Finding:
     """Names and shapes of the language model against its transformers class."""
+    import torch
+
     found = out.part(LLM)
-    expected = language_model_shapes(out.text, found)
-    faults = [*_differences(found, expected)]
-    unknown = [name for name in out.tensors if out.place(name) is None]
-    faults += [f"{name} belongs to no part of {out.architecture}" for name in unknown]
-    return judge(faults, f"the {len(found)} of {expected.title}, names and shapes")
+    config = plain_config(out.text)
+    with torch.device("meta"):
+        model = new_language_model(config)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    faults = _differences(found, _shapes(model), "lm_head.weight" if tied else None)
+    unknown = (name for name in out.tensors if out.place(name) is None)
+    others = (f"{name} belongs to no part of {out.architecture}" for name in unknown)
+    fine = f"the {len(found)} of {type(model).__name__}, names and shapes"
+    return judge([*faults, *others], fine)
 
 
 def tower(out: ConvertedFolder) -> Finding:
     """The same of the vision tower; without a config of its own, as wide and deep as it is."""
+    import torch
+
     found = out.part(VISUAL_ENCODER)
     if not found:
         return SKIPPED, "there are none"
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    expected = tower_shapes(out.vision or tower_config_of_shapes(shapes))
+    config = out.vision or tower_config_of_shapes({n: t.shape for n, t in found.items()})
+    with torch.device("meta"):
+        shapes = _shapes(new_tower(config))
     which = "of the config" if out.vision else "as wide and deep as they are"
-    return judge([*_differences(found, expected)], f"the {len(found)} of {expected.title} {which}")
+    faults = [*_differences(found, shapes, "vision_model.embeddings.position_ids")]
+    return judge(faults, f"the {len(found)} of CLIPVisionModel {which}")
+
+
+def _shapes(model: Any) -> dict[str, Shape]:
+    return {name: shape for parts in in_files(model).values() for name, shape in parts}
 
 
 def projector(out: ConvertedFolder) -> Finding:
@@ -141,25 +157,27 @@ def projector(out: ConvertedFolder) -> Finding:
         return judge([f"{named} is not one that LLaVA has"], "")
     if not isinstance(hidden, int) or not isinstance(vision, int):
         return judge([f"sizes are {vision!r} and {hidden!r}"], "")
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     for layer in range(depth):
         # LLaVA gives a single layer, of type "linear", no index.
         prefix = "" if named.endswith("'linear'") else f"{2 * layer}."
         inputs = vision if layer == 0 else hidden
         shapes |= {f"{prefix}weight": (hidden, inputs), f"{prefix}bias": (hidden,)}
-    faults = [*_differences(out.part(PROJECTOR), ClassShapes("", shapes, frozenset()))]
+    faults = [*_differences(out.part(PROJECTOR), shapes)]
     token = out.part(VISUAL_ENCODER).get("vision_model.embeddings.class_embedding")
     if token is not None and math.prod(token.shape) != vision:
         faults.append(f"the tower is {math.prod(token.shape)} wide, the config says {vision}")
     return judge(faults, f"{depth} linear layers, as {named} says")
 
 
-def _differences(found: Mapping[str, LazyTensor], expected: ClassShapes) -> Iterator[str]:
-    for name in expected.shapes:
-        if name not in found and name not in expected.optional:
+def _differences(
+    found: Mapping[str, LazyTensor], expected: Mapping[str, Shape], optional: str | None = None
+) -> Iterator[str]:
+    for name in expected:
+        if name not in found and name != optional:
             yield f"{name} is missing"
     for name, tensor in found.items():
-        shape = expected.shapes.get(name)
+        shape = expected.get(name)
         if shape is None:
             yield f"{name} is unexpected"
         elif tensor.shape != shape:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
@@ -176,31 +176,24 @@ class Run:
         for name, model in self.models.items():
             embedded, image = model.embed(self.given)
             self.positions = embedded.shape[1]
-            seen = partial(self._compare, name)
             if image is not None:
-                seen("image features", image)
-            seen("embeddings", embedded)
-            run = partial(self._stream, model.language, embedded)
-            streams = {name: partial(run, seen=seen)}
-            streams |= {
-                each: partial(run, nudge=True) for each, of in self.nudged.items() if of == name
-            }
+                self._compare(name, "image features", image)
+            self._compare(name, "embeddings", embedded)
+            run = partial(model.language.run, embedded)
+            normed = {name: run(partial(self._after_layer, model, name))}
+            other = partial(self._after_layer, model, "")
+            twins = [twin for twin, of in self.nudged.items() if of == name]
+            normed |= {twin: run(other, nudge=True) for twin in twins}
             if name == FOLDER:
-                for what, weights in model.language.exchanged().items():
-                    streams[f"{_WRONG}{what}"] = partial(run, weights=weights)
-            self._normed |= {each: stream() for each, stream in streams.items()}
-            self._heads.append((model.language.head, [*streams]))
+                for what, wrong in model.language.exchanged().items():
+                    normed[f"{_WRONG}{what}"] = run(other, wrong=wrong)
+            self._normed |= normed
+            self._heads.append((model.language.head, [*normed]))
         self._compare_logits()
 
-    def _stream(self, language: LanguageModel, embedded: torch.Tensor, **how: Any) -> torch.Tensor:
-        before = language.nbytes
-        normed = language.run(embedded, **how)
-        self.advance(language.nbytes - before)
-        return normed
-
-    def _compare(self, stream: str, stage: str, state: torch.Tensor) -> None:
-        """Notes how far the hidden states of two streams are apart, once there are both."""
-        if self.compared is None or stream not in self.compared:
+    def _compare(self, name: str, stage: str, state: torch.Tensor) -> None:
+        """Notes how far the hidden states of two models are apart, once there are both."""
+        if self.compared is None or name not in self.compared:
             return
         other = self._states.pop(stage, None)
         if other is None:
@@ -208,6 +201,10 @@ class Run:
         else:
             alike = other.shape == state.shape
             self.stages[stage] = float((other - state).abs().max()) if alike else math.nan
+
+    def _after_layer(self, model: Model, name: str, stage: str, state: torch.Tensor) -> None:
+        self.advance(model.language.layer_bytes)
+        self._compare(name, stage, state)
 
     def _compare_logits(self) -> None:
         """Logits of some tokens at a time, and their distances."""

@@ -7,7 +7,7 @@ begins to run, and dropped as it ends; a model of any size runs, in any version 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedErr
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import BY_NAME, FLOAT32, LazyTensor, cast, concat, row_blocks, split
 from xtuner2llava.tensors.lazy import Derived
-from xtuner2llava.verification.plain_model import in_files, new_tower, projector_prefixes
+from xtuner2llava.verification.plain_model import in_files, new_tower, project
 
 if TYPE_CHECKING:
     import torch
@@ -68,82 +68,66 @@ class Moved(Derived):
         return values
 
 
-class Streamed:
-    """A `model` without parameters, which are read from `weights`, by their names in files.
+def stream(
+    model: Any, weights: Weights, read: Callable[[str], torch.Tensor], apart: Sequence[str] = ()
+) -> None:
+    """Has the modules of `model` get their parameters by `read` as they run, and drop them then.
 
-    The modules called `apart` need none. Raises `CheckpointError` unless `weights` has exactly
-    those of the others. `nbytes` counts what was read, as float32.
+    `read` takes their names in files; the modules called `apart` get none. Raises `CheckpointError`
+    unless `weights` has exactly those of the others.
     """
+    import torch
+    from torch.nn import Parameter
 
-    def __init__(self, model: Any, weights: Weights, apart: Sequence[str] = ()) -> None:
-        self.model, self.weights, self.nbytes = model, weights, 0
-        self._files = {n: [file for file, _ in parts] for n, parts in in_files(model).items()}
-        wanted = {f"{name}.weight" for name in apart}
-        for name, module in model.named_modules():
-            own = [f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)]
-            if own and name not in apart:
-                wanted |= {file for each in own for file in self._files[each]}
-                module.register_forward_pre_hook(partial(self._read, name))
-                module.register_forward_hook(_drop)
-        there = weights.keys() | {f"{name}.weight" for name in apart}
-        different = [n for n in sorted(there ^ wanted) if not n.endswith(_BUFFERS)]
-        if different:
-            raise CheckpointError(
-                f"{type(model).__name__} and the tensors to run it with differ in "
-                f"{', '.join(different[:3])}"
-            )
+    names = {name: [file for file, _ in parts] for name, parts in in_files(model).items()}
 
-    def __call__(self, **inputs: Any) -> Any:
-        """What the model makes of `inputs`. Raises `CheckpointError` if it cannot be run."""
-        import torch
-
-        with _running(self.model), torch.no_grad():
-            return self.model(**inputs)
-
-    def _read(self, name: str, module: Any, _: Any) -> None:
-        import torch
-        from torch.nn import Parameter
-
-        for each, parameter in list(module.named_parameters(recurse=False)):
-            files = self._files[f"{name}.{each}"]
-            parts = [whole(self.weights[file]) for file in files]
+    def fill(prefix: str, module: Any, _: Any) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            files = names[prefix + name]
+            parts = [read(file) for file in files]
             value = parts[0] if len(parts) == 1 else torch.cat(parts).view(parameter.shape)
             if value.shape != parameter.shape:
                 shapes = f"{list(value.shape)}, expected {list(parameter.shape)}"
                 raise CheckpointError(f"{files[0]} has shape {shapes}")
-            setattr(module, each, Parameter(value, requires_grad=False))
-            self.nbytes += value.nbytes
+            setattr(module, name, Parameter(value, requires_grad=False))
 
+    def drop(module: Any, _: Any, output: Any) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, Parameter(parameter.to("meta"), requires_grad=False))
 
-def _drop(module: Any, _: Any, output: Any) -> None:
-    from torch.nn import Parameter
-
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, Parameter(parameter.to("meta"), requires_grad=False))
+    wanted = set()
+    for place, module in model.named_modules():
+        prefix = f"{place}." if place else ""
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if own and place not in apart:
+            wanted |= {file for name in own for file in names[prefix + name]}
+            module.register_forward_pre_hook(partial(fill, prefix))
+            module.register_forward_hook(drop)
+    different = wanted ^ {name for name in weights if name.rpartition(".")[0] not in apart}
+    if listed := [name for name in sorted(different) if not name.endswith(_BUFFERS)]:
+        what = f"{type(model).__name__} and the tensors to run it with"
+        raise CheckpointError(f"{what} differ in {', '.join(listed[:3])}")
 
 
 class LanguageModel:
-    """A causal language model of the class of `config`, with `weights` by their names in files.
+    """A causal language `model` of transformers with `weights`, by their names in files.
 
-    `embedding` and `head` are (vocabulary, hidden size). Raises `ConversionError` where it cannot
-    be run; `trust` executes code beside the model.
+    `embedding` and `head` are (vocabulary, hidden size), `layer_bytes` the size of a layer. Raises
+    `ConversionError` where it cannot be run.
     """
 
-    def __init__(self, config: Any, weights: Weights, *, trust: bool = False) -> None:
+    def __init__(self, model: Any, weights: Weights) -> None:
         import torch
-        import transformers
 
-        classes: Any = transformers
-        make = partial(classes.AutoModelForCausalLM.from_config, attn_implementation="eager")
-        options = {"trust_remote_code": True} if trust else {}
-        model = _without_memory(lambda: make(config, **options))
-        self.title = type(model).__name__
+        self.title, self._model, self._weights = type(model).__name__, model, weights
         names = {module: name for name, module in model.named_modules()}
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        if type(head).__name__ != "Linear" or head not in names or embedding not in names:
-            raise UnsupportedError(f"the head of {self.title} is not a plain linear layer")
+        lists = [module for module in names if isinstance(module, torch.nn.ModuleList)]
+        if not lists or type(head).__name__ != "Linear" or not {head, embedding} <= names.keys():
+            what = "is not a list of layers with a plain linear head"
+            raise UnsupportedError(f"{self.title} {what}")
         apart = [names[embedding], names[head]]
-        self._streamed, self._weights = Streamed(model, weights, apart), weights
+        stream(model, weights, self._read, apart)
         if f"{apart[0]}.weight" not in weights:
             raise CheckpointError(f"{apart[0]}.weight is missing")
         self.embedding = weights[f"{apart[0]}.weight"]
@@ -151,13 +135,14 @@ class LanguageModel:
         # What goes into it is enough: a block of rows at a time makes the logits of that.
         head.weight, head.bias = torch.nn.Parameter(torch.zeros(1, head.in_features)), None
         head.register_forward_pre_hook(self._before_head)
-        lists = [module for module in names if isinstance(module, torch.nn.ModuleList)]
-        self._layers = names[min(lists, key=lambda each: names[each].count("."))]
-        for number, layer in enumerate(model.get_submodule(self._layers)):
-            layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+        layers = min(lists, key=lambda module: names[module].count("."))
+        for number, layer in enumerate(layers):
             layer.register_forward_hook(partial(self._after_layer, number))
+        self._middle = f"{names[layers]}.{len(layers) // 2}."
+        self.layer_bytes = sum(tensor.nbytes for tensor in weights.values()) // len(layers)
+        self._wrong: Weights = {}
         self._nudge = False
-        self._seen: Callable[[str, torch.Tensor], None] | None = None
+        self._seen: Callable[[str, torch.Tensor], None]
         self._normed: Any = None
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -169,42 +154,35 @@ class LanguageModel:
     def run(
         self,
         embedded: torch.Tensor,
+        seen: Callable[[str, torch.Tensor], None],
         *,
         nudge: bool = False,
-        weights: Weights | None = None,
-        seen: Callable[[str, torch.Tensor], None] | None = None,
+        wrong: Weights | None = None,
     ) -> torch.Tensor:
         """What goes into the head, (positions, hidden size), for `embedded` as `embed` makes them.
 
-        With `nudge`, every hidden state is off by half a unit in its last place. `weights` are used
-        instead of the model's own. `seen` is called with what comes out of each layer.
+        `seen` is called with the hidden states after each layer. With `nudge`, all of them are off
+        by half a unit in the last place. `wrong` are used in place of some of the weights.
         """
-        self._streamed.weights = weights or self._weights
-        self._nudge, self._seen = nudge, seen
-        self._streamed(inputs_embeds=nudged(embedded) if nudge else embedded, use_cache=False)
+        self._seen, self._nudge, self._wrong = seen, nudge, wrong or {}
+        run(self._model, inputs_embeds=nudged(embedded) if nudge else embedded, use_cache=False)
         normed: torch.Tensor = self._normed
         return normed
 
-    @property
-    def nbytes(self) -> int:
-        return self._streamed.nbytes
-
     def exchanged(self) -> dict[str, Weights]:
-        """The weights with two kinds of tensors of the middle layer exchanged, by these kinds."""
-        layer = f"{self._layers}.{len(self._streamed.model.get_submodule(self._layers)) // 2}."
-        inner = {name: each for name, each in self._weights.items() if name.startswith(layer)}
-        return {what: {**self._weights, **wrong} for what, wrong in wrong_layers(inner).items()}
+        """Tensors of the middle layer in place of others, by what is exchanged."""
+        middle = self._middle
+        return wrong_layers({n: t for n, t in self._weights.items() if n.startswith(middle)})
 
-    def _before_layer(self, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def _read(self, file: str) -> torch.Tensor:
+        return whole(self._wrong.get(file) or self._weights[file])
+
+    def _after_layer(self, number: int, module: Any, arguments: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._seen(f"layer {number}", hidden)
         if not self._nudge:
-            return None
-        if arguments:
-            return (nudged(arguments[0]), *arguments[1:]), named
-        return arguments, {**named, "hidden_states": nudged(named["hidden_states"])}
-
-    def _after_layer(self, number: int, module: Any, arguments: Any, output: Any) -> None:
-        if self._seen is not None:
-            self._seen(f"layer {number}", output[0] if isinstance(output, tuple) else output)
+            return output
+        return (nudged(hidden), *output[1:]) if isinstance(output, tuple) else nudged(hidden)
 
     def _before_head(self, module: Any, arguments: tuple[Any, ...]) -> None:
         self._normed = arguments[0][0]
@@ -221,18 +199,13 @@ class ClipTower:
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What stands for the image, (1, patches, hidden size of the LLM), in float32."""
-        from torch.nn import functional
-
-        model = _without_memory(lambda: new_tower(self.config, attn_implementation="eager"))
-        states = Streamed(model, self.weights)(pixel_values=pixels, output_hidden_states=True)
+        with parameters_on_meta():
+            model = new_tower(self.config)
+        stream(model, self.weights, lambda file: whole(self.weights[file]))
+        states = run(model, pixel_values=pixels, output_hidden_states=True).hidden_states
         with _running(model):
-            # Without the class token; linear layers with an exact GELU between them.
-            hidden: torch.Tensor = states.hidden_states[self.select_layer][:, 1:]
-            for number, prefix in enumerate(projector_prefixes(self.projector)):
-                weight, bias = (whole(self.projector[prefix + kind]) for kind in ("weight", "bias"))
-                hidden = functional.gelu(hidden) if number else hidden
-                hidden = functional.linear(hidden, weight, bias)
-        return hidden
+            projector = {name: whole(tensor) for name, tensor in self.projector.items()}
+            return project(states[self.select_layer], projector)
 
 
 def whole(tensor: LazyTensor) -> torch.Tensor:
@@ -272,11 +245,16 @@ def nudged(hidden: torch.Tensor) -> torch.Tensor:
     return hidden * (1 + signs * 2.0**-23)
 
 
-def _without_memory(make: Callable[[], Any]) -> Any:
-    """The model that `make` makes, its parameters without memory and its buffers with.
+def run(model: Any, **inputs: Any) -> Any:
+    """What `model` makes of `inputs`. Raises `CheckpointError` if it cannot be run."""
+    import torch
 
-    Raises `UnsupportedError` where transformers makes none.
-    """
+    with _running(model), torch.no_grad():
+        return model(**inputs)
+
+
+def parameters_on_meta() -> AbstractContextManager[object]:
+    """The parameters of modules that are made meanwhile have no memory; their buffers have."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -287,17 +265,16 @@ def _without_memory(make: Callable[[], Any]) -> Any:
             device = {"device": "meta"} if function is torch.empty else {}
             return function(*arguments, **{**(named or {}), **device})
 
-    with _running(make, UnsupportedError), torch.random.fork_rng(devices=[]), OnMeta():
-        return make().float().eval()
+    return OnMeta()
 
 
 @contextmanager
-def _running(model: Any, kind: type[ConversionError] = CheckpointError) -> Iterator[None]:
-    """Raises `kind` for what transformers and torch raise of a config and its tensors."""
+def _running(model: Any) -> Iterator[None]:
+    """Raises `CheckpointError` for what torch raises of tensors that do not fit."""
     try:
         yield
     except ConversionError:
         raise
     except Exception as error:
         what = f"{type(model).__name__} cannot be run: {type(error).__name__}: {error}"
-        raise kind(what) from error
+        raise CheckpointError(what) from error

@@ -22,9 +22,15 @@ from xtuner2llava.verification.logits.run import (
     Run,
     fixed_input,
 )
-from xtuner2llava.verification.logits.streamed import ClipTower, LanguageModel, Weights, rounded
+from xtuner2llava.verification.logits.streamed import (
+    ClipTower,
+    LanguageModel,
+    Weights,
+    parameters_on_meta,
+    rounded,
+)
 from xtuner2llava.verification.outcome import FAILED, LOGITS, OK, SKIPPED, Check
-from xtuner2llava.verification.plain_model import plain_config
+from xtuner2llava.verification.plain_model import new_language_model, plain_config
 
 if TYPE_CHECKING:
     from xtuner2llava.planning.plan import Plan
@@ -100,8 +106,10 @@ def folder_model(
     if checkpoint is not None:
         tower = tower or checkpoint.visual_encoder.tensors
         vision = vision or _vision_config(checkpoint)
+    with parameters_on_meta():
+        model = new_language_model(plain_config(out.text))
     return Model(
-        LanguageModel(plain_config(out.text), read(out.part(LLM))),
+        LanguageModel(model, read(out.part(LLM))),
         ClipTower(vision, read(tower), read(out.part(PROJECTOR)), layer),
     )
 
@@ -113,11 +121,14 @@ def _source_model(checkpoint: Checkpoint, trust: bool, read: Read) -> Model:
     values = trained_llm_config(llm.config, training)
     config = _source_config(values, str(llm.config.path.parent), trust)
     remote = type(config).__module__.startswith("transformers_modules")
+    with parameters_on_meta():
+        options = {"trust_remote_code": True} if remote else {}
+        model = new_language_model(config, UnsupportedError, **options)
     projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
     layer = -2 if training is None else training.visual_select_layer
     tower = read(checkpoint.visual_encoder.tensors)
     return Model(
-        LanguageModel(config, read(llm.tensors), trust=remote),
+        LanguageModel(model, read(llm.tensors)),
         ClipTower(_vision_config(checkpoint), tower, read(projector), layer),
     )
 

@@ -32,8 +32,7 @@ from xtuner2llava.storage.pickle_reader import read_pickle
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import open_weights, tensor_references
-from xtuner2llava.tokenizers import read_tokenizer, with_special_token, with_tokens
-from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer
+from xtuner2llava.tokenizers import TokenizerRules, prepare_tokenizer, read_tokenizer
 from xtuner2llava.training_config import TrainingConfig
 
 # The shipped mappings do not change: parsing them for each input would be most of the work.
@@ -396,8 +395,8 @@ def _tokenizer(data: bytes, folder: Path) -> None:
     ):
         try:
             made = prepare_tokenizer(tokenizer, rules, eos="</s>", pad="<pad>").tokenizer
-            made = with_special_token(made, "bos_token", next(iter(made.ids), None))
-            made = with_tokens(made, ["<image>", "<pad>"])
+            made = made.with_special_token("bos_token", next(iter(made.ids), None))
+            made = made.with_tokens(["<image>", "<pad>"])
             for make in made.made.values():
                 make()
         except ConversionError:

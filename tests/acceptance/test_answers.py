@@ -18,7 +18,7 @@ from reference.cases import CASES, Converted
 from reference.seen import Seen
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.planning.chat_template import prompt_text
-from xtuner2llava.tokenizers.protobuf import field_bytes, fields
+from xtuner2llava.tokenizers.sentencepiece import field_bytes, fields
 
 DATA = Path(__file__).parents[1] / "data/answers"
 ANSWERS = json.loads((DATA / "answers.json").read_text())

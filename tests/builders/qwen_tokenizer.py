@@ -19,7 +19,7 @@ from typing import Any
 from builders.prepared_tokenizer import write_prepared
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.tokenizers import TokenizerRules, prepare_tokenizer, read_tokenizer
-from xtuner2llava.tokenizers.tiktoken_file import read_ranks
+from xtuner2llava.tokenizers.qwen import read_ranks
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

@@ -16,7 +16,7 @@ from builders.prepared_tokenizer import write_prepared
 from builders.saved_tokenizers import SAVED, expected, write_saved
 from xtuner2llava import ConversionError
 from xtuner2llava.tokenizers import read_tokenizer, readable_tokenizer, tokenizer_faults
-from xtuner2llava.tokenizers.protobuf import fields
+from xtuner2llava.tokenizers.sentencepiece import fields
 
 BPE = {"type": "BPE", "vocab": {"▁": 0, "a": 1, "▁a": 2, "<s>": 3}, "merges": [["▁", "a"]]}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}

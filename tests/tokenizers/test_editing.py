@@ -10,13 +10,7 @@ from typing import Any
 import pytest
 
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import (
-    Tokenizer,
-    read_tokenizer,
-    with_config,
-    with_special_token,
-    with_tokens,
-)
+from xtuner2llava.tokenizers import Tokenizer, read_tokenizer
 
 BASES = ("llm_llama", "llm_qwen2")
 
@@ -41,7 +35,7 @@ def load(folder: Path, **options: Any) -> Any:
 @pytest.mark.parametrize("base", BASES)
 def test_added_tokens_follow_the_others(checkpoints: Path, tmp_path: Path, base: str) -> None:
     before = read_tokenizer(checkpoints / "bases" / base)
-    tokenizer = with_tokens(before, ["<image>", "<pad>"])
+    tokenizer = before.with_tokens(["<image>", "<pad>"])
     first = before.highest_id + 1
     assert (tokenizer.ids["<image>"], tokenizer.ids["<pad>"]) == (first, first + 1)
     loaded = load(write(tokenizer, tmp_path / "out"))
@@ -79,7 +73,7 @@ def test_every_kind_of_base(checkpoints: Path, tmp_path: Path, base: str, kept: 
         config.pop(key, None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
-    tokenizer = with_tokens(read_tokenizer(folder), ["<image>"])
+    tokenizer = read_tokenizer(folder).with_tokens(["<image>"])
     written = json.loads(tokenizer.made["tokenizer_config.json"]())
     decoder = written["added_tokens_decoder"]
     assert {entry["content"] for entry in decoder.values()} == {*added, "<image>"}
@@ -92,16 +86,16 @@ def test_every_kind_of_base(checkpoints: Path, tmp_path: Path, base: str, kept: 
 
 def test_a_token_that_is_there_keeps_its_id(checkpoints: Path) -> None:
     before = read_tokenizer(checkpoints / "bases/llm_qwen2")
-    assert with_tokens(before, ["<|im_end|>"]) is before
+    assert before.with_tokens(["<|im_end|>"]) is before
     # It is in the vocabulary, but not found whole: it becomes so, at the same place.
-    word = with_tokens(before, ["er"])
+    word = before.with_tokens(["er"])
     assert word.ids == before.ids
     decoder = word.config["added_tokens_decoder"]
     assert isinstance(decoder, dict) and str(before.ids["er"]) in decoder
 
 
 def test_added_tokens_json_and_tokenizer_json_know_them_too(checkpoints: Path) -> None:
-    tokenizer = with_tokens(read_tokenizer(checkpoints / "bases/llm_qwen2"), ["<image>"])
+    tokenizer = read_tokenizer(checkpoints / "bases/llm_qwen2").with_tokens(["<image>"])
     assert json.loads(tokenizer.made["added_tokens.json"]())["<image>"] == 363
     fast = json.loads(tokenizer.made["tokenizer.json"]())
     assert fast["added_tokens"][-1] == {
@@ -121,13 +115,13 @@ def test_added_tokens_json_and_tokenizer_json_know_them_too(checkpoints: Path) -
 def test_gaps_in_the_ids_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 2}')
     with pytest.raises(ConversionError, match="has 2 tokens with ids up to 2"):
-        with_tokens(read_tokenizer(tmp_path), ["<image>"])
+        read_tokenizer(tmp_path).with_tokens(["<image>"])
 
 
 def test_two_edits_are_both_written(checkpoints: Path, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(checkpoints / "bases/llm_llama")
-    tokenizer = with_special_token(with_tokens(tokenizer, ["<image>", "<p>"]), "pad_token", "<p>")
-    tokenizer = with_config(tokenizer, {"processor_class": "LlavaProcessor"})
+    tokenizer = tokenizer.with_tokens(["<image>", "<p>"]).with_special_token("pad_token", "<p>")
+    tokenizer = tokenizer.with_config({"processor_class": "LlavaProcessor"})
     loaded = load(write(tokenizer, tmp_path / "out"))
     assert (loaded.pad_token, loaded.pad_token_id) == ("<p>", 385)
     special = json.loads((tmp_path / "out/special_tokens_map.json").read_text())
@@ -142,7 +136,7 @@ def test_a_special_token_is_taken_off_everywhere(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0, "<s>": 1}')
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "a"}')
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "a"}')
-    tokenizer = with_special_token(read_tokenizer(tmp_path), "bos_token", None)
+    tokenizer = read_tokenizer(tmp_path).with_special_token("bos_token", None)
     assert tokenizer.special("bos_token") is None
     config = json.loads(tokenizer.made["tokenizer_config.json"]())
     assert config == {"bos_token": None, "eos_token": "a"}

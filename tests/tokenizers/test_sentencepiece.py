@@ -16,7 +16,7 @@ from builders.internlm2_tokenizer import DATA, END, NAMES, START, expected, prep
 from builders.prepared_tokenizer import write_prepared
 from xtuner2llava import ConversionError
 from xtuner2llava.tokenizers import Prepared, read_tokenizer, readable_tokenizer
-from xtuner2llava.tokenizers.sentencepiece_model import (
+from xtuner2llava.tokenizers.sentencepiece import (
     BPE,
     BYTE,
     CONTROL,

@@ -21,10 +21,6 @@ from xtuner2llava.tokenizers import (
     special_texts,
     strips_after,
     with_bos_added,
-    with_config,
-    with_made,
-    without_files,
-    without_keys,
 )
 from xtuner2llava.training_config import Table, TrainingData
 
@@ -120,7 +116,7 @@ def with_trained_chat(
     eos = data.eos_token or tokenizer.special("eos_token")
     marks = Marks(_trained_bos(tokenizer), eos, prefix_space(tokenizer), special_texts(tokenizer))
     text = chat_template(template, marks) if template is not None else None
-    tokenizer = without_keys(without_files(tokenizer, (_JINJA, _JSON)), [_KEY])
+    tokenizer = tokenizer.without_files(_JINJA, _JSON).with_config({}, without=[_KEY])
     if template is None or text is None:
         findings.note(
             "Nothing says with which prompt template the model was trained, so the output has no "
@@ -139,11 +135,11 @@ def with_trained_chat(
             f"Training had {template.sep!r} between turns, and the tokenizer drops white space "
             f"after '{end}': from the second turn on, a chat lacks those tokens."
         )
-    tokenizer = with_config(tokenizer, {_KEY: text})
+    tokenizer = tokenizer.with_config({_KEY: text})
     if not with_processor:
         return tokenizer
     files: dict[str, MadeFile] = {_JINJA: text.encode, _JSON: lambda: json_bytes({_KEY: text})}
-    return with_made(tokenizer, files)
+    return tokenizer.with_made(files)
 
 
 def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:

@@ -55,7 +55,7 @@ from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.storage.small_file import read_small
-from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, readable_tokenizer, with_config
+from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, readable_tokenizer
 from xtuner2llava.writing.shards import INDEX_NAME, plan_shards
 
 _T = TypeVar("_T")
@@ -407,7 +407,7 @@ class _Planner:
         if processor is not None:
             # It pads prompts of a batch, and an answer follows on a prompt's last token.
             changes: dict[str, Json] = {"processor_class": processor, "padding_side": "left"}
-            tokenizer = with_config(tokenizer, changes)
+            tokenizer = tokenizer.with_config(changes)
             if FAST not in tokenizer.files:
                 self.found.note(
                     f"The base's tokenizer has no {FAST}, and transformers 5 loads LLaVA's from "

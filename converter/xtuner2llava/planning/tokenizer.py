@@ -20,8 +20,6 @@ from xtuner2llava.tokenizers import (
     prepare_tokenizer,
     read_tokenizer,
     with_arguments,
-    with_special_token,
-    with_tokens,
 )
 from xtuner2llava.training_config import (
     WITHOUT_IDS,
@@ -127,7 +125,7 @@ def tokenizer_to_write(
             )
         if generation.bos not in (None, given_bos):
             findings.note(f"The tokenizer's bos token is '{given_bos}', as asked. {_DROPS}.")
-        return with_special_token(result, "bos_token", given_bos)
+        return result.with_special_token("bos_token", given_bos)
     own = generation.bos if generation.bos in result.ids else None
     present = result.special("bos_token") or tokenizer.special("bos_token")
     if own is None or present == own or (present is None and data.bos_token is None):
@@ -138,7 +136,7 @@ def tokenizer_to_write(
             f"The tokenizer had the bos token '{present}', which is XTuner's advice for Qwen, and "
             f"is written without it: {_DROPS}. {stands} the advice was for. --bos-token keeps it."
         )
-        return with_special_token(result, "bos_token", None)
+        return result.with_special_token("bos_token", None)
     why = "LLaVA needs none there" if data.bos_token == own else _DROPS
     findings.note(
         f"The XTuner config gives the tokenizer the bos token '{data.bos_token}'; it is written "
@@ -158,9 +156,9 @@ def with_format_tokens(
     present = tokenizer.special("pad_token")
     own_pad = present if present in tokenizer.ids else None
     texts = {use: own_pad if use == "pad" and own_pad else text for use, text in tokens.items()}
-    result = with_tokens(tokenizer, list(texts.values()))
+    result = tokenizer.with_tokens(texts.values())
     if "pad" in texts and own_pad is None:
-        result = with_special_token(result, "pad_token", texts["pad"])
+        result = result.with_special_token("pad_token", texts["pad"])
     return result, {use: result.ids[text] for use, text in texts.items()}
 
 

@@ -1,18 +1,8 @@
 """Tokenizers as files: read, edited, and converted without transformers and without remote code."""
 
 from xtuner2llava.tokenizers.compatibility import readable_tokenizer, tokenizer_faults
-from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer
-from xtuner2llava.tokenizers.editing import (
-    with_arguments,
-    with_config,
-    with_made,
-    with_special_token,
-    with_tokens,
-    without_files,
-    without_keys,
-)
-from xtuner2llava.tokenizers.llama import MODEL
-from xtuner2llava.tokenizers.pieces import (
+from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer, with_arguments
+from xtuner2llava.tokenizers.prefix import (
     PrefixSpace,
     keeps_spaces,
     prefix_space,
@@ -20,8 +10,15 @@ from xtuner2llava.tokenizers.pieces import (
     strips_after,
     with_bos_added,
 )
-from xtuner2llava.tokenizers.sentencepiece_model import read_sentencepiece
-from xtuner2llava.tokenizers.tokenizer import FAST, MadeFile, Prepared, Tokenizer, read_tokenizer
+from xtuner2llava.tokenizers.sentencepiece import read_sentencepiece
+from xtuner2llava.tokenizers.tokenizer import (
+    FAST,
+    MODEL,
+    MadeFile,
+    Prepared,
+    Tokenizer,
+    read_tokenizer,
+)
 
 __all__ = [
     "FAST",
@@ -42,10 +39,4 @@ __all__ = [
     "tokenizer_faults",
     "with_arguments",
     "with_bos_added",
-    "with_config",
-    "with_made",
-    "with_special_token",
-    "with_tokens",
-    "without_files",
-    "without_keys",
 ]

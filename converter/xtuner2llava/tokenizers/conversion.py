@@ -1,20 +1,27 @@
-"""The tokenizer that a conversion writes, from the base LLM's and what its family says of it."""
+"""The tokenizer that a conversion writes: as the family says, and the config of the training."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import MappingError, UnsupportedError
-from xtuner2llava.storage.json_file import text
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.compatibility import KNOWN_CLASSES
-from xtuner2llava.tokenizers.llama import MODEL, from_sentencepiece
-from xtuner2llava.tokenizers.qwen2 import from_tiktoken
-from xtuner2llava.tokenizers.tokenizer import Prepared, Tokenizer
+from xtuner2llava.tokenizers.llama import from_sentencepiece
+from xtuner2llava.tokenizers.qwen import from_tiktoken
+from xtuner2llava.tokenizers.tokenizer import (
+    ADDITIONAL,
+    MODEL,
+    NAMED,
+    Prepared,
+    Tokenizer,
+    additional_tokens,
+)
 
 # A range of tokens in a name, such as `<|extra_{0..204}|>`.
-_RANGE = re.compile(r"\{(\d{1,6})\.\.(\d{1,6})\}", re.ASCII)
+_RANGE = re.compile(r"(.*)\{(\d{1,6})\.\.(\d{1,6})\}(.*)", re.ASCII | re.DOTALL)
 _MAX_SPECIAL_TOKENS = 10_000
 
 
@@ -34,28 +41,25 @@ class TokenizerRules:
     @classmethod
     def of(cls, table: Mapping[str, object], where: str) -> TokenizerRules:
         """Raises `MappingError` for what the table cannot say; `where` is its file."""
-        convert, class_name = table.get("convert"), table.get("class")
+        convert, class_name = (
+            value if isinstance(value := table.get(key), str) else None
+            for key in ("convert", "class")
+        )
         special = table.get("special_tokens")
         ids: dict[str, int] = {}
         for token, first in special.items() if isinstance(special, Mapping) else ():
+            fault = f"`tokenizer.special_tokens`: {token!r}"
             if not isinstance(token, str) or not isinstance(first, int) or first < 0:
-                raise MappingError(
-                    f"`tokenizer.special_tokens`: {token!r} has no id, but {first!r}", where=where
-                )
-            match = _RANGE.search(token)
-            low, high = (int(match[1]), int(match[2])) if match else (0, 0)
-            if len(ids) + high - low > _MAX_SPECIAL_TOKENS:
-                raise MappingError(
-                    f"`tokenizer.special_tokens`: {token!r} is too many", where=where
-                )
-            for number in range(low, high + 1):
-                name = f"{token[: match.start()]}{number}{token[match.end() :]}" if match else token
-                ids[name] = first + number - low
-        return cls(
-            convert if isinstance(convert, str) else None,
-            class_name if isinstance(class_name, str) else None,
-            ids,
-        )
+                raise MappingError(f"{fault} has no id, but {first!r}", where=where)
+            names = [token]
+            if found := _RANGE.fullmatch(token):
+                before, low, high, after = found.groups()
+                numbers = range(int(low), int(high) + 1)
+                if len(ids) + len(numbers) > _MAX_SPECIAL_TOKENS:
+                    raise MappingError(f"{fault} is too many", where=where)
+                names = [f"{before}{number}{after}" for number in numbers]
+            ids |= {name: index for index, name in enumerate(names, first)}
+        return cls(convert, class_name, ids)
 
 
 def prepare_tokenizer(
@@ -70,17 +74,13 @@ def prepare_tokenizer(
     `eos` and `pad` are set where a converted tokenizer has none. Raises `UnsupportedError` where
     only code of the model's repository could load it, `CorruptFileError` and `PlanError`.
     """
-    folder = tokenizer.folder
-    named = text(tokenizer.config, "tokenizer_class")
-    source = rules.convert
-    wanted = {rules.class_name, f"{rules.class_name}Fast"}
-    if source is not None and (folder / source).is_file() and named not in wanted:
+    folder, source, special = tokenizer.folder, rules.convert, rules.special_tokens
+    named = tokenizer.slow_class
+    if source is not None and (folder / source).is_file() and named != rules.class_name:
         if source == MODEL:
-            made = from_sentencepiece(tokenizer, rules.special_tokens)
+            made = from_sentencepiece(tokenizer, special)
         elif source.endswith(".tiktoken"):
-            made = from_tiktoken(
-                folder / source, tokenizer.config, rules.special_tokens, eos=eos, pad=pad
-            )
+            made = from_tiktoken(folder / source, tokenizer.config, special, eos=eos, pad=pad)
         else:
             raise MappingError(
                 f"`tokenizer.convert` is {source!r}, expected a .tiktoken file or {MODEL}",
@@ -98,3 +98,42 @@ def prepare_tokenizer(
             "file with --mapping whose `tokenizer` says what to convert.",
         )
     return Prepared(tokenizer)
+
+
+def with_arguments(
+    tokenizer: Tokenizer, arguments: Mapping[str, Json], *, kept: Collection[str] = ()
+) -> tuple[Tokenizer, tuple[str, ...]]:
+    """`tokenizer` with `arguments` in place of its config's values, and what to tell the user.
+
+    transformers lets the arguments override tokenizer_config.json, then adds those special tokens
+    that are not in the vocabulary: the named ones in a fixed order, then the additional ones
+    (`tokenization_utils_base.py`, `_from_pretrained` and `all_special_tokens_extended`). Those of
+    `kept` give their token an id and are not set. Raises `CorruptFileError` where the id of a
+    new token is not certain.
+    """
+    named = {k: v for k in NAMED if isinstance(v := arguments.get(k), str)}
+    listed = arguments.get(ADDITIONAL)
+    present = additional_tokens(tokenizer.config, tokenizer.special_map)
+    additional = [t for t in listed if isinstance(t, str)] if isinstance(listed, list) else present
+    result, notes = tokenizer, list[str]()
+    if named or isinstance(listed, list):
+        effective = [named.get(key) or tokenizer.special(key) for key in NAMED]
+        texts = dict.fromkeys(text for text in [*effective, *additional] if text is not None)
+        new = [text for text in texts if text not in tokenizer.ids]
+        result = tokenizer.with_tokens(t for t in texts if t in new or t in additional)
+        if new:
+            ids = ", ".join(f"'{text}' {result.ids[text]}" for text in new[:8])
+            more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+            count = f"{len(new)} token{'s' if len(new) > 1 else ''}"
+            notes.append(f"Arguments of the XTuner config add {count}: {ids}{more}.")
+    for key, text in named.items():
+        if key not in kept and result.special(key) != text:
+            result = result.with_special_token(key, text)
+    others = {
+        key: value
+        for key, value in arguments.items()
+        if key not in (*NAMED, ADDITIONAL) and result.config.get(key) != value
+    }
+    if additional != present:
+        result = result.with_special_token(ADDITIONAL, [*additional])
+    return (result.with_config(others) if others else result), tuple(notes)

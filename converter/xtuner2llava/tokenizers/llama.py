@@ -10,18 +10,18 @@ LlamaTokenizer with `legacy`; its fast one is built as here (internlm/internlm2-
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers.added_token import AddedToken
+from xtuner2llava.storage.json_file import Json, text
 from xtuner2llava.tokenizers.byte_pairs import merges
-from xtuner2llava.tokenizers.editing import added_tokens, with_made
-from xtuner2llava.tokenizers.sentencepiece_model import (
+from xtuner2llava.tokenizers.fast_file import around_text, byte_pair_file
+from xtuner2llava.tokenizers.sentencepiece import (
     BPE,
     CONTROL,
     NORMAL,
+    SPACE,
     UNKNOWN,
     USER_DEFINED,
     SentencePieceModel,
@@ -29,10 +29,16 @@ from xtuner2llava.tokenizers.sentencepiece_model import (
     read_sentencepiece,
     with_texts,
 )
-from xtuner2llava.tokenizers.tokenizer import CONFIG, FAST, MadeFile, Tokenizer, json_file
+from xtuner2llava.tokenizers.tokenizer import (
+    CONFIG,
+    FAST,
+    MODEL,
+    AddedToken,
+    MadeFile,
+    Tokenizer,
+    json_file,
+)
 
-MODEL = "tokenizer.model"
-_SPACE = "\u2581"
 # Of the remote classes; LlamaTokenizer would keep them and never look at them.
 _DROPPED = ("auto_map", "decode_with_prefix_space", "vocab_file")
 
@@ -47,33 +53,28 @@ def from_sentencepiece(tokenizer: Tokenizer, special_tokens: Mapping[str, int]) 
     """
     path = tokenizer.folder / MODEL
     model = read_sentencepiece(path)
-    added = {token.id: token for token in added_tokens(tokenizer)}
-    for text, index in special_tokens.items():
-        added.setdefault(index, AddedToken(text, index))
-    ids = model.ids
-    renamed = {
-        index: token.text
-        for index, token in added.items()
-        if index < len(model.pieces) and model.pieces[index].text != token.text
-    }
-    double = [text for text in renamed.values() if text in ids]
-    if double:
-        raise PlanError(
-            f"token '{double[0]}' is a piece of the model and an added token with another id",
-            where=str(path),
-            advice="LlamaTokenizer has one id for each token.",
-        )
-    texts = [renamed.get(index, piece.text) for index, piece in enumerate(model.pieces)]
+    added = {index: AddedToken(text, index) for text, index in special_tokens.items()}
+    added |= {token.id: token for token in tokenizer.added_tokens()}
     everything = sorted(added.values(), key=lambda token: token.id)
+    texts = [piece.text for piece in model.pieces]
+    ids = model.ids
+    renamed = {t.id: t.text for t in everything if t.id < len(texts) and texts[t.id] != t.text}
+    for index, name in renamed.items():
+        if name in ids:
+            raise PlanError(
+                f"token '{name}' is a piece of the model and an added token with another id",
+                where=str(path),
+                advice="LlamaTokenizer has one id for each token.",
+            )
+        texts[index] = name
     config = _config(tokenizer, model, everything)
     made: dict[str, MadeFile] = {CONFIG: lambda: json_file(config, indent=2)}
     if renamed:
         made[MODEL] = lambda: with_texts(model_bytes(path), renamed)
     if _has_fast_form(model):
-        made[FAST] = lambda: json_file(_tokenizer_json(model, texts, everything, config))
+        made[FAST] = lambda: json_file(_fast_file(model, texts, everything, config))
     kept = tuple(name for name in tokenizer.copied if name not in made and name != FAST)
-    known = {text: index for index, text in enumerate(texts)}
-    known |= {token.text: token.id for token in everything}
+    known = {text: index for index, text in enumerate(texts)} | {t.text: t.id for t in everything}
     return Tokenizer(tokenizer.folder, kept, made, known, config, tokenizer.special_map)
 
 
@@ -98,37 +99,37 @@ def with_fast_file(tokenizer: Tokenizer) -> Tokenizer | None:
     config: dict[str, Json] = {"add_bos_token": True, **tokenizer.config}
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config |= {key: tokenizer.special(key) or text for key, text in defaults.items()}
-    added = sorted(added_tokens(tokenizer), key=lambda token: token.id)
+    added = tokenizer.added_tokens()
 
     def make() -> bytes:
-        content = _tokenizer_json(model, texts, added, config)
+        content = _fast_file(model, texts, added, config)
         if config.get("legacy") is False:
             scheme = "first" if model.adds_dummy_prefix else "never"
             content["normalizer"] = None
             content["pre_tokenizer"] = {
                 "type": "Metaspace",
-                "replacement": _SPACE,
+                "replacement": SPACE,
                 "prepend_scheme": scheme,
                 "split": False,
             }
         return json_file(content)
 
-    return with_made(tokenizer, {FAST: make})
+    return tokenizer.with_made({FAST: make})
 
 
 def _config(
     tokenizer: Tokenizer, model: SentencePieceModel, added: Sequence[AddedToken]
 ) -> dict[str, Json]:
-    before = {key: value for key, value in tokenizer.config.items() if key not in _DROPPED}
     controls = [piece.text for piece in model.pieces if piece.kind == CONTROL]
+    unknown = (piece.text for piece in model.pieces if piece.kind == UNKNOWN)
     settings: dict[str, Json] = {
         "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": tokenizer.special("bos_token") or next(iter(controls), None),
         "clean_up_tokenization_spaces": False,
         "eos_token": tokenizer.special("eos_token") or next(iter(controls[1:]), None),
-        "unk_token": tokenizer.special("unk_token") or model.first(UNKNOWN),
-        **before,
+        "unk_token": tokenizer.special("unk_token") or next(unknown, None),
+        **{key: value for key, value in tokenizer.config.items() if key not in _DROPPED},
         "added_tokens_decoder": {str(token.id): token.in_config for token in added},
         # The SentencePiece model alone decides what is done with spaces.
         "legacy": True,
@@ -146,96 +147,64 @@ def _has_fast_form(model: SentencePieceModel) -> bool:
         model.algorithm == BPE
         and model.escapes_spaces
         and not model.removes_extra_spaces
-        and not any(piece.kind == USER_DEFINED and _SPACE in piece.text for piece in model.pieces)
+        and not any(piece.kind == USER_DEFINED and SPACE in piece.text for piece in model.pieces)
     )
 
 
-def _tokenizer_json(
+def _fast_file(
     model: SentencePieceModel,
     texts: Sequence[str],
-    added: Sequence[AddedToken],
+    added: Iterable[AddedToken],
     config: Mapping[str, Json],
 ) -> dict[str, Json]:
-    """As huggingface/tokenizers writes it."""
-    vocab = {text: index for index, text in enumerate(texts)}
-    known = {token.id for token in added}
-    own = {
+    """tokenizer.json; `texts` are those of the pieces."""
+    everything = {
         index: AddedToken(piece.text, index, special=piece.kind != USER_DEFINED)
         for index, piece in enumerate(model.pieces)
-        if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED) and index not in known
-    }
-    everything = sorted([*added, *own.values()], key=lambda token: token.id)
-    normalizers: list[Json] = []
-    if model.charsmap:
-        text = base64.b64encode(model.charsmap).decode()
-        normalizers.append({"type": "Precompiled", "precompiled_charsmap": text})
-    if model.adds_dummy_prefix:
-        normalizers.append({"type": "Prepend", "prepend": _SPACE})
-    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+        if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    } | {token.id: token for token in added}
+    normalizers: list[Json] = [
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ]
     decoders: list[Json] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     if model.adds_dummy_prefix:
+        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [token.in_tokenizer_json for token in everything],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": _post_processor(vocab, config),
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": config.get("unk_token"),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.byte_fallback,
-            "vocab": dict(vocab),
-            "merges": _merges(model, texts),
-        },
-    }
+    if model.charsmap:
+        charsmap = base64.b64encode(model.charsmap).decode()
+        normalizers.insert(0, {"type": "Precompiled", "precompiled_charsmap": charsmap})
+    vocab = {text: index for index, text in enumerate(texts)}
+
+    def around(name: str) -> dict[str, int]:
+        """The token `name`_token, if it stands around each text, and is a text."""
+        value = config.get(f"{name}_token")
+        token = text(value, "content") if isinstance(value, dict) else value
+        adds = config.get(f"add_{name}_token") is True and isinstance(token, str)
+        return {token: vocab[token]} if adds and token in vocab else {}
+
+    return byte_pair_file(
+        vocab,
+        _merges(model, texts),
+        [*everything.values()],
+        normalizer={"type": "Sequence", "normalizers": normalizers},
+        pre_tokenizer=None,
+        post_processor=around_text(around("bos"), around("eos")),
+        decoder={"type": "Sequence", "decoders": decoders},
+        unk_token=config.get("unk_token"),
+        fuse_unk=True,
+        byte_fallback=model.byte_fallback,
+    )
 
 
-def _merges(model: SentencePieceModel, texts: Sequence[str]) -> list[Json]:
+def _merges(model: SentencePieceModel, texts: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Best score first; of the pieces that are merged from others, each from its two parts."""
     normal = [index for index, piece in enumerate(model.pieces) if piece.kind == NORMAL]
     normal.sort(key=lambda index: (-model.pieces[index].score, index))
     ranks = {texts[index]: rank for rank, index in enumerate(normal)}
-    found = merges(ranks, [text for text in ranks if len(text) > 1], MODEL)
-    return [
-        f"{pair[0]} {pair[1]}"
-        for _, pair in found
-        if pair is not None and pair[0] in ranks and pair[1] in ranks
-    ]
-
-
-def _post_processor(vocab: Mapping[str, int], config: Mapping[str, Json]) -> Json:
-    """Puts bos and eos around a text where the config says so."""
-    bos, eos = config.get("bos_token"), config.get("eos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    add_bos, add_eos = (config.get(key) is True for key in ("add_bos_token", "add_eos_token"))
-    before = [bos] if add_bos and isinstance(bos, str) and bos in vocab else []
-    after = [eos] if add_eos and isinstance(eos, str) and eos in vocab else []
-    special = dict.fromkeys([*before, *after])
-
-    def template(sequence: str, kind: int) -> list[Json]:
-        def around(tokens: Sequence[Json]) -> list[Json]:
-            return [{"SpecialToken": {"id": token, "type_id": kind}} for token in tokens]
-
-        return [*around(before), {"Sequence": {"id": sequence, "type_id": kind}}, *around(after)]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": template("A", 0),
-        "pair": [*template("A", 0), *template("B", 1)],
-        "special_tokens": {
-            token: {"id": token, "ids": [vocab[token]], "tokens": [token]} for token in special
-        },
-    }
+    for pair in merges(ranks, [name for name in ranks if len(name) > 1], MODEL):
+        if pair is not None and {*pair} <= ranks.keys():
+            yield pair

@@ -7,41 +7,62 @@ of an untrusted folder is more than reading it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from xtuner2llava.errors import CorruptFileError
 from xtuner2llava.storage.json_file import Json, read_json, text
 from xtuner2llava.storage.small_file import inside
-from xtuner2llava.tokenizers.added_token import decoder_tokens, fast_tokens
-from xtuner2llava.tokenizers.sentencepiece_model import read_sentencepiece
+from xtuner2llava.tokenizers.sentencepiece import read_sentencepiece
 
-CONFIG = "tokenizer_config.json"
-FAST = "tokenizer.json"
-SPECIAL_MAP = "special_tokens_map.json"
-ADDED = "added_tokens.json"
+CONFIG, FAST = "tokenizer_config.json", "tokenizer.json"
+SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+MODEL, VOCAB, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
 # What `PreTrainedTokenizer.save_pretrained` and the slow tokenizers of the families write. Python
 # files are left out: LLaVA never passes trust_remote_code.
 _NAMES = (
-    FAST,
-    CONFIG,
-    SPECIAL_MAP,
-    ADDED,
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "qwen.tiktoken",
-)
-_VOCABULARIES = (FAST, "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
+    FAST, CONFIG, SPECIAL_MAP, ADDED, MODEL, VOCAB, MERGES, "vocab.txt", "chat_template.jinja",
+    "chat_template.json", "qwen.tiktoken",
+)  # fmt: skip
+_VOCABULARIES = (FAST, MODEL, VOCAB, "vocab.txt", "qwen.tiktoken")
 _INNER = ("normalizers", "pretokenizers", "processors", "decoders")
+# Named special tokens (transformers `tokenization_utils_base.py`, SPECIAL_TOKENS_ATTRIBUTES).
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+ADDITIONAL = "additional_special_tokens"
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 
 # Makes the content of a file when it is written; planning does not wait for it.
 MadeFile: TypeAlias = Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is found in a text before anything else is done to it.
+
+    `special` ones are left out when a text is decoded without special tokens. The flags are those
+    of huggingface/tokenizers `AddedToken`.
+    """
+
+    text: str
+    id: int
+    special: bool = True
+    lstrip: bool = False
+    normalized: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+    @property
+    def in_config(self) -> dict[str, Json]:
+        """As an entry of `added_tokens_decoder` in tokenizer_config.json."""
+        flags: dict[str, Json] = {key: getattr(self, key) for key in _FLAGS}
+        return {"content": self.text, **flags, "special": self.special}
+
+    @property
+    def in_tokenizer_json(self) -> dict[str, Json]:
+        """As an entry of `added_tokens` in tokenizer.json."""
+        return {"id": self.id, **self.in_config}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +94,11 @@ class Tokenizer:
     def highest_id(self) -> int:
         return max(self.ids.values(), default=-1)
 
+    @property
+    def slow_class(self) -> str:
+        """The class that its config names, without the `Fast` at its end."""
+        return str(self.config.get("tokenizer_class")).removesuffix("Fast")
+
     def special(self, key: str) -> str | None:
         """The text of a special token such as `bos_token`; None if it is not set."""
         value = self.config[key] if key in self.config else self.special_map.get(key)
@@ -80,13 +106,108 @@ class Tokenizer:
             return text(value, "content")
         return value if isinstance(value, str) else None
 
-    def read(self, name: str) -> dict[str, Json] | None:
-        """The content of one of its JSON files as it will be written; None if there is none."""
+    def read(self, name: str) -> dict[str, Json]:
+        """The content of one of its JSON files as it will be written; empty if there is none."""
         if name in self.made:
             value = json.loads(self.made[name]())
             assert isinstance(value, dict)  # noqa: S101 - made here
             return value
-        return read_json(self.folder / name) if name in self.copied else None
+        return read_json(self.folder / name) if name in self.copied else {}
+
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that are already found whole, from whichever file says so."""
+        found = {token.id: token for token in decoder_tokens(self.config)}
+        if not found:
+            found = {token.id: token for token in reversed(fast_tokens(self.read(FAST)))}
+        special = [text for key in NAMED if (text := self.special(key)) is not None]
+        for values in (self.config, self.special_map):
+            special += additional_tokens(values)
+        for name, index in integers(self.read(ADDED)).items():
+            found.setdefault(index, AddedToken(name, index, special=name in special))
+        for name in special:
+            if name in self.ids:
+                found.setdefault(self.ids[name], AddedToken(name, self.ids[name]))
+        return list(found.values())
+
+    # Changes, made in all files alike; each returns another tokenizer.
+
+    def with_made(self, made: Mapping[str, MadeFile]) -> Tokenizer:
+        """Some files are made, in place of those of the same names."""
+        copied = tuple(name for name in self.copied if name not in made)
+        return replace(self, copied=copied, made={**self.made, **made})
+
+    def without_files(self, *names: str) -> Tokenizer:
+        copied = tuple(name for name in self.copied if name not in names)
+        made = {name: make for name, make in self.made.items() if name not in names}
+        return replace(self, copied=copied, made=made)
+
+    def with_config(
+        self, changes: Mapping[str, Json], *, without: Collection[str] = ()
+    ) -> Tokenizer:
+        """Other values in tokenizer_config.json, and some keys less."""
+        config = {k: v for k, v in {**self.config, **changes}.items() if k not in without}
+        made = {CONFIG: lambda: json_file(config, indent=2)}
+        return replace(self, config=config).with_made(made)
+
+    def with_special_map(self, values: Mapping[str, Json]) -> Tokenizer:
+        """`values` as its special_tokens_map.json, if it has one."""
+        if SPECIAL_MAP not in self.files:
+            return self
+        made = {SPECIAL_MAP: lambda: json_file(values, indent=2)}
+        return replace(self, special_map=values).with_made(made)
+
+    def with_special_token(self, key: str, text: str | list[Json] | None) -> Tokenizer:
+        """The token `text` as `key`, such as `bos_token`; None takes it off.
+
+        The token must be one of the tokenizer's; a list is for `additional_special_tokens`.
+        """
+        special = {name: value for name, value in self.special_map.items() if name != key}
+        if text is not None:
+            special[key] = text
+        return self.with_config({key: text}).with_special_map(special)
+
+    def with_tokens(self, texts: Iterable[str]) -> Tokenizer:
+        """`texts` are special tokens, each found whole in any text.
+
+        A text that is a token already keeps its id; others get the ids that follow the highest one,
+        which is how huggingface/tokenizers numbers them if there are no gaps
+        (`added_vocabulary.rs`). Raises `CorruptFileError` where there are some.
+        """
+        known = self.added_tokens()
+        whole = {token.text for token in known}
+        wanted = [text for text in dict.fromkeys(texts) if text not in whole]
+        following = self.highest_id + 1
+        if following != self.length:
+            raise CorruptFileError(
+                f"has {self.length:,} tokens with ids up to {self.highest_id:,}: with such gaps no "
+                "token can be added, whose id would depend on the library",
+                where=str(self.folder),
+            )
+        if not wanted:
+            return self
+        unknown = (text for text in wanted if text not in self.ids)
+        ids = {**self.ids, **{text: index for index, text in enumerate(unknown, following)}}
+        new = [AddedToken(text, ids[text]) for text in wanted]
+        # Where tokenizer_config.json lists added tokens, transformers reads no other file for them:
+        # so all of them are listed, and the named ones are said there too.
+        everything = sorted([*known, *new], key=lambda token: token.id)
+        named = {key: self.special(key) for key in NAMED if key not in self.config}
+        changes: dict[str, Json] = {k: text for k, text in named.items() if text is not None}
+        changes["added_tokens_decoder"] = {str(token.id): token.in_config for token in everything}
+        files: dict[str, MadeFile] = {}
+        if ADDED in self.files:
+            listed = {**self.read(ADDED), **{token.text: token.id for token in new}}
+            files[ADDED] = lambda: json_file(listed, indent=2)
+        if FAST in self.files:
+            files[FAST] = lambda: self._fast_file_with(new)
+        return replace(self, ids=ids).with_config(changes).with_made(files)
+
+    def _fast_file_with(self, new: Sequence[AddedToken]) -> bytes:
+        content = self.read(FAST)
+        added = content.get("added_tokens")
+        before = added if isinstance(added, list) else []
+        tokens: Json = [*before, *(token.in_tokenizer_json for token in new)]
+        return json_file({**content, "added_tokens": tokens})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,29 +229,79 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         )
     for name in files:  # They are published: none may be a link to something else.
         inside(folder, name)
-    config = read_json(folder / CONFIG) if CONFIG in files else {}
-    special_map = read_json(folder / SPECIAL_MAP) if SPECIAL_MAP in files else {}
-    ids = _fast_ids(folder / FAST) if FAST in files else _slow_ids(folder, files)
-    if ADDED in files:
-        ids.update(integers(read_json(folder / ADDED)))
-    ids.update((token.text, token.id) for token in decoder_tokens(config))
+    config, special_map, added = (
+        read_json(folder / name) if name in files else {} for name in (CONFIG, SPECIAL_MAP, ADDED)
+    )
+    ids = _fast_ids(folder / FAST) if FAST in files else slow_ids(folder, files)
+    ids |= integers(added) | {token.text: token.id for token in decoder_tokens(config)}
     return Tokenizer(folder, files, {}, ids, config, special_map)
 
 
-def slow_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the files from which transformers makes a slow tokenizer, without added ones.
+def slow_ids(folder: Path, files: Iterable[str]) -> dict[str, int]:
+    """The ids of the `files` from which transformers makes a slow tokenizer, without added ones."""
+    if VOCAB in files:
+        return integers(read_json(folder / VOCAB))
+    return read_sentencepiece(folder / MODEL).ids if MODEL in files else {}
 
-    The files of a tokenizer that is made lie nowhere yet: then there are none.
-    """
-    return _slow_ids(tokenizer.folder, tokenizer.copied)
+
+def _fast_ids(path: Path) -> dict[str, int]:
+    """The ids of a `tokenizer.json` (huggingface/tokenizers); vocabularies are dicts or lists."""
+    content = read_json(path)
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids: dict[str, int] = {}
+    match vocab:
+        case dict():
+            ids = integers(vocab)
+        case list():
+            for rank, entry in enumerate(vocab):
+                if isinstance(entry, list) and entry and isinstance(entry[0], str):
+                    ids[entry[0]] = rank
+    return ids | {token.text: token.id for token in fast_tokens(content)}
 
 
-def _slow_ids(folder: Path, files: Sequence[str]) -> dict[str, int]:
-    if "vocab.json" in files:
-        return integers(read_json(folder / "vocab.json"))
-    if "tokenizer.model" in files:
-        return read_sentencepiece(folder / "tokenizer.model").ids
-    return {}
+def decoder_tokens(config: Mapping[str, Json]) -> list[AddedToken]:
+    """The tokens of `added_tokens_decoder` in a tokenizer_config."""
+    decoder = config.get("added_tokens_decoder")
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    return _described((int(i), entry) for i, entry in entries if i.isdecimal() and len(i) <= 9)
+
+
+def fast_tokens(content: Mapping[str, Json]) -> list[AddedToken]:
+    """The tokens of `added_tokens` in a tokenizer.json."""
+    added = content.get("added_tokens")
+    entries = added if isinstance(added, list) else ()
+    return _described((entry.get("id"), entry) for entry in entries if isinstance(entry, dict))
+
+
+def additional_tokens(*places: Mapping[str, Json]) -> list[str]:
+    """The texts of the additional special tokens, from the first of `places` that has the key."""
+    listed = next((values[ADDITIONAL] for values in places if ADDITIONAL in values), None)
+    entries = listed if isinstance(listed, list) else ()
+    return [token.text for token in _described((0, entry) for entry in entries)]
+
+
+def _described(entries: Iterable[tuple[Json, Json]]) -> list[AddedToken]:
+    """The tokens that pairs of an id and a description are of; a text is a special token's."""
+    found = []
+    for index, values in entries:
+        if not _is_id(index):
+            continue
+        if isinstance(values, str):
+            found.append(AddedToken(values, index))
+        elif isinstance(values, dict) and (content := text(values, "content")) is not None:
+            flags = {key: values.get(key) is True for key in ("special", *_FLAGS)}
+            found.append(AddedToken(content, index, **flags))
+    return found
+
+
+def integers(values: Mapping[str, Json]) -> dict[str, int]:
+    """Those of `values` that are integers, and none below 0: ids of tokens."""
+    return {key: value for key, value in values.items() if _is_id(value)}
+
+
+def _is_id(value: Json) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def steps(part: Json) -> Iterator[dict[str, Json]]:
@@ -158,28 +329,3 @@ def json_file(values: Mapping[str, Json], indent: int | None = None) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise CorruptFileError("a token is not valid Unicode", where="the tokenizer") from error
-
-
-def _fast_ids(path: Path) -> dict[str, int]:
-    """The ids of a `tokenizer.json` (huggingface/tokenizers); vocabularies are dicts or lists."""
-    content = read_json(path)
-    ids: dict[str, int] = {}
-    model = content.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, dict):
-        ids.update(integers(vocab))
-    elif isinstance(vocab, list):
-        for rank, entry in enumerate(vocab):
-            if isinstance(entry, list) and entry and isinstance(entry[0], str):
-                ids[entry[0]] = rank
-    ids.update((token.text, token.id) for token in fast_tokens(content))
-    return ids
-
-
-def integers(values: Mapping[str, Json]) -> dict[str, int]:
-    """Those of `values` that are integers, and none below 0: ids of tokens."""
-    return {
-        key: value
-        for key, value in values.items()
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    }

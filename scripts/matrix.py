@@ -131,7 +131,7 @@ def family_table(results: Results, catalogue: Catalogue) -> str:
 
 
 def family_cell(results: Results, catalogue: Catalogue, family: Family, format_: str) -> str:
-    refused = catalogue.refusals.of_format(format_).get(family.target_class.name)
+    refused = catalogue.formats[format_].refused.get(family.target_class.name)
     found = [r for r in results.exact if (r.family, r.format) == (family.name, format_)]
     if refused is not None and not found and refused.where in results.refused:
         return "refused"
@@ -186,7 +186,7 @@ def refusal_table(results: Results, catalogue: Catalogue) -> str:
             architecture = catalogue.classes[name].architecture
             because = published(requirement.because.text)
             rows.append([f"some `{architecture}`", f"`{format_}`", because])
-        for name, fault in catalogue.refusals.of_format(format_).items():
+        for name, fault in catalogue.formats[format_].refused.items():
             rows.append([f"`{catalogue.classes[name].architecture}`", f"`{format_}`", fault.what])
     return table(["refused", "in", "because"], rows)
 

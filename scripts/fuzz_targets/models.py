@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xtuner2llava.mapping import Catalogue
+from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
 
 HIDDEN, INNER, VOCABULARY = 8, 16, 12
 _SIZES = {
@@ -137,6 +138,11 @@ def llm_shapes(kind: str) -> dict[str, tuple[int, ...]]:
     if kind in _FUSED:
         return _FUSED[kind]
     return _shapes(kind, LLM_CONFIGS[kind])
+
+
+def fills(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
+    """Tensors of these shapes that no file has."""
+    return {name: Fill(FLOAT32, shape, 0.0) for name, shape in shapes.items()}
 
 
 def clip_shapes() -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from xtuner2llava import convert, inspect, plan
 from xtuner2llava.cli.rendering import render_inspection, render_plan
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.inspection.inspection import inspect_checkpoint
-from xtuner2llava.mapping import Catalogue, check_file
+from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import InspectOptions, SourceOptions
 from xtuner2llava.sources import open_checkpoint, open_training
 from xtuner2llava.sources.adapter import LoraSettings
@@ -148,14 +148,14 @@ def _read_some(tensors: Any) -> None:
 def _mapping(data: bytes, folder: Path) -> None:
     path = folder / "mine.yaml"
     path.write_bytes(data)
-    check_file(path)
+    Catalogue.shipped().check(path)
     family = Catalogue.shipped().with_family_file(path)
     for kind, config in models.LLM_CONFIGS.items():
         names = models.llm_shapes(kind)
         try:
-            family.expand(config, names.keys())
             family.translate_config(config, Catalogue.shipped().formats["llava"])
             family.limits(config)
+            family.apply(config, models.fills(names))
         except ConversionError:
             continue
 
@@ -500,7 +500,7 @@ def _config(data: bytes, folder: Path) -> None:
             for format_ in catalogue.formats.values():
                 family.translate_config(config, format_)
             family.limits(config)
-            family.expand(config, names or ())
+            family.apply(config, models.fills(names or {}))
         except ConversionError:
             continue
 

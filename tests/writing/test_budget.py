@@ -1,13 +1,15 @@
-"""Working memory is one budget: jobs wait for each other, and what is too large is told first."""
+"""No more jobs work than fit into the memory; what is too large is told first."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from xtuner2llava import UsageError
 from xtuner2llava.tensors import (
@@ -15,6 +17,7 @@ from xtuner2llava.tensors import (
     FLOAT16,
     FLOAT32,
     FileRange,
+    Fill,
     LazyTensor,
     Mean,
     Merge,
@@ -26,7 +29,7 @@ from xtuner2llava.tensors import (
 )
 from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
 from xtuner2llava.writing.blocks import working_bytes
-from xtuner2llava.writing.jobs import Budget, Stopped
+from xtuner2llava.writing.jobs import fitting_jobs
 
 
 def sparse(path: Path, *shape: int) -> Stored:
@@ -39,42 +42,43 @@ def sparse(path: Path, *shape: int) -> Stored:
     return Stored(path.name, FLOAT32, shape, [FileRange(SourceFile.of(path), 0, count)])
 
 
-def test_no_more_is_taken_than_there_is() -> None:
-    budget, lock = Budget(10), threading.Lock()
-    held = most = 0
-
-    def work(count: int) -> None:
-        nonlocal held, most
-        for _ in range(200):
-            with budget.take(count, lambda: None):
-                with lock:
-                    held += count
-                    most = max(most, held)
-                with lock:
-                    held -= count
-
-    threads = [threading.Thread(target=work, args=(count,)) for count in (10, 6, 5, 4, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert held == 0
-    assert 6 <= most <= 10
+@pytest.mark.parametrize(
+    ("most", "jobs", "memory", "expected"),
+    [(100, 4, 1000, 4), (100, 4, 399, 3), (100, 4, 99, 1), (0, 2, 0, 1), (100, 1, 1000, 1)],
+)
+def test_no_more_jobs_than_there_is_memory_for(
+    most: int, jobs: int, memory: int, expected: int
+) -> None:
+    assert fitting_jobs(most, jobs, memory) == expected
 
 
-def test_who_waits_is_told_that_the_work_is_stopped() -> None:
-    budget = Budget(10)
+def test_threads_that_do_not_fit_do_not_work(tmp_path: Path) -> None:
+    """Of the largest tensors, as many are made at a time as there is memory for."""
+    lock, at_work, most = threading.Lock(), 0, 0
 
-    def stopped() -> None:
-        raise Stopped
+    class Large(Fill):
+        row_cost = 16 << 20
 
-    with budget.take(6, stopped):
-        with pytest.raises(Stopped), budget.take(5, stopped):
-            raise AssertionError
-        with budget.take(4, stopped):
-            pass
-    with budget.take(10, stopped):
-        pass
+        def flat(self) -> LazyTensor:
+            return self
+
+        def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
+            nonlocal at_work, most
+            with lock:
+                at_work += 1
+                most = max(most, at_work)
+            time.sleep(0.01)
+            super().read_into(start, stop, out)
+            with lock:
+                at_work -= 1
+
+    plan = plan_shards({"w": Large(FLOAT32, (40, 2), 1.0)})
+    (entry,) = plan.shards[0].entries
+    for jobs, expected in ((4, 2), (1, 1)):
+        most = 0
+        with OutputFolder(tmp_path / "out", "") as folder:
+            write_shards(folder, plan.shards, jobs=jobs, max_memory=2 * working_bytes(entry.tensor))
+        assert most == expected
 
 
 def test_all_tensors_that_need_more_are_told_before_anything_is_written(tmp_path: Path) -> None:

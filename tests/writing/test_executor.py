@@ -202,7 +202,7 @@ def test_an_attempt_that_nobody_wants_ends_and_leaves_nothing(
 
     monkeypatch.setattr(verify, "write_all", remove)
     with pytest.raises(executor.Stopped):
-        executor.write_attempt(attempts, plan.shards[0], True, 10**8)
+        executor.write_attempt(attempts, plan.shards[0], True)
     assert list(attempts.iterdir()) == []
 
 

@@ -227,7 +227,9 @@ def test_an_interrupt_ends_all_jobs(tmp_path: Path, interrupts: None) -> None:
     with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path / "out", "") as folder:
         write_shards(folder, plan.shards, jobs=4)
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith(("job", "flush"))
+    ]
 
 
 def test_progress_grows_to_the_total(sources: Path, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from xtuner2llava.writing.jobs import Stage, Stopped, Work
+from xtuner2llava.writing.jobs import Stopped, Turns, Work
 
 
 class Job:
@@ -33,25 +35,38 @@ class Job:
             self.ended.set()
 
 
-class InterruptedItems(list[int]):
-    """Ctrl-C comes when the job of the first item has begun, before the second is handed out."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__([0, 1])
-        self._job = job
-
-    def __iter__(self) -> Iterator[int]:
-        yield 0
-        self._job.began.wait()
-        raise KeyboardInterrupt
-
-
-def test_an_interrupt_while_jobs_are_handed_out() -> None:
+def test_an_interrupt_while_a_job_runs(interrupts: None) -> None:
     work = Work(1, 1)
     job = Job(work)
+
+    def interrupt() -> None:
+        job.began.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        work.run(job, InterruptedItems(job))
+        work.run(job, [0, 1])
     assert job.was_stopped and job.ended.is_set()
+
+
+def test_an_error_of_the_items_ends_the_work() -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise ValueError
+
+    work = Work(2, 1)
+    job = Job(work)
+    with pytest.raises(ValueError):
+        work.run(job, items())
+    assert job.was_stopped
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    def job(item: int) -> int:
+        time.sleep(0.001 * (item % 3))
+        return item
+
+    assert Work(4, 1).run(job, iter(range(50))) == list(range(50))
 
 
 def test_an_interrupt_while_a_thread_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +77,7 @@ def test_an_interrupt_while_a_thread_is_started(monkeypatch: pytest.MonkeyPatch)
 
     def interrupted(self: threading.Thread) -> None:
         start(self)
-        if self.name.startswith("shard"):
+        if self.name.startswith("job"):
             job.began.wait()
             raise KeyboardInterrupt
 
@@ -81,19 +96,30 @@ def test_no_job_begins_after_a_stop() -> None:
     assert not job.began.is_set()
 
 
-def test_calls_behind_one_that_failed_are_not_made() -> None:
-    """They would record as right what was never looked at."""
-    made: list[int] = []
+def test_turns_come_in_order() -> None:
+    turns, seen = Turns(), list[int]()
 
-    def call(number: int) -> None:
-        if number == 1:
-            raise ValueError
-        made.append(number)
+    def take(number: int) -> None:
+        with turns.take(number):
+            time.sleep(0.001)
+            seen.append(number)
 
-    with Stage("check", 4) as stage:
-        for number in range(4):
-            stage.put(call, number)
-        with pytest.raises(ValueError):
-            stage.finish()
-        stage.drop()
-    assert made == [0]
+    threads = [threading.Thread(target=take, args=(number,)) for number in (3, 1, 0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [0, 1, 2, 3]
+
+
+def test_no_turn_comes_behind_one_that_was_given_up() -> None:
+    """It would record as right what was never looked at; those before it still come."""
+    turns = Turns()
+    turns.give_up(1)
+    turns.give_up(3)
+    with pytest.raises(Stopped), turns.take(2):
+        raise AssertionError
+    with turns.take(0):
+        pass
+    with pytest.raises(Stopped), turns.take(2):
+        raise AssertionError

@@ -31,6 +31,9 @@ class Interrupted(Stored):
             raise KeyboardInterrupt
         return super().ranges()
 
+    def flat(self) -> Interrupted:
+        return self
+
 
 @pytest.fixture
 def tensors(tmp_path: Path) -> dict[str, LazyTensor]:

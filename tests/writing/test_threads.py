@@ -40,10 +40,12 @@ def by_command(checkpoints: Path, case: str, out: Path, *more: str) -> None:
 @pytest.mark.parametrize(
     ("more", "threads"),
     [
-        ([], 8),  # one shard
-        (["--max-shard-size", "60KB"], 2),  # many shards, four jobs
-        (["--max-shard-size", "60KB", "--jobs", "3"], 2),
-        (["--max-shard-size", "60KB", "--jobs", "16"], 1),
+        ([], 2),  # four jobs
+        (["--jobs", "1"], 8),
+        (["--jobs", "3"], 2),
+        (["--jobs", "16"], 1),
+        (["--max-shard-size", "60KB"], 2),
+        (["--max-memory", "15MB"], 4),  # two jobs
     ],
 )
 def test_jobs_that_compute_share_the_cores(
@@ -63,9 +65,9 @@ def test_nothing_to_compute_asks_for_nothing(
 def test_a_smaller_number_that_was_set_before_stays(
     asked_for: list[int], checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # OMP_NUM_THREADS=3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # OMP_NUM_THREADS=1
     by_command(checkpoints, LORA, tmp_path / "llava-lora")
-    assert asked_for == [3]
+    assert asked_for == [1]
 
 
 def test_the_library_leaves_them_alone(
@@ -79,14 +81,18 @@ def test_the_library_leaves_them_alone(
     assert asked_for == []
 
 
-def test_only_shards_with_something_to_compute_count(tmp_path: Path) -> None:
+def test_only_shards_with_something_to_compute_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3)))
     weights: dict[str, LazyTensor] = {
         name: stored(tmp_path, name, torch.ones(100)) for name in "abcdef"
     }
     weights |= {name: cast(weights[name], FLOAT16) for name in "ab"}
     shards: tuple[Shard, ...] = plan_shards(weights, 400).shards
     assert len(shards) == 5  # Both halves are in one.
-    assert computing_jobs(shards) == computing_jobs(shards, 7) == 1
+    assert computing_jobs(shards) == 3
+    assert computing_jobs(shards, 7) == 7
     assert computing_jobs(shards[1:]) == 0
 
 

@@ -25,7 +25,7 @@ from xtuner2llava.writing import (
 from xtuner2llava.writing.verify import verify_shard
 
 END_OF_FIRST_BLOCK = list(divmod(disk.BLOCK_BYTES // 4 - 1, 200_000))  # of `a`
-END_OF_C = 1_200_000 % disk.BLOCK_BYTES
+END_OF_C = 1_200_000 % (disk.BLOCK_BYTES // 2)
 
 
 @pytest.fixture

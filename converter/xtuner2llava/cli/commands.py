@@ -37,6 +37,7 @@ from xtuner2llava.options import (
     TryOptions,
     VerifyOptions,
     check_argument,
+    parse_size,
 )
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _answer_interrupts(ctx: click.Context) -> None:
     ctx.call_on_close(lambda: signal.signal(signal.SIGINT, before))
 
 
-def _fitting_threads(jobs: int | None) -> Callable[[Plan], None]:
+def _fitting_threads(options: ConvertOptions) -> Callable[[Plan], None]:
     """What has torch use as many threads for each job that computes as there are cores for it.
 
     With more, each product of matrices waits for threads that wait for a core. The library leaves
@@ -137,7 +138,8 @@ def _fitting_threads(jobs: int | None) -> Callable[[Plan], None]:
     def fit(plan: Plan) -> None:
         from xtuner2llava.writing import computing_jobs
 
-        computing = computing_jobs(plan.shards.shards, jobs)
+        memory = parse_size(options.max_memory)
+        computing = computing_jobs(plan.shards.shards, options.jobs, memory)
         if computing:
             import torch
 
@@ -261,7 +263,7 @@ def convert(
         options = replace(
             options,
             executor=executor,
-            on_plan=None if executor else _fitting_threads(options.jobs),
+            on_plan=None if executor else _fitting_threads(options),
             on_progress=stack.enter_context(progress(quiet=quiet)),
         )
         report = run(checkpoint, out, options)

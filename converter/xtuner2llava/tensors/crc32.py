@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 # zlib's polynomial P, with the coefficient of x^0 in the highest bit.
 _POLYNOMIAL = 0xEDB88320
@@ -36,13 +37,19 @@ def combined(first: int, second: int, length: int) -> int:
 
     The first is multiplied by x^(8 * length) modulo P (zlib `crc32.c`, `crc32_combine`).
     """
+    return _product(_shift(length), first) ^ second
+
+
+@lru_cache(1024)  # Most blocks have the same length.
+def _shift(length: int) -> int:
+    """x^(8 * length) modulo P."""
     shift, power = 1 << 31, 1 << 23  # x^0, and x^8: a byte
     while length:
         if length & 1:
             shift = _product(shift, power)
         power = _product(power, power)
         length >>= 1
-    return _product(shift, first) ^ second
+    return shift
 
 
 def _product(a: int, b: int) -> int:

@@ -116,6 +116,23 @@ def cut(ranges: Sequence[FileRange], start: int, length: int) -> tuple[FileRange
     return tuple(pieces)
 
 
+def batches(ranges: Sequence[FileRange], size: int) -> Iterator[tuple[FileRange, ...]]:
+    """The same bytes in batches of `size`, of which the last may be shorter."""
+    batch: list[FileRange] = []
+    room = size
+    for piece in ranges:
+        done = 0
+        while done < piece.length:
+            take = min(room, piece.length - done)
+            batch.append(FileRange(piece.file, piece.offset + done, take, piece.member))
+            done, room = done + take, room - take
+            if not room:
+                yield tuple(batch)
+                batch, room = [], size
+    if batch:
+        yield tuple(batch)
+
+
 def join(ranges: Sequence[FileRange]) -> tuple[FileRange, ...]:
     """The same bytes with neighbours in one file made one range and empty ranges left out."""
     joined: list[FileRange] = []

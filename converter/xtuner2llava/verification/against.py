@@ -25,7 +25,7 @@ from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import TENSORS, Check, judge
 from xtuner2llava.writing import INDEX_NAME
 from xtuner2llava.writing.blocks import blocks, position, working_bytes
-from xtuner2llava.writing.jobs import DEFAULT_MEMORY, Budget, Work
+from xtuner2llava.writing.jobs import Work, fitting_jobs
 from xtuner2llava.writing.shards import Entry
 from xtuner2llava.writing.verify import WrittenFile
 
@@ -98,14 +98,12 @@ def compare(
 
     Reads and computes all sources again, `jobs` tensors at once, in the memory of `convert`.
     """
-    work = Work(jobs, sum(p.tensor.nbytes for p in planned), on_progress)
     most = max((working_bytes(p.tensor) for p in planned), default=0)
-    budget = Budget(max(DEFAULT_MEMORY, most))
+    work = Work(fitting_jobs(most, jobs), sum(p.tensor.nbytes for p in planned), on_progress)
 
     def job(one: PlannedTensor) -> str | None:
-        with budget.take(working_bytes(one.tensor), work.check):
-            (place,) = found[one.name].ranges() or ()
-            return _difference(one, place, work.advance)
+        (place,) = found[one.name].ranges() or ()
+        return _difference(one, place, work.advance)
 
     return [difference for difference in work.run(job, planned) if difference is not None]
 

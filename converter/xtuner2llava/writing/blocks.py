@@ -1,29 +1,28 @@
-"""The bytes of a planned tensor, block by block, from wherever they come."""
+"""The parts of a planned tensor that are written one at a time, and their bytes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError
 from xtuner2llava.tensors import (
+    DType,
     FileRange,
     LazyTensor,
     Shape,
-    Stored,
     first_overflow,
     round_into,
     row_blocks,
     thread_cache,
 )
-from xtuner2llava.tensors.files import cut, read_ranges
-from xtuner2llava.tensors.stored import bytes_of
+from xtuner2llava.tensors.files import batches, read_ranges_into
+from xtuner2llava.tensors.stored import bytes_of, from_bytes
 from xtuner2llava.writing.disk import BLOCK_BYTES
-from xtuner2llava.writing.nonfinite import NonFiniteCounter
+from xtuner2llava.writing.nonfinite import count_nonfinite
 from xtuner2llava.writing.shards import Entry
-from xtuner2llava.writing.source_sums import RangeSum, add_sums
 
 if TYPE_CHECKING:
     import torch
@@ -33,111 +32,141 @@ if TYPE_CHECKING:
 # round differently for another number of rows, and the output must not depend on the jobs.
 _ELEMENTS_BYTES = 4 << 20
 _ROWS_BYTES = 16 << 20
-# What is read at a time of a tensor that is only rounded.
-_STORED_BYTES = 1 << 20
-
-# How many blocks may wait to be checked beside the one that is being made.
-AHEAD = 1
+# Tensors of more ranges than that are compared with their source, which costs less than so many
+# sums: rows that a mapping interleaves one by one.
+_MOST_SUMS = 1024
 
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`length` bytes of a planned tensor, from byte `start` on.
+
+    Its elements are those of `pieces` in the dtype `stored`, or, where these are None, rows
+    `[first_row, stop_row)` of `source`. With `summed`, the CRC-32 of `pieces` is of use.
+    """
+
+    entry: Entry
+    start: int
+    length: int
+    stored: DType
+    pieces: tuple[FileRange, ...] | None
+    source: LazyTensor | None = None
+    first_row: int = 0
+    stop_row: int = 0
+    summed: bool = False
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the file."""
+        return self.entry.offset + self.start
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.length == self.entry.tensor.nbytes
+
+    @property
+    def is_copied(self) -> bool:
+        return self.pieces is not None and self.stored == self.entry.tensor.dtype
+
+
+def cut_blocks(entry: Entry) -> Iterator[Block]:
+    """The blocks of `entry`, in order; a tensor without elements has one of no bytes."""
+    tensor = entry.tensor
+    exact = _exact(tensor)
+    ranges = exact.ranges()
+    if not tensor.nbytes or ranges is not None:
+        start, summed = 0, ranges is not None and len(ranges) <= _MOST_SUMS
+        for pieces in batches(ranges or (), BLOCK_BYTES) if tensor.nbytes else [()]:
+            count = sum(piece.length for piece in pieces) // exact.dtype.itemsize
+            length = count * tensor.dtype.itemsize
+            yield Block(entry, start, length, exact.dtype, pieces, summed=summed)
+            start += length
+        return
+    row_bytes = math.prod(exact.row_shape) * tensor.dtype.itemsize
+    for first, stop in row_blocks(exact, _block_memory(exact)):
+        start, length = first * row_bytes, (stop - first) * row_bytes
+        yield Block(entry, start, length, exact.dtype, None, exact, first, stop)
+
+
+def read_exact(block: Block) -> torch.Tensor:
+    """The elements of a block before they are rounded, in one dimension.
+
+    It is valid until this thread reads the next one. Raises `CorruptFileError` where a file ends
+    early or has changed.
+    """
+    count = block.length // block.entry.tensor.dtype.itemsize
+    buffer = thread_cache.buffer("exact", count * block.stored.itemsize)
+    if block.pieces is not None:
+        read_ranges_into(block.pieces, memoryview(buffer))
+        return from_bytes(buffer, block.stored, (count,))
+    assert block.source is not None  # noqa: S101 - a block has one of the two
+    shape = (block.stop_row - block.first_row, *block.source.row_shape)
+    exact = from_bytes(buffer, block.stored, shape)
+    block.source.read_into(block.first_row, block.stop_row, exact)
+    return exact.view(-1)
+
+
+def rounded(block: Block, exact: torch.Tensor) -> tuple[memoryview, tuple[int, int]]:
+    """The bytes of `block`, whose elements are `exact`; and how many are NaN, and infinite.
+
+    They are valid until this thread rounds the next one. Raises `PlanError` for a finite value
+    that becomes infinite.
+    """
+    dtype = block.entry.tensor.dtype
+    result = exact
+    if exact.dtype != dtype.torch:
+        buffer = thread_cache.buffer("rounded", block.length)
+        result = from_bytes(buffer, dtype, (len(exact),))
+        round_into(exact, result)
+    data = bytes_of(result)
+    found = count_nonfinite(data, dtype.code)
+    if found[1] and (lost := first_overflow(exact, result)) is not None:
+        raise _overflow(block.entry, block.start // dtype.itemsize + lost[0], lost[1])
+    return data, found
+
+
 def blocks(entry: Entry) -> Iterator[memoryview]:
-    """The bytes of `entry`, row-major and little-endian, in blocks of at most `BLOCK_BYTES`.
+    """The bytes of `entry`, row-major and little-endian, block by block.
 
     A block is valid until the next one is asked for. Raises `CorruptFileError` if a source file is
     short or changes meanwhile, and `PlanError` for a finite value that its cast made infinite.
     """
-    ranges = entry.tensor.ranges()
-    if ranges is not None:
-        for start in range(0, entry.tensor.nbytes, BLOCK_BYTES):
-            yield memoryview(read_ranges(cut(ranges, start, BLOCK_BYTES)))
-        return
-    counter = NonFiniteCounter(entry.name, entry.tensor.dtype.code)
-    for first, exact in exact_blocks(entry.tensor):
-        yield from rounded(entry, first, exact, counter)
-
-
-def exact_blocks(
-    tensor: LazyTensor, sums: list[RangeSum] | None = None
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Elements of a tensor without ranges, before it is rounded: (number of the first, elements).
-
-    A block is valid until the block after the next is asked for. With `sums`, the CRC-32 of what
-    was read of a tensor that is only rounded is added to them.
-    """
-    import torch
-
-    source, cuts = _exact(tensor)
-    if not cuts:
-        return
-    ranges = source.ranges() or ()
-    shape = (cuts[0][1], *source.row_shape)
-    memory = cycle([torch.empty(shape, dtype=source.dtype.torch) for _ in range(AHEAD + 1)])
     try:
-        for start, stop in cuts:
-            block = next(memory)[: stop - start]
-            source.read_into(start, stop, block)
-            if sums is not None:
-                data = memoryview(bytearray(bytes_of(block)))
-                add_sums(sums, cut(ranges, start * source.row_bytes, len(data)), data)
-            yield start * math.prod(source.row_shape), block.view(-1)
+        for block in cut_blocks(entry):
+            if block.is_copied:
+                data = memoryview(thread_cache.buffer("source", block.length))
+                read_ranges_into(block.pieces or (), data)
+                yield data
+            else:
+                yield rounded(block, read_exact(block))[0]
     finally:
         thread_cache.clear()
 
 
-def rounded(
-    entry: Entry, first: int, exact: torch.Tensor, counter: NonFiniteCounter
-) -> Iterator[memoryview]:
-    """The bytes of `exact`, the elements of `entry` from number `first` on, in its dtype.
-
-    A block, of at most `BLOCK_BYTES`, is valid until the next one is asked for. What is not finite
-    is counted. Raises `PlanError` for a finite value that becomes infinite.
-    """
-    import torch
-
-    dtype = entry.tensor.dtype.torch
-    count = min(BLOCK_BYTES // dtype.itemsize, len(exact))
-    buffer = exact if exact.dtype == dtype else torch.empty(count, dtype=dtype)
-    for start in range(0, len(exact), count):
-        values = exact[start : start + count]
-        if exact.dtype != dtype:
-            round_into(values, buffer[: len(values)])
-        block = values if exact.dtype == dtype else buffer[: len(values)]
-        data = bytes_of(block)
-        if counter.add(data) and (lost := first_overflow(values, block)) is not None:
-            raise _overflow(entry, first + start + lost[0], lost[1])
-        yield data
-
-
-def stored_ranges(tensor: LazyTensor) -> Sequence[FileRange] | None:
-    """The ranges that hold its elements, in its dtype or before rounding; None if computed."""
-    ranges = tensor.ranges()
-    # Only the last rounding is looked through: one before it is a value of its own.
-    exact = tensor.unrounded()
-    return exact.ranges() if ranges is None and exact is not None else ranges
-
-
 def working_bytes(tensor: LazyTensor) -> int:
-    """The most memory that writing `tensor` takes at a time, in bytes."""
+    """The most memory that writing `tensor` takes at a time in a thread, in bytes."""
+    exact = _exact(tensor)
+    if exact.ranges() is not None:
+        # Of the source and of the file, each in the larger dtype.
+        return 3 * BLOCK_BYTES * max(1, tensor.dtype.itemsize // exact.dtype.itemsize)
+    first, stop = next(iter(row_blocks(exact, _block_memory(exact))), (0, 0))
+    result = math.prod(exact.row_shape) * tensor.dtype.itemsize
+    return (stop - first) * (exact.row_cost + result) + exact.fixed_cost + 2 * BLOCK_BYTES
+
+
+def _exact(tensor: LazyTensor) -> LazyTensor:
+    """`tensor` before it is rounded, and flat where it can be."""
     if tensor.ranges() is not None:
-        return 3 * BLOCK_BYTES  # of the source, of the file, and for a copy without the kernel
-    source, cuts = _exact(tensor)
-    rows = cuts[0][1] if cuts else 0
-    blocks_ahead = AHEAD * rows * source.row_bytes
-    return blocks_ahead + rows * source.row_cost + source.fixed_cost + 2 * BLOCK_BYTES
-
-
-def _exact(tensor: LazyTensor) -> tuple[LazyTensor, list[tuple[int, int]]]:
-    """`tensor` before it is rounded, and the first row and the last row + 1 of its blocks."""
+        return tensor
+    # Only the last rounding is looked through: one before it is a value of its own.
     flat = tensor.flat()
-    source = flat.unrounded() or flat
-    ranges = source.ranges()
-    if ranges is None:
-        memory = _ROWS_BYTES if len(flat.shape) > 1 else _ELEMENTS_BYTES
-        return source, list(row_blocks(flat, memory))
-    source = Stored("", source.dtype, (math.prod(source.shape),), ranges)
-    return source, list(row_blocks(source, _STORED_BYTES))
+    return flat.unrounded() or flat
+
+
+def _block_memory(exact: LazyTensor) -> int:
+    return _ROWS_BYTES if len(exact.shape) > 1 else _ELEMENTS_BYTES
 
 
 def _overflow(entry: Entry, element: int, value: float) -> PlanError:

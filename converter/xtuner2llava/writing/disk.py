@@ -12,7 +12,7 @@ from xtuner2llava.errors import OutputError
 
 # Large enough that handing a block to another thread costs little beside copying it, and small
 # enough that the few that are under way stay in the caches.
-BLOCK_BYTES = 512 << 10
+BLOCK_BYTES = 2 << 20
 
 _ADVICE = {
     errno.ENOSPC: "Free space on that disk, or choose an OUT on another one.",

@@ -16,10 +16,11 @@ from types import TracebackType
 from uuid import uuid4
 
 from xtuner2llava.errors import ConversionError, OutputError
+from xtuner2llava.tensors import thread_cache
 from xtuner2llava.writing.disk import disk_errors
 from xtuner2llava.writing.folder import OutputFolder
-from xtuner2llava.writing.jobs import Budget, Stopped, Work
-from xtuner2llava.writing.shard_file import WrittenPart, write_shard
+from xtuner2llava.writing.jobs import Stopped, Work
+from xtuner2llava.writing.shard_file import ShardFile, WrittenPart
 from xtuner2llava.writing.shards import Shard
 from xtuner2llava.writing.source_sums import SourceSums
 from xtuner2llava.writing.state import ATTEMPTS
@@ -30,13 +31,10 @@ _LOOK_BYTES = 64 << 20
 
 
 class ExecutorWriter:
-    """Has shards of `folder` written by `executor`, each with `max_memory` bytes of buffers."""
+    """Has shards of `folder` written by `executor`, each by one thread."""
 
-    def __init__(
-        self, executor: Executor, folder: OutputFolder, verify: bool, max_memory: int
-    ) -> None:
-        self._executor, self._folder = executor, folder
-        self._verify, self._max_memory = verify, max_memory
+    def __init__(self, executor: Executor, folder: OutputFolder, verify: bool) -> None:
+        self._executor, self._folder, self._verify = executor, folder, verify
         self._attempts = folder.state.path / f"{ATTEMPTS}{uuid4().hex}"
 
     def __enter__(self) -> ExecutorWriter:
@@ -55,14 +53,12 @@ class ExecutorWriter:
         shutil.rmtree(self._attempts, ignore_errors=True)
 
     def write(self, shard: Shard, work: Work) -> WrittenPart:
-        """Waits until `shard` is in the folder. Raises what `write_shard` raises, and `Stopped`.
+        """Waits until `shard` is in the folder. Raises what `ShardFile` raises, and `Stopped`.
 
         An engine that tries again where a worker died, as Dask does, may do so; for others, it is
         an `OutputError`.
         """
-        future = self._executor.submit(
-            write_attempt, self._attempts, shard, self._verify, self._max_memory
-        )
+        future = self._executor.submit(write_attempt, self._attempts, shard, self._verify)
         try:
             while not wait([future], _POLL_SECONDS).done:
                 work.check()
@@ -90,9 +86,7 @@ class ExecutorWriter:
             ) from error
 
 
-def write_attempt(
-    attempts: Path, shard: Shard, verify: bool, max_memory: int
-) -> tuple[Path, WrittenPart]:
+def write_attempt(attempts: Path, shard: Shard, verify: bool) -> tuple[Path, WrittenPart]:
     """Writes `shard` into a new file in the folder `attempts`; returns its path.
 
     It stops when the file is removed, and leaves none if it fails.
@@ -111,12 +105,14 @@ def write_attempt(
                 raise Stopped
 
     try:
-        budget, sources = Budget(max_memory), SourceSums([shard])
-        return path, write_shard(
-            path, descriptor, shard, budget, sources, verify=verify, advance=advance
-        )
+        sources = SourceSums([shard])
+        file = ShardFile(path, descriptor, shard, sources, verify=verify, advance=advance)
+        for number, block in file.blocks():
+            file.write(number, block)
+        return path, file.finish()
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     finally:
+        thread_cache.clear()
         os.close(descriptor)

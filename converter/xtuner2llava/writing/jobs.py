@@ -1,25 +1,19 @@
-"""Threads: several shards at once, the stages of a pipeline, and the memory that all share."""
+"""Threads that share the work, and the order in which they let each other through."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import partial
-from types import TracebackType
-from typing import ParamSpec, TypeVar
-
-from xtuner2llava.errors import Fault, UsageError, raise_faults
+from typing import TypeVar
 
 # Called with (bytes done, bytes in all), from one thread at a time.
 OnProgress = Callable[[int, int], None]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Parameters = ParamSpec("Parameters")
 
 DEFAULT_MEMORY = 256 * 10**6
 
@@ -28,8 +22,13 @@ _POLL_SECONDS = 0.2
 
 
 def default_jobs() -> int:
-    """How many shards are written at once: one a core, and no more than four."""
+    """How many threads work: one a core, and no more than four."""
     return min(4, len(os.sched_getaffinity(0)))
+
+
+def fitting_jobs(most: int, jobs: int | None = None, max_memory: int = DEFAULT_MEMORY) -> int:
+    """`jobs`, or as many as work in `max_memory` bytes if each takes up to `most`; at least one."""
+    return max(1, min(jobs or default_jobs(), max_memory // max(1, most)))
 
 
 class Stopped(Exception):
@@ -79,18 +78,35 @@ class Work:
                 if self._on_progress:
                     self._on_progress(done, self._total)
 
-    def run(self, job: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """The results of `job` for all items, computed by `jobs` threads.
+    def run(self, job: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """The results of `job` for all items; `jobs` threads take them one after the other.
 
-        After the first error the other jobs stop; of all errors, the one of the first item that
+        After the first error no other job begins; of all errors, the one of the first item that
         has one is raised. Whatever is raised, Ctrl-C too, no job runs any more then.
         """
-        with ThreadPoolExecutor(self.jobs, "shard") as threads:
+        handing, remaining = threading.Lock(), iter(items)
+        results: dict[int, Result] = {}
+        handed = 0
+
+        def take_jobs() -> None:
+            nonlocal handed
+            place = 0
             try:
-                futures = [
-                    threads.submit(self.guarded, place, job, item)
-                    for place, item in enumerate(items)
-                ]
+                while True:
+                    with handing:
+                        self.check()
+                        place, handed = handed, handed + 1
+                        item = next(remaining)
+                    results[place] = job(item)
+            except (Stopped, StopIteration):
+                return
+            except BaseException as error:
+                self._failures.append((place, error))
+                self.stop()
+
+        with ThreadPoolExecutor(self.jobs, "job") as threads:
+            try:
+                futures = [threads.submit(self._counted, take_jobs) for _ in range(self.jobs)]
                 # A signal just before a wait without end would be noticed when that ends.
                 while wait(futures, _POLL_SECONDS).not_done:
                     pass
@@ -100,7 +116,18 @@ class Work:
                 raise
         if self._failures:
             raise min(self._failures, key=lambda failure: failure[0])[1]
-        return [future.result() for future in futures]
+        self.check()
+        return [results[place] for place in sorted(results)]
+
+    def _counted(self, call: Callable[[], None]) -> None:
+        with self._idle:
+            self._running += 1
+        try:
+            call()
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
 
     def _await_idle(self) -> None:
         """Returns when no job runs any more, however often Ctrl-C is pressed meanwhile.
@@ -112,115 +139,31 @@ class Work:
                 self._idle.wait_for(lambda: self._running == 0)
                 return
 
-    def guarded(self, place: int, job: Callable[[Item], Result], item: Item) -> Result:
-        """`job(item)`; its error stops all the work and is remembered as that of item `place`."""
-        with self._idle:
-            self.check()
-            self._running += 1
-        try:
-            return job(item)
-        except Stopped:
-            raise
-        except BaseException as error:
-            self._failures.append((place, error))
-            self.stop()
-            raise
-        finally:
-            with self._idle:
-                self._running -= 1
-                self._idle.notify_all()
 
+class Turns:
+    """Lets threads through one at a time, in the order of the numbers that they have."""
 
-class Stage:
-    """Makes calls in order in one thread, while the `with` block runs; at most `ahead` are pending.
-
-    What a call raises is raised by a later `put` or by `finish`, and the calls behind it, which
-    build on it, are not made. Leaving the block by an error drops those that have not begun.
-    """
-
-    def __init__(self, name: str, ahead: int) -> None:
-        self._thread = ThreadPoolExecutor(1, name)
-        self._ahead = ahead
-        self._pending: deque[Future[None]] = deque()
-        self._failed = False  # Of the thread alone.
-
-    def __enter__(self) -> Stage:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def put(
-        self,
-        call: Callable[Parameters, None],
-        *arguments: Parameters.args,
-        **named: Parameters.kwargs,
-    ) -> None:
-        """Has `call(*arguments)` made; waits while too many are pending."""
-        if len(self._pending) == self._ahead:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._make, partial(call, *arguments, **named)))
-
-    def _make(self, call: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            call()
-        except BaseException:
-            self._failed = True
-            raise
-
-    def drop(self) -> None:
-        """Returns when the call that has begun is made; the others are not."""
-        for call in self._pending:
-            call.cancel()
-        wait(self._pending)
-        self._pending.clear()
-
-    def finish(self) -> None:
-        """Returns when all calls are made."""
-        while self._pending:
-            self._pending.popleft().result()
-
-
-class Budget:
-    """`total` bytes of working buffers; a job waits until what its tensor needs is free."""
-
-    def __init__(self, total: int) -> None:
-        self._total = self._free = total
+    def __init__(self) -> None:
         self._changed = threading.Condition()
-
-    def require(self, needs: Mapping[str, int]) -> None:
-        """Raises `UsageError` if one of `needs`, bytes by tensor, is more than the total."""
-        most = max(needs.values(), default=0)
-        raise_faults(
-            UsageError,
-            [
-                Fault(
-                    name,
-                    f"needs {need:,} bytes of working memory, --max-memory allows {self._total:,}",
-                    f"Give --max-memory {-(-most // 10**6)}MB.",
-                )
-                for name, need in needs.items()
-                if need > self._total
-            ],
-        )
+        self._next = 0
+        self._broken: int | None = None
 
     @contextmanager
-    def take(self, count: int, check: Callable[[], None]) -> Iterator[None]:
-        """Holds `count` bytes for the block; `check` is called now and then while it waits."""
+    def take(self, number: int) -> Iterator[None]:
+        """Waits for all numbers below. Raises `Stopped` where one of these was given up."""
         with self._changed:
-            while not self._changed.wait_for(lambda: self._free >= count, _POLL_SECONDS):
-                check()
-            self._free -= count
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += count
-                self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: self._next == number or (self._broken is not None and self._broken < number)
+            )
+            if self._next != number:
+                raise Stopped
+        yield
+        with self._changed:
+            self._next += 1
+            self._changed.notify_all()
+
+    def give_up(self, number: int) -> None:
+        """Says that `number` will not come, nor those behind it."""
+        with self._changed:
+            self._broken = number if self._broken is None else min(number, self._broken)
+            self._changed.notify_all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Per safetensors code: size in bytes, and the bits of +infinity, above which are the NaNs.
@@ -41,22 +40,3 @@ def count_nonfinite(data: memoryview, code: str) -> tuple[int, int]:
         return 0, 0
     magnitude = bits & bits.dtype.type(sign - 1)
     return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))
-
-
-class NonFiniteCounter:
-    """Counts what is not finite in one tensor, of the dtype with that safetensors code."""
-
-    def __init__(self, name: str, code: str) -> None:
-        self._name, self._code = name, code
-        self._nan = self._infinite = 0
-
-    def add(self, data: memoryview) -> int:
-        """Counts in some of its elements; returns how many of these are infinite."""
-        nan, infinite = count_nonfinite(data, self._code)
-        self._nan, self._infinite = self._nan + nan, self._infinite + infinite
-        return infinite
-
-    def result(self) -> Iterator[NonFinite]:
-        """What was found, if anything was."""
-        if self._nan or self._infinite:
-            yield NonFinite(self._name, self._nan, self._infinite)

@@ -1,10 +1,9 @@
-"""One shard: written, checksummed, flushed and verified while it is written.
+"""One shard: written, checksummed, flushed and verified block by block, by any number of threads.
 
-A pipeline of three threads. The calling one copies ranges inside the kernel, or computes blocks.
-The next rounds and writes what was computed, reads back what stands in the file, and derives from
-that all that is known of the shard: its BLAKE3, the values that are not finite, and the CRC-32 of
-the source entries. The last flushes, so that little is left to wait for at the end, and records how
-far the file is right, so that an interrupted run goes on from there.
+A thread copies a block inside the kernel, or computes, rounds and writes it, and reads back what
+stands in the file. Then it waits for its turn: BLAKE3 takes the blocks in order. Another thread
+flushes, so that little is left to wait for at the end, and records how far the file is right, so
+that an interrupted run goes on from there.
 
 What is proven. The BLAKE3 is that of the file as it was read back. What was copied equals its
 source: the CRC-32 that the source carries is compared with that of the file (`source_sums`); where
@@ -15,44 +14,29 @@ and what it was computed from matches the CRC-32 of the source.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from xtuner2llava.errors import CorruptFileError, OutputError, PlanError
-from xtuner2llava.tensors import FileRange
-from xtuner2llava.tensors.files import cut, read_into, read_ranges
-from xtuner2llava.writing.blocks import (
-    AHEAD,
-    exact_blocks,
-    rounded,
-    stored_ranges,
-    working_bytes,
-)
+from xtuner2llava.tensors import FileRange, thread_cache
+from xtuner2llava.tensors.files import read_into, read_ranges_into
+from xtuner2llava.tensors.stored import bytes_of
+from xtuner2llava.writing.blocks import Block, cut_blocks, read_exact, rounded
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors
-from xtuner2llava.writing.jobs import Budget, Stage, Stopped
-from xtuner2llava.writing.nonfinite import NonFinite, NonFiniteCounter
-from xtuner2llava.writing.shards import Entry, Shard
-from xtuner2llava.writing.source_sums import RangeSum, SourceSums, add_sums
+from xtuner2llava.writing.jobs import Turns
+from xtuner2llava.writing.nonfinite import NonFinite, count_nonfinite
+from xtuner2llava.writing.shards import Shard
+from xtuner2llava.writing.source_sums import RangeSum, SourceSums, append_sum, sums_of
 from xtuner2llava.writing.verify import WrittenFile
 
-if TYPE_CHECKING:
-    import torch
-
-# Copied at a time: enough that a call costs nothing, little enough that the caches still have most
-# of it when it is read back.
-_COPY_BYTES = 8 << 20
-# How often what is written is sent to disk, and how many such requests may wait for it.
+# How often what is written is sent to disk.
 _FLUSH_BYTES = 256 << 20
-_PENDING_FLUSHES = 4
-# Tensors of more ranges than that are compared with their source, which costs less than so many
-# sums: rows that a mapping interleaves one by one.
-_MOST_SUMS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,108 +98,113 @@ def hash_start(path: Path, size: int, check: Callable[[], None]) -> blake3:
     return digest
 
 
-def write_shard(
-    path: Path,
-    descriptor: int,
-    shard: Shard,
-    budget: Budget,
-    sources: SourceSums,
-    *,
-    begun: tuple[WrittenPart, blake3] | None = None,
-    verify: bool = True,
-    record: Callable[[WrittenPart], None] = lambda part: None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> WrittenPart:
-    """Writes `shard` to the file `descriptor`, which is that at `path`, and flushes it.
+class ShardFile:
+    """The file `descriptor`, at `path`, that becomes `shard`.
 
-    The file is empty, or has what `begun` says, whose hasher has taken it in. Buffers are taken
-    from `budget`. With `verify`, what is written is compared as the module says. `record` is
-    called, from another thread, with what is flushed so far; also when the work ends early.
-    `advance` is called with the bytes that are written and, with `verify`, again when they are
-    verified; what it raises ends the work. Raises `OutputError`, `CorruptFileError`, `PlanError`
-    for a value that overflows its dtype, and `VerificationError`.
+    It is empty, or has what `begun` says, whose hasher has taken it in. With `verify`, what is
+    written is compared as the module says. `record` is called, from another thread, with what is
+    flushed so far; also by `close`. `advance` is called with the bytes that are written and, with
+    `verify`, again when they are verified.
     """
-    with Stage("flush", _PENDING_FLUSHES) as flusher, Stage("check", AHEAD) as checker:
-        file = WrittenFile(path, descriptor)
-        checks = _Checks(file, shard, sources, verify, flusher, record, advance, begun)
-        copier = _Copier(file)
+
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        shard: Shard,
+        sources: SourceSums,
+        *,
+        begun: tuple[WrittenPart, blake3] | None = None,
+        verify: bool = True,
+        record: Callable[[WrittenPart], None] = lambda part: None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.shard, self.descriptor = shard, descriptor
+        self._file, self._sources, self._verify = WrittenFile(path, descriptor), sources, verify
+        self._record, self._advance = record, advance
+        if begun is None:
+            header = memoryview(shard.header)
+            self._file.write(header, 0)
+            begun = WrittenPart(0, "", verify), blake3(header)
+        self.part, self._digest = begun
+        self._recorded = self.begun_bytes = self.part.size
+        self._hashing, self._completing = Turns(), Turns()
+        self._nonfinite, self._sums = [*self.part.nonfinite], [*self.part.sums]
+        self._nan = self._infinite = self._unflushed = 0
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushing: Future[None] | None = None
+        self._copies_in_kernel = hasattr(os, "copy_file_range")
+        self._count(self.begun_bytes or len(shard.header))
+
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """What is to be written, in order, numbered."""
+        entries = (e for e in self.shard.entries if e.offset + e.tensor.nbytes > self.begun_bytes)
+        return enumerate(block for entry in entries for block in cut_blocks(entry))
+
+    def write(self, number: int, block: Block) -> None:
+        """Writes and checks a block. Other threads may write others, if all before have begun.
+
+        Raises `OutputError`, `CorruptFileError`, `PlanError` for a value that overflows its dtype,
+        `VerificationError`, and `Stopped` where a block before this one failed.
+        """
+        thread_cache.use_for(block.entry)
         try:
-            for entry in shard.entries:
-                if entry.offset + entry.tensor.nbytes > checks.begun_bytes:
-                    with budget.take(working_bytes(entry.tensor), lambda: advance(0)):
-                        _write_entry(entry, copier, checker, checks, sources, advance)
-            checker.finish()
-            if verify:
-                file.require_header(shard)
-            flusher.finish()
-            checks.flush()
-        except BaseException as error:
-            with suppress(Exception):
-                checker.finish()  # What is written may still be right, and worth keeping.
-            checker.drop()
-            flusher.drop()
-            # With other values, or another source, it would be another conversion.
-            if not isinstance(error, (PlanError, CorruptFileError)):
-                with suppress(OutputError):
-                    checks.flush(record_it=True)
+            if not block.summed and not block.start:
+                self._sources.require(block.entry.tensor)
+            read, data, found = self._copy(block) if block.is_copied else self._compute(block)
+            with self._hashing.take(number):
+                self._digest.update(data)
+                digest = self._digest.hexdigest() if block.is_last else ""
+            sums = sums_of(block.pieces or (), read) if block.summed else []
+            with self._completing.take(number):
+                self._complete(block, digest, found, sums)
+        except BaseException:
+            self._hashing.give_up(number)
+            self._completing.give_up(number)
             raise
-        return checks.part
+        self._count(block.length)
 
+    def finish(self) -> WrittenPart:
+        """Returns when everything that was written is flushed, and the header is compared."""
+        if self._verify:
+            self._file.require_header(self.shard)
+        self._flusher.shutdown()
+        if self._flushing is not None:
+            self._flushing.result()
+        self._file.flush()
+        return self.part
 
-def _write_entry(
-    entry: Entry,
-    copier: _Copier,
-    checker: Stage,
-    checks: _Checks,
-    sources: SourceSums,
-    advance: Callable[[int], None],
-) -> None:
-    """Copies or computes `entry`, and hands it to `checker`."""
-    stored = stored_ranges(entry.tensor)
-    sums: list[RangeSum] | None = []
-    if stored is None or len(stored) > _MOST_SUMS:
-        sources.require(entry.tensor)
-        sums = None
-    counter = NonFiniteCounter(entry.name, entry.tensor.dtype.code)
-    ranges = entry.tensor.ranges()
-    if ranges is None:
-        for first, exact in exact_blocks(entry.tensor, sums):
-            advance(0)  # It raises where the work is to end.
-            checker.put(checks.computed, entry, first, exact, counter)
-    else:
-        offset = entry.offset
-        for batch in copier.copy(ranges, offset):
-            length = sum(piece.length for piece in batch)
-            advance(length)
-            checker.put(checks.copied, entry, offset, batch, counter, sums)
-            offset += length
-    checker.put(checks.end, entry, counter, sums)
+    def give_up(self, error: BaseException) -> None:
+        """Records what is right, after `error`, when no thread writes any more."""
+        self._flusher.shutdown()
+        # With other values, or another source, it would be another conversion.
+        if not isinstance(error, (PlanError, CorruptFileError)):
+            with suppress(OutputError):
+                self._flush()
 
-
-class _Copier:
-    """Copies ranges into the file, in the kernel where that can."""
-
-    def __init__(self, file: WrittenFile) -> None:
-        self._file = file
-        self._in_kernel = hasattr(os, "copy_file_range")
-
-    def copy(self, ranges: Sequence[FileRange], offset: int) -> Iterator[Sequence[FileRange]]:
-        """Copies `ranges` to `offset` on; gives those copied since, which are of one file."""
-        for file, group in groupby(ranges, key=lambda piece: piece.file):
-            pieces = list(group)
+    def _copy(self, block: Block) -> tuple[memoryview, memoryview, tuple[int, int]]:
+        """Copies and reads back."""
+        pieces = block.pieces or ()
+        offset = block.offset
+        for file, group in groupby(pieces, key=lambda piece: piece.file):
             with file.open() as source:
-                for done in range(0, sum(piece.length for piece in pieces), _COPY_BYTES):
-                    batch = cut(pieces, done, _COPY_BYTES)
-                    for piece in batch:
-                        self._copy_range(source, piece, offset)
-                        offset += piece.length
-                    yield batch
+                for piece in group:
+                    self._copy_range(source, piece, offset)
+                    offset += piece.length
                 file.check(source)
+        found = self._file.read(block.offset, block.length)
+        # A sum that the source carries is compared when its entry is complete.
+        if self._verify and (not block.summed or any(p.checkable is None for p in pieces)):
+            expected = memoryview(thread_cache.buffer("source", block.length))
+            read_ranges_into(pieces, expected)
+            self._file.require_same(block.entry, block.offset, expected, found)
+        data = memoryview(found)
+        return data, data, count_nonfinite(data, block.stored.code)
 
     def _copy_range(self, source: int, piece: FileRange, offset: int) -> None:
         done = 0
-        while self._in_kernel and done < piece.length:
-            start, target = piece.offset + done, self._file.descriptor
+        while self._copies_in_kernel and done < piece.length:
+            start, target = piece.offset + done, self.descriptor
             try:
                 count = os.copy_file_range(
                     source, target, piece.length - done, start, offset + done
@@ -224,113 +213,59 @@ class _Copier:
                 count = 0
             # File systems and kernels refuse for many reasons. Whichever it is, reads and writes
             # do without, or fail with an error that says whose it is.
-            self._in_kernel = count > 0
+            self._copies_in_kernel = count > 0
             done += count
-        if done == piece.length:
-            return
-        buffer = memoryview(bytearray(min(BLOCK_BYTES, piece.length - done)))
-        while done < piece.length:
-            view = buffer[: piece.length - done]
-            read_into(source, FileRange(piece.file, piece.offset + done, len(view)), view)
+        if done < piece.length:
+            rest = FileRange(piece.file, piece.offset + done, piece.length - done)
+            view = memoryview(thread_cache.buffer("source", rest.length))
+            read_into(source, rest, view)
             self._file.write(view, offset + done)
-            done += len(view)
 
-
-class _Checks:
-    """What is known of a shard's file; one thread calls this for what was copied and computed."""
-
-    def __init__(
-        self,
-        file: WrittenFile,
-        shard: Shard,
-        sources: SourceSums,
-        verify: bool,
-        flusher: Stage,
-        record: Callable[[WrittenPart], None],
-        advance: Callable[[int], None],
-        begun: tuple[WrittenPart, blake3] | None,
-    ) -> None:
-        self._file, self._sources, self._verify = file, sources, verify
-        self._flusher, self._record, self._advance = flusher, record, advance
-        if begun is None:
-            header = memoryview(shard.header)
-            file.write(header, 0)
-            begun = WrittenPart(0, "", verify), blake3(header)
-        self.part, self._digest = begun
-        self.begun_bytes = self._recorded = self.part.size
-        self._unflushed = 0
-        for _ in range(1 + verify):
-            advance(self.begun_bytes or len(shard.header))
-
-    def copied(
-        self,
-        entry: Entry,
-        offset: int,
-        batch: Sequence[FileRange],
-        counter: NonFiniteCounter,
-        sums: list[RangeSum] | None,
-    ) -> None:
-        """Takes in what was copied to `offset` from `batch`, which is of one file."""
-        length = sum(piece.length for piece in batch)
-        for done in range(0, length, BLOCK_BYTES):
-            pieces = cut(batch, done, BLOCK_BYTES)
-            found = self._file.read(offset + done, sum(piece.length for piece in pieces))
-            self._digest.update(found)
-            counter.add(memoryview(found))
-            if self._verify:
-                # A sum that the source carries is compared when its entry is complete.
-                if sums is None or any(piece.checkable is None for piece in pieces):
-                    self._file.require_same(entry, offset + done, read_ranges(pieces), found)
-                self._count(len(found))
-            if sums is not None:
-                add_sums(sums, pieces, memoryview(found))
-        self._flush_in_time(length)
-
-    def computed(
-        self, entry: Entry, first: int, exact: torch.Tensor, counter: NonFiniteCounter
-    ) -> None:
-        """Rounds and writes the elements from number `first` on, and takes them in."""
-        offset = entry.offset + first * entry.tensor.dtype.itemsize
+    def _compute(self, block: Block) -> tuple[memoryview, memoryview, tuple[int, int]]:
+        """Computes, rounds, writes, and compares what stands in the file then."""
+        exact = read_exact(block)
         try:
-            for data in rounded(entry, first, exact, counter):
-                self._file.write(data, offset)
-                self._count(len(data))
-                self._digest.update(data)
-                if self._verify:
-                    self._file.require_same(entry, offset, data)
-                    self._count(len(data))
-                offset += len(data)
-                self._flush_in_time(len(data))
+            data, found = rounded(block, exact)
         except PlanError:
-            self._sources.require(entry.tensor)  # A damaged value may be why one overflows.
+            self._sources.require(block.entry.tensor)  # A damaged value may be why one overflows.
             raise
+        self._file.write(data, block.offset)
+        if self._verify:
+            for start in range(0, len(data), BLOCK_BYTES):
+                part = data[start : start + BLOCK_BYTES]
+                self._file.require_same(block.entry, block.offset + start, part)
+        return bytes_of(exact), data, found
 
-    def end(self, entry: Entry, counter: NonFiniteCounter, sums: list[RangeSum] | None) -> None:
-        """Takes in that `entry` is complete."""
-        self.part = WrittenPart(
-            entry.offset + entry.tensor.nbytes,
-            self._digest.hexdigest(),
-            self._verify,
-            (*self.part.nonfinite, *counter.result()),
-            (*self.part.sums, *(sums or ())),
-        )
+    def _complete(
+        self, block: Block, digest: str, found: tuple[int, int], sums: list[RangeSum]
+    ) -> None:
+        """Takes in what is known of a block and of all before it."""
+        entry = block.entry
+        for one in sums:
+            append_sum(self._sums, one)
+        self._nan, self._infinite = self._nan + found[0], self._infinite + found[1]
+        if block.is_last:
+            if self._nan or self._infinite:
+                self._nonfinite.append(NonFinite(entry.name, self._nan, self._infinite))
+            self._nan = self._infinite = 0
+            end = entry.offset + entry.tensor.nbytes
+            known = tuple(self._nonfinite), tuple(self._sums)
+            self.part = WrittenPart(end, digest, self._verify, *known)
+        self._unflushed += block.length
+        if self._unflushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            if self._flushing is not None:
+                self._flushing.result()
+            self._unflushed = 0
+            self._flushing = self._flusher.submit(self._flush)
 
-    def flush(self, *, record_it: bool = False) -> None:
+    def _flush(self) -> None:
         """Sends what is written to the disk; then records how much of it is known to be right."""
         part = self.part
         self._file.flush()
-        if record_it and part.size > self._recorded:
+        if part.size > self._recorded:
             self._record(part)
             self._recorded = part.size
 
     def _count(self, count: int) -> None:
-        """Counts what is checked. Where the work is to end, the thread that copies ends it: what
-        it copied before is still looked at, and kept."""
-        with suppress(Stopped):
+        for _ in range(1 + self._verify):
             self._advance(count)
-
-    def _flush_in_time(self, count: int) -> None:
-        self._unflushed += count
-        if self._unflushed >= _FLUSH_BYTES:
-            self._unflushed = 0
-            self._flusher.put(lambda: self.flush(record_it=True))

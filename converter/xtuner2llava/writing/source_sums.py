@@ -31,27 +31,29 @@ class RangeSum(NamedTuple):
     crc32: int
 
 
-def add_sums(sums: list[RangeSum], pieces: Iterable[FileRange], data: memoryview) -> None:
-    """Adds to `sums` those of `data`, the bytes of `pieces`, where these lie in entries with one.
+def sums_of(pieces: Iterable[FileRange], data: memoryview) -> list[RangeSum]:
+    """The sums of `data`, the bytes of `pieces`, where these lie in entries that carry one.
 
     It overwrites `data`.
     """
+    sums: list[RangeSum] = []
     for piece in pieces:
         if piece.checkable is not None:
-            _add(sums, piece, piece.checkable, data[: piece.length])
+            found = crc32(data[: piece.length])
+            place = piece.checkable.offset, piece.offset
+            append_sum(sums, RangeSum(_path(piece.file), *place, piece.length, found))
         data = data[piece.length :]
+    return sums
 
 
-def _add(sums: list[RangeSum], piece: FileRange, member: ZipMember, data: memoryview) -> None:
-    path = _path(piece.file)
-    if sums:
-        last = sums[-1]
-        end = last.offset + last.length
-        if (last.path, last.member, end) == (path, member.offset, piece.offset):
-            length = last.length + piece.length
-            sums[-1] = last._replace(length=length, crc32=crc32(data, last.crc32))
-            return
-    sums.append(RangeSum(path, member.offset, piece.offset, piece.length, crc32(data)))
+def append_sum(sums: list[RangeSum], found: RangeSum) -> None:
+    """Appends `found`, or makes one sum of it and the last where it lies behind that."""
+    last = sums[-1] if sums else None
+    if last is not None and last[:2] == found[:2] and last.offset + last.length == found.offset:
+        crc = combined(last.crc32, found.crc32, found.length)
+        sums[-1] = last._replace(length=last.length + found.length, crc32=crc)
+    else:
+        sums.append(found)
 
 
 @cache

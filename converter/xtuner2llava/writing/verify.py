@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from xtuner2llava.errors import VerificationError
+from xtuner2llava.tensors import thread_cache
 from xtuner2llava.writing.blocks import blocks, position
 from xtuner2llava.writing.disk import disk_errors, read_all, write_all
 from xtuner2llava.writing.shards import Entry, Shard
@@ -38,7 +39,6 @@ class WrittenFile:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self.descriptor = path, descriptor
-        self._found = bytearray()
 
     def write(self, data: memoryview, offset: int) -> None:
         """Writes all of `data` at `offset`."""
@@ -67,19 +67,14 @@ class WrittenFile:
             )
 
     def read(self, offset: int, count: int) -> bytearray:
-        """The `count` bytes at `offset`, in a buffer that the next call may use again."""
-        if len(self._found) != count:
-            self._found = bytearray(count)
+        """The `count` bytes at `offset`, in memory that this thread's next call uses again."""
+        found = thread_cache.buffer("found", count)
         with disk_errors(self.path, "cannot be read back"):
-            read_all(self.descriptor, memoryview(self._found), offset)
-        return self._found
+            read_all(self.descriptor, memoryview(found), offset)
+        return found
 
     def require_same(
-        self,
-        entry: Entry,
-        offset: int,
-        expected: memoryview | bytearray,
-        found: bytearray | None = None,
+        self, entry: Entry, offset: int, expected: memoryview, found: bytearray | None = None
     ) -> None:
         """Raises `VerificationError` unless it has the bytes `expected` of `entry` at `offset`.
 
@@ -89,7 +84,7 @@ class WrittenFile:
         if found is None:
             found = self.read(offset, len(expected))
         if found != expected:
-            raise _difference(self.path, entry, offset, found, memoryview(expected))
+            raise _difference(self.path, entry, offset, found, expected)
 
 
 def _difference(

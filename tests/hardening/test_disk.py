@@ -16,7 +16,7 @@ import pytest
 
 from reference.cases import CASES
 from xtuner2llava import CorruptFileError, OutputError, convert
-from xtuner2llava.writing import writer
+from xtuner2llava.writing import Shard, writer
 
 CASE = "qwen2_e_full_fullvis"
 # Far more than anything here takes on a busy machine: what takes longer never ends.
@@ -158,18 +158,18 @@ def test_an_input_that_changes_between_plan_and_copy_is_told(
 ) -> None:
     path = tmp_path / "iter_2.pth"
     shutil.copy(checkpoints / CASE / "iter_2.pth", path)
-    write = writer._Job._write
+    create = writer._Writing._create
 
-    def meanwhile(self: writer._Job, *arguments: object) -> object:
+    def meanwhile(self: writer._Writing, shard: Shard) -> object:
         if change == "mtime":
             os.utime(path, ns=(0, 0))
         elif change == "size":
             os.truncate(path, path.stat().st_size - 4096)
         else:
             path.unlink(missing_ok=True)
-        return write(self, *arguments)  # type: ignore[arg-type]
+        return create(self, shard)
 
-    monkeypatch.setattr(writer._Job, "_write", meanwhile)
+    monkeypatch.setattr(writer._Writing, "_create", meanwhile)
     expected = "cannot be opened" if change == "gone" else "the file changed while it was read"
     with pytest.raises(CorruptFileError, match=expected):
         convert(path, tmp_path / "out", dtype="keep", **options)
@@ -248,15 +248,15 @@ def test_a_kill_while_out_appears_is_resumed(arguments: list[str], tmp_path: Pat
 # Stops for as long as it is not interrupted, once a shard is finished.
 SLOW = """
 import sys, time
-from xtuner2llava.writing import writer
-write = writer._Job._write
+from xtuner2llava.writing import Shard, writer
+create = writer._Writing._create
 def slow(self, shard):
     print("copying", flush=True)
-    while self.folder.state.finished("model-00001-of-" + shard.filename[-17:]):
-        self.work.check()
+    while self._folder.state.finished("model-00001-of-" + shard.filename[-17:]):
+        self._work.check()
         time.sleep(0.01)
-    return write(self, shard)
-writer._Job._write = slow
+    return create(self, shard)
+writer._Writing._create = slow
 from xtuner2llava.cli.commands import main
 main()
 """
@@ -311,7 +311,7 @@ def test_interrupts_are_answered_and_say_how_to_go_on(
 def test_a_second_interrupt_ends_at_once(
     arguments: list[str], tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    stuck = SLOW.replace("self.work.check()", "pass")
+    stuck = SLOW.replace("self._work.check()", "pass")
     process = start(stuck, *command(*arguments, out=tmp_path / "out")[3:], "--jobs", "1")
     assert process.stdout is not None and process.stderr is not None
     for _ in range(2):

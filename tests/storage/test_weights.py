@@ -83,6 +83,12 @@ def test_real_shards(checkpoints: Path) -> None:
 ONE, TWO = "model-1.safetensors", "model-2.safetensors"
 
 
+def test_an_index_is_not_a_shard_of_itself(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "model", {"a": "model.safetensors.index.json"})
+    with pytest.raises(UnsupportedError, match=r"index\.json: not a checkpoint of torch\.save"):
+        open_weights(index)
+
+
 @pytest.mark.parametrize(
     ("weight_map", "texts"),
     [

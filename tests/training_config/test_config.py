@@ -13,7 +13,6 @@ from xtuner2llava.training_config import (
     Loaded,
     TrainingConfig,
     TrainingData,
-    UsedValue,
 )
 
 CONFIG = """\
@@ -201,7 +200,7 @@ def test_resolved_is_what_reading_the_config_gives() -> None:
     data = [one.name for one in fields(TrainingData) if one.name != "used"]
     assert len(data) > 10
     assert [n for n in data if getattr(file.data, n) != getattr(stored.data, n)] == []
-    assert {(u.name, u.value) for u in file.used} == {(u.name, u.value) for u in stored.used}
+    assert file.used == stored.used
 
 
 @pytest.mark.parametrize("text", [CONFIG, RESOLVED], ids=["config", "resolved"])
@@ -230,14 +229,14 @@ def test_every_field(text: str) -> None:
         assert (lora.table["r"], lora.table["lora_alpha"]) == (r, alpha)
 
 
-def test_used_names_what_was_read_with_its_line_and_no_data_path() -> None:
+def test_used_names_what_was_read_and_no_data_path() -> None:
     used = training_config(CONFIG).used
-    assert UsedValue("model.llm_lora.lora_alpha", 256, 41) in used
-    assert UsedValue("model.llm.torch_dtype", "torch.float16", 36) in used
-    assert UsedValue("train_dataloader.dataset.pad_image_to_square", True, 58) in used
-    assert UsedValue("train_dataloader.dataset.max_length", 1472, 57) in used
-    assert UsedValue("custom_hooks[1].system", "'Be brief.'", 66) in used
-    assert UsedValue("model.type", "xtuner.model.LLaVAModel", 28) in used
+    assert used["model.llm_lora.lora_alpha"] == 256
+    assert used["model.llm.torch_dtype"] == "torch.float16"
+    assert used["train_dataloader.dataset.pad_image_to_square"] is True
+    assert used["train_dataloader.dataset.max_length"] == 1472
+    assert used["custom_hooks[1].system"] == "'Be brief.'"
+    assert used["model.type"] == "xtuner.model.LLaVAModel"
     assert "secret_data" not in repr(used)
 
 
@@ -410,19 +409,16 @@ def test_what_only_describes_never_fails() -> None:
 
 def test_shared_and_endless_datasets_end() -> None:
     wide = "d = [dict(image_folder='a')]\n" + "d = d + d\n" * 19
-    assert (
-        UsedValue(f"{DATASET}.datasets[0].max_length", 2048, None)
-        in of_dataset("datasets=d", wide).used
-    )
+    assert of_dataset("datasets=d", wide).used[f"{DATASET}.datasets[0].max_length"] == 2048
     bomb = "d = [dict(image_folder='a')]\n" + "d = [dict(datasets=d), dict(datasets=d)]\n" * 30
     run = of_dataset("datasets=d", bomb)
-    assert [used.value for used in run.used if used.name.endswith("max_length")] == [2048]
+    assert [value for name, value in run.used.items() if name.endswith("max_length")] == [2048]
 
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_text("\ufeff" + CONFIG.replace("Be brief.", "简短回答。"), encoding="utf-8")
-    assert "'简短回答。'" in [used.value for used in TrainingConfig.from_file(path).used]
+    assert "'简短回答。'" in TrainingConfig.from_file(path).used.values()
     path.write_bytes(CONFIG.replace("\n", "\r\n").encode())
     assert training_config(CONFIG).used == TrainingConfig.from_file(str(path)).used
 

@@ -162,9 +162,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
         },
         llm_architectures=config.architectures if config else (),
         family=found.family.name if found.family else None,
-        training_config={used.name: used.value for used in training_config.used}
-        if training_config
-        else {},
+        training_config=training_config.used if training_config else {},
         targets=tuple(_target(checkpoint, options, each) for each in assessments),
         notes=tuple(note for note in _notes(checkpoint) if note not in checkpoint.inexact),
         advice=tuple(sentence for sentence, _ in advice),

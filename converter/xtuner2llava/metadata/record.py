@@ -103,8 +103,8 @@ def _open_record(plan: Plan, options: Options) -> bytes:
             "notes": [redact_text(note) for note in plan.notes],
             "xtuner_config": config
             and {
-                used.name: redact_name(used.value) if isinstance(used.value, str) else used.value
-                for used in config.used
+                name: redact_name(value) if isinstance(value, str) else value
+                for name, value in config.used.items()
             },
         }
     )

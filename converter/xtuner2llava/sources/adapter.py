@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
@@ -21,8 +21,12 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector)(?P<adapter>\.[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
-_SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(?:\.default)?\.(?P<leaf>.+)")
-_ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<leaf>.+)")
+# A saved module, and what it was before it was trained (peft `utils/other.py`,
+# ModulesToSaveWrapper).
+_SAVED = re.compile(
+    r"(?P<module>.+?)\.(?:modules_to_save(?:\.default)?|(?P<original>original_module))"
+    r"\.(?P<leaf>.+)"
+)
 _FIRST_FACTORS = ("lora_A", "lora_embedding_A")
 _IS_IT_THE_BASE = "is it the one that was used?"
 # Enough to distinguish a merge from rounding: some 100,000 elements.
@@ -72,7 +76,18 @@ class Adapter:
         return self.replacements
 
 
-def is_adapted(names: Mapping[str, object]) -> bool:
+class _Refused(dict[str, list[str]]):
+    """What is wrong, and the names of which it is true: mostly, those of all modules."""
+
+    def add(self, what: str, name: str) -> None:
+        self.setdefault(what, []).append(name)
+
+    def raise_all(self, where: str) -> None:
+        faults = [Fault.about(where, names, what) for what, names in self.items()]
+        raise_faults(UnsupportedError, faults)
+
+
+def is_adapted(names: Iterable[str]) -> bool:
     """Whether a part's tensors are those of a PEFT model."""
     return any(name.startswith(_PREFIX) or ".lora_" in name for name in names)
 
@@ -84,69 +99,63 @@ def read_adapter(
     factors: dict[str, dict[str, LazyTensor]] = {}
     replacements: dict[str, LazyTensor] = {}
     originals: dict[str, LazyTensor] = {}
-    refused: dict[str, list[str]] = {}
+    refused = _Refused()
     for full, tensor in tensors.items():
         name = full.removeprefix(_PREFIX)
         home, key = replacements, name.replace(".base_layer.", ".")
         if factor := _FACTOR.fullmatch(name):
             if factor["adapter"] not in (None, ".default", ".weight") or factor["leaf"] == "bias":
-                what = "an adapter or factor of a kind XTuner never makes"
-                refused.setdefault(what, []).append(full)
+                refused.add("an adapter or factor of a kind XTuner never makes", full)
                 continue
             home, key = factors.setdefault(factor["module"], {}), factor["kind"]
         elif saved := _SAVED.fullmatch(name):
+            home = originals if saved["original"] else replacements
             key = f"{saved['module']}.{saved['leaf']}"
-        elif original := _ORIGINAL.fullmatch(name):
-            home, key = originals, f"{original['module']}.{original['leaf']}"
         if key in home:
             what = "is there under two names, and which of them was trained is not recorded"
-            refused.setdefault(what, []).append(full)
+            refused.add(what, full)
         home[key] = tensor
-    _raise_refused(where, refused)
-    # What a saved module was before it was trained (peft `utils/other.py`, ModulesToSaveWrapper).
+    refused.raise_all(where)
     return Adapter(factors, {**originals, **replacements}, settings)
 
 
 def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[str, LazyTensor]:
     """The tensors of `base` with the adapter merged in. Raises `UnsupportedError`, all faults."""
     merged = dict(base)
-    refused: dict[str, list[str]] = {}
+    refused = _Refused()
     for name, tensor in adapter.replacements.items():
-        if name in base and _fits(tensor, base[name]):
+        if (own := base.get(name)) is None:
+            refused.add("is saved beside the adapter, but the base has none", name)
+        # An embedding or head may have other rows: those of tokens that were added.
+        elif own.shape == tensor.shape or (
+            len(own.shape) == len(tensor.shape) == 2 and own.row_shape == tensor.row_shape
+        ):
             merged[name] = tensor
-            continue
-        what = "is saved beside the adapter, but the base has none"
-        if name in base:
-            shapes = f"has shape {list(tensor.shape)}, the base's has {list(base[name].shape)}"
-            what = f"{shapes}; {_IS_IT_THE_BASE}"
-        refused.setdefault(what, []).append(name)
+        else:
+            shapes = f"has shape {list(tensor.shape)}, the base's has {list(own.shape)}"
+            refused.add(f"{shapes}; {_IS_IT_THE_BASE}", name)
     for module, factors in adapter.factors.items():
-        name = f"{module}.weight"
-        try:
-            if name not in base:
-                raise ValueError(f"the base model has no such module; {_IS_IT_THE_BASE}")
-            _check_bias(module, base, adapter)
-            merged[name] = _merged(merged[name], module, factors, adapter.settings)
-        except ValueError as error:
-            refused.setdefault(str(error), []).append(f"LoRA on {module}")
-    _raise_refused(where, refused)
+        weight, bias = f"{module}.weight", f"{module}.bias"
+        kind = adapter.settings.bias if adapter.settings is not None else "none"
+        if weight not in base:
+            what = f"the base model has no such module; {_IS_IT_THE_BASE}"
+            refused.add(what, f"LoRA on {module}")
+        elif kind != "none" and bias in base and bias not in adapter.replacements:
+            # Both look for it under the name that the module has without an adapter: XTuner
+            # (`xtuner/model/utils.py`, `get_peft_model_state_dict`) and PEFT, up to 0.17.
+            what = (
+                f"bias={kind!r} says that its bias was trained, but the checkpoint has none: "
+                "XTuner and older versions of PEFT do not save it; a DeepSpeed directory of the "
+                "run has it"
+            )
+            refused.add(what, f"LoRA on {module}")
+        else:
+            try:
+                merged[weight] = _merged(merged[weight], module, factors, adapter.settings)
+            except ValueError as error:
+                refused.add(str(error), f"LoRA on {module}")
+    refused.raise_all(where)
     return merged
-
-
-def _raise_refused(where: str, refused: Mapping[str, Sequence[str]]) -> None:
-    """Raises what is wrong, and all names of which it is true: mostly, those of all modules."""
-    faults = [Fault.about(where, names, what) for what, names in refused.items()]
-    raise_faults(UnsupportedError, faults)
-
-
-def _fits(saved: LazyTensor, own: LazyTensor) -> bool:
-    """Whether a saved tensor can replace the base's own.
-
-    An embedding or head may have other rows: those of tokens that were added.
-    """
-    if saved.shape == own.shape:
-        return True
-    return len(saved.shape) == len(own.shape) == 2 and saved.row_shape == own.row_shape
 
 
 def share_in(
@@ -174,21 +183,6 @@ def share_in(
         along += float(((own - before) * (after - before)).sum())
         length += float(((after - before) ** 2).sum())
     return along / length if length > 0 else None
-
-
-def _check_bias(module: str, base: Mapping[str, LazyTensor], adapter: Adapter) -> None:
-    """Raises `ValueError` where the bias of a module was trained and is missing.
-
-    XTuner (`xtuner/model/utils.py`, `get_peft_model_state_dict`) and PEFT, up to 0.17, look for it
-    under the name that the module has without an adapter, and save none with bias="lora_only".
-    """
-    kind = adapter.settings.bias if adapter.settings is not None else "none"
-    name = f"{module}.bias"
-    if kind != "none" and name in base and name not in adapter.replacements:
-        raise ValueError(
-            f"bias={kind!r} says that its bias was trained, but the checkpoint has none: XTuner "
-            "and older versions of PEFT do not save it; a DeepSpeed directory of the run has it"
-        )
 
 
 def _merged(
@@ -224,8 +218,10 @@ def _merged(
     if len(weight.shape) > 2 and magnitude is not None:
         raise ValueError("DoRA on a convolution cannot be merged")
     # A convolution's factors are a convolution to `rank` channels and a 1 x 1 one from them.
-    left = up if len(up.shape) == 2 else Reshaped(up, (math.prod(up.row_shape),))
-    right = down if len(down.shape) == 2 else Reshaped(down, (math.prod(down.row_shape),))
+    left, right = (
+        factor if len(factor.shape) == 2 else Reshaped(factor, (math.prod(factor.row_shape),))
+        for factor in (up, down)
+    )
     return Merge(weight, left, right, scale, magnitude)
 
 

@@ -81,13 +81,13 @@ def artifact_of_state(
     text, iteration = recorded.get("cfg"), recorded.get("iter")
     config = (text, f"{meta_file} (meta.cfg)") if isinstance(text, str) else None
     parts: dict[str, dict[str, LazyTensor]] = {}
-    others: dict[str, LazyTensor] = {}
+    others: list[str] = []
     for name, tensor in tensors.items():
         part, dot, rest = name.partition(".")
         if dot and part in PARTS:
             parts.setdefault(part, {})[rest] = tensor
         else:
-            others[name] = tensor
+            others.append(name)
     # With bias="all", XTuner saves every bias, those of frozen parts and of the tower too
     # (`get_peft_model_state_dict` in xtuner/model/utils.py): such a part is not a whole model.
     adapters = {
@@ -104,9 +104,9 @@ def artifact_of_state(
         what = "its projector is under an adapter, which XTuner's LLaVAModel never is"
         faults.append(Fault(str(path), what))
     elif PROJECTOR not in parts:
-        faults.append(_without_projector(path, config, list(parts), others))
+        faults.append(Fault(str(path), *_without_projector(config, list(parts), others)))
     elif others:
-        what = f"{len(others)} tensors belong to no part of LLaVA, such as '{next(iter(others))}'"
+        what = f"{len(others)} tensors belong to no part of LLaVA, such as '{others[0]}'"
         faults.append(Fault(str(path), what, _EXPECTED))
     raise_faults(UnsupportedError, faults)
     return Artifact(
@@ -122,8 +122,9 @@ def artifact_of_state(
 
 
 def _without_projector(
-    path: Path, config: tuple[str, str] | None, parts: list[str], others: Mapping[str, LazyTensor]
-) -> Fault:
+    config: tuple[str, str] | None, parts: list[str], others: list[str]
+) -> tuple[str, str]:
+    """What tensors without a projector are, and what to give instead."""
     if config is not None and "SupervisedFinetune" in config[0]:
         what = "a checkpoint of SupervisedFinetune: text only, no projector"
         advice = "Only LLaVA trainings can become LLaVA; use `xtuner convert pth_to_hf` for this."
@@ -135,7 +136,7 @@ def _without_projector(
     elif is_adapted(others):
         what, advice = ADAPTER_ALONE
     else:
-        seen = ", ".join(list(others)[:3]) or "no tensors at all"
+        seen = ", ".join(others[:3]) or "no tensors at all"
         what = f"not a LLaVA checkpoint of XTuner: no projector.*, but {seen}"
         advice = "Give XTuner's iter_N.pth, its DeepSpeed directory, or an iter_N_xtuner folder."
-    return Fault(str(path), what, advice)
+    return what, advice

@@ -47,33 +47,33 @@ class LoraSettings:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> LoraSettings:
         """The settings of a LoraConfig's keywords; refuses by name what cannot be merged."""
-        faults = [
-            Fault(where, f"LoRA setting {key}={value!r}", "It cannot be merged exactly.")
+        inexact = "It cannot be merged exactly."
+        refused = [
+            (f"LoRA setting {key}={value!r}", inexact)
             for key, value in values.items()
             if key not in _HARMLESS | _UNDERSTOOD and value
         ]
-        kind = str(values.get("peft_type") or "LORA").rpartition(".")[2]
-        if kind != "LORA":
-            faults.append(Fault(where, f"peft_type is {kind[:40]!r}, expected LORA"))
+        if (kind := str(values.get("peft_type") or "LORA").rpartition(".")[2]) != "LORA":
+            refused.append((f"peft_type is {kind[:40]!r}, expected LORA", ""))
         start = values.get("init_lora_weights")
         if isinstance(start, str) and start.startswith(_CHANGES_BASE):
             what = f"init_lora_weights={start!r} changes the base weights too"
             advice = "Merge with PEFT where the changed base is, and give the result as --llm."
-            faults.append(Fault(where, what, advice))
-        bias = values.get("bias") or "none"
-        if bias not in ("none", "all", "lora_only"):
-            faults.append(Fault(where, f"bias={bias!r}, expected none, all or lora_only"))
+            refused.append((what, advice))
+        if (bias := values.get("bias") or "none") not in ("none", "all", "lora_only"):
+            refused.append((f"bias={bias!r}, expected none, all or lora_only", ""))
         found = values.get("alpha_pattern")
         pattern = found if isinstance(found, Mapping) else {}
-        for key, value in pattern.items():
+        refused += [
+            (f"alpha_pattern {key!r}: {value!r} is not a plain name", "")
+            for key, value in pattern.items()
             # PEFT takes keys as regular expressions; those of untrusted files are not run.
-            if not re.fullmatch(r"[\w.]+", str(key)) or not _is_number(value):
-                faults.append(Fault(where, f"alpha_pattern {key!r}: {value!r} is not a plain name"))
-        alpha = values.get("lora_alpha")
+            if not re.fullmatch(r"[\w.]+", str(key)) or not _is_number(value)
+        ]
+        alpha, base = values.get("lora_alpha"), values.get("base_model_name_or_path")
         if alpha is not None and not _is_number(alpha):
-            faults.append(Fault(where, f"lora_alpha={alpha!r}, expected a number"))
-        raise_faults(UnsupportedError, faults)
-        base = values.get("base_model_name_or_path")
+            refused.append((f"lora_alpha={alpha!r}, expected a number", ""))
+        raise_faults(UnsupportedError, [Fault(where, *each) for each in refused])
         return cls(
             where,
             float(alpha) if alpha is not None else None,
@@ -106,11 +106,8 @@ class LoraSettings:
 
     def scale(self, module: str, rank: int) -> float | None:
         """alpha / rank, or alpha / sqrt(rank) for rslora; None if no alpha is known."""
-        alpha = self.alpha
-        for key, value in self.alpha_pattern.items():
-            if module == key or module.endswith("." + key):
-                alpha = value
-                break
+        named = (v for k, v in self.alpha_pattern.items() if f".{module}".endswith(f".{k}"))
+        alpha = next(named, self.alpha)
         if alpha is None:
             return None
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank

@@ -9,6 +9,7 @@ adapters, so that XTuner's chat and VLMEvalKit find everything in one folder.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,98 +58,93 @@ def open_xtuner_folder(path: Path) -> Artifact:
 
     Raises `CheckpointError` for a folder without its weights, and for an LLM that is there twice.
     """
-    return _Folder(path).artifact()
+    parts = {part: path / part for part in (PROJECTOR, VISUAL_ENCODER, LLM)}
+    folders = {part: home for part, home in parts.items() if home.is_dir()}
+    if _has_llm_at_top(path):
+        folders[LLM] = path
+    homes = {part: path / name for part, name in ADAPTERS.items() if (path / name).is_dir()}
+    files: list[Fingerprint] = []
+    unread: list[str] = []
 
-
-class _Folder:
-    """The work of `open_xtuner_folder`, with what it collects on the way."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._files: list[Fingerprint] = []
-        self._unread: list[str] = []
-
-    def artifact(self) -> Artifact:
-        path = self._path
-        homes = {part: path / part for part in (PROJECTOR, VISUAL_ENCODER, LLM)}
-        folders = {part: home for part, home in homes.items() if home.is_dir()}
-        if self._has_llm_at_top(has_folder=LLM in folders):
-            folders[LLM] = path
-        weights = {part: self._weights(home) for part, home in folders.items()}
-        adapters: dict[str, dict[str, LazyTensor]] = {}
-        settings: dict[str, LoraSettings] = {}
-        for part, name in ADAPTERS.items():
-            home = path / name
-            if home.is_dir():
-                adapters[part] = self._weights(home, ("adapter_model", "adapter_model"))
-                if (home / _ADAPTER).is_file():
-                    values = read_json(home / _ADAPTER)
-                    settings[part] = LoraSettings.from_mapping(values, str(home / _ADAPTER))
-        if folders.get(LLM) != path:
-            self._unread += unread_weights(path, None, ())
-        self._unread += [f"{entry.name}/" for entry in sorted(path.iterdir()) if _is_left(entry)]
-        notes = (
-            f"{path.name} also holds {', '.join(self._unread)}, not read: where weights are there "
-            "twice, safetensors go before .bin, and one file before shards, as in transformers.",
-        )
-        return Artifact(
-            path=path,
-            layout="XTuner folder",
-            weights=weights,
-            adapters=adapters,
-            settings=settings,
-            files=tuple(self._files),
-            config=_config_text(path / _CONFIG),
-            folders=folders,
-            notes=notes if self._unread else (),
-        )
-
-    def _has_llm_at_top(self, *, has_folder: bool) -> bool:
-        """Whether the LLM is at top level; raises `CheckpointError` where that is not clear."""
-        path, at_top, loose = self._path, find_weights(self._path), _loose(self._path)
-        if has_folder and at_top is not None:
-            raise UnsupportedError(
-                f"holds two LLMs: {at_top.name} at top level, and the one in {LLM}/",
-                where=str(path),
-                advice="Move the one that is not meant out of the folder.",
-            )
-        adapters = [name for name in loose if name.startswith("adapter_model")]
-        if not has_folder and at_top is None and adapters:
-            raise UnsupportedError(
-                f"holds {adapters[0]} at top level, and nothing says of which part",
-                where=str(path),
-                advice=f"An adapter of the LLM, with its {_ADAPTER}, belongs in {ADAPTERS[LLM]}/.",
-            )
-        if not has_folder and (at_top is not None or loose):
-            return True
-        config = path / "config.json"
-        expected = not has_folder and not (path / ADAPTERS[LLM]).is_dir() and config.is_file()
-        if expected and "architectures" in read_json(config):
-            what = "has the config.json of an LLM, and no weights of it"
-            raise CorruptFileError(what, where=str(path), advice=_INCOMPLETE)
-        return False
-
-    def _weights(
-        self, home: Path, stems: tuple[str, str] = ("model", "pytorch_model")
-    ) -> dict[str, LazyTensor]:
-        """All tensors of one of the folders, which must have some."""
-        found = find_weights(home, stems)
-        if found is None:
-            loose = _loose(home)
-            what = "has no weights in it"
-            if loose:
-                what = f"has {loose[0]}, but not the index that names it"
-            names = f"{stems[0]}.safetensors, {stems[-1]}.bin or their index"
-            advice = f"Expected {names}. {_INCOMPLETE}"
-            raise CorruptFileError(what, where=str(home), advice=advice)
+    def tensors_in(home: Path, *stems: str) -> Mapping[str, LazyTensor]:
+        found = _find_weights(home, *stems)
         opened = open_weights(found)
         codes = quantised(opened.tensors)
         if codes is not None:
             raise UnsupportedError(codes, where=str(found))
-        prefix = "" if home == self._path else f"{home.name}/"
-        self._files += [replace(file, name=prefix + file.name) for file in opened.files]
-        self._unread += [prefix + name for name in unread_weights(home, found, opened.files)]
-        return dict(opened.tensors)
+        prefix = "" if home == path else f"{home.name}/"
+        files.extend(replace(file, name=prefix + file.name) for file in opened.files)
+        unread.extend(prefix + name for name in unread_weights(home, found, opened.files))
+        return opened.tensors
+
+    weights = {part: tensors_in(home, "model", "pytorch_model") for part, home in folders.items()}
+    adapters = {part: tensors_in(home, "adapter_model") for part, home in homes.items()}
+    if folders.get(LLM) != path:
+        unread += unread_weights(path, None, ())
+    unread += [f"{entry.name}/" for entry in sorted(path.iterdir()) if _is_left(entry)]
+    note = (
+        f"{path.name} also holds {', '.join(unread)}, not read: where weights are there twice, "
+        "safetensors go before .bin, and one file before shards, as in transformers."
+    )
+    config = path / _CONFIG
+    return Artifact(
+        path,
+        "XTuner folder",
+        weights,
+        tuple(files),
+        adapters,
+        settings={
+            part: LoraSettings.from_mapping(read_json(file), str(file))
+            for part, home in homes.items()
+            if (file := home / _ADAPTER).is_file()
+        },
+        config=(read_small(config, _MAX_CONFIG_BYTES).decode("utf-8", "replace"), str(config))
+        if config.is_file()
+        else None,
+        folders=folders,
+        notes=(note,) if unread else (),
+    )
+
+
+def _has_llm_at_top(path: Path) -> bool:
+    """Whether the LLM is at top level; raises `CheckpointError` where that is not clear."""
+    at_top, loose, where = find_weights(path), _loose(path), str(path)
+    if (path / LLM).is_dir():
+        if at_top is None:
+            return False
+        raise UnsupportedError(
+            f"holds two LLMs: {at_top.name} at top level, and the one in {LLM}/",
+            where=where,
+            advice="Move the one that is not meant out of the folder.",
+        )
+    adapters = [name for name in loose if name.startswith("adapter_model")]
+    if at_top is None and adapters:
+        raise UnsupportedError(
+            f"holds {adapters[0]} at top level, and nothing says of which part",
+            where=where,
+            advice=f"An adapter of the LLM, with its {_ADAPTER}, belongs in {ADAPTERS[LLM]}/.",
+        )
+    if at_top is not None or loose:
+        return True
+    config = path / "config.json"
+    expected = config.is_file() and not (path / ADAPTERS[LLM]).is_dir()
+    if expected and "architectures" in read_json(config):
+        what = "has the config.json of an LLM, and no weights of it"
+        raise CorruptFileError(what, where=where, advice=_INCOMPLETE)
+    return False
+
+
+def _find_weights(home: Path, *stems: str) -> Path:
+    """The weights in one of the folders, which must have some."""
+    found, loose = find_weights(home, stems), _loose(home)
+    if found is None:
+        what = (
+            f"has {loose[0]}, but not the index that names it" if loose else "has no weights in it"
+        )
+        names = f"{stems[0]}.safetensors, {stems[-1]}.bin or their index"
+        advice = f"Expected {names}. {_INCOMPLETE}"
+        raise CorruptFileError(what, where=str(home), advice=advice)
+    return found
 
 
 def _loose(folder: Path) -> list[str]:
@@ -161,9 +157,3 @@ def _is_left(entry: Path) -> bool:
     if entry.name in PART_FOLDERS or not entry.is_dir():
         return False
     return (entry / _ADAPTER).is_file() or bool(unread_weights(entry, None, ()))
-
-
-def _config_text(path: Path) -> tuple[str, str] | None:
-    if not path.is_file():
-        return None
-    return read_small(path, _MAX_CONFIG_BYTES).decode("utf-8", "replace"), str(path)

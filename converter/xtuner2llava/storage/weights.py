@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,25 +37,16 @@ class Weights:
     files: tuple[Fingerprint, ...]
 
 
-def find_weights(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> Path | None:
+def find_weights(folder: Path, stems: Sequence[str] = ("model", "pytorch_model")) -> Path | None:
     """The index or weight file that `from_pretrained` would take in `folder`, if there is one."""
-    safetensors, torch_stem = stems[0], stems[-1]
-    for name in (
-        f"{safetensors}.safetensors",
-        f"{safetensors}.safetensors.index.json",
-        f"{torch_stem}.bin",
-        f"{torch_stem}.bin.index.json",
-    ):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+    whole = (f"{stems[0]}.safetensors", f"{stems[-1]}.bin")
+    names = [name + suffix for name in whole for suffix in ("", ".index.json")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def weight_names(path: Path) -> frozenset[str]:
     """The names of the tensors in a weight file, or in the shards that an index names."""
-    if not path.name.endswith(".index.json"):
-        return frozenset(open_weight_file(path).tensors)
-    return frozenset(_weight_map(path))
+    return frozenset(_weight_map(path) if _is_index(path) else _open_file(path).tensors)
 
 
 def unread_weights(folder: Path, read: Path | None, files: tuple[Fingerprint, ...]) -> list[str]:
@@ -65,30 +56,27 @@ def unread_weights(folder: Path, read: Path | None, files: tuple[Fingerprint, ..
         entry.name
         for entry in folder.iterdir()
         if entry.name not in known
-        and (entry.suffix in _WEIGHT_FILES or entry.name.endswith(".index.json"))
+        and (entry.suffix in _WEIGHT_FILES or _is_index(entry))
         and not _OF_TRAINERS.match(entry.name)
     )
 
 
 def open_weights(path: Path) -> Weights:
     """All tensors of a weight file, or of the shards that an index names; headers only are read."""
-    if not path.name.endswith(".index.json"):
-        return open_weight_file(path)
 
     def open_shard(name: str) -> Weights:
-        shard = inside(path.parent, name)
-        if not shard.is_file():
+        if not inside(path.parent, name).is_file():
             raise CorruptFileError(
                 f"names the shard '{name}', which is not there",
                 where=str(path),
                 advice="Copy or download the missing file.",
             )
-        return open_weight_file(shard)
+        return _open_file(path.parent / name)
 
-    return open_shards(path, open_shard)
+    return open_shards(path, open_shard) if _is_index(path) else _open_file(path)
 
 
-def open_weight_file(path: Path) -> Weights:
+def _open_file(path: Path) -> Weights:
     """All tensors of one safetensors or `torch.save` file."""
     inside(path.parent, path.name)
     if path.suffix == ".safetensors":
@@ -97,6 +85,10 @@ def open_weight_file(path: Path) -> Weights:
     torch_file = TorchFile(path)
     tensors = torch_file.tensors(tensor_references(torch_file.value, str(path)))
     return Weights(tensors, (torch_file.fingerprint,))
+
+
+def _is_index(path: Path) -> bool:
+    return path.name.endswith(".index.json")
 
 
 def tensor_references(value: Value, where: str) -> dict[str, TensorReference]:

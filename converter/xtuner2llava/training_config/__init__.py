@@ -6,7 +6,6 @@ from xtuner2llava.training_config.datasets import (
     Evaluation,
     Loaded,
     TrainingData,
-    UsedValue,
 )
 from xtuner2llava.training_config.evaluator import read_python
 from xtuner2llava.training_config.values import Reference, Table, Unknown, Value, dotted, shown
@@ -20,7 +19,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingData",
     "Unknown",
-    "UsedValue",
     "Value",
     "dotted",
     "read_python",

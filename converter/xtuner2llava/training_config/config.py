@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xtuner2llava.errors import CheckpointError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.storage.small_file import read_plain
-from xtuner2llava.training_config.datasets import TrainingData, UsedValue
+from xtuner2llava.training_config.datasets import TrainingData
 from xtuner2llava.training_config.evaluator import TEXT_LIMIT, read_python
 from xtuner2llava.training_config.section import Section
 from xtuner2llava.training_config.values import ANY_NAME, Table, Unknown, Value, dotted, shown
@@ -174,14 +174,19 @@ class TrainingConfig:
         return (*unread, *self.data.notes)
 
     @property
-    def used(self) -> tuple[UsedValue, ...]:
-        """What was read, for a report: names, values and lines, no paths of training data."""
-        model = self.config.known("model")
-        if model is None:
-            return self.data.used
-        keys = ("llm", "visual_encoder", "llm_lora", "visual_encoder_lora")
-        sections = filter(None, (model, *map(model.known, keys)))
-        return (*(used for section in sections for used in _used(section)), *self.data.used)
+    def used(self) -> Mapping[str, str | int | float | bool]:
+        """What was read, for a report: values by dotted names, no paths of training data."""
+        used: dict[str, str | int | float | bool] = {}
+        if (model := self.config.known("model")) is not None:
+            keys = ("llm", "visual_encoder", "llm_lora", "visual_encoder_lora")
+            for section in filter(None, (model, *map(model.known, keys))):
+                for key, value in section.table.items():
+                    if isinstance(value, (bool, int, float)):
+                        used[section.name(key)] = value
+                    elif value is not None and not isinstance(value, (Table, Unknown)):
+                        text = value[:_TEXT_SHOWN] if isinstance(value, str) else shown(value)
+                        used[section.name(key)] = dotted(value) or text
+        return {**used, **self.data.used}
 
     def _model_faults(self) -> Iterator[Fault]:
         model = self.model
@@ -204,13 +209,3 @@ class TrainingConfig:
             if section and name and not expected.fullmatch(name):
                 what = f"is {name}, {otherwise}"
                 yield from section.error("type", what, advice=_ONLY_LLAVA).faults
-
-
-def _used(section: Section) -> Iterator[UsedValue]:
-    for key, value in section.table.items():
-        name, line = section.name(key), section.table.lines.get(key)
-        if isinstance(value, (bool, int, float)):
-            yield UsedValue(name, value, line)
-        elif value is not None and not isinstance(value, (Table, Unknown)):
-            text = value[:_TEXT_SHOWN] if isinstance(value, str) else shown(value)
-            yield UsedValue(name, dotted(value) or text, line)

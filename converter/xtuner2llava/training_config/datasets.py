@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from xtuner2llava.errors import ConversionError
@@ -24,15 +24,6 @@ WITHOUT_IDS = frozenset(
 _MAX_LENGTH = 2048  # default of LLaVADataset, xtuner/dataset/llava.py
 _DATASETS_LIMIT = 1000
 _STOP_WORDS_LIMIT = 100
-
-
-@dataclass(frozen=True, slots=True)
-class UsedValue:
-    """One value that was read from the config, its dotted name and its line (from 1)."""
-
-    name: str
-    value: str | int | float | bool
-    line: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +66,7 @@ class TrainingData:
     bos_token: given to the tokenizer by the config: the advice of XTuner #292 for Qwen.
     stop_words: `stop_words` and `stop_word` of the EvaluateChatHook, without the template's own.
     evaluation: the EvaluateChatHook, if there is one.
+    used: the values that were read by their dotted names, for a report.
     data_files: `data_path` of each dataset with images, where it can be read.
     """
 
@@ -88,12 +80,12 @@ class TrainingData:
     stop_words: tuple[str, ...] = ()
     evaluation: Evaluation | None = None
     notes: tuple[str, ...] = ()
-    used: tuple[UsedValue, ...] = ()
+    used: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     data_files: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Section) -> TrainingData:
-        return _Reader(config).read()
+        return _Reader(config).data()
 
 
 class _Reader:
@@ -102,9 +94,9 @@ class _Reader:
     def __init__(self, config: Section) -> None:
         self._config = config
         self._notes: list[str] = []
-        self._used: list[UsedValue] = []
+        self._used: dict[str, str | int | float | bool] = {}
 
-    def read(self) -> TrainingData:
+    def data(self) -> TrainingData:
         datasets, hook = list(self._datasets()), self._hook()
         places = [*datasets, self._config]
         tokenizers, processors = (
@@ -113,12 +105,13 @@ class _Reader:
         )
         tokenizer = tokenizers[0]
         aspect_ratio = self._aspect_ratio(datasets)
-        lengths = self._of_each(
-            datasets, "max_length", lambda one, key: one.positive(key, _MAX_LENGTH)
+        found = (
+            self._read(one, "max_length", lambda s, key: s.positive(key, _MAX_LENGTH))
+            for one in datasets
         )
-        if len(lengths - {None}) > 1:
-            known = sorted(length for length in lengths if length is not None)
-            self._notes.append(f"datasets differ in max_length: {known[:8]}")
+        lengths = {length for length in found if length is not None}
+        if len(lengths) > 1:
+            self._notes.append(f"datasets differ in max_length: {sorted(lengths)[:8]}")
         return TrainingData(
             image_aspect_ratio=aspect_ratio,
             prompt_template=self._prompt_template(datasets, hook),
@@ -129,33 +122,43 @@ class _Reader:
                 for other in tokenizers
                 if other and tokenizer and _tokenizes(other.table) != _tokenizes(tokenizer.table)
             ),
-            bos_token=self._text(tokenizer, "bos_token"),
-            eos_token=self._text(tokenizer, "eos_token"),
+            bos_token=self._read(tokenizer, "bos_token", Section.text),
+            eos_token=self._read(tokenizer, "eos_token", Section.text),
             stop_words=self._stop_words(hook),
             evaluation=self._evaluation(hook),
             notes=tuple(dict.fromkeys(self._notes)),
-            used=tuple(self._used),
+            used=self._used,
             data_files=tuple(
                 path for one in datasets if isinstance(path := one.table.get("data_path"), str)
             ),
         )
 
-    def _try(self, read: Callable[[str], _T], key: str) -> _T | None:
+    def _read(
+        self,
+        section: Section | None,
+        key: str,
+        read: Callable[[Section, str], _T],
+        *,
+        use: bool = True,
+    ) -> _T | None:
+        """What `section` says under `key`; None where it does not, or cannot be read."""
+        if section is None:
+            return None
         try:
-            return read(key)
+            value = read(section, key)
         except ConversionError as error:
             fault = error.faults[0]
             self._notes.append(f"{fault.where}: {fault.what}")
             return None
+        if use and isinstance(value, (str, int, float)):
+            self._used[section.name(key)] = value
+        return value
 
-    def _use(self, section: Section, key: str, value: str | int | float | bool) -> None:
-        self._used.append(UsedValue(section.name(key), value, section.table.lines.get(key)))
-
-    def _text(self, section: Section | None, key: str) -> str | None:
-        text = self._try(section.text, key) if section else None
-        if section and text is not None:
-            self._use(section, key, text)
-        return text
+    def _items(self, section: Section, key: str) -> Iterator[tuple[str, Value]]:
+        """The names and values of a list."""
+        items = self._read(section, key, Section.value, use=False)
+        for index, item in enumerate(items if isinstance(items, (list, tuple)) else ()):
+            yield f"{section.name(key)}[{index}]", item
 
     def _loaded(self, section: Section | None) -> Loaded:
         if section is None:
@@ -163,7 +166,7 @@ class _Reader:
         name = dotted(section.table.get("type"))
         return Loaded(
             name.removesuffix(".from_pretrained").rpartition(".")[2] if name else None,
-            self._text(section, _PATH),
+            self._read(section, _PATH, Section.text),
             {
                 str(key): value
                 for key, value in section.table.items()
@@ -173,8 +176,8 @@ class _Reader:
 
     def _datasets(self) -> Iterator[Section]:
         """The datasets with images below `train_dataloader.dataset`, each once."""
-        loader = self._try(self._config.section, "train_dataloader")
-        root = self._try(loader.section, "dataset") if loader else None
+        loader = self._read(self._config, "train_dataloader", Section.section)
+        root = self._read(loader, "dataset", Section.section)
         todo, seen = deque([root] if root else []), set[int]()
         while todo and len(seen) < _DATASETS_LIMIT:
             section = todo.popleft()
@@ -182,43 +185,26 @@ class _Reader:
                 continue
             seen.add(id(section.table))
             if "datasets" in section.table:
-                todo += self._parts(section)
+                for name, part in islice(self._items(section, "datasets"), _DATASETS_LIMIT):
+                    if isinstance(part, Table):
+                        todo.append(Section(part, name, section.where))
+                    elif isinstance(part, Unknown):
+                        self._notes.append(f"{section.where}:{part.line}: {name} was not read")
             elif inner := section.known("dataset"):
                 todo.append(inner)
             elif _IMAGE_KEYS & section.table.keys():
                 yield section
 
-    def _parts(self, section: Section) -> Iterator[Section]:
-        parts = self._try(section.value, "datasets")
-        for index, part in enumerate(_items(parts)[:_DATASETS_LIMIT]):
-            name = f"{section.name('datasets')}[{index}]"
-            if isinstance(part, Table):
-                yield Section(part, name, section.where)
-            elif isinstance(part, Unknown):
-                self._notes.append(f"{section.where}:{part.line}: {name} was not read")
-
     def _hook(self) -> Section | None:
-        hooks = self._try(self._config.value, "custom_hooks")
-        for index, hook in enumerate(_items(hooks)):
-            kind = dotted(hook.get("type")) if isinstance(hook, Table) else None
-            if isinstance(hook, Table) and (kind or "").rpartition(".")[2] == "EvaluateChatHook":
-                return Section(hook, f"custom_hooks[{index}]", self._config.where)
+        for name, hook in self._items(self._config, "custom_hooks"):
+            if isinstance(hook, Table):
+                kind = dotted(hook.get("type")) or ""
+                if kind.rpartition(".")[2] == "EvaluateChatHook":
+                    return Section(hook, name, self._config.where)
         return None
 
-    def _of_each(
-        self, datasets: list[Section], key: str, read: Callable[[Section, str], _T]
-    ) -> set[_T | None]:
-        """The values that the datasets have; None where one cannot be read."""
-        found = set[_T | None]()
-        for dataset in datasets:
-            value = self._try(partial(read, dataset), key)
-            found.add(value)
-            if isinstance(value, (bool, int)):
-                self._use(dataset, key, value)
-        return found
-
     def _aspect_ratio(self, datasets: list[Section]) -> str | None:
-        padded = self._of_each(datasets, "pad_image_to_square", Section.flag)
+        padded = {self._read(one, "pad_image_to_square", Section.flag) for one in datasets}
         if True not in padded and (None in padded or not datasets):
             self._notes.append(
                 "Nothing known says whether training padded images to squares: `pad` is written, "
@@ -238,11 +224,13 @@ class _Reader:
         places += [(place, "prompt_template") for place in (self._config, hook) if place]
         found: dict[object, str | Table] = {}
         for section, key in places:
-            value = self._try(section.value, key)
+            value = self._read(section, key, Section.value, use=False)
             template = _template(value)
             if template is not None and _identity(template) not in found:
                 found[_identity(template)] = template
-                self._use(section, key, shown(value) if isinstance(value, Table) else str(template))
+                self._used[section.name(key)] = (
+                    template if isinstance(template, str) else shown(value)
+                )
             elif template is None and value is not None:
                 self._notes.append(
                     f"{section.name(key)} is {shown(value)}, which is not a prompt template"
@@ -252,29 +240,29 @@ class _Reader:
             self._notes.append(f"there are several prompt templates: {names}; the first counts")
         return next(iter(found.values()), None)
 
-    def _evaluation(self, hook: Section | None) -> Evaluation | None:
-        if hook is None:
-            return None
-        template = _template(self._try(hook.value, "prompt_template"))
-        tokenizer = self._try(hook.section, "tokenizer")
-        bos = self._try(tokenizer.text, "bos_token") if tokenizer else None
-        return Evaluation("" if isinstance(template, Table) else template, bos)
-
     def _stop_words(self, hook: Section | None) -> tuple[str, ...]:
         if hook is None:
             return ()
         # Reported only: training itself had no system text (llava_map_fn.py).
-        system = self._try(hook.value, "system")
+        system = self._read(hook, "system", Section.value, use=False)
         if text := system if isinstance(system, str) else dotted(system):
-            self._use(hook, "system", shown(text))
-        words = list(self._try(hook.texts, "stop_words") or ())
+            self._used[hook.name("system")] = shown(text)
+        words = list(self._read(hook, "stop_words", Section.texts) or ())
         if words:
-            self._use(hook, "stop_words", ", ".join(words)[:200])
-        word = self._try(hook.value, "stop_word")  # deprecated for stop_words
+            self._used[hook.name("stop_words")] = ", ".join(words)[:200]
+        word = self._read(hook, "stop_word", Section.value, use=False)  # deprecated for stop_words
         if isinstance(word, str):
-            self._use(hook, "stop_word", word[:200])
+            self._used[hook.name("stop_word")] = word[:200]
             words.append(word)
         return tuple(dict.fromkeys(words))
+
+    def _evaluation(self, hook: Section | None) -> Evaluation | None:
+        if hook is None:
+            return None
+        template = _template(self._read(hook, "prompt_template", Section.value, use=False))
+        tokenizer = self._read(hook, "tokenizer", Section.section)
+        bos = self._read(tokenizer, "bos_token", Section.text, use=False)
+        return Evaluation("" if isinstance(template, Table) else template, bos)
 
 
 def _template(value: Value) -> str | Table | None:
@@ -292,10 +280,6 @@ def _tokenizes(table: Table) -> dict[str, str]:
         for key, value in table.items()
         if key not in ("type", *WITHOUT_IDS) and value is not None
     }
-
-
-def _items(value: Value) -> Sequence[Value]:
-    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _identity(template: str | Table) -> object:

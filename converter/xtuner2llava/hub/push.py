@@ -19,7 +19,7 @@ from xtuner2llava.errors import (
 from xtuner2llava.hub.errors import hub_errors, require_token
 from xtuner2llava.hub.upload import Pushed, open_upload
 from xtuner2llava.metadata import CARD_NAME
-from xtuner2llava.options import ConvertOptions, PushOptions, VerifyOptions
+from xtuner2llava.options import ConvertOptions, PushOptions
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.verification.checks.names import other_class
 from xtuner2llava.verification.checks.record import changed
@@ -74,8 +74,8 @@ def push_folder(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
     """
     shards, small = _recorded(folder)
     present = _check_files(folder, shards, small)
-    watch = options.on_progress and partial(_as_check, options)
-    checked, checks = check_folder(folder, VerifyOptions(on_progress=watch))
+    report = options.on_progress and partial(options.on_progress, "check")
+    checked, checks = check_folder(folder, report)
     faults = [
         Fault(f"{folder}, {check.name}", check.detail, _ADVICE)
         for check in checks
@@ -128,12 +128,6 @@ def _publish(
 
         work.run(send, list(sizes))
         return upload.commit(folder, others)
-
-
-def _as_check(options: PushOptions, stage: str, done: int, total: int) -> None:
-    """Reports the progress of a check as that of the stage `check`."""
-    if options.on_progress is not None:
-        options.on_progress("check", done, total)
 
 
 def _recorded(folder: Path) -> tuple[list[str], dict[str, Json]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ from xtuner2llava.verification.outcome import (
     Verification,
     judge,
 )
+from xtuner2llava.writing import OnProgress
 from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -85,8 +87,10 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
         return _verify_published(repository, options)
     stages, figures = Stages(), dict[str, Json]()
     with stages.stage("look") as stage:
-        folder, checks = check_folder(path, options)
+        folder, checks = check_folder(path, _reporter(options, "checksums"))
         stage.nbytes = _weight_bytes(path)
+    if folder is not None:
+        checks += _asked(folder, options)
     broken = {c.name for c in checks if c.result == FAILED} & {_CONFIG, _HEADERS}
     if folder is None or broken:
         why = "the folder is damaged, see above"
@@ -98,11 +102,12 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
 
 
 def check_folder(
-    path: Path, options: VerifyOptions, published: Mapping[str, str] | None = None
+    path: Path, report: OnProgress | None, published: Mapping[str, str] | None = None
 ) -> tuple[ConvertedFolder | None, list[Check]]:
     """The folder, and all checks of it by itself; None if its config cannot be read.
 
-    `published` are the SHA-256 of large files where `path` is a copy of a published model.
+    `report` is called with the bytes that are read, and in all. `published` are the SHA-256 of
+    large files where `path` is a copy of a published model.
     """
     try:
         folder = open_folder(path)
@@ -113,8 +118,8 @@ def check_folder(
         checks.append(Check(RECORD_NAME, *judge(folder.damage[RECORD_NAME], "")))
     for name, look in _CHECKS.items():
         checks += _checked(name, _row(name, look, folder))
-    advance = _byte_counter(options, "checksums", _weight_bytes(path))
-    return folder, [*checks, *record_checks(folder, advance, published), *_asked(folder, options)]
+    advance = _byte_counter(report, _weight_bytes(path))
+    return folder, [*checks, *record_checks(folder, advance, published)]
 
 
 def _check_at_work(
@@ -137,12 +142,12 @@ def _check_at_work(
 
     with stages.stage("logits"):
         if plan is not None and options.logits:
-            advance, trust = _byte_counter(options, "logits"), options.trust_remote_code
+            advance, trust = _byte_counter(_reporter(options, "logits")), options.trust_remote_code
             yield from _checked(LOGITS, logits_checks(folder, plan, trust, figures, advance))
         if options.reference is not None:
             given = read_reference(Path(options.reference))
             checkpoint = None if plan is None else plan.checkpoint
-            advance = _byte_counter(options, "reference")
+            advance = _byte_counter(_reporter(options, "reference"))
             run = reference_checks(folder, checkpoint, given, figures, advance)
             yield from _checked(REFERENCE, run)
 
@@ -193,7 +198,8 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
 
     try:
         with published_copy(repository) as copy:
-            _, checks = check_folder(copy.path, options, copy.sha256)
+            folder, checks = check_folder(copy.path, _reporter(options, "checksums"), copy.sha256)
+            checks += [] if folder is None else _asked(folder, options)
             return Verification(Path(repository), tuple(checks), {"commit": copy.commit})
     except CheckpointError as error:
         faults = [
@@ -209,14 +215,18 @@ def _weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def _byte_counter(options: VerifyOptions, stage: str, total: int = 0) -> Callable[[int], None]:
-    """Adds up bytes, and reports their sum as the progress of `stage`."""
+def _reporter(options: VerifyOptions, stage: str) -> OnProgress | None:
+    return options.on_progress and partial(options.on_progress, stage)
+
+
+def _byte_counter(report: OnProgress | None, total: int = 0) -> Callable[[int], None]:
+    """Adds up bytes, and reports their sum."""
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        if options.on_progress is not None:
-            options.on_progress(stage, done, max(total, done))
+        if report is not None:
+            report(done, max(total, done))
 
     return advance

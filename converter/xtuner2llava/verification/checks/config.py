@@ -19,43 +19,38 @@ from xtuner2llava.verification.outcome import FAILED, OK, SKIPPED, WARNING, Find
 from xtuner2llava.verification.plain_model import plain_config
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_ANY = object()
-# What loaders must find, and the value where only one is right. LLaVA takes a missing
+# What loaders must find; of some, only one value is right. LLaVA takes a missing
 # `mm_use_im_patch_token` for true, and adds a token (LLaVA `llava/model/builder.py`).
-_KEYS: Mapping[str, Mapping[str, object]] = {
+_VALUES: Mapping[str, Mapping[str, Json]] = {
     "llava": {
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
-        "mm_hidden_size": _ANY,
-        "mm_projector_type": _ANY,
-        "mm_vision_select_layer": _ANY,
-        "mm_vision_tower": _ANY,
-        "unfreeze_mm_vision_tower": _ANY,
-        "image_aspect_ratio": _ANY,
         "use_cache": True,
-        "vocab_size": _ANY,
-        "eos_token_id": _ANY,
     },
     "hf": {
         "model_type": "llava",
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
-        "vision_feature_layer": _ANY,
-        "text_config": _ANY,
-        "vision_config": _ANY,
     },
 }
+_KEYS = {
+    "llava": (
+        "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_vision_tower",
+        "unfreeze_mm_vision_tower", "image_aspect_ratio", "vocab_size", "eos_token_id",
+    ),
+    "hf": ("vision_feature_layer", "text_config", "vision_config"),
+}  # fmt: skip
 
 
 def keys(out: ConvertedFolder) -> Finding:
     """Keys that are missing, or have a value that they must not have."""
-    wanted, config = _KEYS[out.format], out.config
-    faults = [f"{key} is missing" for key in wanted if key not in config]
+    config, values = out.config, _VALUES[out.format]
+    faults = [f"{key} is missing" for key in (*values, *_KEYS[out.format]) if key not in config]
     faults += [
         f"{key} is {config[key]!r}, expected {value!r}"
-        for key, value in wanted.items()
-        if key in config and value is not _ANY and config[key] != value
+        for key, value in values.items()
+        if config.get(key, value) != value
     ]
     if out.format == "llava":
         faults += [
@@ -128,13 +123,15 @@ def generation(out: ConvertedFolder) -> Finding:
     """Token ids within the vocabulary and alike in both configs; settings that all can load."""
     values = out.json("generation_config.json")
     if not values:
-        return judge(["generation_config.json is missing or empty"], "")
+        return FAILED, "generation_config.json is missing or empty"
     size = integer(out.text, "vocab_size") or 0
     faults = []
     # In the format `hf`, ids may stand at the top or with the language model.
     config = {**out.text, **out.config}
+    found = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         here, there = _ids(values, key), _ids(config, key)
+        found[key] = here
         beyond = [n for n in (*here, *there) if not 0 <= n < size]
         faults += [f"{key} {n} is beyond the {size} rows" for n in beyond]
         if there and not here:
@@ -143,11 +140,12 @@ def generation(out: ConvertedFolder) -> Finding:
             faults.append(f"{key} is {here} in generation_config.json and missing in config.json")
         elif not set(there) <= set(here):
             faults.append(f"{key} is {there} in config.json, {here} in generation_config.json")
-    eos, bos = _ids(values, "eos_token_id"), _ids(values, "bos_token_id")
-    if not eos:
+    if not found["eos_token_id"]:
         faults.append("there is no eos_token_id, so it never stops")
     faults += valid_settings(values)[1]
-    return judge(faults, f"eos {eos}, bos {bos}, all below {size}")
+    return judge(
+        faults, f"eos {found['eos_token_id']}, bos {found['bos_token_id']}, all below {size}"
+    )
 
 
 def _ids(values: Mapping[str, Json], key: str) -> list[int]:
@@ -160,16 +158,15 @@ def image_processor(out: ConvertedFolder) -> Finding:
     """The size that images are cropped to against the number of positions of the tower."""
     values: dict[str, Any] = out.json(PREPROCESSOR)
     if not values:
-        return judge([f"{PREPROCESSOR} is missing"], "")
+        return FAILED, f"{PREPROCESSOR} is missing"
     faults = [
         f"{key} is {values[key]!r}, expected three numbers"
         for key in ("image_mean", "image_std")
         if key in values and not _is_colour(values[key])
     ]
     faults += image_processor_faults(values)
-    tower = out.part(VISUAL_ENCODER)
-    patch = tower.get("vision_model.embeddings.patch_embedding.weight")
-    positions = tower.get("vision_model.embeddings.position_embedding.weight")
+    tower = {name.rpartition("embeddings.")[2]: t for name, t in out.part(VISUAL_ENCODER).items()}
+    patch, positions = (tower.get(f"{name}_embedding.weight") for name in ("patch", "position"))
     edge = patch.shape[-1] if patch is not None and patch.shape else None
     if out.format == "hf":
         faults += processor_faults(out.json(PROCESSOR), edge)
@@ -178,12 +175,9 @@ def image_processor(out: ConvertedFolder) -> Finding:
         crop = crop.get("height", crop.get("shortest_edge"))
     if positions is None or not edge or not isinstance(crop, int):
         return judge(faults, "") if faults else (SKIPPED, "the tower or the crop size is not there")
-    patches = (crop // edge) ** 2
-    if patches + 1 != positions.rows:
-        faults.append(
-            f"crops to {crop} pixels, {patches} patches of {edge}; the tower has "
-            f"{positions.rows - 1}"
-        )
+    patches, there = (crop // edge) ** 2, positions.rows - 1
+    if patches != there:
+        faults.append(f"crops to {crop} pixels, {patches} patches of {edge}; the tower has {there}")
     return judge(faults, f"crops to {crop} pixels, as many patches as the tower has positions")
 
 

@@ -22,11 +22,9 @@ from xtuner2llava.verification.logits.run import (
     NOISE,
     NUDGED_FOLDER,
     REFERENCE,
-    Model,
-    ModelInput,
     Run,
 )
-from xtuner2llava.verification.logits.streamed import Moved
+from xtuner2llava.verification.logits.streamed import Model, ModelInput, Moved
 from xtuner2llava.verification.logits.trained import folder_model
 from xtuner2llava.verification.outcome import FAILED, OK, Check
 from xtuner2llava.verification.outcome import REFERENCE as CHECK_NAME
@@ -130,15 +128,10 @@ def reference_checks(
     folder = folder_model(out, checkpoint)
     _require_fit(folder, given, *logits.shape)
     moved = folder_model(out, checkpoint, lambda weights: {n: Moved(weights[n]) for n in weights})
-    run = Run(
-        {FOLDER: folder, MOVED_FOLDER: moved},
-        given,
-        [(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)],
-        advance,
-        nudged={NUDGED_FOLDER: FOLDER},
-        reference=logits,
-    )
-    run.run()
+    run = Run(given, advance)
+    run.add(FOLDER, folder, NUDGED_FOLDER)
+    run.add(MOVED_FOLDER, moved)
+    run.compare([(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)], logits)
     figures["reference"] = run.to_dict()
     # The file's weights may not be rounded as the folder's are.
     allowed, why = max(
@@ -161,7 +154,7 @@ def reference_checks(
 
 def _require_fit(folder: Model, given: ModelInput, positions: int, columns: int) -> None:
     """Raises `CheckpointError` where the folder cannot be run on the prompt."""
-    language, tower = folder.language, folder.tower.config
+    language, tower = folder.language, folder.vision
     rows, hidden = language.embedding.shape
     length = len(given.before) + len(given.after)
     beyond = [n for n in sorted({*given.before, *given.after}) if not 0 <= n < rows]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.verification.logits.streamed import ClipTower, LanguageModel
+from xtuner2llava.verification.logits.streamed import Model, ModelInput
 from xtuner2llava.verification.outcome import FAILED, OK, Check
 
 if TYPE_CHECKING:
@@ -37,52 +35,17 @@ _BEFORE, _AFTER = 8, 24  # tokens before and after the image
 _HEAD_ELEMENTS, _LOGITS = 2 << 20, 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """Token ids before and after the image, and the image: pixels, features, or none.
-
-    `pixels` are (1, channels, height, width); `features` are (1, patches, hidden size), what the
-    projector makes.
-    """
-
-    before: Sequence[int]
-    after: Sequence[int]
-    pixels: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A LLaVA to run."""
-
-    language: LanguageModel
-    tower: ClipTower
-
-    def embed(self, given: ModelInput) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The hidden states that go into the first layer, and those of the image alone."""
-        import torch
-
-        hidden = self.language.embed([*given.before, *given.after])
-        image = given.features if given.pixels is None else self.tower.features(given.pixels)
-        if image is None:
-            return hidden, None
-        cut = len(given.before)
-        return torch.cat([hidden[:, :cut], image, hidden[:, cut:]], dim=1), image
-
-
 def fixed_input(*models: Model) -> ModelInput:
-    """A fixed image of the size that the tower takes, and ids spread over the vocabulary."""
+    """A fixed image of the size that the first tower takes, and ids spread over the vocabulary."""
     import torch
 
-    size, channels = (models[0].tower.config.get(key) for key in ("image_size", "num_channels"))
-    steps = torch.linspace(0, 1, size if isinstance(size, int) else 224)
-    waves = [
-        1.5 * torch.sin(6.0 * (1 + c) * steps[:, None] + 11.0 * steps[None, :] * (2 + c))
-        for c in range(channels if isinstance(channels, int) else 3)
-    ]
+    vision = models[0].vision
+    size, channels = integer(vision, "image_size") or 224, integer(vision, "num_channels") or 3
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, channels, size, size, generator=generator)
     rows = min(model.language.embedding.rows for model in models)
     ids = [(17 + 7919 * n) % rows for n in range(_BEFORE + _AFTER)]
-    return ModelInput(ids[:_BEFORE], ids[_BEFORE:], torch.stack(waves)[None])
+    return ModelInput(ids[:_BEFORE], ids[_BEFORE:], pixels)
 
 
 class Distance:
@@ -144,86 +107,78 @@ class Distance:
         return {"largest_difference": self.largest, "kl": self.kl, "top1": self.top1}
 
 
-@dataclass(slots=True)
 class Run:
-    """`models` on `given`: the distances of `pairs` of their logits, and of wrong models.
+    """Models on one image and prompt, one after the other, and how far their logits are apart.
 
-    One of the models is `FOLDER`: wrong models are made of it, and the distance of the first name
-    of each pair from them is computed too. `nudged` streams run beside the model that each is of.
-    `compared` are two models whose hidden states are compared; `stages` are the largest differences
-    after each layer. `reference` are logits of the last positions, (positions, vocabulary), called
-    `REFERENCE`. `advance` counts the bytes of weights that were run.
+    `advance` counts the bytes of weights that were run. `stages` are the largest differences of the
+    hidden states of `ROUNDED` and `FOLDER`, in order.
     """
 
-    models: Mapping[str, Model]
-    given: ModelInput
-    pairs: Sequence[tuple[str, str]]
-    advance: Callable[[int], None]
-    nudged: Mapping[str, str] = field(default_factory=dict)
-    compared: tuple[str, str] | None = None
-    reference: torch.Tensor | None = None
-    positions: int = 0
-    columns: int = 0
-    scale: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)
-    distances: dict[tuple[str, str], Distance] = field(default_factory=dict)
-    _heads: list[tuple[LazyTensor, list[str]]] = field(default_factory=list)
-    _normed: dict[str, torch.Tensor] = field(default_factory=dict)
-    _states: dict[str, torch.Tensor] = field(default_factory=dict)
+    def __init__(self, given: ModelInput, advance: Callable[[int], None]) -> None:
+        self._given, self._advance = given, advance
+        self.positions = self.columns = 0
+        self.scale = 0.0
+        self.stages: dict[str, float] = {}
+        self.distances: dict[tuple[str, str], Distance] = {}
+        self._states: dict[str, torch.Tensor] = {}
+        self._heads: list[LazyTensor] = []
+        # What goes into each head, (positions, hidden size), by the name of the stream.
+        self._normed: list[dict[str, torch.Tensor]] = []
 
-    def run(self) -> None:
-        """Runs one stream after the other, and compares their logits."""
-        for name, model in self.models.items():
-            embedded, image = model.embed(self.given)
-            self.positions = embedded.shape[1]
-            if image is not None:
-                self._compare(name, "image features", image)
-            self._compare(name, "embeddings", embedded)
-            run = partial(model.language.run, embedded)
-            normed = {name: run(partial(self._after_layer, model, name))}
-            other = partial(self._after_layer, model, "")
-            twins = [twin for twin, of in self.nudged.items() if of == name]
-            normed |= {twin: run(other, nudge=True) for twin in twins}
-            if name == FOLDER:
-                for what, wrong in model.language.exchanged().items():
-                    normed[f"{_WRONG}{what}"] = run(other, wrong=wrong)
-            self._normed |= normed
-            self._heads.append((model.language.head, [*normed]))
-        self._compare_logits()
+    def add(self, name: str, model: Model, nudged: str | None = None) -> None:
+        """Runs `model`, and again as `nudged`; beside `FOLDER`, also wrong models made of it."""
+        embedded, image = model.embed(self._given)
+        if image is not None:
+            self._note(name, "image features", image)
+        self._note(name, "embeddings", embedded)
 
-    def _compare(self, name: str, stage: str, state: torch.Tensor) -> None:
-        """Notes how far the hidden states of two models are apart, once there are both."""
-        if self.compared is None or name not in self.compared:
-            return
-        other = self._states.pop(stage, None)
-        if other is None:
+        def run(stream: str, **how: Any) -> torch.Tensor:
+            def seen(stage: str, state: torch.Tensor) -> None:
+                self._advance(model.language.layer_bytes)
+                self._note(stream, stage, state)
+
+            return model.language.run(embedded, seen, **how)
+
+        normed = {name: run(name)}
+        if nudged is not None:
+            normed[nudged] = run(nudged, nudge=True)
+        if name == FOLDER:
+            for what, wrong in model.language.exchanged().items():
+                normed[f"{_WRONG}{what}"] = run("", wrong=wrong)
+        self.positions = embedded.shape[1]
+        self._heads.append(model.language.head)
+        self._normed.append(normed)
+
+    def _note(self, stream: str, stage: str, state: torch.Tensor) -> None:
+        if stream == ROUNDED:
             self._states[stage] = state
-        else:
+        elif stream == FOLDER and stage in self._states:
+            other = self._states.pop(stage)
             alike = other.shape == state.shape
             self.stages[stage] = float((other - state).abs().max()) if alike else math.nan
 
-    def _after_layer(self, model: Model, name: str, stage: str, state: torch.Tensor) -> None:
-        self.advance(model.language.layer_bytes)
-        self._compare(name, stage, state)
+    def compare(
+        self, pairs: Sequence[tuple[str, str]], reference: torch.Tensor | None = None
+    ) -> None:
+        """Compares the logits of `pairs`, and the first of each with those of the wrong models.
 
-    def _compare_logits(self) -> None:
-        """Logits of some tokens at a time, and their distances."""
-        reference = self.reference
+        `REFERENCE` are logits that are given of the last positions, (positions, vocabulary).
+        """
+        wrong = [name for streams in self._normed for name in streams if name.startswith(_WRONG)]
+        ones = dict.fromkeys(one for one, _ in pairs if one != TRAINED)
         positions = self.positions if reference is None else len(reference)
-        wrong = [name for name in self._normed if name.startswith(_WRONG)]
-        ones = dict.fromkeys(one for one, _ in self.pairs if one != TRAINED)
-        for pair in [*self.pairs, *((one, name) for one in ones for name in wrong)]:
+        for pair in [*pairs, *((one, name) for one in ones for name in wrong)]:
             self.distances[pair] = Distance(positions)
-        rows = [head.rows for head, _ in self._heads]
+        rows = [head.rows for head in self._heads]
         self.columns = min(rows if reference is None else [*rows, reference.shape[1]])
-        widest = max(head.shape[1] for head, _ in self._heads)
+        widest = max(head.shape[1] for head in self._heads)
         step = max(1, min(_HEAD_ELEMENTS // widest, _LOGITS // positions))
         for start in range(0, self.columns, step):
             stop = min(start + step, self.columns)
             logits = {} if reference is None else {REFERENCE: reference[:, start:stop]}
-            for head, streams in self._heads:
+            for head, streams in zip(self._heads, self._normed, strict=True):
                 weight = head.read(start, stop).float()
-                logits |= {n: self._normed[n][-positions:] @ weight.T for n in streams}
+                logits |= {n: normed[-positions:] @ weight.T for n, normed in streams.items()}
             for (one, other), distance in self.distances.items():
                 distance.add(logits[one], logits[other])
             self.scale = max(self.scale, *(float(part.abs().max()) for part in logits.values()))

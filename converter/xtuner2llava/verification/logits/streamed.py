@@ -189,19 +189,44 @@ class LanguageModel:
 
 
 @dataclass(frozen=True, slots=True)
-class ClipTower:
-    """A CLIP tower and the projector behind it."""
+class ModelInput:
+    """Token ids before and after the image, and the image: pixels, features, or none.
 
-    config: Mapping[str, Json]
-    weights: Weights
+    `pixels` are (1, channels, height, width); `features` are (1, patches, hidden size), what the
+    projector makes.
+    """
+
+    before: Sequence[int]
+    after: Sequence[int]
+    pixels: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A LLaVA to run: `vision` is the config of its CLIP tower, whose `select_layer` is seen."""
+
+    language: LanguageModel
+    vision: Mapping[str, Json]
+    tower: Weights
     projector: Weights
     select_layer: int
 
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What stands for the image, (1, patches, hidden size of the LLM), in float32."""
+    def embed(self, given: ModelInput) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What goes into the first layer, (1, positions, hidden size), and the image's part."""
+        import torch
+
+        hidden = self.language.embed([*given.before, *given.after])
+        image = given.features if given.pixels is None else self._features(given.pixels)
+        if image is None:
+            return hidden, None
+        cut = len(given.before)
+        return torch.cat([hidden[:, :cut], image, hidden[:, cut:]], dim=1), image
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         with parameters_on_meta():
-            model = new_tower(self.config)
-        stream(model, self.weights, lambda file: whole(self.weights[file]))
+            model = new_tower(self.vision)
+        stream(model, self.tower, lambda file: whole(self.tower[file]))
         states = run(model, pixel_values=pixels, output_hidden_states=True).hidden_states
         with _running(model):
             projector = {name: whole(tensor) for name, tensor in self.projector.items()}

@@ -18,13 +18,12 @@ from xtuner2llava.verification.logits.run import (
     NUDGED,
     ROUNDED,
     TRAINED,
-    Model,
     Run,
     fixed_input,
 )
 from xtuner2llava.verification.logits.streamed import (
-    ClipTower,
     LanguageModel,
+    Model,
     Weights,
     parameters_on_meta,
     rounded,
@@ -59,20 +58,21 @@ def logits_checks(
         trained = source(partial(rounded, dtype=plan.dtype))
     except UnsupportedError as error:
         yield Check(LOGITS, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
-        run = Run({FOLDER: folder}, fixed_input(folder), [(FOLDER, FOLDER)], advance)
-        run.run()
+        run = Run(fixed_input(folder), advance)
+        run.add(FOLDER, folder)
+        run.compare([(FOLDER, FOLDER)])
         figures["logits"] = run.to_dict()
         yield run.wrong_check(FOLDER, 0.0, _OF_WRONG)
         return
-    models = {ROUNDED: trained, FOLDER: folder}
-    pairs = [(ROUNDED, FOLDER), (ROUNDED, NUDGED)]
     kinds = {planned.how for planned in plan.tensors}
+    pairs = [(ROUNDED, FOLDER), (ROUNDED, NUDGED)]
+    run = Run(fixed_input(folder, trained), advance)
     if kinds != {"copy"}:
-        models = {TRAINED: source(as_stored), **models}
+        run.add(TRAINED, source(as_stored))
         pairs.append((TRAINED, FOLDER))
-    given, compared = fixed_input(folder, trained), (ROUNDED, FOLDER)
-    run = Run(models, given, pairs, advance, nudged={NUDGED: ROUNDED}, compared=compared)
-    run.run()
+    run.add(ROUNDED, trained, NUDGED)
+    run.add(FOLDER, folder)
+    run.compare(pairs)
     figures["logits"] = run.to_dict()
     found = run.distances[ROUNDED, FOLDER]
     # Equal weights in equal modules give equal bits.
@@ -110,7 +110,10 @@ def folder_model(
         model = new_language_model(plain_config(out.text))
     return Model(
         LanguageModel(model, read(out.part(LLM))),
-        ClipTower(vision, read(tower), read(out.part(PROJECTOR)), layer),
+        vision,
+        read(tower),
+        read(out.part(PROJECTOR)),
+        layer,
     )
 
 
@@ -126,10 +129,12 @@ def _source_model(checkpoint: Checkpoint, trust: bool, read: Read) -> Model:
         model = new_language_model(config, UnsupportedError, **options)
     projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
     layer = -2 if training is None else training.visual_select_layer
-    tower = read(checkpoint.visual_encoder.tensors)
     return Model(
         LanguageModel(model, read(llm.tensors)),
-        ClipTower(_vision_config(checkpoint), tower, read(projector), layer),
+        _vision_config(checkpoint),
+        read(checkpoint.visual_encoder.tensors),
+        read(projector),
+        layer,
     )
 
 

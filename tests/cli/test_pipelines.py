@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from reference.cases import CASES
 from xtuner2llava import ConversionError, convert, plan
-from xtuner2llava.cli import commands
+from xtuner2llava.cli import commands, progress
 from xtuner2llava.cli.commands import main
 
 CASE = "qwen2_d_lora_vislora"
@@ -148,7 +148,7 @@ def test_verbose_says_what_is_read_from_where(
 def test_a_log_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A name cannot forge a line, or move the cursor."""
     with main.make_context("xtuner2llava", ["plan", "x"]):
-        commands.show_log(logging.INFO)
+        progress.show_log(logging.INFO)
         LOGGER.info("a\n2026-01-01T00:00:00 write: \x1b[1A")
         LOGGER.debug("not shown")
     (line,) = capsys.readouterr().err.splitlines()

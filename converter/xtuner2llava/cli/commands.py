@@ -7,7 +7,6 @@ What is heavy is imported where it is used, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -15,14 +14,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
 from xtuner2llava.cli import flags
-from xtuner2llava.cli.progress import progress, show_log
+from xtuner2llava.cli.progress import progress
 from xtuner2llava.cli.terminal import accept_any_text, columns, printable, shortened, wrapped
 from xtuner2llava.errors import ConversionError, Fault, listed
 from xtuner2llava.options import (
@@ -36,17 +36,22 @@ from xtuner2llava.options import (
     SourceOptions,
     TryOptions,
     VerifyOptions,
-    check_argument,
     parse_size,
 )
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from xtuner2llava.planning.plan import Plan
+    from xtuner2llava.storage.json_file import Json
 
 # More do not help; the API has all.
 _MAX_FAULTS = 200
+
+
+class _Result(Protocol):
+    def to_dict(self) -> dict[str, Json]: ...
+
+
+_R = TypeVar("_R", bound=_Result)
 
 
 class _Group(flags.Group):
@@ -63,42 +68,31 @@ class _Group(flags.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except ConversionError as error:
-            _tell_faults(error)
-            _end(ctx, error, error.faults, error.exit_status)
-        except click.UsageError as error:
-            if ctx.obj["json"]:
+        except (click.ClickException, click.exceptions.Exit, click.Abort) as error:
+            if ctx.obj["json"] and isinstance(error, click.UsageError):
                 _print_error("UsageError", [_usage_fault(error)])
             raise
-        except KeyboardInterrupt as error:
-            what = f"Interrupted. {error}".strip()
-            _say(what, err=True)
-            _end(ctx, error, [Fault("", what)], 130)
         except BrokenPipeError:
             ctx.exit(1)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            fault = Fault(
-                "",
-                f"{type(error).__name__}: {error}",
-                "This is a fault of xtuner2llava. Please report it with what -v prints.",
-            )
-            _say(f"Error: {fault.what}\n{fault.advice}", err=True)
-            _end(ctx, error, [fault], 1)
-        return None
+        except (Exception, KeyboardInterrupt) as error:
+            faults, status = _faults(error)
+            _tell(faults)
+            if ctx.obj["verbose"]:
+                traceback.print_exception(error)
+            if ctx.obj["json"]:
+                _print_error(type(error).__name__, faults)
+            ctx.exit(status)
 
 
-def _end(ctx: click.Context, error: BaseException, faults: Sequence[Fault], status: int) -> None:
-    if ctx.obj["verbose"]:
-        traceback.print_exception(error)
-    if ctx.obj["json"]:
-        _print_error(type(error).__name__, faults)
-    ctx.exit(status)
-
-
-def _print_error(kind: str, faults: Sequence[Fault]) -> None:
-    _print_json({"error": {"type": kind, "faults": [asdict(fault) for fault in faults]}})
+def _faults(error: BaseException) -> tuple[Sequence[Fault], int]:
+    """What is said of an error, and the exit status."""
+    match error:
+        case ConversionError():
+            return error.faults, error.exit_status
+        case KeyboardInterrupt():
+            return [Fault("", f"Interrupted. {error}".strip())], 130
+    advice = "This is a fault of xtuner2llava. Please report it with what -v prints."
+    return [Fault("", f"{type(error).__name__}: {error}", advice)], 1
 
 
 def _usage_fault(error: click.UsageError) -> Fault:
@@ -109,6 +103,36 @@ def _usage_fault(error: click.UsageError) -> Fault:
     elif isinstance(error, click.BadParameter) and error.param is not None:
         where = error.param.opts[0]
     return Fault(where, error.format_message(), f"See `{where} --help`." if " " in where else "")
+
+
+def _tell(faults: Sequence[Fault]) -> None:
+    texts = listed(faults)
+    head = f"Error, {len(faults)} faults:" if len(faults) > 1 else "Error:"
+    click.echo(click.style(head, fg="red", bold=True), err=True)
+    if len(texts) > _MAX_FAULTS:
+        texts[_MAX_FAULTS:] = [f"and {len(texts) - _MAX_FAULTS:,} more"]
+    for text in texts:
+        _say("  " + shortened(text).replace("\n", "\n  "), err=True)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    click.echo(wrapped(printable(text), columns(sys.stderr if err else sys.stdout)), err=err)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_error(kind: str, faults: Sequence[Fault]) -> None:
+    _print_json({"error": {"type": kind, "faults": [asdict(fault) for fault in faults]}})
+
+
+def _show(result: _R, render: Callable[[_R], str], *, as_json: bool, quiet: bool = False) -> None:
+    """The result of a command on stdout: as JSON, as text, or not at all."""
+    if as_json:
+        _print_json(result.to_dict())
+    elif not quiet:
+        _say(render(result))
 
 
 def _answer_interrupts(ctx: click.Context) -> None:
@@ -128,85 +152,21 @@ def _answer_interrupts(ctx: click.Context) -> None:
     ctx.call_on_close(lambda: signal.signal(signal.SIGINT, before))
 
 
-def _fitting_threads(options: ConvertOptions) -> Callable[[Plan], None]:
-    """What has torch use as many threads for each job that computes as there are cores for it.
+def _fit_threads(options: ConvertOptions, plan: Plan) -> None:
+    """Has torch use as many threads for each job that computes as there are cores for it.
 
     With more, each product of matrices waits for threads that wait for a core. The library leaves
     that number alone, which belongs to the whole process; here, the process is ours.
     """
+    from xtuner2llava.writing import computing_jobs
 
-    def fit(plan: Plan) -> None:
-        from xtuner2llava.writing import computing_jobs
+    memory = parse_size(options.max_memory)
+    computing = computing_jobs(plan.shards.shards, options.jobs, memory)
+    if computing:
+        import torch
 
-        memory = parse_size(options.max_memory)
-        computing = computing_jobs(plan.shards.shards, options.jobs, memory)
-        if computing:
-            import torch
-
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // computing)))
-
-    return fit
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    click.echo(wrapped(printable(text), columns(sys.stderr if err else sys.stdout)), err=err)
-
-
-def _tell_faults(error: ConversionError) -> None:
-    count, texts = len(error.faults), listed(error.faults)
-    head = f"Error, {count} faults:" if count > 1 else "Error:"
-    click.echo(click.style(head, fg="red", bold=True), err=True)
-    for text in texts[:_MAX_FAULTS]:
-        _say(f"  {_indent(shortened(text))}", err=True)
-    if len(texts) > _MAX_FAULTS:
-        _say(f"  and {len(texts) - _MAX_FAULTS:,} more", err=True)
-
-
-def _indent(text: str) -> str:
-    return text.replace("\n", "\n  ")
-
-
-def _remember_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    ctx.obj["verbose"] = value
-    if value:
-        show_log(logging.DEBUG)
-    return value
-
-
-def _calm_the_hub(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    """Without a terminal, no bars of huggingface_hub; with --quiet, no warnings of its either."""
-    if value or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if value:
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    return value
-
-
-def _talk(command: flags.Function) -> flags.Function:
-    """The flags of what is said, which every command has."""
-    for option in (
-        flags.option(TALK, "-q", "--quiet", is_flag=True, callback=_calm_the_hub,
-                     help="Only errors on stderr."),
-        flags.option(TALK, "-v", "--verbose", is_flag=True, callback=_remember_verbose,
-                     expose_value=False, help="What is read from where, each shard, tracebacks."),
-        flags.option(TALK, "--json", "as_json", is_flag=True, help="The result as JSON on stdout."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _argument(name: str, *, required: bool = True) -> Callable[[flags.Function], flags.Function]:
-    """A path, or what may stand for one; an empty text is neither."""
-
-    def check(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-        if value is not None:
-            check_argument(parameter.human_readable_name, value)
-        return value
-
-    return click.argument(
-        name, required=required, callback=check, shell_complete=flags.complete_path
-    )
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // computing)))
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -225,88 +185,62 @@ def main(ctx: click.Context, /) -> None:
     accept_any_text()
 
 
-@main.command(cls=flags.GroupedCommand)
-@_argument("checkpoint")
-@_argument("out")
-@flags.takes(ConvertOptions)
+@flags.command(main, ConvertOptions, "checkpoint", "out")
 @flags.option(SPEED, "--dask", metavar="ADDRESS",
               help="Have the workers of this Dask scheduler write the shards; they must see the "
               "same paths.")  # fmt: skip
 @flags.option(OUTPUT, "--dry-run", is_flag=True, help="The same as `plan`.")
-@_talk
 def convert(
     checkpoint: str,
     out: str,
+    *,
+    options: ConvertOptions,
     dask: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    **given: Any,
 ) -> None:
     """Convert CHECKPOINT into the folder OUT.
 
     OUT is a new or empty folder. If it holds this conversion, there is nothing to do; if it holds
     an unfinished one, that goes on where it stopped. Anything else needs --overwrite.
     """
-    options = flags.collect(ConvertOptions, given)
     if dry_run:
-        _show_plan(checkpoint, as_json, flags.collect(Options, given))
+        _show_plan(checkpoint, options, as_json=as_json)
         return
+    from xtuner2llava.cli.rendering import render_report
     from xtuner2llava.conversion import convert as run
 
     with ExitStack() as stack:
-        executor: Executor | None = None
-        if dask is not None:
+        if dask is None:
+            options = replace(options, on_plan=partial(_fit_threads, options))
+        else:
             from xtuner2llava.cli.dask_cluster import dask_executor
 
-            executor = stack.enter_context(dask_executor(dask))
-        options = replace(
-            options,
-            executor=executor,
-            on_plan=None if executor else _fitting_threads(options),
-            on_progress=stack.enter_context(progress(quiet=quiet)),
-        )
-        report = run(checkpoint, out, options)
-    if as_json:
-        _print_json(report.to_dict())
-    elif not quiet:
-        from xtuner2llava.cli.rendering import render_report
-
-        _say(render_report(report))
+            options = replace(options, executor=stack.enter_context(dask_executor(dask)))
+        on_progress = stack.enter_context(progress(quiet=quiet))
+        report = run(checkpoint, out, replace(options, on_progress=on_progress))
+    _show(report, render_report, as_json=as_json, quiet=quiet)
 
 
-@main.command(cls=flags.GroupedCommand)
-@_argument("out")
-@_argument("repo_id")
-@flags.takes(PushOptions)
-@_talk
-def push(out: str, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> None:
+@flags.command(main, PushOptions, "out", "repo_id")
+def push(out: str, repo_id: str, *, options: PushOptions, as_json: bool, quiet: bool) -> None:
     """Publish OUT on the Hugging Face Hub as REPO_ID.
 
     OUT is what `convert` wrote, and is checked first. One commit makes it visible; what the Hub has
     already is not sent again, so a run that failed is repeated with the same command.
     """
+    from xtuner2llava.cli.rendering import render_pushed
     from xtuner2llava.conversion import push as run
 
-    options = flags.collect(PushOptions, given)
     with progress(quiet=quiet) as on_progress:
         pushed = run(out, repo_id, replace(options, on_progress=on_progress))
-    if as_json:
-        _print_json(pushed.to_dict())
-    elif not quiet:
-        from xtuner2llava.cli.rendering import render_pushed
-
-        _say(render_pushed(pushed))
+    _show(pushed, render_pushed, as_json=as_json, quiet=quiet)
 
 
-@main.command("try", cls=flags.GroupedCommand)
-@_argument("out")
-@_argument("image")
-@click.argument("question", required=False)
-@flags.takes(TryOptions)
-@_talk
+@flags.command(main, TryOptions, "out", "image", "[question]", name="try")
 def try_model(
-    out: str, image: str, question: str | None, as_json: bool, quiet: bool, **given: Any
+    out: str, image: str, question: str | None, *, options: TryOptions, as_json: bool, quiet: bool
 ) -> None:
     """Ask the model in OUT a QUESTION about the picture IMAGE.
 
@@ -320,29 +254,20 @@ def try_model(
     folder = Path(out)
     if not quiet:
         _say(f"Loading {size(memory_needed(folder))} of weights into memory.", err=True)
-    options = flags.collect(TryOptions, given)
     if not as_json:
         options = replace(options, on_text=lambda text: click.echo(text, nl=False))
     found = answer(folder, Path(image), question or QUESTION, options)
-    if as_json:
-        _print_json(found.to_dict())
-    else:
-        click.echo()
+    _show(found, lambda _: "", as_json=as_json)  # The text is there already.
 
 
-@main.command(cls=flags.GroupedCommand)
-@_argument("out")
-@flags.takes(VerifyOptions)
-@_talk
-@click.pass_context
-def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given: Any) -> None:
+@flags.command(main, VerifyOptions, "out")
+def verify(out: str, *, options: VerifyOptions, as_json: bool, quiet: bool) -> None:
     """Check OUT: by itself, against its checkpoint, and at work.
 
     OUT is a folder that `convert` wrote, or the Hub repo id, owner/name, of a model that `push`
     published: then its small files, headers and sizes are checked there, and no tensor is
     downloaded.
     """
-    options = flags.collect(VerifyOptions, given)
     # Configs of LLaVA are not transformers' own, of which it would warn.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from xtuner2llava.cli.rendering import render_verification
@@ -350,46 +275,32 @@ def verify(ctx: click.Context, /, out: str, as_json: bool, quiet: bool, **given:
 
     with progress(quiet=quiet) as on_progress:
         verification = verify_folder(out, replace(options, on_progress=on_progress))
-    if as_json:
-        _print_json(verification.to_dict())
-    elif not quiet:
-        _say(render_verification(verification))
-    elif not verification.passed:
-        _say(verification.verdict, err=True)
+    _show(verification, render_verification, as_json=as_json, quiet=quiet)
     if not verification.passed:
-        ctx.exit(1)
+        if quiet and not as_json:
+            _say(verification.verdict, err=True)
+        click.get_current_context().exit(1)
 
 
-@main.command(cls=flags.GroupedCommand)
-@_argument("checkpoint")
-@flags.takes(Options)
+@flags.command(main, Options, "checkpoint")
 @flags.option(TALK, "--tensors", is_flag=True, help="Also show every tensor, by kind.")
-@_talk
-def plan(checkpoint: str, tensors: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+def plan(checkpoint: str, *, options: Options, tensors: bool, as_json: bool, quiet: bool) -> None:
     """Show what convert would do, and write nothing.
 
     Only headers and small files are read.
     """
-    _show_plan(checkpoint, as_json, flags.collect(Options, given), tensors=tensors)
+    _show_plan(checkpoint, options, as_json=as_json, tensors=tensors)
 
 
-def _show_plan(checkpoint: str, as_json: bool, options: Options, *, tensors: bool = False) -> None:
-    from xtuner2llava.conversion import plan as make
+def _show_plan(checkpoint: str, options: Options, *, as_json: bool, tensors: bool = False) -> None:
+    from xtuner2llava.cli.rendering import render_plan
+    from xtuner2llava.conversion import plan as run
 
-    made = make(checkpoint, options)
-    if as_json:
-        _print_json(made.to_dict())
-    else:
-        from xtuner2llava.cli.rendering import render_plan
-
-        _say(render_plan(made, tensors=tensors))
+    _show(run(checkpoint, options), partial(render_plan, tensors=tensors), as_json=as_json)
 
 
-@main.command(cls=flags.GroupedCommand)
-@_argument("checkpoint")
-@flags.takes(InspectOptions)
-@_talk
-def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
+@flags.command(main, InspectOptions, "checkpoint")
+def inspect(checkpoint: str, *, options: InspectOptions, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT is, and what it can become.
 
     For each format there is a verdict: exact, exact up to so many tokens (images counted as their
@@ -399,16 +310,11 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
     Also takes an XTuner config .py, before training: what will come of it.
     """
-    options = flags.collect(InspectOptions, given)
-    from xtuner2llava.conversion import inspect as look
+    from xtuner2llava.cli.rendering import render_inspection
+    from xtuner2llava.conversion import inspect as run
 
-    found = look(checkpoint, options)
-    if as_json:
-        _print_json(found.to_dict())
-    else:
-        from xtuner2llava.cli.rendering import render_inspection
-
-        _say(render_inspection(found, checkpoint))
+    found = run(checkpoint, options)
+    _show(found, partial(render_inspection, name=checkpoint), as_json=as_json)
     if not found.is_possible:
         click.get_current_context().exit(1)
 
@@ -453,13 +359,9 @@ def show_mapping(name: str) -> None:
     click.echo(Catalogue.shipped().text_of(name), nl=False)
 
 
-@mappings.command("check", cls=flags.GroupedCommand)
-@_argument("file")
-@_argument("checkpoint", required=False)
-@flags.takes(SourceOptions)
-@_talk
+@flags.command(mappings, SourceOptions, "file", "[checkpoint]", name="check")
 def check_mapping(
-    file: str, checkpoint: str | None, as_json: bool, quiet: bool, **given: Any
+    file: str, checkpoint: str | None, *, options: SourceOptions, as_json: bool, quiet: bool
 ) -> None:
     """Check a mapping FILE, and whether it fits CHECKPOINT.
 
@@ -468,38 +370,36 @@ def check_mapping(
     from xtuner2llava.errors import MappingError, raise_faults
     from xtuner2llava.mapping import Catalogue
 
-    raise_faults(MappingError, Catalogue.shipped().check(Path(file)))
-    if checkpoint is not None:
-        # Which name the tower is published under does not matter to the mapping, nor does which
-        # of the formats that have its class.
-        named = {**given, "mapping": file, "vision_tower_name": "the vision tower"}
-        plain = Catalogue.shipped().with_family_file(Path(file)).target_class.name
-        if plain not in Catalogue.shipped().formats["llava"].classes:
-            named["format"] = "hf"
-        options = flags.collect(Options, named)
-        if as_json:
-            _show_plan(checkpoint, as_json, options)
-            return
-        from xtuner2llava.conversion import plan as make
-
-        made = make(checkpoint, options)
+    shipped = Catalogue.shipped()
+    raise_faults(MappingError, shipped.check(Path(file)))
+    if checkpoint is None:
         if not quiet:
-            count = sum(tensor.component == "llm" for tensor in made.tensors)
-            _say(f"{file}: fits {checkpoint}: {count} tensors of {made.architecture}")
-    elif not quiet:
-        _say(f"{file}: no faults")
+            _say(f"{file}: no faults")
+        return
+    from xtuner2llava.conversion import plan as run
+
+    # Which name the tower is published under does not matter to the mapping, nor does which of the
+    # formats that have its class.
+    plain = shipped.with_family_file(Path(file)).target_class.name
+    named = {
+        "mapping": file,
+        "vision_tower_name": "the vision tower",
+        "format": "llava" if plain in shipped.formats["llava"].classes else "hf",
+    }
+    made = run(checkpoint, Options(**{**vars(options), **named}))
+    count = sum(tensor.component == "llm" for tensor in made.tensors)
+    fits = f"{file}: fits {checkpoint}: {count} tensors of {made.architecture}"
+    _show(made, lambda _: fits, as_json=as_json, quiet=quiet)
 
 
-@mappings.command("draft", cls=flags.GroupedCommand)
-@_argument("checkpoint")
-@flags.takes(SourceOptions)
-def draft_mapping(checkpoint: str, **given: Any) -> None:
+@flags.command(mappings, SourceOptions, "checkpoint", name="draft", talk=False)
+def draft_mapping(checkpoint: str, *, options: SourceOptions) -> None:
     """Print a starter mapping for the LLM of CHECKPOINT."""
     from xtuner2llava.errors import CheckpointError, raise_faults
     from xtuner2llava.mapping import Catalogue, draft
     from xtuner2llava.sources import open_checkpoint
 
-    opened = open_checkpoint(checkpoint, flags.collect(SourceOptions, given))
+    opened = open_checkpoint(checkpoint, options)
     config = opened.llm.config.values if opened.llm.config else {}
     shapes = {name: tensor.shape for name, tensor in opened.llm.tensors.items()}
     raise_faults(CheckpointError, [] if shapes and config else opened.faults)
@@ -517,7 +417,3 @@ def demo(folder: Path | None, quiet: bool) -> None:
     from xtuner2llava.cli.demo import run_demo
 
     run_demo(folder or Path("demo"), lambda text: None if quiet else _say(text))
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -5,13 +5,12 @@ The models are random and a few hundred kilobytes; their files are of the real f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import OutputError
+from xtuner2llava.tokenizers.tokenizer import AddedToken, json_file
 
 if TYPE_CHECKING:
     import torch
@@ -65,122 +64,94 @@ With your own checkpoint, iter_N.pth or iter_N_xtuner/ of XTuner:
 Give --llm and --vision if its base models are not where the training had them."""
 
 
-@dataclass(frozen=True, slots=True)
-class DemoFiles:
-    """The input of a conversion: a `.pth` and the base models that it was trained from."""
-
-    checkpoint: Path
-    llm: Path
-    vision: Path
-
-
-def make_demo_files(folder: Path) -> DemoFiles:
-    """Makes base models and `iter_2.pth` in `folder`, which must not exist or be empty.
-
-    A folder where it made them before is taken as it is.
-    """
-    files = DemoFiles(folder / "iter_2.pth", folder / "base-qwen2", folder / "base-clip")
-    # The checkpoint is written last.
-    if files.checkpoint.is_file() and files.llm.is_dir() and files.vision.is_dir():
-        return files
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(
-            "exists and is not empty", where=str(folder), advice="Give another folder."
-        )
-    import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
-
-    for path in (files.llm, files.vision):
-        path.mkdir(parents=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        llm = Qwen2ForCausalLM(Qwen2Config(**_LLM))
-        tower = CLIPVisionModel(CLIPVisionConfig(**_VISION))
-        projector = torch.nn.Sequential(
-            torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)
-        )
-    _write_tokenizer(files.llm)
-    _write_config(
-        files.llm,
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "hidden_act": "silu",
-            "torch_dtype": "float16",
-            **_LLM,
-        },
-    )
-    _write_tower(files.vision, tower.state_dict())
-    state = {f"llm.{name}": tensor for name, tensor in llm.state_dict().items()}
-    state |= {f"projector.model.{name}": t for name, t in projector.state_dict().items()}
-    config = _CONFIG.format(llm=str(files.llm), tower=str(files.vision))
-    torch.save({"meta": {"iter": 2, "cfg": config}, "state_dict": state}, files.checkpoint)
-    return files
-
-
 def run_demo(folder: Path, say: Callable[[str], None]) -> None:
     """Makes the files, plans and converts them, and says what was done."""
     from xtuner2llava.api import convert, plan
     from xtuner2llava.cli.rendering import render_plan, render_report, tree
 
-    files = make_demo_files(folder)
+    checkpoint, out = make_checkpoint(folder), folder / "llava-qwen2-demo"
     say(f"A tiny LLaVA as XTuner leaves it:\n\n{tree(folder)}\n")
-    out = folder / "llava-qwen2-demo"
-    say(f"$ xtuner2llava plan {files.checkpoint} --vision-tower-name {_TOWER}\n")
-    say(render_plan(plan(files.checkpoint, vision_tower_name=_TOWER)))
-    say(f"\n$ xtuner2llava convert {files.checkpoint} {out} \\\n    --vision-tower-name {_TOWER}\n")
-    report = convert(files.checkpoint, out, vision_tower_name=_TOWER)
-    say(render_report(report))
+    say(f"$ xtuner2llava plan {checkpoint} --vision-tower-name {_TOWER}\n")
+    say(render_plan(plan(checkpoint, vision_tower_name=_TOWER)))
+    say(f"\n$ xtuner2llava convert {checkpoint} {out} \\\n    --vision-tower-name {_TOWER}\n")
+    say(render_report(convert(checkpoint, out, vision_tower_name=_TOWER)))
     say(f"\n{tree(out)}\n\n{_NEXT}")
 
 
-def _write_config(folder: Path, values: dict[str, object]) -> None:
-    text = json.dumps(values, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+def make_checkpoint(folder: Path) -> Path:
+    """Makes `iter_2.pth` and its base models in `folder`, which must not exist or be empty.
 
-
-def _write_tower(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    A folder where it made them before is taken as it is.
+    """
+    checkpoint, llm, vision = (folder / n for n in ("iter_2.pth", "base-qwen2", "base-clip"))
+    # The checkpoint is written last.
+    if checkpoint.is_file() and llm.is_dir() and vision.is_dir():
+        return checkpoint
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            "exists and is not empty", where=str(folder), advice="Give another folder."
+        )
+    import torch
     from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 
-    named = {n if n.startswith("vision_model.") else f"vision_model.{n}": t
-             for n, t in tensors.items() if not n.endswith("position_ids")}  # fmt: skip
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_config(
-        folder, {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **_VISION}
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = _prefixed("llm.", Qwen2ForCausalLM(Qwen2Config(**_LLM)))
+        tower = CLIPVisionModel(CLIPVisionConfig(**_VISION)).state_dict()
+        projector = torch.nn.Sequential(
+            torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)
+        )
+    state |= _prefixed("projector.model.", projector)
+    tower = {f"vision_model.{name.removeprefix('vision_model.')}": tensor
+             for name, tensor in tower.items() if not name.endswith("position_ids")}  # fmt: skip
+    llm_config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "torch_dtype": "float16",
+        **_LLM,
+    }
+    _write(llm, {"config.json": dict(sorted(llm_config.items())), **_tokenizer()})
+    (llm / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    tower_config = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
         "crop_size": {"height": 32, "width": 32},
         "size": {"shortest_edge": 32},
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    sorted_config = dict(sorted({**tower_config, **_VISION}.items()))
+    _write(vision, {"config.json": sorted_config, "preprocessor_config.json": preprocessor})
+    save_file(tower, vision / "model.safetensors", metadata={"format": "pt"})
+    config = _CONFIG.format(llm=str(llm), tower=str(vision))
+    torch.save({"meta": {"iter": 2, "cfg": config}, "state_dict": state}, checkpoint)
+    return checkpoint
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _prefixed(prefix: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def _tokenizer() -> dict[str, dict[str, Any]]:
     """A byte-level tokenizer of Qwen2's kind: 256 bytes and three special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocab = {symbol: index for index, symbol in enumerate(sorted(ByteLevel.alphabet()))}
-    decoder = {
-        str(len(vocab) + index): {
-            "content": token,
-            **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
-            "special": True,
-        }
-        for index, token in enumerate(_SPECIAL)
-    }
+    special = [AddedToken(text, index) for index, text in enumerate(_SPECIAL, len(vocab))]
     config = {
-        "added_tokens_decoder": decoder,
+        "added_tokens_decoder": {str(token.id): token.in_config for token in special},
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "model_max_length": 512,
         "pad_token": "<|endoftext|>",
         "tokenizer_class": "Qwen2Tokenizer",
     }
-    files = {"vocab.json": vocab, "tokenizer_config.json": config}
+    return {"vocab.json": vocab, "tokenizer_config.json": config}
+
+
+def _write(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    folder.mkdir(parents=True)
     for name, content in files.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+        (folder / name).write_bytes(json_file(content, indent=2))

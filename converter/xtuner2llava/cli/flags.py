@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
+from functools import wraps
 from os import PathLike
 from typing import Any, TypeVar, get_origin
 
 import click
 from click.shell_completion import CompletionItem
 
-from xtuner2llava.options import GROUPS, CheckedOptions, choices, flag, members
+from xtuner2llava.cli.progress import show_log
+from xtuner2llava.options import (
+    GROUPS,
+    TALK,
+    CheckedOptions,
+    check_argument,
+    choices,
+    flag,
+    members,
+)
 
 Function = TypeVar("Function", bound=Callable[..., object])
-_Options = TypeVar("_Options", bound=CheckedOptions)
 
 
 class GroupedOption(click.Option):
@@ -96,40 +108,102 @@ def option(group: str, *declarations: str, **attributes: Any) -> Callable[[Funct
     return click.option(*declarations, cls=GroupedOption, group=group, **attributes)
 
 
-def takes(kind: type[CheckedOptions]) -> Callable[[Function], Function]:
-    """Gives a command a flag for every field of `kind` that has a help text."""
+def command(
+    group: click.Group,
+    kind: type[CheckedOptions],
+    *arguments: str,
+    name: str | None = None,
+    talk: bool = True,
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes a function a command of `group`, with a flag for each field of `kind` that has a help.
 
-    def decorate(command: Function) -> Function:
-        for each in reversed(fields(kind)):
-            if each.metadata:
-                command = _flag(each)(command)
-        return command
+    The function gets its arguments by name, one in brackets need not be given; `kind` as `options`;
+    with `talk`, also `as_json` and `quiet`; and the flags that `option` has given it.
+    """
+    named = [each for each in fields(kind) if each.metadata]
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @wraps(function)
+        def run(**given: Any) -> None:
+            options = kind(**{each.name: given.pop(each.name) for each in named})
+            function(**given, options=options)
+
+        parameters = [_argument(each) for each in arguments] + [_flag(each) for each in named]
+        parameters += getattr(function, "__click_params__", [])[::-1]
+        run.__click_params__ = [*parameters, *(_talk() if talk else ())][::-1]  # type: ignore[attr-defined]
+        return group.command(name, cls=GroupedCommand)(run)
 
     return decorate
 
 
-def collect(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
-    """The options of `kind` among the values that click parsed, with others that were `given`."""
-    return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
+def _argument(name: str) -> click.Argument:
+    """A path, or what may stand for one; an empty text is neither."""
+
+    def check(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+        if value is not None:
+            check_argument(parameter.human_readable_name, value)
+        return value
+
+    required = not name.startswith("[")
+    return click.Argument(
+        [name.strip("[]")], required=required, callback=check, shell_complete=complete_path
+    )
 
 
-def _flag(each: Field[Any]) -> Callable[[Function], Function]:
+def _talk() -> list[click.Parameter]:
+    """The flags of what is said, which every command has."""
+
+    def show_details(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+        ctx.obj["verbose"] = value
+        if value:
+            show_log(logging.DEBUG)
+        return value
+
+    def calm_the_hub(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+        """Without a terminal, no bars of huggingface_hub; with --quiet, no warnings either."""
+        if value or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if value:
+            os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        return value
+
+    return [
+        GroupedOption(
+            ["--json", "as_json"], group=TALK, is_flag=True, help="The result as JSON on stdout."
+        ),
+        GroupedOption(
+            ["-v", "--verbose"], group=TALK, is_flag=True, callback=show_details,
+            expose_value=False, help="What is read from where, each shard, tracebacks.",
+        ),
+        GroupedOption(
+            ["-q", "--quiet"], group=TALK, is_flag=True, callback=calm_the_hub,
+            help="Only errors on stderr.",
+        ),
+    ]  # fmt: skip
+
+
+def _flag(each: Field[Any]) -> GroupedOption:
     data, name = each.metadata, flag(each.name)
     default = None if each.default is MISSING else each.default
-    help = data["help"] + (f"  [default: {data['unset']}]" if data["unset"] else "")
-    attributes: dict[str, Any] = {"help": help, "default": default}
+    attributes: dict[str, Any] = {
+        "group": data["group"],
+        "help": data["help"] + (f"  [default: {data['unset']}]" if data["unset"] else ""),
+        "default": default,
+    }
     if each.type is bool:
         declared = f"{name}/--no-{name[2:]}" if default else name
-        attributes |= {"is_flag": True, "show_default": bool(default)}
-        return option(data["group"], declared, each.name, **attributes)
+        return GroupedOption(
+            [declared, each.name], is_flag=True, show_default=bool(default), **attributes
+        )
     known, kinds = choices(each.type), members(each.type)
     numeric = next((kind for kind in (int, float) if kind in kinds), str)
-    if known:
-        attributes["type"] = Choice(known)
-    else:
-        attributes["type"] = numeric
     if PathLike in map(get_origin, kinds):
         complete = complete_mapping if each.name == "mapping" else complete_path
         attributes["shell_complete"] = complete
-    attributes["metavar"] = data["metavar"] or None
-    return option(data["group"], name, each.name, show_default=default is not None, **attributes)
+    return GroupedOption(
+        [name, each.name],
+        type=Choice(known) if known else numeric,
+        metavar=data["metavar"] or None,
+        show_default=default is not None,
+        **attributes,
+    )

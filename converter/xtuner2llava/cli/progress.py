@@ -6,15 +6,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any
 
 import click
 
 from xtuner2llava.cli.terminal import printable
 from xtuner2llava.options import OnProgress
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 _FORMAT, _TIME = "%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"
 
@@ -57,7 +54,8 @@ def progress(*, quiet: bool) -> Iterator[OnProgress]:
     on_terminal = sys.stderr.isatty()
     if not (quiet or on_terminal or noted["verbose"]):
         show_log(logging.INFO)
-    bar, shown = None, ""
+    bar: Any = None
+    shown = ""
 
     def update(stage: str, done: int, total: int) -> None:
         nonlocal bar, shown
@@ -66,7 +64,12 @@ def progress(*, quiet: bool) -> Iterator[OnProgress]:
         if quiet or not on_terminal:
             return
         if bar is None or stage != shown:
-            bar, shown = _replace(bar, stage, total), stage
+            from tqdm import tqdm
+
+            if bar is not None:
+                bar.close()
+            bar = tqdm(total=total, desc=stage, unit="B", unit_scale=True, leave=False)
+            shown = stage
         bar.update(done - bar.n)
 
     try:
@@ -74,11 +77,3 @@ def progress(*, quiet: bool) -> Iterator[OnProgress]:
     finally:
         if bar is not None:
             bar.close()
-
-
-def _replace(bar: tqdm[NoReturn] | None, stage: str, total: int) -> tqdm[NoReturn]:
-    from tqdm import tqdm
-
-    if bar is not None:
-        bar.close()
-    return tqdm(total=total, desc=stage, unit="B", unit_scale=True, leave=False)

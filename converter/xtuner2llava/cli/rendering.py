@@ -20,23 +20,22 @@ if TYPE_CHECKING:
     from xtuner2llava.verification.outcome import Verification
 
 _WIDTH = 110  # characters, where the output is not a terminal
-_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+_POWERS = (10**12, 10**9, 10**6, 10**3)
 
 
 def size(count: float) -> str:
     """A number of bytes, in decimal units as the Hub and disks count them."""
-    for factor, unit in _UNITS:
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} B"
+    return _scaled(count, (" TB", " GB", " MB", " kB"), " B")
 
 
 def number(count: int) -> str:
     """A number of parameters, such as 7.24B."""
-    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= factor:
-            return f"{count / factor:.2f}{unit}"
-    return str(count)
+    return _scaled(count, ("T", "B", "M", "k"), "")
+
+
+def _scaled(count: float, units: Sequence[str], unit: str) -> str:
+    scaled = ((count / power, name) for power, name in zip(_POWERS, units, strict=True))
+    return next((f"{n:.2f}{name}" for n, name in scaled if n >= 1), f"{count:.0f}{unit}")
 
 
 def render_plan(plan: Plan, *, tensors: bool = False) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.expressions import Environment, Expression
 from xtuner2llava.mapping.names import (
-    Folded,
     Suggestions,
     TensorFaults,
     below,
@@ -76,16 +75,25 @@ def apply(
     sources that are missing, unused or used twice; targets made twice; shapes that a rule does not
     fit.
     """
+    steps = _expand(layers, environment, tensors)
+    sources = {name for step in steps for name in step.sources}
+    left = [name for name in tensors if name not in sources]
+    meant = Suggestions({folded.template: str(folded) for folded in fold(left)})
+    missing: dict[str, str] = {}
     faults = TensorFaults()
     outputs: dict[str, LazyTensor] = {}
     origins: dict[str, Origin] = {}
     dropped: list[Dropped] = []
     taken: dict[str, str] = {}
-    missing: list[tuple[Rule, str]] = []
-    for step in _expand(layers, environment, tensors):
-        rule = step.rule
-        absent = [name for name in step.sources if name not in tensors]
-        missing.extend((rule, name) for name in absent)
+    for step in steps:
+        rule, absent = step.rule, [name for name in step.sources if name not in tensors]
+        for name in absent:
+            near = meant.near(name)
+            what = f"is not in the checkpoint, `{rule.verb}` needs it"
+            if rule.verb == "move":
+                what = "is not the beginning of a tensor's name"
+            faults.add(rule.where, name, what, f"Did you mean {near}?" if near else "")
+            missing[unnumbered(name)] = rule.where
         for name in step.sources:
             if name in taken and name not in absent:
                 faults.add(rule.where, name, f"is already taken by {taken[name]}")
@@ -100,45 +108,27 @@ def apply(
             dropped.extend(Dropped(name, rule.because, rule.where) for name in step.sources)
         elif not absent:
             try:
-                results = step.make([tensors[name] for name in step.sources])
+                made = step.make([tensors[name] for name in step.sources])
             except ValueError as error:
                 subject = (step.sources or step.targets)[0]
                 faults.add(rule.where, subject, f"cannot be used by `{rule.verb}`: {error}")
             else:
-                for name, result in zip(step.targets, results, strict=True):
+                for name, result in zip(step.targets, made, strict=True):
                     outputs.setdefault(name, result)
-    unused = fold(name for name in tensors if name not in taken)
-    everything = [*_missing(missing, unused), *faults.faults(), *_unused(unused, missing, where)]
-    raise_faults(MappingError, everything)
+    raise_faults(MappingError, [*faults.faults(), *_unused(left, missing, where)])
     return Applied(outputs, origins, tuple(dropped))
 
 
-def _missing(missing: Iterable[tuple[Rule, str]], unused: Iterable[Folded]) -> list[Fault]:
-    """Faults for sources that are not there, each with the unused name most like it."""
-    meant = Suggestions({folded.template: str(folded) for folded in unused})
-    faults = TensorFaults()
-    for rule, name in missing:
-        near = meant.near(name)
-        what = f"is not in the checkpoint, `{rule.verb}` needs it"
-        if rule.verb == "move":
-            what = "is not the beginning of a tensor's name"
-        faults.add(rule.where, name, what, f"Did you mean {near}?" if near else "")
+def _unused(names: Iterable[str], missing: Mapping[str, str], where: str) -> list[Fault]:
+    """A fault for each of `names`; `missing` are names that rules ask for, and by which rule."""
+    faults, asking = TensorFaults(), Suggestions(missing)
+    for name in names:
+        near = asking.near(name)
+        advice = "Write a rule for it, or `drop` it with a reason."
+        if near:
+            advice = f"{near} asks for a name like it."
+        faults.add(where, name, "is in the checkpoint, and no rule takes it", advice)
     return faults.faults()
-
-
-def _unused(
-    unused: Iterable[Folded], missing: Iterable[tuple[Rule, str]], where: str
-) -> list[Fault]:
-    wanted = Suggestions({unnumbered(name): rule.where for rule, name in missing})
-    what, otherwise = (
-        "is in the checkpoint, and no rule takes it",
-        "Write a rule for it, or `drop` it with a reason.",
-    )
-    return shortened(
-        Fault(f"{where}, {one}", what, f"{near} asks for a name like it." if near else otherwise)
-        for one in unused
-        for near in (wanted.near(one.template),)
-    )
 
 
 def _expand(

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError
 from xtuner2llava.mapping.detect import Match, Refusals, choose, read_refusals
-from xtuner2llava.mapping.family import Family, PromptTemplate, read_family, read_match_only
+from xtuner2llava.mapping.family import Family, PromptTemplate, read_family
 from xtuner2llava.mapping.format import Format, read_format
 from xtuner2llava.mapping.names import advice_for
 from xtuner2llava.mapping.plain_class import read_class
@@ -113,7 +113,14 @@ class Catalogue:
 
     @cached_property
     def _matches(self) -> dict[str, Match]:
-        return {name: read_match_only(self.families.document(name)) for name in self.families}
+        """What each family says about which LLMs it is for; the rest of it is not bound yet."""
+        found = {}
+        for name in self.families:
+            reader = Reader(self.families.document(name))
+            node = reader.document.table.get("match", ABSENT)
+            found[name] = reader.bind(Match, node, "`match`")
+            reader.finish()
+        return found
 
     def _read_family(self, document: Document) -> Family:
         return read_family(document, self.families.__getitem__, self.classes.__getitem__)

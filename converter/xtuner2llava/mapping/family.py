@@ -209,16 +209,6 @@ def _filled(own: _T, parent: _T) -> _T:
     return replace(own, **fallen_back)  # type: ignore[type-var]
 
 
-def read_match_only(document: Document) -> Match:
-    """What a family file says about which LLMs it is for, without looking at the rest of it."""
-    reader = Reader(document)
-    match = Match()
-    if "match" in document.table:
-        match = reader.bind(Match, document.table["match"], "`match`")
-    reader.finish()
-    return match
-
-
 def read_family(
     document: Document,
     find_family: Callable[[str], Family],

@@ -8,7 +8,7 @@ the flags follow from them.
 import math
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -49,21 +49,20 @@ def option(
     *,
     metavar: str = "",
     unset: str = "",
-    size: bool = False,
-    decides: bool = True,
+    decides: bool | None = None,
 ) -> Any:
-    """A field of an options class.
+    """A field of an options class. With the metavar SIZE, it is a number of bytes.
 
-    `unset` says what holds where it is not given, `size` that the text is a number of bytes, and
-    `decides` that the converted bytes follow from it.
+    `unset` says what holds where it is not given, and `decides` that the converted bytes follow
+    from it; they do not from options for speed and the Hub.
     """
     metadata = {
         "group": group,
         "help": help,
         "metavar": metavar,
         "unset": unset,
-        "size": size,
-        "decides": decides,
+        "size": metavar == "SIZE",
+        "decides": group not in (SPEED, HUB) if decides is None else decides,
     }
     return field(default=default, metadata=metadata)
 
@@ -103,9 +102,8 @@ class SourceOptions(CheckedOptions):
         unset="the one in the checkpoint",
     )  # fmt: skip
     mapping: PathOrText | None = option(
-        None, INPUT, "LLM family.", metavar="NAME_OR_FILE",
-        unset="found by config and tensor names",
-    )  # fmt: skip
+        None, INPUT, "LLM family.", metavar="NAME_OR_FILE", unset="found by config and tensor names"
+    )
     weights: Weights = option(
         "master", INPUT, "Of a DeepSpeed directory: float32 master or 16-bit module weights."
     )
@@ -158,16 +156,15 @@ class Options(InspectOptions):
         "llava", OUTPUT, "llava: official LLaVA; hf: LlavaForConditionalGeneration."
     )
     max_shard_size: str = option(
-        "5GB", OUTPUT, "Most bytes of tensors in a file, as the Hub counts them.", metavar="SIZE",
-        size=True,
-    )  # fmt: skip
+        "5GB", OUTPUT, "Most bytes of tensors in a file, as the Hub counts them.", metavar="SIZE"
+    )
     for_: ProgramName | None = option(
         None, OUTPUT, "Sets --format and --model-type for that program, and says what it does not "
         "load.", decides=False,
     )  # fmt: skip
     stream_base: bool = option(
         False, SPEED, "Read the base LLM's safetensors from the Hub as they are needed; nothing is "
-        "stored.", decides=False,
+        "stored.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -196,16 +193,11 @@ class PushOptions(WatchedOptions):
     """How a model is published."""
 
     jobs: int | None = option(
-        None, SPEED, "Files written or sent at once.", metavar="N", unset="min(4, cores)",
-        decides=False,
-    )  # fmt: skip
-    private: bool = option(False, HUB, "If the repository is made, only you see it.", decides=False)
-    revision: str | None = option(
-        None, HUB, "Made if need be.", metavar="BRANCH", unset="main", decides=False
+        None, SPEED, "Files written or sent at once.", metavar="N", unset="min(4, cores)"
     )
-    commit_message: str | None = option(
-        None, HUB, "What the commit is called.", metavar="TEXT", decides=False
-    )
+    private: bool = option(False, HUB, "If the repository is made, only you see it.")
+    revision: str | None = option(None, HUB, "Made if need be.", metavar="BRANCH", unset="main")
+    commit_message: str | None = option(None, HUB, "What the commit is called.", metavar="TEXT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,14 +228,14 @@ class ConvertOptions(Options, PushOptions):
     )
     max_memory: str = option(
         "256MB", SPEED, "Working buffers of all files together; Python and torch come on top.",
-        metavar="SIZE", size=True, decides=False,
+        metavar="SIZE",
     )  # fmt: skip
     push_to_hub: str | None = option(
-        None, HUB, "Publish OUT there when it is complete.", metavar="REPO_ID", decides=False
+        None, HUB, "Publish OUT there when it is complete.", metavar="REPO_ID"
     )
     low_disk: bool = option(
         False, HUB, "With --push-to-hub: send and remove each shard before the next is written; "
-        "OUT does not appear.", decides=False,
+        "OUT does not appear.",
     )  # fmt: skip
     executor: "Executor | None" = None
     on_plan: Callable[["Plan"], None] | None = None
@@ -258,9 +250,8 @@ class VerifyOptions(SourceOptions, WatchedOptions):
         "that were given to convert.", metavar="CHECKPOINT",
     )  # fmt: skip
     jobs: int | None = option(
-        None, SPEED, "Tensors compared at once.", metavar="N", unset="min(4, cores)",
-        decides=False,
-    )  # fmt: skip
+        None, SPEED, "Tensors compared at once.", metavar="N", unset="min(4, cores)"
+    )
     format: Format | None = option(
         None, OUTPUT, "Check that OUT is of this format.", unset="what OUT says"
     )
@@ -268,9 +259,8 @@ class VerifyOptions(SourceOptions, WatchedOptions):
         None, OUTPUT, "Check that OUT is of this kind.", unset="what OUT says"
     )
     max_shard_size: str | None = option(
-        None, OUTPUT, "Taken as convert takes it; shards of any size are right.", metavar="SIZE",
-        size=True,
-    )  # fmt: skip
+        None, OUTPUT, "Taken as convert takes it; shards of any size are right.", metavar="SIZE"
+    )
     logits: bool = option(
         False, EXACTNESS, "With --against: also run both models, layer by layer, and compare their "
         "logits.",
@@ -333,11 +323,15 @@ def members(annotation: object) -> tuple[object, ...]:
 
 def parse_size(size: str) -> int:
     """A size such as "5GB" in bytes, as the Hub reads it. Raises `ValueError`."""
+    if count := _bytes_in(size):
+        return count
+    raise ValueError(f"{size!r} is not a size")
+
+
+def _bytes_in(size: str) -> int:
+    """0 where it is not a size."""
     found = _SIZE.fullmatch(size.strip())
-    count = 0 if found is None else int(float(found[1]) * 10 ** _POWERS[found[2].upper()])
-    if count < 1:
-        raise ValueError(f"{size!r} is not a size")
-    return count
+    return int(float(found[1]) * 10 ** _POWERS[found[2].upper()]) if found else 0
 
 
 def check_argument(name: str, value: object) -> None:
@@ -353,41 +347,38 @@ def _mistake(value: object, annotation: object, is_size: bool) -> str:
     kinds = [get_origin(each) or each for each in members(annotation) if not isinstance(each, str)]
     if not kinds or (value is None and types.NoneType in kinds):
         return ""
-    found = f"is {_shown(value)}, expected "
+    by_kind = next((found for kind, found in _BY_KIND.items() if kind in kinds), None)
     if known:
-        return "" if isinstance(value, str) and value in known else found + one_of(known)
-    if bool in kinds:
-        return "" if isinstance(value, bool) else found + "True or False"
-    if int in kinds:
-        fits = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-        return "" if fits else found + "a whole number, 1 or more"
-    if float in kinds:
-        fits = (
-            isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
-        )
-        return "" if fits else found + "a number above 0"
-    if Callable in kinds:
-        return "" if callable(value) else found + "something to call"
-    if is_size:
-        try:
-            return "" if isinstance(value, str) and parse_size(value) else found + _A_SIZE
-        except ValueError:
-            return found + _A_SIZE
-    if not isinstance(value, str | PathLike if PathLike in kinds else str):
-        return found + ("a text or a path" if PathLike in kinds else "a text")
-    text = fspath(value)
-    if not isinstance(text, str) or not text.strip() or "\0" in text:
-        return found + "a text that is not empty and has no NUL"
-    return ""
+        fits, expected = isinstance(value, str) and value in known, one_of(known)
+    elif by_kind is not None:
+        fits, expected = by_kind[0](value), by_kind[1]
+    elif is_size:
+        fits = isinstance(value, str) and _bytes_in(value) > 0
+        expected = "a number with its unit, such as '5GB' or '500MB'"
+    elif isinstance(value, str | PathLike if PathLike in kinds else str):
+        text = fspath(value)
+        fits = isinstance(text, str) and bool(text.strip()) and "\0" not in text
+        expected = "a text that is not empty and has no NUL"
+    else:
+        fits, expected = False, "a text or a path" if PathLike in kinds else "a text"
+    shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+    return "" if fits else f"is {shown}, expected {expected}"
 
 
-_A_SIZE = "a number with its unit, such as '5GB' or '500MB'"
+# What a value of a type must be, and what messages call it.
+_BY_KIND: Mapping[object, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    int: (
+        lambda value: isinstance(value, Integral) and value is not True and int(value) >= 1,
+        "a whole number, 1 or more",
+    ),
+    float: (
+        lambda value: isinstance(value, Real) and value is not True and 0 < float(value) < math.inf,
+        "a number above 0",
+    ),
+    Callable: (callable, "something to call"),
+}
 
 
 def one_of(known: tuple[str, ...]) -> str:
     return f"one of {', '.join(known)}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     # Imported where they are used: `plan` and `inspect` start sooner without them.
     from xtuner2llava.hub.upload import Pushed, Upload
     from xtuner2llava.inspection.inspection import Inspection
-    from xtuner2llava.metadata.finished_output import FinishedOutput
+    from xtuner2llava.metadata.record import FinishedOutput
     from xtuner2llava.metadata.report import Report
     from xtuner2llava.writing import OutputFolder, Written
 
@@ -34,8 +34,7 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
     """Converts the XTuner checkpoint at `checkpoint` into the folder `out`, see `api.convert`."""
     from xtuner2llava.hub.push import check_destination
     from xtuner2llava.metadata.card import read_card_template
-    from xtuner2llava.metadata.finished_output import finished_output
-    from xtuner2llava.metadata.record import with_metadata
+    from xtuner2llava.metadata.record import finished_output, with_metadata
 
     check_destination(options)
     template = read_card_template(options.card_template)
@@ -188,8 +187,7 @@ class _Conversion:
 
     def _describe(self, folder: OutputFolder, written: Written) -> FinishedOutput:
         """Writes the planned files beside the shards, the record of them last."""
-        from xtuner2llava.metadata.finished_output import FinishedOutput
-        from xtuner2llava.metadata.record import with_closed_record
+        from xtuner2llava.metadata.record import FinishedOutput, with_closed_record
         from xtuner2llava.writing.out_record import RECORD_NAME
 
         with self.stages.stage("describe"):

@@ -15,7 +15,7 @@ from builders.families.checkpoints import Trained, write_trained
 from builders.families.models import KINDS
 from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
-from xtuner2llava.errors import Fault, MappingError
+from xtuner2llava.errors import MappingError
 from xtuner2llava.inspection.inspection import TargetFormat
 from xtuner2llava.mapping import Catalogue, Limit
 from xtuner2llava.planning.plan import Fidelity
@@ -54,12 +54,6 @@ def limit(tokens: int | None = None, transformers: str | None = None) -> Limit:
         ([Limit.unproven("a.yaml"), limit()], {}, Fidelity("not_exact"), "possible, not exact"),
         ([limit(7), limit()], {}, Fidelity("not_exact"), "possible, not exact"),
         ([limit(7)], {"inexact": ["why"]}, Fidelity("not_exact"), "possible, not exact"),
-        (
-            [limit()],
-            {"inexact": ["why"], "faults": [Fault("x", "y")]},
-            Fidelity("not_possible"),
-            "not possible, because",
-        ),
     ],
 )
 def test_the_narrowest_limit_counts(
@@ -68,7 +62,13 @@ def test_the_narrowest_limit_counts(
     verdict = Fidelity.of(limits, **other)
     assert verdict == expected
     assert str(verdict) == text
-    assert verdict.is_possible is (expected.kind != "not_possible")
+    assert verdict.is_possible
+
+
+def test_what_is_at_fault_is_not_possible() -> None:
+    verdict = Fidelity("not_possible")
+    assert str(verdict) == "not possible, because"
+    assert not verdict.is_possible
 
 
 def test_every_shipped_caveat_has_its_limit_as_data() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -13,10 +13,10 @@ from xtuner2llava.inspection.token_advice import Advice, TokenAdvice
 from xtuner2llava.mapping import Catalogue
 from xtuner2llava.options import InspectOptions
 from xtuner2llava.planning.plan import Fidelity
-from xtuner2llava.planning.planner import Assessment, assess
+from xtuner2llava.planning.planner import Assessment
 from xtuner2llava.planning.vision_tower import KEY as VISION_TOWER_KEY
 from xtuner2llava.sources import Checkpoint, Part
-from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.storage.json_file import Json
 
 _ANY_NAME = "openai/any"
 
@@ -140,28 +140,23 @@ def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspe
     """What `checkpoint` is, and what it can become with the base models that are here."""
     config, training_config = checkpoint.llm.config, checkpoint.training_config
     formats = Catalogue.shipped().formats
-    assessments = [assess(checkpoint, options.with_format(name)) for name in formats]
+    assessments = [Assessment(checkpoint, options.with_format(name)) for name in formats]
     found = assessments[0]  # What holds of the checkpoint is the same for all.
-    tokenizer = found.base_tokenizer
-    recorded = {
-        "llm": (checkpoint.llm.name, checkpoint.llm.folder),
-        "visual_encoder": (checkpoint.visual_encoder.name, checkpoint.visual_encoder.folder),
-        "tokenizer": (
-            checkpoint.training_data.tokenizer.path,
-            tokenizer.folder if tokenizer else None,
-        ),
-    }
+    parts = {"llm": checkpoint.llm, "visual_encoder": checkpoint.visual_encoder}
+    folders = {name: (part.name, part.folder) for name, part in parts.items()}
+    tokenizer = found.known(lambda: found.base_tokenizer[0].folder)
+    folders["tokenizer"] = (checkpoint.training_data.tokenizer.path, tokenizer)
     advice = list(_advice(checkpoint, found)) if checkpoint.before_training else []
     return Inspection(
         layout=checkpoint.artifact.layout,
         iteration=checkpoint.artifact.iteration,
         parts={name: _summary(part) for name, part in checkpoint.parts.items()},
         bases={
-            n: Base(name, None if folder is None else str(folder))
-            for n, (name, folder) in recorded.items()
+            part: Base(name, None if folder is None else str(folder))
+            for part, (name, folder) in folders.items()
         },
         llm_architectures=config.architectures if config else (),
-        family=found.family.name if found.family else None,
+        family=found.known(lambda: found.family.name),
         training_config=training_config.used if training_config else {},
         targets=tuple(_target(checkpoint, options, each) for each in assessments),
         notes=tuple(note for note in _notes(checkpoint) if note not in checkpoint.inexact),
@@ -184,12 +179,15 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
     if not found.faults:
         unseen = (f"By the configs alone: {f.where}: {f.what}" for f in checkpoint.pending)
         said = _notes(checkpoint)
-        notes = (note for note in found.notes if note not in said)
+        notes = (note for note in found.found.notes if note not in said)
         caveats = (*checkpoint.inexact, *notes, *unseen)
-        return TargetFormat(found.format, found.architecture, found.fidelity, caveats, ())
+        architecture = found.described.architecture
+        return TargetFormat(found.format.name, architecture, found.fidelity, caveats, ())
     if options.vision_tower_name is None and {f.where for f in found.faults} == {VISION_TOWER_KEY}:
         named = replace(options, vision_tower_name=_ANY_NAME)
-        other = _target(checkpoint, named, assess(checkpoint, named.with_format(found.format)))
+        other = _target(
+            checkpoint, named, Assessment(checkpoint, named.with_format(found.format.name))
+        )
         if other.is_possible:
             return replace(
                 other,
@@ -198,25 +196,22 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
                 needs="--vision-tower-name",
                 otherwise=other.fidelity,
             )
-    return TargetFormat(found.format, None, found.fidelity, (), found.faults)
+    return TargetFormat(found.format.name, None, found.fidelity, (), found.faults)
 
 
-def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterator[Advice]:
-    """What to change in a config before it trains."""
-    family, config, folder = found.family, found.llm_config, checkpoint.llm.folder
-    if family and config and found.base_tokenizer and found.tokenizer and folder:
-        path = folder / "generation_config.json"
-        generation: dict[str, Json] = {}
-        with suppress(ConversionError):
-            generation = read_json(path) if path.is_file() else {}
-        advisor = TokenAdvice(
+def _advice(checkpoint: Checkpoint, found: Assessment) -> Iterable[Advice]:
+    """What to change in a config before it trains; nothing where its LLM is not known."""
+    with suppress(ConversionError):
+        advice = TokenAdvice(
             checkpoint.training_data,
-            family,
-            found.base_tokenizer,
+            found.family,
+            found.base_tokenizer[0],
             found.tokenizer,
-            Catalogue.shipped().stop_words,
+            found.catalogue.stop_words,
         )
-        yield from advisor.all(generation, config)
+        generation = found.known(lambda: found.base_generation) or {}
+        return advice.all(generation, found.llm_config)
+    return ()
 
 
 def _summary(part: Part) -> PartSummary:

@@ -1,13 +1,13 @@
-"""The small files that describe the output; `conversion.json` says where it came from.
+"""The small files that describe the output, without a path or a name of this machine.
 
-None of them has a path or a name of this machine.
+`conversion.json` says where it came from, and so whether an OUT that is there is this conversion.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from os import PathLike
 from pathlib import Path, PurePath
@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from blake3 import blake3
 
 from xtuner2llava import __version__
-from xtuner2llava.errors import UsageError
+from xtuner2llava.errors import OutputError, UsageError
 from xtuner2llava.metadata.card import model_card
 from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.options import ConvertOptions, Options, decided, defaults
@@ -28,7 +28,7 @@ from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import SourceFile
 from xtuner2llava.writing import Written
 from xtuner2llava.writing.disk import disk_errors
-from xtuner2llava.writing.out_record import RECORD_NAME, TOOL
+from xtuner2llava.writing.out_record import RECORD_NAME, TOOL, differences, read_record
 
 # 2: BLAKE3 where 1 had SHA-256, and small files as objects, not as bare digests.
 SCHEMA = 2
@@ -147,15 +147,15 @@ def describe(record: Mapping[str, Json], times: Collection[SourceFile] = ()) -> 
     def told(key: str) -> str:
         return json.dumps(record.get(key), sort_keys=True)
 
-    options, small = table(record, "options"), table(record, "files")
+    options, small = _table(record, "options"), _table(record, "files")
     if "--card-template" not in options:
         small = {name: value for name, value in small.items() if name != CARD_NAME}
     inputs: dict[str, list[str]] = {}
     marks = [
         *(
             (each.get("name"), f"{each.get('bytes')} {each.get('digest')}")
-            for listed in (table(record, "checkpoint").get("files"), record.get("base_files"))
-            for each in tables(listed)
+            for listed in (_table(record, "checkpoint").get("files"), record.get("base_files"))
+            for each in _tables(listed)
         ),
         *(
             (f.path.name, f"{f.path} {f.size} {f.mtime_ns}")
@@ -179,13 +179,85 @@ def outcome(described: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in described.items() if not k.startswith("--") or k == "--weights"}
 
 
-def table(values: Mapping[str, Json], key: str) -> dict[str, Json]:
+@dataclass(frozen=True, slots=True)
+class FinishedOutput:
+    """A folder that holds a conversion: its files with their sizes, and its closed record."""
+
+    files: Mapping[str, int]
+    record: Mapping[str, Json]
+
+    @property
+    def blake3(self) -> dict[str, str]:
+        """Those of the shards, as recorded."""
+        return {
+            str(each["file"]): str(each.get("blake3"))
+            for each in _tables(self.record.get("shards"))
+            if "file" in each
+        }
+
+    @property
+    def nonfinite(self) -> tuple[tuple[str, int, int], ...]:
+        """Tensors with NaN or infinite values, and how many of each."""
+        return tuple(
+            (name, nan, infinite)
+            for each in _tables(self.record.get("nonfinite"))
+            if isinstance(name := each.get("name"), str)
+            and isinstance(nan := each.get("nan"), int)
+            and isinstance(infinite := each.get("infinite"), int)
+        )
+
+
+def finished_output(out: Path, plan: Plan) -> FinishedOutput | None:
+    """The conversion in `out` if it is the planned one; None if `out` holds no conversion.
+
+    Names, sizes and small files are checked; shards are not read. Raises `OutputError` for another
+    conversion, with what differs, and for a damaged one.
+    """
+    record = read_record(out)
+    if record is None:
+        return None
+    shards = _tables(record.get("shards"))
+    sizes = {str(each["file"]): each.get("bytes") for each in shards if "file" in each}
+    there, here = describe(record), describe(json.loads(plan.files[RECORD_NAME]))
+    what = "" if outcome(there) == outcome(here) else differences(there, here)
+    if not what and sizes != {shard.filename: shard.size for shard in plan.shards.shards}:
+        what = differences(there, here) or "its shards are different"
+    if not what:
+        written = (out / RECORD_NAME).stat().st_mtime_ns
+        newer = sorted(file.path.name for file in sources(plan) if file.mtime_ns > written)
+        what = f"{newer[0]} was changed after that" if newer else ""
+    what = what and f"was converted from other input or with other options: {what}"
+    if not what and (damage := "; ".join(_damage(out, plan))):
+        what = f"is this conversion, but damaged: {damage}"
+    if what:
+        advice = "Choose another OUT, or replace it with --overwrite."
+        raise OutputError(what, where=str(out), advice=advice)
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
+    return FinishedOutput(files, record)
+
+
+def _damage(out: Path, plan: Plan) -> Iterator[str]:
+    """What is missing or has changed; README.md may have been edited."""
+    sizes = {shard.filename: shard.size for shard in plan.shards.shards}
+    for name in (*sizes, *plan.files):
+        path = out / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif name in sizes and path.stat().st_size != sizes[name]:
+            yield f"{name} has {path.stat().st_size:,} bytes, expected {sizes[name]:,}"
+        elif name not in (*sizes, CARD_NAME, RECORD_NAME) and (
+            path.stat().st_size != len(plan.files[name]) or path.read_bytes() != plan.files[name]
+        ):
+            yield f"{name} has changed"
+
+
+def _table(values: Mapping[str, Json], key: str) -> dict[str, Json]:
     """The object under `key` of a record that may be damaged; empty where there is none."""
     value = values.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def tables(value: Json) -> list[dict[str, Json]]:
+def _tables(value: Json) -> list[dict[str, Json]]:
     """The objects of a list, likewise."""
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 

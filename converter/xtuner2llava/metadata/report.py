@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.mapping import model_name
-from xtuner2llava.metadata.finished_output import FinishedOutput
+from xtuner2llava.metadata.record import FinishedOutput
 from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import ConvertOptions
 from xtuner2llava.options.programs import PROGRAMS

@@ -29,6 +29,10 @@ _CLIP = (CLASS, f"{CLASS}Fast", f"{CLASS}Pil", "CLIPFeatureExtractor", "CLIPProc
 _COUNTS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 
 
+# The settings, and the file that says exactly these.
+_Found = tuple[Mapping[str, Json], Path | None]
+
+
 @dataclass(frozen=True, slots=True)
 class ImageProcessor:
     """How images were prepared in training: `values` are those of a preprocessor_config.json.
@@ -50,13 +54,10 @@ def image_processor_of(checkpoint: Checkpoint, tower: Path, findings: Findings) 
     than the tower takes.
     """
     config = checkpoint.training_config
-    own = _find(tower)
-    values: Mapping[str, Json] = {}
-    path: Path | None = own
     if config is None or tower == checkpoint.artifact.folders.get(VISUAL_ENCODER):
-        values = _read(own)
+        values, path = _in_folder(tower)
     else:
-        values, path = _of_training(config, own, findings)
+        values, path = _of_training(config, tower, findings)
     tower_config, crop = checkpoint.visual_encoder.config, clip_processor(values)["crop_size"]
     size = integer(tower_config.values, "image_size") if tower_config else None
     height = crop.get("height") if isinstance(crop, dict) else None
@@ -161,30 +162,19 @@ def processor_faults(values: Mapping[str, Json], patch_size: int | None) -> Iter
         )
 
 
-def _find(folder: Path) -> Path:
-    """The file in `folder` with its image processor's settings.
-
-    A processor that transformers 5 saved holds them in processor_config.json. Where neither file is
-    there, the one that should be.
-    """
+def _in_folder(folder: Path) -> _Found:
+    """The settings in `folder`; a processor that transformers 5 saved holds them nested."""
     path, nested = folder / PREPROCESSOR, folder / PROCESSOR
-    if not path.is_file() and nested.is_file() and "image_processor" in read_json(nested):
-        return nested
-    return path
+    if not path.is_file() and nested.is_file():
+        inner = read_json(nested).get("image_processor")
+        if isinstance(inner, dict):
+            return inner, nested
+    return read_json(path), path
 
 
-def _read(path: Path) -> dict[str, Json]:
-    """The settings in a file that `_find` found."""
-    values = read_json(path)
-    inner = values.get("image_processor")
-    return dict(inner) if isinstance(inner, dict) else values
-
-
-def _of_training(
-    config: TrainingConfig, own: Path, findings: Findings
-) -> tuple[Mapping[str, Json], Path | None]:
-    """What the XTuner config says; `own` is the file beside the tower."""
-    values, path = _named(config, own, findings)
+def _of_training(config: TrainingConfig, tower: Path, findings: Findings) -> _Found:
+    """What the XTuner config says of the image processor that it names, or that of the tower."""
+    values, path = _named(config, tower, findings)
     loaded = config.data.image_processor
     kind: Json = loaded.type
     if kind in _AUTO:
@@ -221,9 +211,7 @@ def _of_training(
     return {**values, **changes}, None
 
 
-def _named(
-    config: TrainingConfig, own: Path, findings: Findings
-) -> tuple[Mapping[str, Json], Path | None]:
+def _named(config: TrainingConfig, tower: Path, findings: Findings) -> _Found:
     """The image processor in the folder that the config names; that of the tower where it is it."""
     named = config.data.image_processor.path
     try:
@@ -231,21 +219,20 @@ def _named(
     except ConversionError:  # Where --vision gives it, that is enough.
         of_tower = None
     if named is None or named == of_tower:
-        return _read(own), own
+        return _in_folder(tower)
     try:
-        path = _find(find_folder(named))
-        return _read(path), path
+        return _in_folder(find_folder(named))
     except ConversionError:
         if named in PUBLISHED:
             return PUBLISHED[named].processor, None
-        if not own.is_file():
+        if not any((tower / name).is_file() for name in (PREPROCESSOR, PROCESSOR)):
             raise
     findings.note(
         f"The XTuner config takes its image processor from '{named}', which cannot be read here; "
         f"the {PREPROCESSOR} beside the vision tower is used. If it differs, give --vision a "
         "folder with the tower and the right one."
     )
-    return _read(own), own
+    return _in_folder(tower)
 
 
 def _json(value: Value) -> Json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,18 +35,9 @@ class Fidelity:
     if_right: str | None = None
 
     @classmethod
-    def of(
-        cls,
-        limits: Iterable[Limit] = (),
-        *,
-        inexact: Iterable[str] = (),
-        faults: Iterable[Fault] = (),
-    ) -> Fidelity:
+    def of(cls, limits: Sequence[Limit] = (), *, inexact: Sequence[str] = ()) -> Fidelity:
         """That of a target with these caveats; `inexact` are reasons why it is only near."""
-        limits = tuple(limits)
-        if tuple(faults):
-            return cls("not_possible")
-        if tuple(inexact) or not all(limit.is_bounded for limit in limits):
+        if inexact or not all(limit.is_bounded for limit in limits):
             return cls("not_exact")
         tokens = min((x.tokens for x in limits if x.tokens is not None), default=None)
         ranges = dict.fromkeys(x.transformers for x in limits if x.transformers is not None)

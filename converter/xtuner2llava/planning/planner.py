@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -60,36 +61,25 @@ from xtuner2llava.writing.shards import INDEX_NAME, plan_shards
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+_STAGES = (
+    # Each part is judged, whether or not another is at fault.
+    ("llm_config", "family", "base_tokenizer", "tokenizer", "program", "images", "tower_name",
+     "plain_config", "llm", "tower", "projector", "writes_tower", "vocabulary", "layer", "depth"),
+    # These follow from them.
+    ("generation", "dtype", "format_keys", "generation_config", "files_of_bases"),
+)  # fmt: skip
+_NO_CONFIG = (
+    "No XTuner config is recorded: mm_vision_select_layer is LLaVAModel's default -2, and images "
+    "are padded, as XTuner's export assumes. Give --xtuner-config if not."
+)
 # Of a tokenizer's or processor's file; the largest vocabularies have a tenth of it.
 _MAX_COPIED_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Assessment:
-    """What becomes of a checkpoint with some options, as far as it can be known.
-
-    `faults` keep it from being converted. Without faults there is a plan, unless tensors are not
-    known yet: weights that were not downloaded, or a training that has not begun. What was found on
-    the way is there even if something else is at fault.
-    """
-
-    format: str
-    architecture: str | None
-    fidelity: Fidelity
-    faults: tuple[Fault, ...]
-    notes: tuple[str, ...]
-    family: Family | None
-    llm_config: Mapping[str, Json] | None
-    base_tokenizer: Tokenizer | None
-    tokenizer: Tokenizer | None
-    plan: Plan | None
-
-
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """The plan for `checkpoint`. Raises `PlanError` with all that keeps it from being exact."""
-    found = assess(checkpoint, options)
+    found = Assessment(checkpoint, options)
     raise_faults(PlanError, [*found.faults, *checkpoint.pending])
-    assert found.plan is not None  # noqa: S101
     for file in found.plan.mapping.files:
         _log.debug("mapping: %s, SHA-256 %s", file.name, file.sha256)
     for path in found.plan.copied_files:
@@ -97,11 +87,6 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     for name in found.plan.made_files:
         _log.debug("%s: made", name)
     return found.plan
-
-
-def assess(checkpoint: Checkpoint, options: Options) -> Assessment:
-    """What becomes of `checkpoint`: the one judgement that all commands go by."""
-    return _Planner(checkpoint, options).assessment()
 
 
 class _NotKnown(ConversionError):
@@ -113,29 +98,34 @@ class _NotKnown(ConversionError):
 
 
 class _part(Generic[_T]):
-    """A part of the plan: made when it is first asked for, and kept, as is the error it ends in.
+    """A part of an assessment: made when it is first asked for, and kept, as is its error.
 
     So each part is written as if the others were right: one that needs another that is at fault
     ends in the same error, and all others are still judged.
     """
 
-    def __init__(self, make: Callable[[_Planner], _T]) -> None:
+    def __init__(self, make: Callable[[Assessment], _T]) -> None:
         self._make, self._name = make, make.__name__
 
-    def __get__(self, planner: _Planner, owner: type) -> _T:
-        if self._name not in planner.made and self._name not in planner.errors:
+    def __get__(self, found: Assessment, owner: type) -> _T:
+        if self._name not in found.made and self._name not in found.errors:
             try:
-                planner.made[self._name] = self._make(planner)
+                found.made[self._name] = self._make(found)
             except ConversionError as error:
-                planner.errors[self._name] = error
-        if self._name in planner.errors:
-            raise planner.errors[self._name]
-        made: _T = planner.made[self._name]
+                found.errors[self._name] = error
+        if self._name in found.errors:
+            raise found.errors[self._name]
+        made: _T = found.made[self._name]
         return made
 
 
-class _Planner:
-    """The parts of a plan, each from the checkpoint, the options and other parts."""
+class Assessment:
+    """What becomes of a checkpoint with some options: the one judgement that all commands go by.
+
+    `faults` keep it from being converted. Each of its parts is there even if another is at fault.
+    Without faults there is a plan, unless tensors are not known yet: weights that were not
+    downloaded, or a training that has not begun.
+    """
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self.checkpoint, self.options = checkpoint, options
@@ -145,42 +135,36 @@ class _Planner:
         self.found = Findings(faults, checkpoint.notes)
         self.made: dict[str, Any] = {}
         self.errors: dict[str, ConversionError] = {}
-
-    def assessment(self) -> Assessment:
-        """The judgement, with the plan where everything is known."""
-        checkpoint, found, made = self.checkpoint, self.found, self.made
-        stages: list[tuple[str, ...]] = [
-            # Each is judged, whether or not another is at fault.
-            ("llm_config", "family", "base_tokenizer", "tokenizer", "program", "images",
-             "tower_name", "plain_config", "llm", "tower", "projector", "writes_tower",
-             "vocabulary", "layer", "depth"),
-            # These follow from them.
-            ("generation", "dtype", "format_keys", "generation_config", "files_of_bases"),
-        ]  # fmt: skip
-        if not checkpoint.pending and not checkpoint.before_training:
-            stages.append(("plan",))
-        for stage in stages:
+        is_whole = not checkpoint.pending and not checkpoint.before_training
+        for stage in (*_STAGES, ("plan",) if is_whole else ()):
             for name in stage:
                 try:
                     getattr(self, name)
                 except ConversionError as error:
-                    found.faults.extend(error.faults)
-            if found.faults:
+                    self.found.faults.extend(error.faults)
+            if self.found.faults:
                 break
-        faults = tuple(dict.fromkeys(found.faults))
-        _, limits = made.get("plain_config", ({}, ()))
-        return Assessment(
-            format=self.format.name,
-            architecture=None if faults else self.described.architecture,
-            fidelity=Fidelity.of(limits, inexact=checkpoint.inexact, faults=faults),
-            faults=faults,
-            notes=tuple(found.notes),
-            family=made.get("family"),
-            llm_config=made.get("llm_config"),
-            base_tokenizer=made.get("base_tokenizer", (None, False))[0],
-            tokenizer=made.get("tokenizer"),
-            plan=None if faults else made.get("plan"),
-        )
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        return tuple(dict.fromkeys(self.found.faults))
+
+    @property
+    def fidelity(self) -> Fidelity:
+        if self.found.faults:
+            return Fidelity("not_possible")
+        return Fidelity.of(self.plain_config[1], inexact=self.checkpoint.inexact)
+
+    def known(self, get: Callable[[], _T]) -> _T | None:
+        """What `get` takes from the parts; None where they are at fault."""
+        with suppress(ConversionError):
+            return get()
+        return None
+
+    @property
+    def described(self) -> FormatClass:
+        """What the LLM's plain class is called in the format."""
+        return self.format.classes[self.family.target_class.name]
 
     # What was trained
 
@@ -193,11 +177,6 @@ class _Planner:
     def family(self) -> Family:
         names = self.checkpoint.llm.tensors.keys() or None
         return choose_family(self.catalogue, self.options.mapping, self.llm_config, names)
-
-    @property
-    def described(self) -> FormatClass:
-        """What the LLM's plain class is called in the format."""
-        return self.format.classes[self.family.target_class.name]
 
     @_part
     def base_tokenizer(self) -> tuple[Tokenizer, bool]:
@@ -355,17 +334,7 @@ class _Planner:
     def environment(self) -> Mapping[str, object]:
         """What the expressions of a format know, see `Format.config`."""
         config, data = self.checkpoint.training_config, self.checkpoint.training_data
-        self.found.note(
-            *(
-                config.notes
-                if config is not None
-                else (
-                    "No XTuner config is recorded: mm_vision_select_layer is LLaVAModel's default "
-                    "-2, and images are padded, as XTuner's export assumes. Give --xtuner-config "
-                    "if not.",
-                )
-            )
-        )
+        self.found.note(*(config.notes if config is not None else [_NO_CONFIG]))
         if not self.writes_tower:
             self.found.note(
                 "The vision tower is not written: LLaVA takes it from mm_vision_tower; "
@@ -496,7 +465,7 @@ class _Planner:
             processor=format_.processor,
             shards=shards,
             folder_name=self.described.folder_name,
-            fidelity=Fidelity.of(self.plain_config[1], inexact=checkpoint.inexact),
+            fidelity=self.fidelity,
             notes=tuple(self.found.notes),
         )
 

@@ -19,7 +19,7 @@ from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import Verification, convert, verify
 from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
-from xtuner2llava.verification.logits.run import Distance
+from xtuner2llava.verification.logits.comparison import Distance
 from xtuner2llava.verification.logits.streamed import wrong_layers
 
 LOGITS = "logits against the trained model"
@@ -69,7 +69,7 @@ def test_a_few_tokens_at_a_time_give_the_same_figures(
 
     pair = "rounded - wrong: gate and up"
     scale, distance = figures(pair)
-    monkeypatch.setattr("xtuner2llava.verification.logits.run._LOGITS", 5 * 48)
+    monkeypatch.setattr("xtuner2llava.verification.logits.comparison._LOGITS", 5 * 48)
     # Of matrices of other sizes, sums may run in another order.
     few_scale, few = figures(pair)
     assert few_scale == pytest.approx(scale)

@@ -199,3 +199,34 @@ def test_what_does_not_fit_the_folder(
     }
     file = write_npz(tmp_path / "r.npz", **{**arrays, **change})
     assert says in results(verify(converted(CASE, dtype="float16"), reference=file))[CHECK]
+
+
+def transposed(tensors: dict[str, Any]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda tensors: tensors.pop("model.embed_tokens.weight"),
+            "embed_tokens.weight is missing",
+        ),
+        (lambda tensors: tensors.pop("model.norm.weight"), "differ in model.norm.weight"),
+        (transposed, "up_proj.weight has shape [64, 112], expected [112, 64]"),
+    ],
+)
+def test_a_folder_that_cannot_be_run_is_a_failed_check(
+    converted: Converted, tmp_path: Path, change: Any, says: str
+) -> None:
+    folder = copy_of(converted(CASE, dtype="float16"), tmp_path)
+    edit_tensors(folder, change)
+    seal(folder)
+    file = write_npz(
+        tmp_path / "r.npz",
+        input_ids=numpy.array([[1, -200, 3]]),
+        image_features=numpy.zeros((1, 16, 64), numpy.float32),
+        logits=numpy.zeros((4, 384), numpy.float32),
+    )
+    assert says in results(verify(folder, reference=file))[CHECK]

@@ -16,13 +16,13 @@ from xtuner2llava.errors import CheckpointError, Fault, UsageError, raise_faults
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.verification.folder import ConvertedFolder
-from xtuner2llava.verification.logits.run import (
+from xtuner2llava.verification.logits.comparison import (
     FOLDER,
     MOVED_FOLDER,
     NOISE,
     NUDGED_FOLDER,
     REFERENCE,
-    Run,
+    Comparison,
 )
 from xtuner2llava.verification.logits.streamed import Model, ModelInput, Moved
 from xtuner2llava.verification.logits.trained import folder_model
@@ -128,28 +128,30 @@ def reference_checks(
     folder = folder_model(out, checkpoint)
     _require_fit(folder, given, *logits.shape)
     moved = folder_model(out, checkpoint, lambda weights: {n: Moved(weights[n]) for n in weights})
-    run = Run(given, advance)
-    run.add(FOLDER, folder, NUDGED_FOLDER)
-    run.add(MOVED_FOLDER, moved)
-    run.compare([(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)], logits)
-    figures["reference"] = run.to_dict()
+    comparison = Comparison(given, advance)
+    comparison.add(FOLDER, folder, NUDGED_FOLDER)
+    comparison.add(MOVED_FOLDER, moved)
+    comparison.compare(
+        [(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)], logits
+    )
+    figures["reference"] = comparison.to_dict()
     # The file's weights may not be rounded as the folder's are.
     allowed, why = max(
         (
-            _ROUNDINGS * run.distances[FOLDER, MOVED_FOLDER].largest,
+            _ROUNDINGS * comparison.distances[FOLDER, MOVED_FOLDER].largest,
             f"{_ROUNDINGS} times what one more rounding of the weights changes",
         ),
         (
-            NOISE * run.distances[FOLDER, NUDGED_FOLDER].largest,
+            NOISE * comparison.distances[FOLDER, NUDGED_FOLDER].largest,
             f"{NOISE} times the noise of float32",
         ),
         key=lambda bound: bound[0],
     )
-    found = run.distances[REFERENCE, FOLDER]
+    found = comparison.distances[REFERENCE, FOLDER]
     shape = " x ".join(str(n) for n in logits.shape)
     detail = f"{found} over {shape} logits; {allowed:.2g} is allowed: {why}"
     yield Check(CHECK_NAME, OK if found.largest <= allowed else FAILED, detail)
-    yield run.wrong_check(REFERENCE, allowed, _OF_WRONG)
+    yield comparison.wrong_check(REFERENCE, allowed, _OF_WRONG)
 
 
 def _require_fit(folder: Model, given: ModelInput, positions: int, columns: int) -> None:

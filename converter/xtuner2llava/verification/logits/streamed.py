@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 Weights = Mapping[str, LazyTensor]
+# Called with the name of a stage and the hidden states that come out of it.
+Seen = Callable[[str, "torch.Tensor"], None]
 
 _BLOCK_BYTES = 16 << 20
 # Buffers that older checkpoints carry, and that modules now make themselves.
@@ -142,7 +144,7 @@ class LanguageModel:
         self.layer_bytes = sum(tensor.nbytes for tensor in weights.values()) // len(layers)
         self._wrong: Weights = {}
         self._nudge = False
-        self._seen: Callable[[str, torch.Tensor], None]
+        self._seen: Seen
         self._normed: Any = None
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -154,18 +156,20 @@ class LanguageModel:
     def run(
         self,
         embedded: torch.Tensor,
-        seen: Callable[[str, torch.Tensor], None],
+        seen: Seen,
         *,
         nudge: bool = False,
         wrong: Weights | None = None,
     ) -> torch.Tensor:
         """What goes into the head, (positions, hidden size), for `embedded` as `embed` makes them.
 
-        `seen` is called with the hidden states after each layer. With `nudge`, all of them are off
-        by half a unit in the last place. `wrong` are used in place of some of the weights.
+        `seen` gets what comes out of each layer. With `nudge`, all hidden states are off by half a
+        unit in the last place. `wrong` are used in place of some of the weights.
         """
         self._seen, self._nudge, self._wrong = seen, nudge, wrong or {}
-        run(self._model, inputs_embeds=nudged(embedded) if nudge else embedded, use_cache=False)
+        _execute(
+            self._model, inputs_embeds=nudged(embedded) if nudge else embedded, use_cache=False
+        )
         normed: torch.Tensor = self._normed
         return normed
 
@@ -212,22 +216,24 @@ class Model:
     projector: Weights
     select_layer: int
 
-    def embed(self, given: ModelInput) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What goes into the first layer, (1, positions, hidden size), and the image's part."""
+    def embed(self, given: ModelInput, seen: Seen) -> torch.Tensor:
+        """What goes into the first layer, (1, positions, hidden size); `seen` gets the parts."""
         import torch
 
         hidden = self.language.embed([*given.before, *given.after])
         image = given.features if given.pixels is None else self._features(given.pixels)
-        if image is None:
-            return hidden, None
-        cut = len(given.before)
-        return torch.cat([hidden[:, :cut], image, hidden[:, cut:]], dim=1), image
+        if image is not None:
+            seen("image features", image)
+            cut = len(given.before)
+            hidden = torch.cat([hidden[:, :cut], image, hidden[:, cut:]], dim=1)
+        seen("embeddings", hidden)
+        return hidden
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         with parameters_on_meta():
             model = new_tower(self.vision)
         stream(model, self.tower, lambda file: whole(self.tower[file]))
-        states = run(model, pixel_values=pixels, output_hidden_states=True).hidden_states
+        states = _execute(model, pixel_values=pixels, output_hidden_states=True).hidden_states
         with _running(model):
             projector = {name: whole(tensor) for name, tensor in self.projector.items()}
             return project(states[self.select_layer], projector)
@@ -270,7 +276,7 @@ def nudged(hidden: torch.Tensor) -> torch.Tensor:
     return hidden * (1 + signs * 2.0**-23)
 
 
-def run(model: Any, **inputs: Any) -> Any:
+def _execute(model: Any, **inputs: Any) -> Any:
     """What `model` makes of `inputs`. Raises `CheckpointError` if it cannot be run."""
     import torch
 

@@ -12,13 +12,13 @@ from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
-from xtuner2llava.verification.logits.run import (
+from xtuner2llava.verification.logits.comparison import (
     FOLDER,
     NOISE,
     NUDGED,
     ROUNDED,
     TRAINED,
-    Run,
+    Comparison,
     fixed_input,
 )
 from xtuner2llava.verification.logits.streamed import (
@@ -58,36 +58,38 @@ def logits_checks(
         trained = source(partial(rounded, dtype=plan.dtype))
     except UnsupportedError as error:
         yield Check(LOGITS, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
-        run = Run(fixed_input(folder), advance)
-        run.add(FOLDER, folder)
-        run.compare([(FOLDER, FOLDER)])
-        figures["logits"] = run.to_dict()
-        yield run.wrong_check(FOLDER, 0.0, _OF_WRONG)
+        comparison = Comparison(fixed_input(folder), advance)
+        comparison.add(FOLDER, folder)
+        comparison.compare([(FOLDER, FOLDER)])
+        figures["logits"] = comparison.to_dict()
+        yield comparison.wrong_check(FOLDER, 0.0, _OF_WRONG)
         return
     kinds = {planned.how for planned in plan.tensors}
     pairs = [(ROUNDED, FOLDER), (ROUNDED, NUDGED)]
-    run = Run(fixed_input(folder, trained), advance)
+    comparison = Comparison(fixed_input(folder, trained), advance)
     if kinds != {"copy"}:
-        run.add(TRAINED, source(as_stored))
+        comparison.add(TRAINED, source(as_stored))
         pairs.append((TRAINED, FOLDER))
-    run.add(ROUNDED, trained, NUDGED)
-    run.add(FOLDER, folder)
-    run.compare(pairs)
-    figures["logits"] = run.to_dict()
-    found = run.distances[ROUNDED, FOLDER]
+    comparison.add(ROUNDED, trained, NUDGED)
+    comparison.add(FOLDER, folder)
+    comparison.compare(pairs)
+    figures["logits"] = comparison.to_dict()
+    found = comparison.distances[ROUNDED, FOLDER]
     # Equal weights in equal modules give equal bits.
     exact = trained.language.title == folder.language.title and "compute" not in kinds
-    allowed = 0.0 if exact else NOISE * run.distances[ROUNDED, NUDGED].largest
+    allowed = 0.0 if exact else NOISE * comparison.distances[ROUNDED, NUDGED].largest
     why = "same weights, same class" if exact else f"{NOISE} times the noise of float32"
-    detail = f"{found} over {run.positions} positions; {allowed:.2g} is allowed: {why}"
-    if (far := run.distances.get((TRAINED, FOLDER))) is not None:
+    detail = f"{found} over {comparison.positions} positions; {allowed:.2g} is allowed: {why}"
+    if (far := comparison.distances.get((TRAINED, FOLDER))) is not None:
         detail += f"; from {trained.language.title} before rounding to {plan.dtype}: {far}"
     if found.largest <= allowed:
         yield Check(LOGITS, OK, detail)
     else:
-        where = next((name for name, apart in run.stages.items() if not apart <= 0), "the head")
+        where = next(
+            (name for name, apart in comparison.stages.items() if not apart <= 0), "the head"
+        )
         yield Check(LOGITS, FAILED, f"{detail}; the first to differ is: {where}")
-    yield run.wrong_check(ROUNDED, allowed, _OF_WRONG)
+    yield comparison.wrong_check(ROUNDED, allowed, _OF_WRONG)
 
 
 def folder_model(

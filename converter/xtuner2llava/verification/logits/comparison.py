@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
+from xtuner2llava.errors import CheckpointError
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.verification.logits.streamed import Model, ModelInput
@@ -107,7 +109,7 @@ class Distance:
         return {"largest_difference": self.largest, "kl": self.kl, "top1": self.top1}
 
 
-class Run:
+class Comparison:
     """Models on one image and prompt, one after the other, and how far their logits are apart.
 
     `advance` counts the bytes of weights that were run. `stages` are the largest differences of the
@@ -126,30 +128,29 @@ class Run:
         self._normed: list[dict[str, torch.Tensor]] = []
 
     def add(self, name: str, model: Model, nudged: str | None = None) -> None:
-        """Runs `model`, and again as `nudged`; beside `FOLDER`, also wrong models made of it."""
-        embedded, image = model.embed(self._given)
-        if image is not None:
-            self._note(name, "image features", image)
-        self._note(name, "embeddings", embedded)
+        """Runs `model`, and again as `nudged`; beside `FOLDER`, also wrong models made of it.
 
-        def run(stream: str, **how: Any) -> torch.Tensor:
-            def seen(stage: str, state: torch.Tensor) -> None:
-                self._advance(model.language.layer_bytes)
-                self._note(stream, stage, state)
-
-            return model.language.run(embedded, seen, **how)
-
-        normed = {name: run(name)}
+        Raises `CheckpointError` where it cannot be run, or makes another number of positions.
+        """
+        seen = partial(self._note, model.language.layer_bytes)
+        embedded = model.embed(self._given, partial(seen, name))
+        if self._normed and embedded.shape[1] != self.positions:
+            what = f"{embedded.shape[1]} positions, others have {self.positions}"
+            raise CheckpointError(f"the model called {name} has {what}")
+        self.positions = embedded.shape[1]
+        run = partial(model.language.run, embedded)
+        streams = {name: run(partial(seen, name))}
         if nudged is not None:
-            normed[nudged] = run(nudged, nudge=True)
+            streams[nudged] = run(partial(seen, nudged), nudge=True)
         if name == FOLDER:
             for what, wrong in model.language.exchanged().items():
-                normed[f"{_WRONG}{what}"] = run("", wrong=wrong)
-        self.positions = embedded.shape[1]
+                streams[f"{_WRONG}{what}"] = run(partial(seen, what), wrong=wrong)
         self._heads.append(model.language.head)
-        self._normed.append(normed)
+        self._normed.append(streams)
 
-    def _note(self, stream: str, stage: str, state: torch.Tensor) -> None:
+    def _note(self, nbytes: int, stream: str, stage: str, state: torch.Tensor) -> None:
+        """Compares the hidden states of the folder with those of the rounded model."""
+        self._advance(nbytes)
         if stream == ROUNDED:
             self._states[stage] = state
         elif stream == FOLDER and stage in self._states:

@@ -280,6 +280,24 @@ def test_one_tensor_of_queries_keys_and_values_is_never_sure(tmp_path: Path) -> 
     assert "          - self_attn.qkv_proj.weight    # [128, 64]\n" in text
 
 
+def test_a_draft_for_a_class_that_only_one_format_has_is_checked_in_that_format(
+    tmp_path: Path, checkpoints: Path
+) -> None:
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 16}
+    config = {**sizes, "architectures": ["MineForCausalLM"], "model_type": "mine"}
+    plain = CATALOGUE.classes["qwen3"]
+    shapes = {name: one.shape for name, one in plain.tensors(plain.complete(sizes)[0]).items()}
+    tensors = random_tensors(renamed(shapes, {"self_attn": "mix"}))
+    trained = write_trained(tmp_path / "trained", Source(config, tensors, None), checkpoints)
+    path = tmp_path / "mine.yaml"
+    path.write_text(run("mappings", "draft", trained.checkpoint, "--llm", trained.llm))
+    assert "becomes: qwen3 " in path.read_text()
+    bases = ("--llm", trained.llm, "--vision", trained.vision)
+    assert run("mappings", "check", path, trained.checkpoint, *bases).endswith(
+        f"{len(tensors)} tensors of LlavaForConditionalGeneration\n"
+    )
+
+
 def test_what_differs_between_layers_is_left_to_people(tmp_path: Path) -> None:
     shapes = _llama_shapes(2) | {
         "model.layers.1.adapter.weight": (8, 64),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError
-from xtuner2llava.mapping.detect import Match, Refusals, choose, read_refusals
+from xtuner2llava.mapping.detect import Match, Refusals, choose
 from xtuner2llava.mapping.family import Family, PromptTemplate, read_family
 from xtuner2llava.mapping.format import Format, read_format
 from xtuner2llava.mapping.names import advice_for
@@ -92,7 +92,12 @@ class Catalogue:
     def refusals(self) -> Refusals:
         """LLMs and classes that are known to have no exact target."""
         path = self._folder / "refusals.yaml"
-        return read_refusals(_read(path)) if path.is_file() else Refusals()
+        if not path.is_file():
+            return Refusals()
+        reader = Reader(_read(path))
+        found = reader.root(Refusals, "this file")
+        reader.finish()
+        return found
 
     def check(self, path: Path) -> list[Fault]:
         """All faults of a family, format or class file; none if it is right."""

@@ -15,8 +15,6 @@ from typing import Annotated, ClassVar
 from xtuner2llava.errors import Fault, MappingError, UnsupportedError, raise_faults
 from xtuner2llava.mapping.expressions import Expression, say, show
 from xtuner2llava.mapping.names import TextTemplate, fold
-from xtuner2llava.mapping.schema import Reader
-from xtuner2llava.mapping.yaml import Document
 
 _MAX_NAMES = 8
 
@@ -146,11 +144,3 @@ class Refusals:
         """Raises `UnsupportedError` with the reason if an LLM is one of `llms`."""
         fitting = (refusal for refusal in self.llms if refusal.match.fits(config, names))
         raise_faults(UnsupportedError, [refusal.fault(config) for refusal in islice(fitting, 1)])
-
-
-def read_refusals(document: Document) -> Refusals:
-    """The refusals in a file. Raises `MappingError` with all faults of the file."""
-    reader = Reader(document)
-    found = reader.root(Refusals, "this file")
-    reader.finish()
-    return found

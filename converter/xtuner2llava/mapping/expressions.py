@@ -16,6 +16,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 from xtuner2llava.errors import MappingError
@@ -268,27 +269,25 @@ def say(template: TextTemplate, environment: Environment) -> str:
     return template.render(values)
 
 
-def show(value: object) -> str:
-    """A value as YAML spells it, cut to a readable length."""
-    if isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{key}: {_brief(value[key])}" for key in [*value][:8]) + "}"
-    elif isinstance(value, list | tuple):
-        text = "[" + ", ".join(_brief(item) for item in value[:8]) + "]"
-    else:
-        text = _brief(value)
+def show(value: object, inside: bool = False) -> str:
+    """A value as YAML spells it, cut to a readable length; `inside` a list or table."""
+    match value:
+        case None | bool():
+            text = "null" if value is None else str(value).lower()
+        case str():
+            text = repr(value[:80])
+        case int() if abs(value) > _MAX_MAGNITUDE:
+            text = "an enormous number"
+        case int() | float():
+            text = str(value)
+        case Mapping() if not inside:
+            pairs = (f"{key}: {show(value[key], True)}" for key in islice(value, 8))
+            text = "{" + ", ".join(pairs) + "}"
+        case list() | tuple() if not inside:
+            text = "[" + ", ".join(show(item, True) for item in value[:8]) + "]"
+        case _:
+            text = "…"
     return text if len(text) <= 80 else text[:80] + "…"
-
-
-def _brief(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int) and abs(value) > _MAX_MAGNITUDE:
-        return "an enormous number"
-    if isinstance(value, str):
-        return repr(value[:80])
-    return str(value) if isinstance(value, int | float) else "…"
 
 
 def same(left: object, right: object) -> bool:

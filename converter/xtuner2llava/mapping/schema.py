@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import cache
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping.expressions import Expression, parse_expression, show
@@ -41,27 +41,14 @@ def key(name: str) -> Mapping[str, str]:
     return {"key": name}
 
 
-class _Key(NamedTuple):
-    name: str
-    field: str
-    kind: Any
-    required: bool
-
-
 @cache
-def _keys_of(kind: Any) -> tuple[_Key, ...]:
-    """The keys of a table that is bound to the dataclass `kind`."""
+def _keys_of(kind: Any) -> Mapping[str, tuple[Field[Any], Any]]:
+    """The fields of the dataclass `kind` and their types, by the keys of a table bound to it."""
     hints = get_type_hints(kind, include_extras=True)
-    return tuple(
-        _Key(
-            name,
-            field.name,
-            hints[field.name],
-            field.default is MISSING and field.default_factory is MISSING,
-        )
-        for field in fields(kind)
-        if (name := field.metadata.get("key", field.name.rstrip("_"))) and field.name != "where"
-    )
+    keys = {each.metadata.get("key", each.name.rstrip("_")): each for each in fields(kind)}
+    return {
+        name: (each, hints[each.name]) for name, each in keys.items() if name not in (None, "where")
+    }
 
 
 class Reader:
@@ -108,17 +95,18 @@ class Reader:
 
         It may also have the keys `besides`.
         """
-        keys = [key for key in _keys_of(kind) if key.field not in given]  # type: ignore[arg-type]
-        table = self.table(node, title, (*besides, *(key.name for key in keys)))
+        every = _keys_of(kind)  # type: ignore[arg-type]
+        keys = {name: found for name, found in every.items() if found[0].name not in given}
+        table = self.table(node, title, (*besides, *keys))
         values: dict[str, Any] = dict(given)
         if "where" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
             values["where"] = self.where(node.line)
-        for key in keys:
-            if key.required and key.name not in table:
-                self.fault(node.line, f"{title} needs `{key.name}`")
-            if key.required or key.name in table:
-                found = table.get(key.name, ABSENT)
-                values[key.field] = self.value(key.kind, found, f"`{key.name}`")
+        for name, (each, hint) in keys.items():
+            required = each.default is MISSING and each.default_factory is MISSING
+            if required and name not in table:
+                self.fault(node.line, f"{title} needs `{name}`")
+            if required or name in table:
+                values[each.name] = self.value(hint, table.get(name, ABSENT), f"`{name}`")
         return kind(**values)
 
     def value(self, kind: Any, node: Node, what: str) -> Any:

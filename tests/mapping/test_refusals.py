@@ -291,6 +291,22 @@ caveats:
     ]
 
 
+def test_a_required_value_may_be_any_text_under_any_key(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    rules = "tensors: [{move: '', to: ''}]\n"
+    path.write_text(
+        HEAD.replace("config: {keep: all}\n", rules)
+        + """config: {keep: all, require: {a-b: 'x"\\y', a: 1}}\n"""
+    )
+    family = Catalogue.shipped().with_family_file(path)
+    fits = {"a-b": 'x"\\y', "a": 1, "b": 0, "hidden_size": 8, "vocab_size": 8}
+    fits |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    assert family.translate_config(fits).values["hidden_size"] == 8
+    for change in ({"a-b": 1}, {"a": 2}):
+        with pytest.raises(MappingError, match="has a value that cannot be expressed"):
+            family.translate_config({**fits, **change})
+
+
 def test_wrong_formats_and_classes(tmp_path: Path) -> None:
     text = "schema: 1\nformat: x\nclasses: {llama: {architecture: A}}\ntensors: {llm: []}\n"
     assert check(tmp_path, text) == [

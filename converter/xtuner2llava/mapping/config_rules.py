@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from xtuner2llava.errors import Fault, MappingError
-from xtuner2llava.mapping.expressions import Environment, Expression, say, show
+from xtuner2llava.mapping.expressions import Environment, Expression, equality, say, show
 from xtuner2llava.mapping.names import TextTemplate
 from xtuner2llava.mapping.schema import ABSENT, Reader
 from xtuner2llava.mapping.yaml import Node
@@ -43,12 +42,11 @@ def read_requirements(reader: Reader, node: Node) -> tuple[Requirement, ...]:
         return tuple(reader.value(tuple[Requirement, ...], node, "`require`"))
     found = []
     for key, value in reader.table(node, "`require`").items():
+        that = equality(key, value.data, reader.where(value.key_line))
+        reader.names_read |= that.names
         if isinstance(value.value, list | dict):
             what = f"`{key}`: a required value is a number, a text, true, false or null"
             reader.fault(value.line, what, "Conditions are a list of `that` and `because`.")
-            continue
-        text = f"{key} == {json.dumps(value.value, ensure_ascii=False)}"
-        that = reader.expression(Node(value.key_line, value.key_line, text), f"`{key}`")
         because = f"`{key}` has a value that cannot be expressed"
         found.append(Requirement(that.where, that, TextTemplate(because, (because,))))
     return tuple(found)
@@ -94,7 +92,6 @@ class ConfigRules:
             {**self.default, **child.default},
             self.keep_all or child.keep_all,
             (*self.requirements, *child.requirements),
-            {**self.nest, **child.nest},
         )
 
     def make(self, environment: Environment, faults: list[Fault]) -> dict[str, object]:

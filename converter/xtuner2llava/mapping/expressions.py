@@ -258,15 +258,24 @@ def _bounded(value: object) -> object:
     return value
 
 
+def equality(name: str, value: object, where: str) -> Expression:
+    """That a key, or a part such as `rope.type`, has a value; one that is not there is null."""
+    names = frozenset([name.partition(".")[0]])
+    text = f"{name} == {show(value)}"
+    return Expression(text, where, names, lambda s: same(_lookup(s.environment, name), value))
+
+
 def say(template: TextTemplate, environment: Environment) -> str:
     """A text for people, with the values of the config in its placeholders."""
-    values: dict[str, str] = {}
-    for name in template.variables:
-        value: object = environment
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        values[name] = value if isinstance(value, str) else show(value)
-    return template.render(values)
+    values = {name: _lookup(environment, name) for name in template.variables}
+    return template.render({k: v if isinstance(v, str) else show(v) for k, v in values.items()})
+
+
+def _lookup(value: object, name: str) -> object:
+    """The value of a dotted name; null where it, or what it is part of, is not there."""
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def show(value: object, inside: bool = False) -> str:

@@ -117,10 +117,8 @@ class BaseModel:
         if kind not in ("clip", "clip_vision_model"):
             reason = "XTuner's LLaVA trains CLIP towers"
             if kind is not None and "siglip" in kind:
-                reason = (
-                    "XTuner drops the first patch of a tower without class token, and LLaVA does "
-                    "not"
-                )
+                tokenless = "a tower without class token"
+                reason = f"XTuner drops the first patch of {tokenless}, and LLaVA does not"
             raise UnsupportedError(
                 f"model_type is {kind!r}, expected a CLIP model: {reason}", where=str(config.path)
             )

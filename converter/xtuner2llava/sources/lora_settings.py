@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
-from xtuner2llava.training_config.section import Section
+from xtuner2llava.training_config import Section
 
 # Keys of LoraConfig that do not change what the weights are (peft `tuners/lora/config.py`).
 _HARMLESS = frozenset(

@@ -123,7 +123,7 @@ class PartAssembly:
             return part
         merged = merge(tensors, adapter, where)
         if own is not None:
-            self._note_own_base(own, adapter)
+            self._note_own_base(part, adapter)
         elif self.base.given is not None and adapter.factors:
             self._note_given_base(self.base.given, adapter, part)
         return replace(part, tensors=merged, origin=f"{adapter.title} on {origin}")
@@ -291,14 +291,14 @@ class PartAssembly:
         self.base_files.extend(opened.files)
         return opened.tensors, f"base {Path(name).name if Path(name).is_dir() else name}"
 
-    def _note_own_base(self, own: Mapping[str, LazyTensor], adapter: Adapter) -> None:
+    def _note_own_base(self, own: Part, adapter: Adapter) -> None:
         """Notes that weights and an adapter lie together. Raises if the weights are merged ones."""
         path, home = self.artifact.path, self.artifact.folders.get(self.part)
+        share = self._share(own.tensors, adapter, home)
         places = "under it, in the same file"
         if home is not None:
             at = "at top level" if home == path else f"in {home.name}/"
             places = f"{at}, beside {ADAPTERS[self.part]}/"
-        share = self._share(own, adapter, home)
         note = (
             f"The checkpoint holds an adapter of the {self.base.title}, and the weights for it "
             f"{places}: the adapter is merged onto these, as XTuner's chat and mmbench do."
@@ -312,10 +312,8 @@ class PartAssembly:
     def _note_given_base(self, given: str, adapter: Adapter, base: Part) -> None:
         """Notes signs that the user gave a base merged before. Raises if it surely is one."""
         share = self._share(base.tensors, adapter, base.folder)
-        if share is not None and abs(share) < _NEAR:
-            return
         signs = list(self._signs_of_a_merge(given, adapter, base))
-        if signs:
+        if signs and (share is None or abs(share) >= _NEAR):
             flag = self.base.flag
             self.notes.append(
                 f"The adapter of the {self.base.title} is merged onto {flag} '{given}', but "

@@ -24,17 +24,16 @@ def parse_json(data: bytes, where: str) -> dict[str, Json]:
     """The object in `data`; raises `CorruptFileError` with the line for anything else."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(f"is not UTF-8 (byte {error.start:,})", where=where) from error
-    except json.JSONDecodeError as error:
-        raise CorruptFileError(
-            f"is not JSON: {error.msg}", where=f"{where}:{error.lineno}"
-        ) from error
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"is not usable JSON: {error}", where=where) from error
+        what = f"is not usable JSON: {error}"
+        if isinstance(error, UnicodeDecodeError):
+            what = f"is not UTF-8 (byte {error.start:,})"
+        elif isinstance(error, json.JSONDecodeError):
+            where, what = f"{where}:{error.lineno}", f"is not JSON: {error.msg}"
+        raise CorruptFileError(what, where=where) from error
     if not isinstance(value, dict):
         raise CorruptFileError("is not a JSON object", where=where)
-    if _depth(value) > _MAX_DEPTH:
+    if _is_deep(value):
         raise CorruptFileError("is not usable JSON: nested too deeply", where=where)
     return value
 
@@ -51,16 +50,13 @@ def text(values: Mapping[str, Json], key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _depth(value: Json) -> int:
-    """How deep containers are nested, counted up to one more than is allowed."""
-    depth = 0
+def _is_deep(value: Json) -> bool:
+    """Whether containers are nested more deeply than `_MAX_DEPTH`."""
     level: list[Json] = [value]
-    while level := [item for item in level if isinstance(item, (dict, list))]:
-        depth += 1
-        if depth > _MAX_DEPTH:
-            break
-        level = [i for c in level for i in (c.values() if isinstance(c, dict) else c)]
-    return depth
+    for _ in range(_MAX_DEPTH):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        level = [i for c in containers for i in (c.values() if isinstance(c, dict) else c)]
+    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from xtuner2llava.errors import CorruptFileError, Fault, raise_faults
 from xtuner2llava.storage.fingerprint import Fingerprint
@@ -107,25 +108,21 @@ def read_header(read: Callable[[int, int], bytearray], size: int, where: str) ->
 def _entry(name: str, entry: Json, data_start: int, size: int) -> HeaderEntry:
     if not isinstance(entry, dict):
         raise ValueError("its header entry is not an object")
-    code = entry.get("dtype")
+    code, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(code, str) or code not in BY_CODE:
         raise ValueError(f"dtype {code!r} is unknown")
-    shape = _natural_numbers(entry.get("shape"))
-    if shape is None or len(shape) > 16:
-        raise ValueError(f"shape {entry.get('shape')!r} makes no sense")
-    offsets = _natural_numbers(entry.get("data_offsets"))
-    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"data_offsets {entry.get('data_offsets')!r} make no sense")
-    begin, end = offsets
-    dtype = BY_CODE[code]
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(
-            f"{end - begin:,} bytes given, shape {shape} of {dtype} has "
-            f"{math.prod(shape) * dtype.itemsize:,}"
-        )
+    if not _are_natural(shape) or len(shape) > 16:
+        raise ValueError(f"shape {shape!r} makes no sense")
+    if not _are_natural(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"data_offsets {offsets!r} make no sense")
+    (begin, end), dtype = offsets, BY_CODE[code]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if end - begin != nbytes:
+        what = f"{end - begin:,} bytes given, shape {shape} of {dtype} has {nbytes:,}"
+        raise ValueError(what)
     if data_start + end > size:
         raise ValueError(f"ends at byte {data_start + end:,} of a file with {size:,}")
-    return HeaderEntry(name, dtype, tuple(shape), data_start + begin, end - begin)
+    return HeaderEntry(name, dtype, tuple(shape), data_start + begin, nbytes)
 
 
 def _reject_holes(entries: Sequence[HeaderEntry], data_start: int, size: int, where: str) -> None:
@@ -145,8 +142,5 @@ def _reject_holes(entries: Sequence[HeaderEntry], data_start: int, size: int, wh
         )
 
 
-def _natural_numbers(value: Json) -> list[int] | None:
-    if not isinstance(value, list):
-        return None
-    numbers = [n for n in value if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
-    return numbers if len(numbers) == len(value) else None
+def _are_natural(value: Json) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)

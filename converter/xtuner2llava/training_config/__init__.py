@@ -8,13 +8,22 @@ from xtuner2llava.training_config.datasets import (
     TrainingData,
 )
 from xtuner2llava.training_config.evaluator import read_python
-from xtuner2llava.training_config.values import Reference, Table, Unknown, Value, dotted, shown
+from xtuner2llava.training_config.values import (
+    Reference,
+    Section,
+    Table,
+    Unknown,
+    Value,
+    dotted,
+    shown,
+)
 
 __all__ = [
     "WITHOUT_IDS",
     "Evaluation",
     "Loaded",
     "Reference",
+    "Section",
     "Table",
     "TrainingConfig",
     "TrainingData",

@@ -12,8 +12,15 @@ from xtuner2llava.errors import CheckpointError, Fault, UnsupportedError, raise_
 from xtuner2llava.storage.small_file import read_plain
 from xtuner2llava.training_config.datasets import TrainingData
 from xtuner2llava.training_config.evaluator import TEXT_LIMIT, read_python
-from xtuner2llava.training_config.section import Section
-from xtuner2llava.training_config.values import ANY_NAME, Table, Unknown, Value, dotted, shown
+from xtuner2llava.training_config.values import (
+    ANY_NAME,
+    Section,
+    Table,
+    Unknown,
+    Value,
+    dotted,
+    shown,
+)
 
 _TEXT_SHOWN = 200  # characters
 _PATH = "pretrained_model_name_or_path"

@@ -9,8 +9,15 @@ from itertools import islice
 from typing import TypeVar
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.training_config.section import Section
-from xtuner2llava.training_config.values import Table, Unknown, Value, dotted, is_scalar, shown
+from xtuner2llava.training_config.values import (
+    Section,
+    Table,
+    Unknown,
+    Value,
+    dotted,
+    is_scalar,
+    shown,
+)
 
 _T = TypeVar("_T")
 _PATH = "pretrained_model_name_or_path"

@@ -25,7 +25,6 @@ _WORDS_LIMIT = 400_000  # the syntax tree takes about half a kilobyte for each w
 _WORK_LIMIT = 4_000_000  # nodes visited, items and characters made
 _LENGTH_LIMIT = 1_000_000  # characters or items of one computed value
 _BITS_LIMIT = 1024  # of a computed integer
-_DEPTH_LIMIT = 80  # of expressions
 _NESTING_LIMIT = 64  # of values
 _WORD = re.compile(r"\w+|[^\w\s]")
 _BASE = "it comes from a base config, which is not followed"
@@ -66,7 +65,7 @@ def read_python(text: str, where: str) -> Table:
 
     Raises `CheckpointError` for what is not Python, or larger than any config: 4 MiB, 400 000
     words and signs, 4 million steps. Deep nesting is refused by CPython's parser (3.11.4 and later
-    everywhere) and by a limit of our own after it.
+    everywhere), and by its limit of recursion after that.
     """
     try:
         evaluator = _Evaluator(where)
@@ -113,7 +112,6 @@ class _Evaluator:
         self._changed: dict[int, tuple[Value, Unknown]] = {}
         self._copies: dict[int, tuple[Value, int]] = {}
         self._left = _WORK_LIMIT
-        self._depth = 0
 
     def run(self, body: list[ast.stmt]) -> None:
         for node in body:
@@ -181,15 +179,10 @@ class _Evaluator:
         A list that `+=` extends is the same list afterwards, under all its names.
         """
         self._spend(1)
-        if self._depth >= _DEPTH_LIMIT:
-            return self._forget(node, "it is nested too deeply")
-        self._depth += 1
         try:
             value = self._read(node)
         except (ArithmeticError, ValueError, TypeError, LookupError) as error:
             return Unknown(f"it cannot be computed ({str(error)[:80]})", node.lineno)
-        finally:
-            self._depth -= 1
         return self._changed.get(id(value), (None, value))[1]
 
     def _read(self, node: ast.expr | ast.AugAssign) -> Value:
@@ -272,7 +265,8 @@ class _Evaluator:
             value = self._value(value_node)
             self._spend(len(value) if isinstance(value, Table) else 1)
             if key_node is None and isinstance(value, Table):
-                table.merge(value)
+                table.update(value)
+                table.lines.update(value.lines)
             elif key_node is not None and is_scalar(key):
                 table.put(key, value, line)
             else:

@@ -57,7 +57,7 @@ class Unknown:
 class Table(dict[Key, "Value"]):
     """A dict of the config that knows on which line each key was set (from 1).
 
-    `dict.update` and the like leave `lines` alone; only `put` keeps both.
+    `dict.update` and the like leave `lines` alone; `put` keeps both.
     """
 
     __slots__ = ("lines",)
@@ -69,11 +69,6 @@ class Table(dict[Key, "Value"]):
     def put(self, key: Key, value: Value, line: int) -> None:
         self[key] = value
         self.lines[key] = line
-
-    def merge(self, other: Table) -> None:
-        """Takes over all of `other`, as `dict.update` does, with its lines."""
-        self.update(other)
-        self.lines.update(other.lines)
 
 
 def dotted(value: Value) -> str | None:

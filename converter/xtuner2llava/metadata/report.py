@@ -115,20 +115,19 @@ def _folder_name_warnings(plan: Plan, out: str) -> tuple[str, ...]:
 
 
 def next_steps(plan: Plan, program: str | None = None) -> tuple[str, ...]:
-    """How to load it, with `program` if that was named."""
-    if program is not None and (serve := PROGRAMS[program].serve):
-        return (f"Serve it with {PROGRAMS[program].title}: {serve} OUT",)
+    """How to load it, with `program` or else the first that can."""
+    becomes, kind = plan.mapping.target_class, plan.config["model_type"]
+    servers = ("sglang",) if kind == "llava" and plan.processor is None else ()
+    able = (name for name in (*servers, "llava", "llava-next") if PROGRAMS[name].takes(becomes))
+    named = PROGRAMS[program or next(able, "llava-next")]
+    if named.serve:
+        return (f"Serve it with {named.title}: {named.serve} OUT",)
     if plan.processor is not None:
         return (
             "Load it with transformers: LlavaForConditionalGeneration.from_pretrained and "
             "AutoProcessor.from_pretrained; README.md has the lines.",
         )
-    sglang = PROGRAMS["sglang"]
-    if plan.config["model_type"] == sglang.model_type and sglang.takes(plan.mapping.target_class):
-        return next_steps(plan, "sglang")
-    is_next = not PROGRAMS["llava"].takes(plan.mapping.target_class)
-    who = PROGRAMS["llava-next" if is_next else "llava"].title
     return (
-        f"Load it with {who}: load_pretrained_model(path, None, folder_name); README.md has the "
-        "lines.",
+        f"Load it with {named.title}: load_pretrained_model(path, None, folder_name); README.md "
+        "has the lines.",
     )

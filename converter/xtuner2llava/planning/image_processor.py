@@ -44,7 +44,7 @@ class ImageProcessor:
     path: Path | None
 
 
-def image_processor_of(checkpoint: Checkpoint, tower: Path, findings: Findings) -> ImageProcessor:
+def trained_processor(checkpoint: Checkpoint, tower: Path, findings: Findings) -> ImageProcessor:
     """The training's image processor, as every transformers loads it.
 
     That is the file in the folder `tower`, or the one that the XTuner config names in its place,

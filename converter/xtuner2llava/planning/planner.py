@@ -13,29 +13,9 @@ from xtuner2llava.errors import ConversionError, Fault, PlanError, UnsupportedEr
 from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit
 from xtuner2llava.options import Options, flag, parse_size
 from xtuner2llava.options.programs import PROGRAMS
+from xtuner2llava.planning import image_processor, language_model, placement, vision_tower
 from xtuner2llava.planning.chat import generation_tokens, with_trained_bos, with_trained_chat
 from xtuner2llava.planning.config import TokenIds, generation_config, json_bytes, output_config
-from xtuner2llava.planning.image_processor import (
-    PADDING_NOTE,
-    PREPROCESSOR,
-    ImageProcessor,
-    image_processor_of,
-    processor_files,
-)
-from xtuner2llava.planning.language_model import (
-    LanguageModel,
-    choose_family,
-    plain_language_model,
-    trained_llm_config,
-    translate,
-)
-from xtuner2llava.planning.placement import (
-    config_dtype,
-    dtype_to_write,
-    in_dtype,
-    place,
-    unchecked_note,
-)
 from xtuner2llava.planning.plan import Chat, Fidelity, Findings, MappingInUse, Plan
 from xtuner2llava.planning.redaction import cached_id, redact_json
 from xtuner2llava.planning.tokenizer import (
@@ -43,14 +23,6 @@ from xtuner2llava.planning.tokenizer import (
     tokenizer_to_write,
     training_tokenizer,
     with_format_tokens,
-)
-from xtuner2llava.planning.vision_tower import KEY as VISION_TOWER_KEY
-from xtuner2llava.planning.vision_tower import (
-    TOWER_CLASS,
-    check_projector,
-    check_tower,
-    depth_of,
-    vision_tower_name,
 )
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
@@ -171,12 +143,14 @@ class Assessment:
     @_part
     def llm_config(self) -> Mapping[str, Json]:
         config = _known(self.checkpoint.llm.config)
-        return trained_llm_config(config, self.checkpoint.training_config)
+        return language_model.trained_llm_config(config, self.checkpoint.training_config)
 
     @_part
     def family(self) -> Family:
         names = self.checkpoint.llm.tensors.keys() or None
-        return choose_family(self.catalogue, self.options.mapping, self.llm_config, names)
+        return language_model.choose_family(
+            self.catalogue, self.options.mapping, self.llm_config, names
+        )
 
     @_part
     def base_tokenizer(self) -> tuple[Tokenizer, bool]:
@@ -207,17 +181,17 @@ class Assessment:
         )
 
     @_part
-    def images(self) -> ImageProcessor:
+    def images(self) -> image_processor.ImageProcessor:
         folder = _known(self.checkpoint.visual_encoder.folder)
-        return image_processor_of(self.checkpoint, folder, self.found)
+        return image_processor.trained_processor(self.checkpoint, folder, self.found)
 
     @_part
     def tower_name(self) -> str | None:
         """What to write as `mm_vision_tower`; None where the format has no such key."""
         tower, options = self.checkpoint.visual_encoder, self.options
-        if VISION_TOWER_KEY not in self.format.config_rules.keys:
+        if vision_tower.KEY not in self.format.config_rules.keys:
             return None
-        name, note = vision_tower_name(
+        name, note = vision_tower.vision_tower_name(
             options.vision_tower_name,
             cached_id(tower.folder) or tower.name,
             _known(tower.config).values,
@@ -230,7 +204,7 @@ class Assessment:
     @_part
     def plain_config(self) -> tuple[Mapping[str, object], list[Limit]]:
         """The config of the LLM's plain class, every key explicit, and the caveats."""
-        translated, limits = translate(self.family, self.llm_config, self.format)
+        translated, limits = language_model.translate(self.family, self.llm_config, self.format)
         self.found.note(*(limit.text for limit in limits))
         if translated.not_carried:
             keys, name = ", ".join(translated.not_carried), self.family.target_class.name
@@ -238,21 +212,23 @@ class Assessment:
         return translated.values, limits
 
     @_part
-    def llm(self) -> LanguageModel:
+    def llm(self) -> language_model.LanguageModel:
         values, tensors = self.plain_config[0], self.checkpoint.llm.tensors
-        return plain_language_model(self.family, self.llm_config, values, tensors, self.found)
+        return language_model.plain_language_model(
+            self.family, self.llm_config, values, tensors, self.found
+        )
 
     @_part
     def tower(self) -> Mapping[str, object]:
         """The complete config of the vision tower."""
         tower = self.checkpoint.visual_encoder
-        plain = self.catalogue.classes[TOWER_CLASS]
-        return check_tower(_known(tower.config).values, tower.tensors, plain)
+        plain = self.catalogue.classes[vision_tower.TOWER_CLASS]
+        return vision_tower.check_tower(_known(tower.config).values, tower.tensors, plain)
 
     @_part
     def projector(self) -> None:
         if not self.checkpoint.before_training:
-            check_projector(self.checkpoint, self.plain_config[0].get("hidden_size"))
+            vision_tower.check_projector(self.checkpoint, self.plain_config[0].get("hidden_size"))
 
     @_part
     def writes_tower(self) -> bool:
@@ -285,7 +261,7 @@ class Assessment:
         config = self.checkpoint.training_config
         if self.checkpoint.before_training and config is not None:
             return config.projector_depth
-        return depth_of(self.checkpoint.projector.tensors)
+        return vision_tower.depth_of(self.checkpoint.projector.tensors)
 
     # What is written
 
@@ -313,7 +289,7 @@ class Assessment:
         return (replace(ids, pad=tokens["pad"]) if "pad" in tokens else ids), chat
 
     @_part
-    def written_llm(self) -> LanguageModel:
+    def written_llm(self) -> language_model.LanguageModel:
         """The LLM, with rows for the tokens that the format adds."""
         before, (tokenizer, tokens) = self.llm, self.format_tokens
         grown = before.with_rows_for(tokenizer.highest_id + 1)
@@ -328,7 +304,7 @@ class Assessment:
     @_part
     def dtype(self) -> str:
         tensors = self.written_llm.tensors.values()
-        return dtype_to_write(self.options.dtype, self.llm_config, tensors, self.found)
+        return placement.dtype_to_write(self.options.dtype, self.llm_config, tensors, self.found)
 
     @_part
     def environment(self) -> Mapping[str, object]:
@@ -372,7 +348,7 @@ class Assessment:
         data, images = self.checkpoint.training_data, self.images
         made: Mapping[str, MadeFile] = {}
         if images.path is None:
-            made = {PREPROCESSOR: lambda: json_bytes(images.values)}
+            made = {image_processor.PREPROCESSOR: lambda: json_bytes(images.values)}
         if processor is not None:
             # It pads prompts of a batch, and an answer follows on a prompt's last token.
             changes: dict[str, Json] = {"processor_class": processor, "padding_side": "left"}
@@ -384,8 +360,8 @@ class Assessment:
                     "AutoTokenizer's from_pretrained and save_pretrained make one for the base."
                 )
             pads = data.image_aspect_ratio == "pad"
-            self.found.note(PADDING_NOTE if pads else None)
-            made = processor_files(
+            self.found.note(image_processor.PADDING_NOTE if pads else None)
+            made = image_processor.processor_files(
                 processor,
                 images.values,
                 image_token=self.format.tokens["image"],
@@ -394,7 +370,7 @@ class Assessment:
                 pads=pads,
             )
         copied = [tokenizer.folder / name for name in tokenizer.copied]
-        if PREPROCESSOR not in made and images.path is not None:
+        if image_processor.PREPROCESSOR not in made and images.path is not None:
             copied.append(images.path)
         return tuple(copied), {**tokenizer.made, **made}
 
@@ -419,17 +395,17 @@ class Assessment:
         if self.writes_tower:
             components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
         components[PROJECTOR] = dict(sorted(checkpoint.projector.tensors.items()))
-        placed, dropped = place(components, {LLM: llm.origins}, format_, self.environment)
-        tensors = tuple(in_dtype(planned, self.dtype) for planned in placed)
-        self.found.note(unchecked_note(tensors))
+        placed, dropped = placement.place(components, {LLM: llm.origins}, format_, self.environment)
+        tensors = tuple(placement.in_dtype(planned, self.dtype) for planned in placed)
+        self.found.note(placement.unchecked_note(tensors))
         becomes, (ids, chat) = llm.family.target_class, self.generation
         config = output_config(
             format_,
             (becomes, self.written_llm.values),
-            (self.catalogue.classes[TOWER_CLASS], self.tower),
+            (self.catalogue.classes[vision_tower.TOWER_CLASS], self.tower),
             self.format_keys,
             model_type=None if options.model_type == "official" else options.model_type,
-            dtype=config_dtype(self.dtype, llm.tensors.values()),
+            dtype=placement.config_dtype(self.dtype, llm.tensors.values()),
             ids=ids,
         )
         shards = plan_shards(

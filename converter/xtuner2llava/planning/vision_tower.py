@@ -58,6 +58,8 @@ _PROCESSOR: Mapping[str, Json] = {
     "do_convert_rgb": True,
 }
 PROCESSOR_KEYS = tuple(_PROCESSOR)
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "patch_size", "image_size")  # fmt: skip
 # Processors save their numbers from float32 or float64.
 _TOLERANCE = 1e-6
 
@@ -89,18 +91,10 @@ class PublishedTower:
     processor: Mapping[str, Json]
 
     @classmethod
-    def of(
-        cls, hidden: int, inner: int, layers: int, heads: int, patch: int, image: int
-    ) -> PublishedTower:
-        sizes: dict[str, Json] = {
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "patch_size": patch,
-            "image_size": image,
-        }
-        return cls({**_CONFIG, **sizes}, clip_processor({"size": image, "crop_size": image}))
+    def of(cls, *sizes: int) -> PublishedTower:
+        """The tower with `_SIZES`, whose processor makes images of the last of them."""
+        config = {**_CONFIG, **dict(zip(_SIZES, sizes, strict=True))}
+        return cls(config, clip_processor({"size": sizes[-1], "crop_size": sizes[-1]}))
 
     def differences(
         self, config: Mapping[str, Json], processor: Mapping[str, Json]

@@ -229,6 +229,44 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         "tokenizer",
         "<|im_end|> (id 360) ended each turn in training, and is not an eos_token_id",
     ),
+    "eos in one of two configs": (
+        without_key("config.json", "eos_token_id"),
+        "generation config",
+        "eos_token_id is [360, 361] in generation_config.json and missing in config.json",
+    ),
+    "generation config gone": (
+        lambda folder: (folder / "generation_config.json").unlink(),
+        "generation config",
+        "is missing or empty",
+    ),
+    "preprocessor gone": (
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+        "image processor",
+        "preprocessor_config.json is missing",
+    ),
+    "colour of two numbers": (
+        lambda folder: set_keys(folder / "preprocessor_config.json", image_mean=[0.5, 0.5]),
+        "image processor",
+        "image_mean is [0.5, 0.5], expected three numbers",
+    ),
+    "projector that LLaVA does not have": (
+        config(mm_projector_type="resampler"),
+        "tensors of the projector",
+        "mm_projector_type 'resampler' is not one that LLaVA has",
+    ),
+    "tower of another width": (
+        config(mm_hidden_size=96),
+        "tensors of the projector",
+        "wide, the config says 96",
+    ),
+    "flag of a tower that is not there": (
+        lambda folder: edit_tensors(
+            folder,
+            lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith(TOWER)],
+        ),
+        "vision tower in the folder",
+        "unfreeze_mm_vision_tower is not false, and its tensors are not there",
+    ),
     "pad beyond the vocabulary": (
         lambda folder: set_keys(folder / "generation_config.json", pad_token_id=400),
         "generation config",
@@ -393,6 +431,10 @@ SHARDED: dict[str, tuple[Damage, str]] = {
             ),
         ),
         "names model.extra, which is in no file",
+    ),
+    "index without its map": (
+        lambda folder: edit_json(folder / INDEX, lambda values: values.pop("weight_map")),
+        "has no weight_map",
     ),
     "shard gone": (
         lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),

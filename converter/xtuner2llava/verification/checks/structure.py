@@ -11,7 +11,7 @@ from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.tensors import LazyTensor, Shape
 from xtuner2llava.verification.folder import ConvertedFolder
-from xtuner2llava.verification.outcome import SKIPPED, Finding, judge
+from xtuner2llava.verification.outcome import FAILED, SKIPPED, Finding, judge
 from xtuner2llava.verification.plain_model import (
     in_files,
     new_language_model,
@@ -142,21 +142,21 @@ def _shapes(model: Any) -> dict[str, Shape]:
 
 def projector(out: ConvertedFolder) -> Finding:
     """Depth and sizes of the projector against the config and the two models it connects."""
-    hidden, source = out.text.get("hidden_size"), out.vision or {}
-    if out.format == "hf":
+    hidden = out.text.get("hidden_size")
+    if out.vision is not None:
         depth, named = 2, "LlavaMultiModalProjector has linear_1 and linear_2"
-        vision = source.get("hidden_size")
+        vision = out.vision.get("hidden_size")
     else:
-        kind, vision = (out.config.get(f"mm_{key}") for key in ("projector_type", "hidden_size"))
-        match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", str(kind))
-        depth, named = (
-            int(match[1]) if match else int(kind == "linear"),
+        kind, vision = out.config.get("mm_projector_type"), out.config.get("mm_hidden_size")
+        named, match = (
             f"mm_projector_type {kind!r}",
+            re.fullmatch(r"mlp([1-9]\d?)x_gelu", str(kind)),
         )
+        depth = int(match[1]) if match else int(kind == "linear")
     if not depth:
-        return judge([f"{named} is not one that LLaVA has"], "")
+        return FAILED, f"{named} is not one that LLaVA has"
     if not isinstance(hidden, int) or not isinstance(vision, int):
-        return judge([f"sizes are {vision!r} and {hidden!r}"], "")
+        return FAILED, f"sizes are {vision!r} and {hidden!r}"
     shapes: dict[str, Shape] = {}
     for layer in range(depth):
         # LLaVA gives a single layer, of type "linear", no index.

@@ -18,6 +18,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from reference.cases import CASES
+from xtuner2llava.cli import commands
 from xtuner2llava.cli.commands import main
 
 CASE = "qwen2_e_full_fullvis"
@@ -187,6 +188,14 @@ def test_a_mapping_that_fits_is_said_in_a_line(arguments: list[object], tmp_path
     assert line.startswith(f"{mine}: fits {checkpoint}: ")
     as_json = run("mappings", "check", mine, checkpoint, *options[:4], "--json")
     assert len(json.loads(as_json.stdout)["tensors"]) == 114
+
+
+def test_a_draft_is_not_wrapped(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = run("mappings", "draft", *arguments).stdout
+    monkeypatch.setattr(commands, "columns", lambda _: 40)
+    words = ["mappings", "draft", *map(str, arguments)]
+    assert CliRunner().invoke(main, words).stdout == draft
+    assert max(map(len, draft.splitlines())) > 40
 
 
 def test_a_plan_is_a_line_for_each_way_and_the_tensors_are_asked_for(

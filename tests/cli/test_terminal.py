@@ -31,6 +31,13 @@ def test_the_widest_columns_give_way_first() -> None:
     assert "".join(line.split("  ")[0].strip() for line in lines[2:]) == "a" * 30
 
 
+def test_a_name_is_broken_after_its_dots() -> None:
+    name = "model.layers.{0..1}.self_attn.q_proj.bias"
+    lines = table([(name, "b" * 60)], ("x", "y"), width=50).split("\n")
+    names = [line.split("  ")[0].strip() for line in lines[2:4]]
+    assert names == ["model.layers.{0..1}.", "self_attn.q_proj.bias"]
+
+
 def test_lines_are_broken_at_words_and_what_follows_is_indented() -> None:
     text = "Note: one two three four\n    path/that/is/much/longer/than/a/line\nfine"
     assert wrapped(text, 16) == (

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import click
 from xtuner2llava.cli import flags
 from xtuner2llava.cli.progress import progress
 from xtuner2llava.cli.terminal import accept_any_text, columns, printable, shortened, wrapped
-from xtuner2llava.errors import ConversionError, Fault, listed
+from xtuner2llava.errors import ConversionError, Fault, UsageError, listed
 from xtuner2llava.options import (
     OUTPUT,
     SPEED,
@@ -40,6 +40,8 @@ from xtuner2llava.options import (
 )
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from xtuner2llava.planning.plan import Plan
     from xtuner2llava.storage.json_file import Json
 
@@ -169,6 +171,34 @@ def _fit_threads(options: ConvertOptions, plan: Plan) -> None:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // computing)))
 
 
+@contextmanager
+def _dask_executor(address: str) -> Iterator[Executor]:
+    """The workers of the scheduler at `address`, such as "tcp://scheduler:8786".
+
+    A shard whose worker dies is written by another one: the scheduler tries again. Raises
+    `UsageError` if Dask is not installed, or no scheduler answers there.
+    """
+    try:
+        from distributed import Client  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise UsageError(
+            f"Dask is not installed ({error})",
+            where="--dask",
+            advice="Install it: pip install distributed",
+        ) from None
+    try:
+        client: Any = Client(address, timeout="10s", set_as_default=False)  # type: ignore[no-untyped-call,unused-ignore]
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no scheduler answers at {address} ({str(error).strip() or type(error).__name__})",
+            where="--dask",
+            advice="Give the address that `dask scheduler` shows, such as tcp://host:8786.",
+        ) from error
+    with client:
+        executor: Executor = client.get_executor(pure=False)
+        yield executor
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="xtuner2llava")
 @click.pass_context
@@ -215,9 +245,7 @@ def convert(
         if dask is None:
             options = replace(options, on_plan=partial(_fit_threads, options))
         else:
-            from xtuner2llava.cli.dask_cluster import dask_executor
-
-            options = replace(options, executor=stack.enter_context(dask_executor(dask)))
+            options = replace(options, executor=stack.enter_context(_dask_executor(dask)))
         on_progress = stack.enter_context(progress(quiet=quiet))
         report = run(checkpoint, out, replace(options, on_progress=on_progress))
     _show(report, render_report, as_json=as_json, quiet=quiet)
@@ -403,7 +431,8 @@ def draft_mapping(checkpoint: str, *, options: SourceOptions) -> None:
     config = opened.llm.config.values if opened.llm.config else {}
     shapes = {name: tensor.shape for name, tensor in opened.llm.tensors.items()}
     raise_faults(CheckpointError, [] if shapes and config else opened.faults)
-    _say(draft(config, shapes, Catalogue.shipped()).rstrip("\n"))
+    # Not wrapped: it is for a file.
+    click.echo(printable(draft(config, shapes, Catalogue.shipped())), nl=False)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 _MIN_COLUMN = 10  # characters; a narrower column is hard to read
+_PARTS = re.compile(r"([\t\n\x0b\x0c\r ]+)|(?<=[./_])(?=\w)")
 
 
 def printable(text: str) -> str:
@@ -75,14 +77,21 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, width: int | 
         excess -= 1
     lines = []
     for row in (header, ["─" * width for width in widths], *rows):
-        cells = [
-            textwrap.wrap(cell, width, break_on_hyphens=False) if len(cell) > width else [cell]
-            for cell, width in zip(row, widths, strict=True)
-        ]
+        cells = [_lines(cell, width) for cell, width in zip(row, widths, strict=True)]
         for index in range(max(map(len, cells))):
             line = (cell[index] if index < len(cell) else "" for cell in cells)
             lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
     return "\n".join(lines)
+
+
+def _lines(cell: str, width: int) -> list[str]:
+    """`cell` in lines, broken at words; after a dot, slash or underscore where a word is longer."""
+    if len(cell) <= width:
+        return [cell]
+    wrapper = textwrap.TextWrapper(width, break_on_hyphens=False)
+    if any(len(word) > width for word in cell.split()):
+        wrapper.wordsep_simple_re = _PARTS
+    return wrapper.wrap(cell)
 
 
 def _broken(line: str, width: int) -> str:

@@ -48,12 +48,38 @@ def test_the_one_before_is_freed_before_the_next_is_made() -> None:
     thread_cache.get([2], make)
 
 
-def test_each_thread_has_its_own() -> None:
+def test_threads_share_it_as_long_as_one_of_them_needs_it() -> None:
     made: list[int] = []
-    key = [1]
-    thread_cache.get(key, maker(made))
-    thread = threading.Thread(target=thread_cache.get, args=(key, maker(made)))
+    key, found = [1], list[int]()
+
+    def ask() -> None:
+        found.append(int(thread_cache.get(key, maker(made))))
+
+    for _ in range(2):
+        ask()
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        thread_cache.clear()
+    assert found == [0, 0, 1, 1]
+
+
+def test_a_buffer_is_used_again_by_its_thread_alone() -> None:
+    first = thread_cache.buffer("read", 8)
+    others = [thread_cache.buffer("written", 8), thread_cache.buffer("read", 9)]
+    thread = threading.Thread(target=lambda: others.append(thread_cache.buffer("read", 8)))
     thread.start()
     thread.join()
-    assert int(thread_cache.get(key, maker(made))) == 0
-    assert made == [0, 1]
+    assert thread_cache.buffer("read", 8) is first
+    assert all(other is not first for other in others)
+
+
+def test_what_was_cached_for_another_is_freed() -> None:
+    one, other = object(), object()
+    thread_cache.use_for(one)
+    alive = weakref.ref(thread_cache.get([1], lambda: torch.ones(2)))
+    buffer = thread_cache.buffer("read", 8)
+    thread_cache.use_for(one)
+    assert alive() is not None and thread_cache.buffer("read", 8) is buffer
+    thread_cache.use_for(other)
+    assert alive() is None and thread_cache.buffer("read", 8) is not buffer

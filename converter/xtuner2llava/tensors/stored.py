@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from xtuner2llava.tensors.dtype import DType
+from xtuner2llava.tensors.dtype import FLOAT16, DType
 from xtuner2llava.tensors.files import FileRange, cut, join, read_ranges, read_ranges_into
 from xtuner2llava.tensors.lazy import LazyTensor, Shape
 
@@ -59,7 +59,10 @@ class Stored(LazyTensor):
         step = max(1, _PART_BYTES // max(1, self.row_bytes))
         for first in range(start, stop, step):  # Widened while it is in the cache.
             last = min(first + step, stop)
-            out[first - start : last - start].copy_(self.read(first, last))
+            block = self.read(first, last)
+            # torch widens float16 to float64 one by one, and to float32 many at a time.
+            block = block.float() if self.dtype == FLOAT16 else block
+            out[first - start : last - start].copy_(block)
 
     def leaves(self) -> Iterator[LazyTensor]:
         yield self

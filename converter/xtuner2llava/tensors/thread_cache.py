@@ -1,6 +1,7 @@
-"""What a thread uses again for the next block: buffers, and a tensor that all blocks need whole.
+"""What a thread uses again for the next block of a tensor.
 
-One tensor a thread, so that memory is bounded by the number of threads.
+Buffers are its own. A tensor that all blocks need whole is shared with the other threads that need
+it at the same time.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     import torch
@@ -15,13 +17,16 @@ if TYPE_CHECKING:
 
 class _Cache(threading.local):
     def __init__(self) -> None:
-        self.buffers: dict[str, bytearray] = {}
         self.owner: object = None
+        self.buffers: dict[tuple[str, int], bytearray] = {}
         self.key: object = None
         self.value: torch.Tensor | None = None
 
 
 _cache = _Cache()
+# By the id of a key, which lives as long as a thread holds its tensor.
+_shared: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
+_making = threading.Lock()
 
 
 def use_for(owner: object) -> None:
@@ -36,19 +41,21 @@ def buffer(use: str, count: int) -> bytearray:
 
     New memory for each block costs more than reading it.
     """
-    found = _cache.buffers.get(use)
-    if found is None or len(found) != count:
-        found = None
-        _cache.buffers.pop(use, None)
-        found = _cache.buffers[use] = bytearray(count)
+    found = _cache.buffers.get((use, count))
+    if found is None:
+        found = _cache.buffers[use, count] = bytearray(count)
     return found
 
 
 def get(key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `make` gave when this thread last asked for `key`, if it asked for nothing since."""
+    """What `make` gave for `key`, as long as a thread has asked for nothing else since."""
     if _cache.value is None or _cache.key is not key:
         _cache.value = None
-        _cache.value, _cache.key = make(), key
+        with _making:
+            _cache.value = _shared.get(id(key))
+            if _cache.value is None:
+                _cache.value = _shared[id(key)] = make()
+        _cache.key = key
     return _cache.value
 
 

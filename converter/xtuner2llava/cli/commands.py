@@ -78,7 +78,10 @@ class _Group(flags.Group):
             ctx.exit(1)
         except (Exception, KeyboardInterrupt) as error:
             faults, status = _faults(error)
-            _tell(faults)
+            if isinstance(error, KeyboardInterrupt):
+                _say(faults[0].what, err=True)
+            else:
+                _tell(faults)
             if ctx.obj["verbose"]:
                 traceback.print_exception(error)
             if ctx.obj["json"]:

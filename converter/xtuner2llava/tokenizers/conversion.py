@@ -102,8 +102,8 @@ def prepare_tokenizer(
 
 def with_arguments(
     tokenizer: Tokenizer, arguments: Mapping[str, Json], *, kept: Collection[str] = ()
-) -> tuple[Tokenizer, tuple[str, ...]]:
-    """`tokenizer` with `arguments` in place of its config's values, and what to tell the user.
+) -> Prepared:
+    """`tokenizer` with `arguments` in place of its config's values.
 
     transformers lets the arguments override tokenizer_config.json, then adds those special tokens
     that are not in the vocabulary: the named ones in a fixed order, then the additional ones
@@ -136,4 +136,4 @@ def with_arguments(
     }
     if additional != present:
         result = result.with_special_token(ADDITIONAL, [*additional])
-    return (result.with_config(others) if others else result), tuple(notes)
+    return Prepared(result.with_config(others) if others else result, tuple(notes))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias, TypeGuard
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 from xtuner2llava.errors import CorruptFileError
 from xtuner2llava.storage.json_file import Json, read_json, text
@@ -210,9 +210,8 @@ class Tokenizer:
         return json_file({**content, "added_tokens": tokens})
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A tokenizer that transformers loads by itself, and what was done for that."""
+class Prepared(NamedTuple):
+    """A tokenizer that was changed for a purpose, and what to tell the user of it."""
 
     tokenizer: Tokenizer
     notes: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.inspection.token_advice import Advice, TokenAdvice
@@ -110,30 +111,13 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Json]:
         """The same as JSON."""
-        return {
-            "layout": self.layout,
-            "iteration": self.iteration,
-            "parts": {
-                name: {
-                    "weights": part.origin,
-                    "trained": part.trained,
-                    "base": part.base,
-                    "tensors": part.tensors,
-                    "parameters": part.parameters,
-                    "bytes": part.nbytes,
-                    "dtypes": list(part.dtypes),
-                }
-                for name, part in self.parts.items()
-            },
-            "bases": {name: asdict(base) for name, base in self.bases.items()},
-            "llm_architectures": list(self.llm_architectures),
-            "family": self.family,
-            "xtuner_config": dict(self.training_config),
-            "targets": [target.to_dict() for target in self.targets],
-            "notes": list(self.notes),
-            "advice": list(self.advice),
-            "lines": list(self.lines),
-        }
+        values = asdict(self, dict_factory=_as_json)
+        return {**values, "targets": [target.to_dict() for target in self.targets]}
+
+
+def _as_json(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    names = {"training_config": "xtuner_config", "origin": "weights", "nbytes": "bytes"}
+    return {names.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in items}
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspection:

@@ -87,10 +87,15 @@ def chat_template(template: PromptTemplate, marks: Marks) -> str | None:
         "LEAD OF THE FIRST": marks.lead_of(turn[0], "ns.input", bos),
         "LEAD": marks.lead_of(turn[0], "ns.input", follows),
         "TURN": "".join(_turn(turn, marks)),
-        "ANSWER": "".join(_answer(template, marks, turn[-1].text, end)),
+        "LEAD OF THE ANSWER": marks.lead_of(_Part("", "text"), "ns.text", turn[-1].text),
+        "LEAD OF NO ANSWER": _text(marks.lead(template.suffix, turn[-1].text)),
+        "SUFFIX": _text(template.suffix),
+        "EOS": "" if template.suffix_as_eos else _text(marks.eos or ""),
+        "SEPARATOR": _text(marks.lead(template.sep, end) + template.sep),
     }
     text = "".join(line.strip() for line in _TEMPLATE.splitlines())
-    return re.sub(r"<([A-Z ]+)>", lambda found: written[found[1]], text)
+    text = re.sub(r"<([A-Z ]+)>", lambda found: written[found[1]], text)
+    return text.replace("{%- if not ns.text -%}{%- endif -%}", "")
 
 
 # A message's content becomes one text, with <image> where its images are. As llava_map_fn does it,
@@ -135,7 +140,10 @@ _TEMPLATE = """\
             {%- set ns.input = '' -%}
         {%- endif -%}
     {%- elif message['role'] == 'assistant' -%}
-        <ANSWER>
+        <LEAD OF THE ANSWER>
+        {%- if not ns.text -%}<LEAD OF NO ANSWER>{%- endif -%}
+        {{- ns.text -}}
+        <SUFFIX><EOS><SEPARATOR>
     {%- else -%}
         {{ raise_exception('The roles are system, user and assistant') }}
     {%- endif -%}
@@ -156,17 +164,6 @@ def _turn(parts: list[_Part], marks: Marks) -> Iterator[str]:
             if tail:
                 yield f"{{%- if ns.input.endswith({_quoted(IMAGE)}) -%}}"
                 yield f"{_text(tail)}{{%- endif -%}}"
-
-
-def _answer(
-    template: PromptTemplate, marks: Marks, instruction_end: str, end: str
-) -> Iterator[str]:
-    yield marks.lead_of(_Part("", "text"), "ns.text", instruction_end)
-    alone = _text(marks.lead(template.suffix, instruction_end))
-    yield f"{{%- if not ns.text -%}}{alone}{{%- endif -%}}" if alone else ""
-    yield "{{- ns.text -}}" + _text(template.suffix)
-    yield _text("" if template.suffix_as_eos else marks.eos or "")
-    yield _text(marks.lead(template.sep, end) + template.sep)
 
 
 @dataclass(frozen=True, slots=True)

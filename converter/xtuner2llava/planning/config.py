@@ -12,7 +12,7 @@ never stops.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -157,26 +157,25 @@ def valid_settings(values: Mapping[str, Json]) -> tuple[dict[str, Json], tuple[s
 
     Without notes, `values` are such already.
     """
-    result = dict(values)
-    notes = [*_without_run_settings(result), *_one_way_to_choose(result), *_beams(result)]
-    return result, tuple(notes)
+    result, notes = dict(values), list[str]()
 
+    def drop(keys: Iterable[str], why: str) -> None:
+        found = [key for key in dict.fromkeys(keys) if key in result]
+        for key in found:
+            del result[key]
+        if found:
+            notes.append(f"{_FILE} is written without {', '.join(found)}{why}")
 
-def _without_run_settings(result: dict[str, Json]) -> Iterator[str]:
     length = result.get("max_new_tokens")
     senseless = ["max_new_tokens"] if isinstance(length, int) and length < 1 else []
-    if found := _take(result, [*(key for key in _OF_THE_RUN if key in result), *senseless]):
-        yield f"{_FILE} is written without {found}, which not every transformers loads."
-
-
-def _one_way_to_choose(result: dict[str, Json]) -> Iterator[str]:
-    """Either tokens are drawn, with the settings for it, or the best one is taken, without."""
+    drop([*_OF_THE_RUN, *senseless], ", which not every transformers loads.")
     if result.get("penalty_alpha") is not None and result.get("do_sample") is not True:
-        found = _take(result, ["penalty_alpha", "top_k"])
-        yield (
-            f"{_FILE} is written without {found}: transformers 4.57 does not save the settings of "
-            "contrastive search, and 5 has none. Give them to `generate`."
+        drop(
+            ["penalty_alpha", "top_k"],
+            ": transformers 4.57 does not save the settings of contrastive search, and 5 has none. "
+            "Give them to `generate`.",
         )
+    # Either tokens are drawn, with the settings for it, or the best one is taken, without.
     asked = [k for k, neutral in _SAMPLING.items() if result.get(k, neutral) not in (None, neutral)]
     temperature = result.get("temperature")
     if isinstance(temperature, int | float) and temperature == 0:
@@ -184,45 +183,37 @@ def _one_way_to_choose(result: dict[str, Json]) -> Iterator[str]:
         result["do_sample"] = False
     elif asked and result.get("do_sample") is None:
         result["do_sample"] = True
-        yield (
+        notes.append(
             f"{_FILE} has do_sample true: the base sets {', '.join(asked)} without it, and "
             "transformers does not save such a model. Give do_sample=False to `generate` for the "
             "most likely answer."
         )
-    if result.get("do_sample") is not True and (
-        found := _take(result, [k for k in _SAMPLING if k in asked or result.get(k, 0) is None])
-    ):
-        yield (
-            f"{_FILE} is written without {found}: do_sample is false, and transformers does not "
-            "save a model with both."
+    if result.get("do_sample") is not True:
+        drop(
+            [key for key in _SAMPLING if key in asked or result.get(key, 0) is None],
+            ": do_sample is false, and transformers does not save a model with both.",
         )
+    drop(
+        _wrong_for_beams(result),
+        ", which do not fit its num_beams, and with which transformers does not save a model.",
+    )
+    return result, tuple(notes)
 
 
-def _beams(result: dict[str, Json]) -> Iterator[str]:
-    beams = result.get("num_beams")
+def _wrong_for_beams(settings: Mapping[str, Json]) -> list[str]:
+    beams = settings.get("num_beams")
     width = beams if isinstance(beams, int) and beams > 1 else 1
-    wrong = [k for k, neutral in _BEAMS.items() if width == 1 and result.get(k, neutral) != neutral]
-    groups = result.get("num_beam_groups", 1) not in (None, 1)
-    if width > 1 and groups != bool(result.get("diversity_penalty")):
-        wrong += ["num_beam_groups", "diversity_penalty"]
-    if width > 1 and result.get("early_stopping", False) not in (True, False, "never"):
-        wrong.append("early_stopping")
-    if beams is not None and beams != width:
-        wrong.append("num_beams")
-    answers = result.get("num_return_sequences")
-    drawn = result.get("do_sample") is True and width == 1
+    wrong = ["num_beams"] if beams is not None and beams != width else []
+    if width == 1:
+        wrong += [key for key, neutral in _BEAMS.items() if settings.get(key, neutral) != neutral]
+    else:
+        groups = settings.get("num_beam_groups", 1) not in (None, 1)
+        if groups != bool(settings.get("diversity_penalty")):
+            wrong += ["num_beam_groups", "diversity_penalty"]
+        if settings.get("early_stopping", False) not in (True, False, "never"):
+            wrong.append("early_stopping")
+    answers = settings.get("num_return_sequences")
+    drawn = settings.get("do_sample") is True and width == 1
     if isinstance(answers, int) and answers > width and not drawn:
         wrong.append("num_return_sequences")
-    if found := _take(result, wrong):
-        yield (
-            f"{_FILE} is written without {found}, which do not fit its num_beams, and with which "
-            "transformers does not save a model."
-        )
-
-
-def _take(values: dict[str, Json], keys: Sequence[str]) -> str:
-    """Removes those of `keys` that are there, and lists them."""
-    found = [key for key in dict.fromkeys(keys) if key in values]
-    for key in found:
-        del values[key]
-    return ", ".join(found)
+    return wrong

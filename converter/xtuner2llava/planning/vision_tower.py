@@ -71,14 +71,11 @@ def clip_processor(values: Mapping[str, Json]) -> dict[str, Json]:
     `image_processing_utils.py`, `get_size_dict`).
     """
     result = {**_PROCESSOR, **{key: values[key] for key in _PROCESSOR if key in values}}
-    size, crop = result["size"], result["crop_size"]
-    if isinstance(size, int):
-        result["size"] = {"shortest_edge": size}
-    if isinstance(crop, int):
-        result["crop_size"] = {"height": crop, "width": crop}
-    for key in ("size", "crop_size"):
+    for key, edges in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
         sizes = result[key]
-        if isinstance(sizes, dict):  # Some versions write all edges, None where one is not meant.
+        if isinstance(sizes, int):
+            result[key] = dict.fromkeys(edges, sizes)
+        elif isinstance(sizes, dict):  # Some versions write all edges, None where one is not meant.
             result[key] = {edge: n for edge, n in sizes.items() if n is not None}
     return result
 
@@ -312,17 +309,16 @@ def projector_faults(
     if not any(name in shapes for name in expected if name.endswith("bias")):
         return [Fault(where, "a projector without bias", "LLaVA's mlp projectors always have one.")]
     faults = []
-    for name, shape in expected.items():
-        if name not in shapes:
-            faults.append(Fault(f"{where}, projector.{name}", "is missing"))
-        elif shapes[name] != shape:
-            faults.append(
-                Fault(
-                    f"{where}, projector.{name}",
-                    f"has shape {list(shapes[name])}, expected {list(shape)} = "
-                    "[LLM hidden_size, vision or LLM hidden_size]",
-                    "Do the base LLM and the base vision tower belong to this checkpoint?",
-                )
+    for name in dict.fromkeys([*expected, *sorted(shapes)]):
+        found, wanted = shapes.get(name), expected.get(name)
+        if found == wanted:
+            continue
+        what, advice = "is missing" if found is None else "is unexpected", ""
+        if found is not None and wanted is not None:
+            what = (
+                f"has shape {list(found)}, expected {list(wanted)} = "
+                "[LLM hidden_size, vision or LLM hidden_size]"
             )
-    unexpected = sorted(shapes.keys() - expected.keys())
-    return faults + [Fault(f"{where}, projector.{name}", "is unexpected") for name in unexpected]
+            advice = "Do the base LLM and the base vision tower belong to this checkpoint?"
+        faults.append(Fault(f"{where}, projector.{name}", what, advice))
+    return faults

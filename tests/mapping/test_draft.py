@@ -242,7 +242,7 @@ def test_a_module_called_the_same_is_renamed_where_its_shape_agrees(tmp_path: Pa
     wide = renamed(_llama_shapes(2), {"self_attn": "mix"})
     wide |= {name: (80, 64) for name in wide if name.endswith("k_proj.weight")}
     text = drafted(config, wide, tmp_path)
-    assert "{mix.k_proj.weight: }    # [80, 64]: nothing that is missing has this shape\n" in text
+    assert "{mix.k_proj.weight: }    # [80, 64]: nothing left there has this shape\n" in text
 
 
 @pytest.mark.parametrize("of_kind", ["attention_norm", "ffn_norm"])
@@ -274,6 +274,16 @@ def test_one_tensor_of_queries_keys_and_values_is_never_sure(tmp_path: Path) -> 
     assert "becomes: llama " in text
     assert "# - split: attn.Wqkv.weight    # [128, 64]\n" in text
     assert "# - split: ff.both.weight    # [192, 64]\n" in text
+    # Queries, keys and values are in it, so the other of that shape is the output.
+    assert "   attn.out.weight: self_attn.o_proj.weight    # [64, 64], only one of this" in text
+    for i in (0, 1):
+        fused |= {f"model.layers.{i}.attn.Wqkv.bias": (128,)}
+    text = drafted(
+        config, fused | {f"model.layers.{i}.attn.out.bias": (64,) for i in (0, 1)}, tmp_path
+    )
+    assert "becomes: qwen2 " in text
+    assert "# - rename: {attn.out.bias: }    # [64]: nothing left there has this shape" in text
+    fused = {name: shape for name, shape in fused.items() if "bias" not in name}
     named = renamed(fused, {"attn.Wqkv": "self_attn.qkv_proj", "ff.both": "mlp.gate_up_proj"})
     text = drafted(config, named, tmp_path)
     assert "becomes: phi3    # for --format hf\n" in text

@@ -1,9 +1,8 @@
 """A starter mapping for an LLM that no family fits: what names and shapes tell; the rest, comments.
 
-A tensor is kept under a name of the class. It is renamed where one name of the class is left for
-it: the one with its shape whose module is called the same, such as `q_proj`, or the only one with
-its shape. Where there are several, such as gate and up, a comment lists them. `mappings check`
-accepts the draft; a plan asks for what is left.
+A tensor is kept under a name of the class. It is renamed if one name of the class is left for it:
+of its shape and with the same module, such as `q_proj`, or the only one of its shape. Where there
+are several, such as gate and up, a comment lists them. `mappings check` accepts the draft.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -29,10 +28,8 @@ _Parts: TypeAlias = tuple[_Shapes, _Shapes]
 _Targets: TypeAlias = dict[str, tuple[str, str]]
 
 _MAX_COMMENTS = 60
-_MAX_NAMES = 8
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*(\{i\})?")
+_PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_][A-Za-z0-9_./-]*(\{i\})?")
 _IN_LAYER = re.compile(r"(.+?)\.([0-9]+)\.(.+)", re.DOTALL)
-_NO_TEXTS = ("true", "false", "null")
 _ABOUT_FILES = ("architectures", "auto_map", "model_type", "torch_dtype", "transformers_version")
 # What one tensor may hold in place of several, and what a class that has it so calls it.
 _FUSED = {
@@ -109,8 +106,7 @@ def _layout(shapes: _Shapes) -> _Layout:
         inside.setdefault(rest, []).append(shapes[name])
     layers = len({number for number, _ in within.values()})
     uneven = [n for n, there in inside.items() if len(there) < layers or len({*there}) > 1]
-    first = {name: there[0] for name, there in inside.items()}
-    return _Layout((outside, first), prefix, layers, uneven)
+    return _Layout((outside, {n: there[0] for n, there in inside.items()}), prefix, layers, uneven)
 
 
 def _nearest_class(
@@ -129,8 +125,8 @@ def _nearest_class(
         return places + named, named
 
     names = dict.fromkeys(name for one in catalogue.formats.values() for name in one.classes)
-    found = [(one, _expected(one, config)) for one in map(catalogue.classes.__getitem__, names)]
-    return max(found, key=likeness)
+    classes = [catalogue.classes[name] for name in names]
+    return max(((plain, _expected(plain, config)) for plain in classes), key=likeness)
 
 
 def _expected(plain: PlainClass, config: Environment) -> _Parts:
@@ -147,18 +143,33 @@ def _expected(plain: PlainClass, config: Environment) -> _Parts:
 def _sure(shapes: _Shapes, uneven: Collection[str], expected: _Shapes) -> _Targets:
     """The name in the class of each tensor for which one is left, and why it is that one."""
     found = {name: (name, "") for name in shapes if name in expected and name not in uneven}
-    for mark, why in _MARKS:
-        made = {target for target, _ in found.values()}
+    for mark, why in ((_module, "same module name"), (_kind, "only one of this shape")):
+        left = _without(found, shapes)
+        missing = _without({target for target, _ in found.values()}, expected)
+        if mark is _kind:
+            missing = _without(_in_fused(left, missing), missing)
         alone: list[dict[tuple[Shape, str], str]] = []
-        for names, done in ((shapes, found.keys()), (expected, made)):
-            keys = {n: (names[n], mark(n)) for n in names if n not in done}
+        for names in (left, missing):
+            keys = {name: (shape, mark(name)) for name, shape in names.items()}
             count = Counter(keys.values())
             alone.append({key: name for name, key in keys.items() if count[key] == 1})
-        ours, theirs = alone
-        for key in ours.keys() & theirs:
-            if ours[key] not in uneven and _usable(ours[key]):
-                found[ours[key]] = theirs[key], why
-    return {name: found[name] for name in shapes if name in found}
+        for key, name in alone[0].items():
+            if key in alone[1] and name not in uneven and _usable(name):
+                found[name] = alone[1][key], why
+    return found
+
+
+def _without(names: Collection[str], shapes: _Shapes) -> _Shapes:
+    return {name: shape for name, shape in shapes.items() if name not in names}
+
+
+def _in_fused(shapes: _Shapes, missing: _Shapes) -> set[str]:
+    """Those of `missing` that one of `shapes` may hold together."""
+    return {part for shape in shapes.values() for part in _fused(shape, missing)}
+
+
+def _module(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _kind(name: str) -> str:
@@ -166,19 +177,11 @@ def _kind(name: str) -> str:
     return name if name in _FUSED else "bias" if name.endswith("bias") else "weight"
 
 
-# What tells tensors of one shape apart, and what a comment says of those that it does tell apart.
-_MARKS: tuple[tuple[Callable[[str], str], str], ...] = (
-    (lambda name: ".".join(name.split(".")[-2:]), "same module name"),
-    (_kind, "only one of this shape"),
-)
-
-
 def _fused(shape: Shape, missing: _Shapes) -> list[str]:
     """The names of the class that a tensor of this shape may be split into."""
     for parts in _FUSED.values():
-        fitting = [missing[part] for part in parts if part in missing]
-        rows = sum(one[0] for one in fitting if one[1:] == shape[1:])
-        if len(fitting) == len(parts) and shape[:1] == (rows,):
+        found = [missing[part] for part in parts if part in missing]
+        if len(found) == len(parts) and shape == (sum(s[0] for s in found), *found[0][1:]):
             return parts
     return []
 
@@ -208,22 +211,21 @@ def _tensors(config: Environment, layout: _Layout, expected: _Parts) -> Iterator
 def _rules(shapes: _Shapes, uneven: Collection[str], expected: _Shapes) -> Iterator[str]:
     """`keep` and `rename` for what is sure, and comments for other names and for missing ones."""
     sure = _sure(shapes, uneven, expected)
-    if kept := [name for name, (_, why) in sure.items() if not why]:
-        yield "- keep:"
-        yield from (f"    - {name}    # {[*shapes[name]]}" for name in kept)
-    if len(kept) < len(sure):
-        yield "- rename:"
-    for name, (target, why) in sure.items():
-        if why:
-            yield f"    {_scalar(name)}: {target}    # {[*shapes[name]]}, {why}"
-    made = {target for target, _ in sure.values()}
-    missing = {name: shape for name, shape in expected.items() if name not in made}
-    left = {n: s for n, s in shapes.items() if n not in sure and not n.endswith("inv_freq")}
+    kept = [f"    - {n}    # {[*shapes[n]]}" for n, (_, why) in sure.items() if not why]
+    yield from ["- keep:", *kept] if kept else []
+    renamed = [
+        f"    {_scalar(name)}: {target}    # {[*shapes[name]]}, {why}"
+        for name, (target, why) in sure.items()
+        if why
+    ]
+    yield from ["- rename:", *renamed] if renamed else []
+    missing = _without({target for target, _ in sure.values()}, expected)
+    left = {n: s for n, s in _without(sure, shapes).items() if not n.endswith("inv_freq")}
     if unknown := fold(left):
         yield "# Not recognised; `rename` them, or `drop` them with a reason:"
     for one in unknown[:_MAX_COMMENTS]:
         if one.text in left and one.text not in uneven:
-            yield from _choices(one.text, left[one.text], missing)
+            yield from _choices(one.text, left, missing)
         else:
             what = "differs between layers" if one.text in left else f"{one.count:,} tensors"
             yield f"# - rename: {{{_scalar(one.text)}: }}    # {what}"
@@ -233,8 +235,9 @@ def _rules(shapes: _Shapes, uneven: Collection[str], expected: _Shapes) -> Itera
         yield f"# Nothing makes: {', '.join(one.text for one in fold(missing))}"
 
 
-def _choices(name: str, shape: Shape, missing: _Shapes) -> Iterator[str]:
-    """What one tensor may become, as a comment."""
+def _choices(name: str, shapes: _Shapes, missing: _Shapes) -> Iterator[str]:
+    """What one of `shapes` may become, as a comment."""
+    shape = shapes[name]
     if parts := _fused(shape, missing):
         sizes = [missing[part][0] for part in parts]
         slots = ", ".join(f"{size} // N" for size in sizes)
@@ -242,9 +245,10 @@ def _choices(name: str, shape: Shape, missing: _Shapes) -> Iterator[str]:
         yield f"#   into: [{', '.join(parts)}]"
         yield f"#   sizes: {sizes}    # or `deinterleave` with groups: N, slots: [{slots}]"
         return
-    fitting = [other for other, its in missing.items() if its == shape]
+    free = _without(_in_fused(shapes, missing), missing)
+    fitting = [other for other, its in free.items() if its == shape]
     fitting = [other for other in fitting if _kind(other) == _kind(name)] or fitting
-    names = ", ".join(fitting[:_MAX_NAMES]) or "nothing that is missing has this shape"
+    names = ", ".join(one.text for one in fold(fitting)) or "nothing left there has this shape"
     yield f"# - rename: {{{_scalar(name)}: }}    # {[*shape]}: {names}"
 
 
@@ -252,9 +256,7 @@ def _config(config: Environment, plain: PlainClass) -> Iterator[str]:
     """The lines of a `config` table for the class `plain`, and comments on all other keys."""
     spellings = {key: spelling_of(key, config) for key in plain.keys}
     derive, constant, missing = [], [], []
-    for key, spelling in spellings.items():
-        if spelling == key:
-            continue
+    for key, spelling in ((key, found) for key, found in spellings.items() if found != key):
         if key == "hidden_act" and config.get(spelling) in SILU:
             constant.append(f"{key}: silu    # {spelling} is {show(config[spelling])}")
         elif spelling:
@@ -269,9 +271,7 @@ def _config(config: Environment, plain: PlainClass) -> Iterator[str]:
     if keep := [key for key, spelling in spellings.items() if spelling == key]:
         yield f"  keep: [{', '.join(keep)}]"
     for title, entries in (("derive", derive), ("set", constant)):
-        if entries:
-            yield f"  {title}:"
-            yield from (f"    {entry}" for entry in entries)
+        yield from [f"  {title}:", *(f"    {entry}" for entry in entries)] if entries else []
     if missing:
         yield f"  # Not in the config, so as {plain.architecture} has it: {', '.join(missing)}."
     used = {*_ABOUT_FILES, *spellings.values()}
@@ -292,10 +292,10 @@ def _usable(name: str) -> bool:
 
 def _quoted(text: str) -> str:
     """A text on one line between quotes; what cannot be printed becomes a question mark."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in text[:300])
-    return json.dumps(printable, ensure_ascii=False)
+    printable = (letter if letter.isprintable() else "?" for letter in text[:300])
+    return json.dumps("".join(printable), ensure_ascii=False)
 
 
 def _scalar(text: str) -> str:
     """A text as YAML: quoted where it would be something else."""
-    return text if _PLAIN.fullmatch(text) and text.lower() not in _NO_TEXTS else _quoted(text)
+    return text if _PLAIN.fullmatch(text) else _quoted(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Annotated, TypeVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
@@ -85,8 +86,7 @@ class TranslatedConfig:
     doubts: tuple[Limit, ...] = ()
 
 
-def _read_config(reader: Reader, node: Node) -> ConfigRules:
-    return read_config_rules(reader, node, ("default", "require", "keep", "derive", "set"))
+_CONFIG = partial(read_config_rules, allowed=("default", "require", "keep", "derive", "set"))
 
 
 def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
@@ -111,7 +111,7 @@ class Family:
         metadata=key("tensors"), default=()
     )
     """Its rules, and those of the families that it extends, which they replace."""
-    config: Annotated[ConfigRules, _read_config] = field(default_factory=ConfigRules)
+    config: Annotated[ConfigRules, _CONFIG] = field(default_factory=ConfigRules)
     tokenizer: Annotated[Mapping[str, object], _read_tokenizer] = field(default_factory=dict)
     generation: Generation = Generation()
     chat: ChatDefaults = ChatDefaults()
@@ -202,11 +202,8 @@ class Family:
 
 def _filled(own: _T, parent: _T) -> _T:
     """A dataclass with `parent`'s value of each field that is empty."""
-    fallen_back = {
-        each.name: getattr(own, each.name) or getattr(parent, each.name)
-        for each in fields(own)  # type: ignore[arg-type]
-    }
-    return replace(own, **fallen_back)  # type: ignore[type-var]
+    names = [each.name for each in fields(own)]  # type: ignore[arg-type]
+    return type(own)(**{name: getattr(own, name) or getattr(parent, name) for name in names})
 
 
 def read_family(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -84,12 +85,8 @@ def _read_tensors(reader: Reader, node: Node) -> Mapping[str, tuple[Entry, ...]]
     return {name: read_rules(reader, table.get(name, ABSENT)) for name in COMPONENTS}
 
 
-def _read_config(reader: Reader, node: Node) -> ConfigRules:
-    return read_config_rules(reader, node, ("keep", "derive", "set", "nest"))
-
-
-def _read_tokens(reader: Reader, node: Node) -> Mapping[str, str]:
-    return reader.texts(node, "`tokens`", ("image", "pad"))
+_CONFIG = partial(read_config_rules, allowed=("keep", "derive", "set", "nest"))
+_TOKENS = partial(Reader.texts, what="`tokens`", allowed=("image", "pad"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +99,11 @@ class Format:
         metadata=key("tensors")
     )
     """By component, one of `COMPONENTS`."""
-    config_rules: Annotated[ConfigRules, _read_config] = field(
+    config_rules: Annotated[ConfigRules, _CONFIG] = field(
         metadata=key("config"), default=ConfigRules()
     )
     requirements: Requirements = field(metadata=key("require"), default=())
-    tokens: Annotated[Mapping[str, str], _read_tokens] = field(default_factory=dict)
+    tokens: Annotated[Mapping[str, str], _TOKENS] = field(default_factory=dict)
     """Tokens that the tokenizer must have, by what they are for: `image` and `pad`."""
     processor: str | None = None
     """The class of transformers that prepares texts and images together, if there is one."""

@@ -104,12 +104,9 @@ def _words(name: str) -> set[str]:
 
 def _same_kind(default: object, value: object) -> bool:
     """Whether both are numbers, texts, and so on; null may become anything but true or false."""
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if default is None:
-        return bool(value)
-    kinds = ((int, float), str, Mapping, (list, tuple))
-    return any(isinstance(default, kind) and isinstance(value, kind) for kind in kinds)
+    kinds = (bool, (int, float), str, Mapping, (list, tuple))
+    ours, theirs = (next((k for k in kinds if isinstance(v, k)), None) for v in (default, value))
+    return ours is theirs if default is not None else bool(value) and theirs is not bool
 
 
 def _equal(default: object, value: object) -> bool:

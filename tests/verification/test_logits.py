@@ -153,12 +153,16 @@ def test_the_hf_format(checkpoints: Path, converted: Converted) -> None:
     assert found.passed
 
 
-@pytest.mark.parametrize("kind", ["phi3", "mixtral"])
-def test_families_in_their_own_classes(checkpoints: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "format"), [("phi3", "llava"), ("mixtral", "llava"), ("gemma", "hf")]
+)
+def test_families_in_their_own_classes(
+    checkpoints: Path, tmp_path: Path, kind: str, format: str
+) -> None:
     source = KINDS[kind].make(tmp_path / "m", bos_token_id=1, eos_token_id=2, pad_token_id=0)
     trained = write_trained(tmp_path / "trained", source, checkpoints)
     out = tmp_path / f"llava-{'llama' if kind == 'phi3' else kind}"
-    convert(trained.checkpoint, out, dtype="float16", **trained.bases)
+    convert(trained.checkpoint, out, dtype="float16", format=format, **trained.bases)
     found = verify(out, against=trained.checkpoint, logits=True, **trained.bases)
     assert results(found) == {}
     apart = largest(found, "rounded - folder")

@@ -36,8 +36,10 @@ def plain_config(values: Mapping[str, Json]) -> Any:
     import transformers
     from transformers import AutoConfig
 
-    # Neither is about what is computed, and both may name classes that are not known here.
-    given = {k: v for k, v in values.items() if k not in ("architectures", "auto_map")}
+    # None is about what is computed. Two may name classes that are not known here; with the third,
+    # matrices are multiplied in slices.
+    others = ("architectures", "auto_map", "pretraining_tp")
+    given = {key: value for key, value in values.items() if key not in others}
     rope = given.get("rope_parameters")
     if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
         del given["rope_parameters"]

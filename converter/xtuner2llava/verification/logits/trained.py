@@ -124,6 +124,10 @@ def _source_model(checkpoint: Checkpoint, trust: bool, read: Read) -> Model:
     llm, training = checkpoint.llm, checkpoint.training_config
     assert llm.config is not None  # noqa: S101 - it was planned
     values = trained_llm_config(llm.config, training)
+    if values.get("model_type") == "gemma" and values.get("hidden_act") == "gelu":
+        # The first configs of Gemma mean this (transformers, pull request 29402); 4.57 takes them
+        # at their word.
+        values |= dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")
     config = _source_config(values, str(llm.config.path.parent), trust)
     remote = type(config).__module__.startswith("transformers_modules")
     with parameters_on_meta():

@@ -119,8 +119,12 @@ def test_each_stage_is_a_line_without_a_terminal(words: list[str], tmp_path: Pat
     assert f" {(out / 'model.safetensors').stat().st_size} bytes," in written
     checked = run("verify", out, "--against", *words)
     assert [LINE.fullmatch(x)[1] for x in checked.stderr.splitlines()] == [  # type: ignore[index]
-        "look", "plan", "compare",
+        "plan", "look", "compare",
     ]  # fmt: skip
+    # What is missing is said before the folder is read.
+    missing = run("verify", out, "--against", words[0], "--llm", tmp_path / "nothing")
+    assert (missing.exit_code, "is not a folder here" in missing.stderr) == (1, True)
+    assert "look:" not in missing.stderr
     assert run("verify", out, "-q").stderr == ""
     assert run("plan", *words).stderr == ""
     assert LOGGER.handlers == []

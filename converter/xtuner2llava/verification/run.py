@@ -44,7 +44,12 @@ from xtuner2llava.writing import OnProgress
 from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
+    import torch
+
     from xtuner2llava.planning.plan import Plan
+    from xtuner2llava.verification.logits.streamed import ModelInput
+
+    _Reference = tuple[ModelInput, torch.Tensor]
 
 _CONFIG, _HEADERS = "config.json", "safetensors headers"
 # A check that does not apply to a folder finds None.
@@ -86,6 +91,7 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     if "/" in repository and not path.exists() and is_reference(repository):
         return _verify_published(repository, options)
     stages, figures = Stages(), dict[str, Json]()
+    compared = _compared_with(path, options, stages)
     with stages.stage("look") as stage:
         folder, checks = check_folder(path, _reporter(options, "checksums"))
         stage.nbytes = _weight_bytes(path)
@@ -97,7 +103,7 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
         asked = {TENSORS: options.against, REFERENCE: options.reference}
         checks += [Check(name, SKIPPED, why) for name, value in asked.items() if value is not None]
     else:
-        checks += _check_at_work(folder, options, stages, figures)
+        checks += _check_at_work(folder, options, *compared, stages, figures)
     return Verification(path, tuple(checks), figures)
 
 
@@ -122,33 +128,59 @@ def check_folder(
     return folder, [*checks, *record_checks(folder, advance, published)]
 
 
-def _check_at_work(
-    folder: ConvertedFolder, options: VerifyOptions, stages: Stages, figures: dict[str, Json]
-) -> Iterator[Check]:
-    """The checks with a checkpoint or a reference, where they are given."""
-    plan: Plan | None = None
+def _compared_with(
+    path: Path, options: VerifyOptions, stages: Stages
+) -> tuple[Plan | None, _Reference | None]:
+    """The plan of the checkpoint and the reference, where they are given.
+
+    They come first: what is missing of them is said before the folder's gigabytes are read. None of
+    them for a folder whose config cannot be read.
+    """
+    plan, reference = None, None
+    try:
+        folder = open_folder(path)
+    except CorruptFileError:
+        return None, None
     if options.against is not None:
-        from xtuner2llava.verification.against import against_checks, plan_again
+        from xtuner2llava.verification.against import plan_again
 
         with stages.stage("plan"):
             plan = plan_again(fspath(options.against), options, folder)
+    if options.reference is not None:
+        from xtuner2llava.verification.logits.reference import read_reference
+
+        reference = read_reference(Path(options.reference))
+    return plan, reference
+
+
+def _check_at_work(
+    folder: ConvertedFolder,
+    options: VerifyOptions,
+    plan: Plan | None,
+    reference: _Reference | None,
+    stages: Stages,
+    figures: dict[str, Json],
+) -> Iterator[Check]:
+    """The checks with a checkpoint or a reference, where they are given."""
+    if plan is not None:
+        from xtuner2llava.verification.against import against_checks
+
         with stages.stage("compare") as stage:
             yield from against_checks(folder, plan, options, figures)
             stage.nbytes = plan.nbytes
-    if not options.logits and options.reference is None:
+    if not options.logits and reference is None:
         return
-    from xtuner2llava.verification.logits.reference import read_reference, reference_checks
+    from xtuner2llava.verification.logits.reference import reference_checks
     from xtuner2llava.verification.logits.trained import logits_checks
 
     with stages.stage("logits"):
         if plan is not None and options.logits:
             advance, trust = _byte_counter(_reporter(options, "logits")), options.trust_remote_code
             yield from _checked(LOGITS, logits_checks(folder, plan, trust, figures, advance))
-        if options.reference is not None:
-            given = read_reference(Path(options.reference))
+        if reference is not None:
             checkpoint = None if plan is None else plan.checkpoint
             advance = _byte_counter(_reporter(options, "reference"))
-            run = reference_checks(folder, checkpoint, given, figures, advance)
+            run = reference_checks(folder, checkpoint, reference, figures, advance)
             yield from _checked(REFERENCE, run)
 
 

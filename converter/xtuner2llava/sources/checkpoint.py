@@ -12,7 +12,7 @@ from xtuner2llava.errors import CheckpointError, ConversionError, Fault, Unsuppo
 from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.opening import open_artifact
-from xtuner2llava.sources.part import Part, PartAssembly
+from xtuner2llava.sources.part import WITHOUT_CONFIG, Assembly, Part
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.training_config import TrainingConfig, TrainingData
 
@@ -114,41 +114,29 @@ def _assemble(
     A part's config and tokenizer come from the folder that the user gave, else from the artifact's
     own, else from the base model that the XTuner config names.
     """
-    work = [
-        PartAssembly(
-            part,
-            artifact,
-            training_config,
-            options,
-            stream_base=stream_base and part == LLM,
-            base_weights=base_weights,
-            before_training=before_training,
-        )
-        for part in (LLM, VISUAL_ENCODER)
-    ]
-    llm, tower = (each.assembled() for each in work)
+    config = training_config or WITHOUT_CONFIG
+    work = Assembly(artifact, config, options, stream_base, base_weights, before_training)
+    llm, tower = (work.part(part) for part in (LLM, VISUAL_ENCODER))
     origin = "not trained yet" if before_training else "trained"
-    faults = [fault for each in work for fault in (*each.faults, *each.pending)]
     inexact: tuple[str, ...] = ()
     try:
         # Of an LLM that was trained in full, the weights do not depend on how its base was loaded.
-        if training_config is not None and LLM not in artifact.weights:
-            inexact = training_config.inexact
+        if LLM not in artifact.weights:
+            inexact = config.inexact
     except ConversionError as error:
-        faults.extend(error.faults)
-    faults.extend(_class_faults(training_config, artifact.config))
-    notes = [*artifact.notes, *(note for each in work for note in each.notes), *inexact]
+        work.faults.extend(error.faults)
+    work.faults.extend(_class_faults(training_config, artifact.config))
     opened = Checkpoint(
         artifact,
         training_config,
         llm,
         tower,
         Part(artifact.weights.get(PROJECTOR, {}), origin, trained=True),
-        base_files=tuple(file for each in work for file in each.base_files),
-        notes=tuple(dict.fromkeys(notes)),
-        faults=tuple(dict.fromkeys(faults)),
+        base_files=tuple(work.base_files),
+        notes=tuple(dict.fromkeys((*artifact.notes, *work.notes, *inexact))),
+        faults=tuple(dict.fromkeys(work.faults)),
         inexact=inexact,
-        pending=tuple(fault for each in work for fault in each.pending),
+        pending=tuple(work.pending),
         before_training=before_training,
     )
     _log_sources(opened)

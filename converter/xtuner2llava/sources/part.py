@@ -25,7 +25,10 @@ from xtuner2llava.training_config import TrainingConfig, shown
 _ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
 # An adapter is in a base's weights, or is not, where its share is this near to 1 or 0.
 _NEAR = 0.25
-
+# Where no config is known, what the checkpoint does not hold is taken for frozen.
+WITHOUT_CONFIG = TrainingConfig.from_text(
+    "model = dict(freeze_llm=True, freeze_visual_encoder=True)", "no XTuner config"
+)
 
 # Tensors, and where they come from.
 _Found = tuple[Mapping[str, LazyTensor], str]
@@ -50,116 +53,107 @@ class Part:
 
 
 @dataclass(slots=True)
-class PartAssembly:
-    """The work for one part, and the notes, faults and files that it finds.
+class Assembly:
+    """The work of making whole parts of `artifact` and base models, and what it finds on the way.
 
     `stream_base` and `base_weights` are those of `open_checkpoint`, `before_training` that of
     `Checkpoint`.
     """
 
-    part: str
     artifact: Artifact
-    config: TrainingConfig | None
+    config: TrainingConfig
     options: SourceOptions
     stream_base: bool
     base_weights: bool
     before_training: bool
-    base: BaseModel = field(init=False)
     base_files: list[Fingerprint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     pending: list[Fault] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.base = BaseModel(self.part, self.artifact.path, self.options.base(self.part))
-
-    @property
-    def adapted(self) -> Mapping[str, LazyTensor]:
-        """The tensors of the part's adapter; empty if it has none."""
-        return self.artifact.adapters.get(self.part, {})
-
-    def assembled(self) -> Part:
-        """The part, whole, from the artifact where it was trained, else from its base model.
+    def part(self, part: str) -> Part:
+        """A part from the artifact where it was trained, else from its base model.
 
         What is wrong with it is collected in `faults`.
         """
-        own = self.artifact.weights.get(self.part)
+        base = BaseModel(part, self.artifact.path, self.options.base(part))
+        own = self.artifact.weights.get(part)
         try:
-            self.base = self._recorded_base()
-            return self._assembled(own)
+            base = self._recorded(base)
+            return self._assembled(base, own)
         except ConversionError as error:
             self.faults.extend(error.faults)
         except OSError as error:
-            self.faults.append(Fault(self.base.flag, f"cannot be read ({error.strerror})"))
-        if self.adapted:
-            return Part({}, "adapter, its base not available", True, name=self.base.name)
+            self.faults.append(Fault(base.flag, f"cannot be read ({error.strerror})"))
+        if part in self.artifact.adapters:
+            return Part({}, "adapter, its base not available", True, name=base.name)
         origin = "not available" if own is None else "trained"
-        return Part(own or {}, origin, own is not None, name=self.base.name)
+        return Part(own or {}, origin, own is not None, name=base.name)
 
-    def _assembled(self, own: Mapping[str, LazyTensor] | None) -> Part:
-        where = f"{self.artifact.path}, {self.base.title}"
-        adapter = self._adapter(where) if self.adapted else None
+    def _assembled(self, base: BaseModel, own: Mapping[str, LazyTensor] | None) -> Part:
+        where = f"{self.artifact.path}, {base.title}"
+        adapter = self._adapter(base, where) if base.part in self.artifact.adapters else None
         if own is None and adapter is not None:
             own = adapter.own_base(where)
-        folder = self._folder(weights=own is None)
-        config = self.base.read_config(folder)
-        if self.part == VISUAL_ENCODER:
-            self._check_overrides(config)
-        name = self.base.name or self.base.given
+        folder = self._folder(base, weights=own is None)
+        config = base.read_config(folder)
+        if base.part == VISUAL_ENCODER:
+            self._check_overrides(base, config)
+        name = base.name or base.given
         trained = True
         found: _Found | None
         if own is not None:
             found = own, "trained" if adapter is None else "the checkpoint's own weights"
         else:
             if adapter is None and self.before_training:
-                trained = self._will_be_trained()
+                trained = self._will_be_trained(base.part)
             elif adapter is None:
                 trained = False
-                self._require_frozen()
-            found = self._pretrained() or self._base_tensors(folder, name or folder.name)
+                self._require_frozen(base)
+            found = self._pretrained(base) or self._base_tensors(base, folder)
         tensors, origin = found or ({}, "not downloaded")
         part = Part(tensors, origin, trained, config, folder, name, adapter)
         if adapter is None or found is None:
             return part
         merged = merge(tensors, adapter, where)
         if own is not None:
-            self._note_own_base(part, adapter)
-        elif self.base.given is not None and adapter.factors:
-            self._note_given_base(self.base.given, adapter, part)
+            self._note_own_base(base, part, adapter)
+        elif base.given is not None and adapter.factors:
+            self._note_given_base(base, part, adapter)
         return replace(part, tensors=merged, origin=f"{adapter.title} on {origin}")
 
-    def _recorded_base(self) -> BaseModel:
-        """The base model, with what the XTuner config, or else adapter_config.json, names."""
-        settings = self.artifact.settings.get(self.part)
+    def _recorded(self, base: BaseModel) -> BaseModel:
+        """`base` with what the XTuner config, or else adapter_config.json, names."""
+        settings = self.artifact.settings.get(base.part)
         beside = settings.base if settings is not None else None
-        record, of_adapter = "the XTuner config", f"{ADAPTERS[self.part]}'s config"
+        record, of_adapter = "the XTuner config", f"{ADAPTERS[base.part]}'s config"
         name: str | None = None
         try:
-            name = self.config.base_path(self.part) if self.config is not None else None
+            name = self.config.base_path(base.part)
         except ConversionError:
-            if self.base.given is None and beside is None:
+            if base.given is None and beside is None:
                 raise
         if name is None:
             name, record = beside, of_adapter
-        elif self.base.given is None and beside and model_name(beside) != model_name(name):
+        elif base.given is None and beside and model_name(beside) != model_name(name):
             self.notes.append(
-                f"The base {self.base.title} is '{name}', as the XTuner config says; {of_adapter} "
-                f"says '{beside}'. {self.base.flag} decides."
+                f"The base {base.title} is '{name}', as the XTuner config says; {of_adapter} "
+                f"says '{beside}'. {base.flag} decides."
             )
         if name is None:
-            return self.base
+            return base
         near = find_beside(name, self.artifact.path)
-        return replace(self.base, name=name, record=record, beside=near)
+        return replace(base, name=name, record=record, beside=near)
 
-    def _folder(self, *, weights: bool) -> Path:
+    def _folder(self, base: BaseModel, *, weights: bool) -> Path:
         """The folder of the part's config and small files, and of its weights if these are needed.
 
         It is that of the artifact, where the weights are there too and the user gave no other.
         """
-        own, checkpoint, base = self.artifact.folders.get(self.part), self.artifact.path, self.base
+        own, checkpoint = self.artifact.folders.get(base.part), self.artifact.path
         if not weights and own is not None and base.given is None:
             return own
-        streamed = self.stream_base and base.is_remote
+        streamed = self.stream_base and base.part == LLM and base.is_remote
         folder = base.find(weights=weights and self.base_weights and not streamed)
         if base.given is None and base.beside is not None:
             within = folder.parent == checkpoint.absolute().parent
@@ -170,63 +164,61 @@ class PartAssembly:
             )
         return folder
 
-    def _check_overrides(self, tower: ModelConfig) -> None:
+    def _check_overrides(self, base: BaseModel, tower: ModelConfig) -> None:
         """Raises `UnsupportedError` where the XTuner config trained another tower than its base.
 
         Further arguments of `from_pretrained` replace keys of the tower's config.
         """
-        overrides = self.config.overrides(self.part) if self.config is not None else {}
         changed = [
             Fault(
-                f"{self.config.where if self.config else ''}, model.visual_encoder.{key}",
+                f"{self.config.where}, model.visual_encoder.{key}",
                 f"is {shown(value)} in training, and {tower.values.get(key)!r} in {tower.path}",
-                f"Give {self.base.flag} a folder whose config.json says what was trained.",
+                f"Give {base.flag} a folder whose config.json says what was trained.",
             )
-            for key, value in overrides.items()
+            for key, value in self.config.overrides(base.part).items()
             if not key.startswith("_") and tower.values.get(key) != value
         ]
         raise_faults(UnsupportedError, changed)
 
-    def _adapter(self, where: str) -> Adapter:
+    def _adapter(self, base: BaseModel, where: str) -> Adapter:
         """The part's adapter with its settings."""
-        adapter = read_adapter(self.adapted, None, where)
-        beside, alpha = self.artifact.settings.get(self.part), self.options.alpha(self.part)
+        adapter = read_adapter(self.artifact.adapters[base.part], None, where)
+        beside, alpha = self.artifact.settings.get(base.part), self.options.alpha(base.part)
         config: LoraSettings | None = None
         try:
-            config = self._config_lora()
+            config = self._config_lora(base.part)
         except ConversionError:
             # Not needed where another record, or the user, says it.
             if beside is None and alpha is None:
                 raise
-        flag = _ALPHA_FLAGS[self.part]
+        flag = _ALPHA_FLAGS[base.part]
         settings, notes = settle(beside, config, alpha, adapter.ranks, flag)
         self.notes.extend(notes)
         return replace(adapter, settings=settings)
 
-    def _config_lora(self) -> LoraSettings | None:
+    def _config_lora(self, part: str) -> LoraSettings | None:
         """The LoRA of the XTuner config; its alpha need not be readable where the user gave one."""
-        lora = self.config.lora(self.part) if self.config is not None else None
-        return LoraSettings.from_config(lora, self.options.alpha(self.part)) if lora else None
+        lora = self.config.lora(part)
+        return LoraSettings.from_config(lora, self.options.alpha(part)) if lora else None
 
-    def _will_be_trained(self) -> bool:
-        """Whether the training changes the part. Raises `ConversionError` for an adapter that
-        cannot be merged afterwards."""
-        if self.config is None:
-            return True
-        return self._config_lora() is not None or not self.config.frozen(self.part)
+    def _will_be_trained(self, part: str) -> bool:
+        """Whether the training changes the part.
 
-    def _require_frozen(self) -> None:
+        Raises `ConversionError` for an adapter that cannot be merged afterwards.
+        """
+        return self._config_lora(part) is not None or not self.config.frozen(part)
+
+    def _require_frozen(self, base: BaseModel) -> None:
         """Raises `UnsupportedError` where the XTuner config trains a part that is not here.
 
         A note instead, if the user gave another model than the base: the trained one, merged or
         taken out of the checkpoint before.
         """
         try:
-            if self.config is None or not self._will_be_trained():
+            if not self._will_be_trained(base.part):
                 return
         except ConversionError:
             return  # A config that cannot be read contradicts nothing.
-        base = self.base
         what = f"XTuner config trains the {base.title}, and the checkpoint holds nothing of it"
         if base.given is None or model_name(base.given) == model_name(base.name):
             raise UnsupportedError(
@@ -239,7 +231,7 @@ class PartAssembly:
             f"The {what}: the weights of {base.flag} '{base.given}' are used as trained."
         )
 
-    def _pretrained(self) -> _Found | None:
+    def _pretrained(self, base: BaseModel) -> _Found | None:
         """The part from the checkpoint that the run started from (`pretrained_pth`), if it has it.
 
         XTuner loads that after it has put LoRA layers in, and not strictly: the names of an adapted
@@ -247,7 +239,7 @@ class PartAssembly:
         (xtuner/model/llava.py, `__init__`).
         """
         try:
-            started = self.config.pretrained_pth if self.config is not None else None
+            started = self.config.pretrained_pth
         except ConversionError as error:
             fault = error.faults[0]
             self.notes.append(
@@ -257,96 +249,84 @@ class PartAssembly:
             return None
         if started is None:
             return None
-        title, earlier, adapted = self.base.title, _open_earlier(started), is_adapted(self.adapted)
-        if earlier is not None and self.part in earlier.weights and not adapted:
-            self.base_files.extend(earlier.files)
-            return earlier.weights[self.part], f"pretrained_pth {Path(started).name}"
+        adapted = is_adapted(self.artifact.adapters.get(base.part, {}))
+        earlier = _open_earlier(started)
         if earlier is None and not adapted:
             self.notes.append(
                 f"The run started from '{started}', which cannot be read here. If that trained "
-                f"the {title}, give {self.base.flag} a folder with its weights: the base model's "
+                f"the {base.title}, give {base.flag} a folder with its weights: the base model's "
                 "are used."
             )
-        elif earlier is not None and self.part in earlier.weights:
+        if earlier is None or base.part not in earlier.weights:
+            return None
+        if adapted:
             self.notes.append(
-                f"The run started from '{started}', which holds a trained {title}. XTuner does not "
-                "load that under LoRA, so the adapter was trained on the base model's weights, and "
-                "these are used."
+                f"The run started from '{started}', which holds a trained {base.title}. XTuner "
+                "does not load that under LoRA, so the adapter was trained on the base model's "
+                "weights, and these are used."
             )
-        return None
+            return None
+        self.base_files.extend(earlier.files)
+        return earlier.weights[base.part], f"pretrained_pth {Path(started).name}"
 
-    def _base_tensors(self, folder: Path, name: str) -> _Found | None:
+    def _base_tensors(self, base: BaseModel, folder: Path) -> _Found | None:
         """The base model in `folder`; None if its weights are not here yet, and may be missing."""
-        remote = self.base.is_remote
-        stream = self.stream_base and remote
+        name, remote = base.name or base.given or folder.name, base.is_remote
+        stream = self.stream_base and base.part == LLM and remote
         may_be_missing = self.before_training or (remote and not self.base_weights)
         if may_be_missing and not stream and find_weights(folder) is None:
             where, advice = "in the local cache", "A conversion downloads them."
             if self.before_training:
                 where, advice = "here", ""
-            what = f"the weights of the base {self.base.title} are not {where} yet"
+            what = f"the weights of the base {base.title} are not {where} yet"
             self.pending.append(Fault(name, what, advice))
+            self.faults.append(self.pending[-1])
             return None
-        opened = self.base.open(folder, stream=stream)
+        opened = base.open(folder, stream=stream)
         self.base_files.extend(opened.files)
         return opened.tensors, f"base {Path(name).name if Path(name).is_dir() else name}"
 
-    def _note_own_base(self, own: Part, adapter: Adapter) -> None:
+    def _note_own_base(self, base: BaseModel, own: Part, adapter: Adapter) -> None:
         """Notes that weights and an adapter lie together. Raises if the weights are merged ones."""
-        path, home = self.artifact.path, self.artifact.folders.get(self.part)
-        share = self._share(own.tensors, adapter, home)
+        path, home = self.artifact.path, self.artifact.folders.get(base.part)
+        share = self._share(base, own.tensors, adapter, home)
         places = "under it, in the same file"
         if home is not None:
             at = "at top level" if home == path else f"in {home.name}/"
-            places = f"{at}, beside {ADAPTERS[self.part]}/"
+            places = f"{at}, beside {ADAPTERS[base.part]}/"
         note = (
-            f"The checkpoint holds an adapter of the {self.base.title}, and the weights for it "
+            f"The checkpoint holds an adapter of the {base.title}, and the weights for it "
             f"{places}: the adapter is merged onto these, as XTuner's chat and mmbench do."
         )
         if share is None or abs(share) > _NEAR:
             note += " If they have it in them already, remove the adapter."
-        if self.base.given is not None:
-            note += f" {self.base.flag} gives config and small files only."
+        if base.given is not None:
+            note += f" {base.flag} gives config and small files only."
         self.notes.append(note)
 
-    def _note_given_base(self, given: str, adapter: Adapter, base: Part) -> None:
+    def _note_given_base(self, base: BaseModel, part: Part, adapter: Adapter) -> None:
         """Notes signs that the user gave a base merged before. Raises if it surely is one."""
-        share = self._share(base.tensors, adapter, base.folder)
-        signs = list(self._signs_of_a_merge(given, adapter, base))
+        share = self._share(base, part.tensors, adapter, part.folder)
+        signs = list(_signs_of_a_merge(base, part, adapter))
         if signs and (share is None or abs(share) >= _NEAR):
-            flag = self.base.flag
+            flag = base.flag
             self.notes.append(
-                f"The adapter of the {self.base.title} is merged onto {flag} '{given}', but "
+                f"The adapter of the {base.title} is merged onto {flag} '{base.given}', but "
                 f"{' and '.join(signs)}. If the adapter is in those weights already (`xtuner "
                 f"convert merge`), it is now in them twice. Give the base model with {flag}."
             )
 
-    def _signs_of_a_merge(self, given: str, adapter: Adapter, part: Part) -> Iterator[str]:
-        base, folder = self.base, part.folder or Path(given)
-        for name in ("adapter_config.json", "xtuner_config.py"):
-            if (folder / name).is_file():
-                yield f"it holds {name}"
-        expected = model_name(base.name)
-        if expected not in (None, model_name(given)) and folder.parent.name != "snapshots":
-            yield f"{base.record} names '{base.name}'"
-            made_from = text(part.config.values, "_name_or_path") if part.config else None
-            if model_name(made_from) == expected:
-                yield f"its config.json says that it was made from '{made_from}'"
-        for name, saved in adapter.replacements.items():
-            own = part.tensors[name]
-            comparable = len(saved.shape) > 1 and saved.shape == own.shape
-            if comparable and bool((saved.read(0, 1) == own.read(0, 1)).all()):
-                yield "it has tensors that this training made"
-                return
-
     def _share(
-        self, weights: Mapping[str, LazyTensor], adapter: Adapter, folder: Path | None
+        self,
+        base: BaseModel,
+        weights: Mapping[str, LazyTensor],
+        adapter: Adapter,
+        folder: Path | None,
     ) -> float | None:
         """How much of the adapter `weights` hold already, where the recorded base is here.
 
         Raises `UnsupportedError` if that is all of it.
         """
-        base = self.base
         try:
             path = local_path(base.recorded_place or "")
             if not base.name or not path.is_dir() or (folder and path.samefile(folder)):
@@ -358,15 +338,34 @@ class PartAssembly:
             return share
         where = f"{base.flag} {base.given}"
         advice = f"Give the base model with {base.flag}; the adapter is merged here."
-        if self.part in self.artifact.weights or base.given is None:
+        if base.part in self.artifact.weights or base.given is None:
             where = str(self.artifact.path)
-            advice = f"Remove {ADAPTERS[self.part]}/, or replace these by the base model's weights."
+            advice = f"Remove {ADAPTERS[base.part]}/, or replace these by the base model's weights."
         raise UnsupportedError(
             f"the adapter of the {base.title} is in these weights already: they are those of "
             f"'{base.name}', which {base.record} names, with the adapter merged",
             where=where,
             advice=advice,
         )
+
+
+def _signs_of_a_merge(base: BaseModel, part: Part, adapter: Adapter) -> Iterator[str]:
+    folder = part.folder or Path(base.given or "")
+    for name in ("adapter_config.json", "xtuner_config.py"):
+        if (folder / name).is_file():
+            yield f"it holds {name}"
+    expected = model_name(base.name)
+    if expected not in (None, model_name(base.given)) and folder.parent.name != "snapshots":
+        yield f"{base.record} names '{base.name}'"
+        made_from = text(part.config.values, "_name_or_path") if part.config else None
+        if model_name(made_from) == expected:
+            yield f"its config.json says that it was made from '{made_from}'"
+    for name, saved in adapter.replacements.items():
+        own = part.tensors[name]
+        comparable = len(saved.shape) > 1 and saved.shape == own.shape
+        if comparable and bool((saved.read(0, 1) == own.read(0, 1)).all()):
+            yield "it has tensors that this training made"
+            return
 
 
 def _open_earlier(reference: str) -> Artifact | None:

@@ -1,76 +1,166 @@
-"""`config.json` of official LLaVA: each key that LLaVA, LLaVA-NeXT or a server looks for."""
+"""The parts of config.json and generation_config.json: token ids, settings, one vocabulary."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reference.cases import Converted
+from xtuner2llava.mapping import Catalogue, Generation
+from xtuner2llava.planning.config import (
+    TokenIds,
+    generation_config,
+    json_bytes,
+    output_config,
+    token_ids,
+    valid_settings,
+)
+from xtuner2llava.tokenizers import Tokenizer
 
-MM_KEYS = {
-    "image_aspect_ratio": "pad",
-    "mm_hidden_size": 48,
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch",
-    "mm_vision_select_layer": -2,
-    "mm_vision_tower": "bases/vision_clip",
-    "unfreeze_mm_vision_tower": True,
-    "use_cache": True,
-    "use_mm_proj": True,
-}
+IDS = {"<s>": 1, "</s>": 2, "<|end|>": 7, "<|im_end|>": 8}
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "config.json").read_text()))
+def ids(
+    named: Generation | None = None,
+    stop_words: tuple[str, ...] = (),
+    generation: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+) -> TokenIds:
+    tokenizer = Tokenizer(Path(), (), {}, IDS, {})
+    return token_ids(tokenizer, named or Generation(), stop_words, generation or {}, config or {})
+
+
+def test_the_family_s_tokens_come_first() -> None:
+    named = Generation("<s>", ("<|im_end|>", "</s>"), "</s>")
+    assert ids(named, (), {"bos_token_id": 9, "eos_token_id": 9}) == TokenIds(1, (8, 2), 2)
+
+
+def test_tokens_that_the_tokenizer_lacks_do_not_count() -> None:
+    named = Generation("<bos>", ("<eos>",), "<pad>")
+    base = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0}
+    assert ids(named, (), base) == TokenIds(1, (2, 7), 0)
+
+
+def test_generation_config_counts_before_config() -> None:
+    assert ids(generation={"eos_token_id": 7}, config={"eos_token_id": 2, "bos_token_id": 1}) == (
+        TokenIds(1, (7,), None)
+    )
+
+
+def test_stop_words_stand_before_the_base_s_eos() -> None:
+    assert ids(stop_words=("<|end|>", "no token"), generation={"eos_token_id": 2}).eos == (7, 2)
+    assert ids(stop_words=("<|end|>",), generation={"eos_token_id": [2, 7]}).eos == (7, 2)
+
+
+@pytest.mark.parametrize("value", [True, "2", 2.0, None, [], ["x"], {"a": 1}])
+def test_what_is_no_id_is_none(value: Any) -> None:
+    assert ids(config={"eos_token_id": value, "bos_token_id": value}) == TokenIds(None, (), None)
+
+
+def test_generation_settings_are_the_base_s() -> None:
+    base = {
+        "_from_model_config": True,
+        "transformers_version": "4.41.2",
+        "top_p": 0.8,
+        "eos_token_id": 5,
+    }
+    kept, notes = generation_config(base, TokenIds(1, (8, 2), None))
+    assert kept == {
+        "bos_token_id": 1,
+        "do_sample": True,
+        "eos_token_id": [8, 2],
+        "top_p": 0.8,
+    }
+    (note,) = notes
+    assert "do_sample true: the base sets top_p without it" in note
+    empty = generation_config({}, TokenIds(None, (2,), 0))
+    assert empty == ({"eos_token_id": 2, "pad_token_id": 0}, ())
+
+
+# Each was tried with `from_pretrained` and `save_pretrained` of transformers 4.37.2, 4.40.2,
+# 4.57.1 and 5.24.0; some of these refuse what is on the left, none what is on the right.
+@pytest.mark.parametrize(
+    ("base", "valid"),
+    [
+        # lmsys/vicuna-7b-v1.5
+        (
+            {"max_length": 4096, "temperature": 0.9, "top_p": 0.6},
+            {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True},
+        ),
+        ({"top_k": 20}, {"top_k": 20, "do_sample": True}),
+        ({"do_sample": None, "min_p": 0.1}, {"do_sample": True, "min_p": 0.1}),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}),
+        ({"do_sample": False, "top_k": None}, {"do_sample": False}),
+        ({"do_sample": True, "temperature": 0, "top_p": 0.5}, {"do_sample": False}),
+        ({"temperature": 0.0}, {"do_sample": False}),
+        ({"penalty_alpha": 0.6, "top_k": 4}, {}),
+        ({"num_beams": 1, "early_stopping": True}, {"num_beams": 1}),
+        ({"length_penalty": 2.0}, {}),
+        ({"num_beams": 4, "num_beam_groups": 2}, {"num_beams": 4}),
+        ({"num_beams": 3, "early_stopping": "often"}, {"num_beams": 3}),
+        ({"num_beams": 2, "num_return_sequences": 3}, {"num_beams": 2}),
+        ({"num_return_sequences": 2}, {}),
+        ({"max_new_tokens": 0}, {}),
+        ({"cache_implementation": "dynamic", "compile_config": {"fullgraph": True}}, {}),
+        ({"output_attentions": True, "return_dict_in_generate": True}, {}),
+    ],
+)
+def test_settings_that_transformers_would_not_save(
+    base: dict[str, Any], valid: dict[str, Any]
+) -> None:
+    kept, notes = valid_settings(base)
+    assert kept == valid
+    assert all(any(key in note for note in notes) for key in {*base} - {*valid} - {"do_sample"})
+    assert notes
+    assert valid_settings(valid) == (valid, ())
 
 
 @pytest.mark.parametrize(
-    ("case", "architecture", "model_type"),
+    "settings",
     [
-        ("llama_e_full_fullvis", "LlavaLlamaForCausalLM", "llava_llama"),
-        ("qwen2_e_full_fullvis", "LlavaQwenForCausalLM", "llava_qwen"),
-        ("phi3_e_full_fullvis", "LlavaLlamaForCausalLM", "llava_llama"),
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+        {"do_sample": True, "top_k": None},
+        {"temperature": 1.0, "top_p": 1.0, "top_k": 50},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "length_penalty": 0.8},
+        {"repetition_penalty": 1.05, "max_new_tokens": 512, "chat_format": "chatml"},
     ],
 )
-def test_the_keys_of_a_good_config(
-    converted: Converted, case: str, architecture: str, model_type: str
-) -> None:
-    config = config_of(converted(case, dtype="float16"))
-    assert {key: config[key] for key in MM_KEYS} == MM_KEYS
-    assert config["architectures"] == [architecture]
-    assert config["model_type"] == model_type
-    assert config["torch_dtype"] == "float16"
-    # Both would change what is computed, or cut the text, if they were there.
-    assert "tokenizer_model_max_length" not in config and "mm_patch_merge_type" not in config
-    # transformers 4.37.2 would not know them, and silently take defaults.
-    assert "rope_parameters" not in config and "dtype" not in config
-    assert "_name_or_path" not in config
+def test_settings_that_stay_as_they_are(settings: dict[str, Any]) -> None:
+    assert valid_settings(settings) == (settings, ())
 
 
-def test_a_llama_has_what_the_loaders_need(converted: Converted) -> None:
-    config = config_of(converted("llama_e_full_fullvis", dtype="float16"))
-    assert config["pretraining_tp"] == 1
-    assert config["rope_scaling"] is None
-    assert config["rope_theta"] == 10000.0
-    assert config["attention_bias"] is False
+def test_an_id_below_0_is_none(tmp_path: Path) -> None:
+    """LLaMA's first configs have `pad_token_id` -1."""
+    tokenizer = Tokenizer(tmp_path, (), {}, {"<s>": 1, "</s>": 2}, {})
+    found = token_ids(tokenizer, Generation(), (), {}, {"pad_token_id": -1, "eos_token_id": 2})
+    assert found == TokenIds(None, (2,), None)
 
 
-def test_a_frozen_tower_is_written_and_unfrozen_all_the_same(converted: Converted) -> None:
-    """The only layout that LLaVA and LLaVA-NeXT both load right."""
-    from reference.compose import read_tensors
-
-    folder = converted("qwen2_b_full_frozenvis", dtype="float16")
-    assert config_of(folder)["unfreeze_mm_vision_tower"] is True
-    assert any("vision_tower" in name for name in read_tensors(folder))
+# config.json
 
 
-def test_no_file_names_a_path_of_this_machine(converted: Converted) -> None:
-    folder = converted("llama_e_full_fullvis", dtype="float16")
-    for path in folder.iterdir():
-        if path.suffix in (".json", ".md"):
-            assert str(Path(__file__).parents[1]) not in path.read_text(), path.name
+def test_the_config_has_one_eos_id_and_the_vocabulary_of_4_37() -> None:
+    shipped = Catalogue.shipped()
+    made = output_config(
+        shipped.formats["llava"],
+        (shipped.classes["qwen2"], {"hidden_size": 4, "rope_theta": 1e4}),
+        (shipped.classes["clip_vision_model"], {"hidden_size": 3}),
+        {"mm_hidden_size": 3},
+        dtype="bfloat16",
+        ids=TokenIds(1, (8, 2), None),
+    )
+    assert made == {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 8,
+        "hidden_size": 4,
+        "mm_hidden_size": 3,
+        "model_type": "llava_qwen",
+        "rope_theta": 1e4,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.37.2",
+    }
+    assert list(made) == sorted(made)
+    assert json_bytes({"b": "é", "a": None}) == b'{\n  "a": null,\n  "b": "\xc3\xa9"\n}\n'

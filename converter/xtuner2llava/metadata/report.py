@@ -62,6 +62,11 @@ class Report:
         """The report on the output `finished`; nothing `written` says that it was there before."""
         shards = () if written is None else written.shards
         name = model_name(out) if pushed is None else pushed.repo_id.rpartition("/")[2]
+        reasons = plan.folder_name.reasons(name) if plan.processor is None else ""
+        rename = (
+            f"Rename the folder, for instance to {plan.suggested_name}: LLaVA chooses the class by "
+            f"the folder's name, and '{name}' {reasons}."
+        )
         return cls(
             out=None if options.low_disk and written is not None else out,
             plan=plan,
@@ -72,7 +77,7 @@ class Report:
             resumed=tuple(shard.filename for shard in shards if shard.kept),
             kept_bytes=sum(shard.kept_bytes for shard in shards),
             nonfinite=finished.nonfinite,
-            warnings=_folder_name_warnings(plan, name),
+            warnings=(rename,) if reasons else (),
             next_steps=next_steps(plan, options.for_),
             pushed=pushed,
             already_converted=written is None,
@@ -101,17 +106,6 @@ class Report:
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
             "plan": self.plan.to_dict(),
         }  # fmt: skip
-
-
-def _folder_name_warnings(plan: Plan, out: str) -> tuple[str, ...]:
-    """How to rename the folder where LLaVA would load another class; `out` is its name."""
-    reasons = plan.folder_name.reasons(out)
-    if plan.processor is not None or not reasons:
-        return ()
-    return (
-        f"Rename the folder, for instance to {plan.suggested_name}: LLaVA chooses the class "
-        f"by the folder's name, and '{out}' {reasons}.",
-    )
 
 
 def next_steps(plan: Plan, program: str | None = None) -> tuple[str, ...]:

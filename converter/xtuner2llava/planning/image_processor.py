@@ -14,7 +14,6 @@ from xtuner2llava.planning.vision_tower import PROCESSOR_KEYS, PUBLISHED, clip_p
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, integer, read_json
-from xtuner2llava.tokenizers import MadeFile
 from xtuner2llava.training_config import TrainingConfig, Value, shown
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -101,7 +100,7 @@ def processor_files(
     patch_size: object,
     select_strategy: object,
     pads: bool,
-) -> dict[str, MadeFile]:
+) -> dict[str, bytes]:
     """The image processor's config with the processor's class, and the processor's own.
 
     From 4.45 on it writes as many image tokens into a prompt as there will be image features, and
@@ -125,7 +124,7 @@ def processor_files(
         "processor_class": processor,
         "vision_feature_select_strategy": select_strategy,
     }
-    return {PREPROCESSOR: lambda: json_bytes(image_values), PROCESSOR: lambda: json_bytes(values)}
+    return {PREPROCESSOR: json_bytes(image_values), PROCESSOR: json_bytes(values)}
 
 
 # Which transformers can load the image processor that pads as training did.

@@ -28,7 +28,7 @@ from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.storage.small_file import read_small
-from xtuner2llava.tokenizers import FAST, MadeFile, Tokenizer, readable_tokenizer
+from xtuner2llava.tokenizers import FAST, Tokenizer, readable_tokenizer
 from xtuner2llava.writing.shards import INDEX_NAME, plan_shards
 
 _T = TypeVar("_T")
@@ -342,13 +342,13 @@ class Assessment:
         return values
 
     @_part
-    def files_of_bases(self) -> tuple[tuple[Path, ...], Mapping[str, MadeFile]]:
-        """The base models' own files that are copied, and those that are edited or new."""
+    def files_of_bases(self) -> tuple[tuple[Path, ...], Tokenizer, dict[str, bytes]]:
+        """The base models' own files that are copied; the tokenizer's and others that are made."""
         tokenizer, processor = self._tokenizer_as_trained(), self.format.processor
-        data, images = self.checkpoint.training_data, self.images
-        made: Mapping[str, MadeFile] = {}
+        images, pads = self.images, self.checkpoint.training_data.image_aspect_ratio == "pad"
+        made = {}
         if images.path is None:
-            made = {image_processor.PREPROCESSOR: lambda: json_bytes(images.values)}
+            made = {image_processor.PREPROCESSOR: json_bytes(images.values)}
         if processor is not None:
             # It pads prompts of a batch, and an answer follows on a prompt's last token.
             changes: dict[str, Json] = {"processor_class": processor, "padding_side": "left"}
@@ -359,7 +359,6 @@ class Assessment:
                     "that, or from tokenizer.model with sentencepiece and protobuf installed. "
                     "AutoTokenizer's from_pretrained and save_pretrained make one for the base."
                 )
-            pads = data.image_aspect_ratio == "pad"
             self.found.note(image_processor.PADDING_NOTE if pads else None)
             made = image_processor.processor_files(
                 processor,
@@ -372,7 +371,7 @@ class Assessment:
         copied = [tokenizer.folder / name for name in tokenizer.copied]
         if image_processor.PREPROCESSOR not in made and images.path is not None:
             copied.append(images.path)
-        return tuple(copied), {**tokenizer.made, **made}
+        return tuple(copied), tokenizer, made
 
     def _tokenizer_as_trained(self) -> Tokenizer:
         """The tokenizer with the bos and the chat template of the training, where they are read."""
@@ -411,9 +410,9 @@ class Assessment:
         shards = plan_shards(
             {p.name: p.tensor for p in tensors}, parse_size(options.max_shard_size)
         )
-        copied, made = self.files_of_bases
+        copied, tokenizer, made = self.files_of_bases
         files = {path.name: read_small(path, _MAX_COPIED_BYTES) for path in copied}
-        files |= {name: make() for name, make in made.items()}
+        files |= {name: make() for name, make in tokenizer.made.items()} | made
         return Plan(
             checkpoint=checkpoint,
             mapping=MappingInUse(
@@ -437,7 +436,7 @@ class Assessment:
                 },
             },
             copied_files=copied,
-            made_files=tuple(made),
+            made_files=(*tokenizer.made, *made),
             processor=format_.processor,
             shards=shards,
             folder_name=self.described.folder_name,

@@ -186,6 +186,7 @@ def test_what_is_wrong_with_a_file(
         ({"image_features": numpy.zeros((1, 16, 65), numpy.float32)}, "are 65 wide, not 64"),
         ({"logits": numpy.zeros((40, 384), numpy.float32)}, "logits have 40 positions"),
         ({"logits": numpy.zeros((4, 100), numpy.float32)}, "logits have 100 columns"),
+        ({"input_ids": numpy.array([[1, 2, 3, 4]]), "image_features": None}, "largest difference"),
         ({}, "largest difference"),
     ],
 )
@@ -197,8 +198,21 @@ def test_what_does_not_fit_the_folder(
         "image_features": numpy.zeros((1, 16, 64), numpy.float32),
         "logits": numpy.zeros((4, 384), numpy.float32),
     }
-    file = write_npz(tmp_path / "r.npz", **{**arrays, **change})
+    file = write_npz(
+        tmp_path / "r.npz", **{n: a for n, a in {**arrays, **change}.items() if a is not None}
+    )
     assert says in results(verify(converted(CASE, dtype="float16"), reference=file))[CHECK]
+
+
+def test_pixels_of_another_size(converted: Converted, tmp_path: Path) -> None:
+    file = write_npz(
+        tmp_path / "r.npz",
+        input_ids=numpy.array([[1, -200, 3]]),
+        pixel_values=numpy.zeros((1, 3, 28, 28), numpy.float32),
+        logits=numpy.zeros((4, 384), numpy.float32),
+    )
+    found = results(verify(converted(CASE, dtype="float16", format="hf"), reference=file))
+    assert "CLIPVisionModel cannot be run: " in found[CHECK]
 
 
 def transposed(tensors: dict[str, Any]) -> None:

@@ -68,8 +68,8 @@ class ConvertedFolder:
     """A folder whose config could be read; `shards` are its readable safetensors files by name.
 
     `text` is the config of the plain language model, with its `model_type`; `vision` that of the
-    tower, which the format `llava` leaves to `mm_vision_tower`. `damage` has the faults of each
-    file that could not be read.
+    tower, which the format `llava` leaves to `mm_vision_tower`. `damage` has the faults of the
+    weight files that could not be read, `record_damage` those of the record.
     """
 
     path: Path
@@ -81,17 +81,13 @@ class ConvertedFolder:
     shards: Mapping[str, SafetensorsFile]
     record: Mapping[str, Json]
     damage: Mapping[str, list[str]]
-
-    @property
-    def unreadable(self) -> list[str]:
-        """The weight files that could not be read."""
-        return sorted(self.damage.keys() - {RECORD_NAME})
+    record_damage: list[str]
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
         """All tensors by name. Raises `UnreadableWeights`."""
-        if self.unreadable:
-            raise UnreadableWeights(f"{self.unreadable[0]} cannot be read")
+        if self.damage:
+            raise UnreadableWeights(f"{min(self.damage)} cannot be read")
         return {n: tensor for shard in self.shards.values() for n, tensor in shard.tensors.items()}
 
     def part(self, part: str) -> dict[str, LazyTensor]:
@@ -156,17 +152,21 @@ def open_folder(path: Path) -> ConvertedFolder:
             advice=_ADVICE,
         )
     shards: dict[str, SafetensorsFile] = {}
-    record: dict[str, Json] = {}
     damage: dict[str, list[str]] = {}
-    for file in [*sorted(path.glob("*.safetensors")), path / RECORD_NAME]:
+    for file in sorted(path.glob("*.safetensors")):
         try:
-            if file.name == RECORD_NAME:
-                record = read_json(file)
-            else:
-                shards[file.name] = SafetensorsFile(file)
+            shards[file.name] = SafetensorsFile(file)
         except ConversionError as error:
-            texts = [f"{fault.where}: {fault.what}" for fault in error.faults]
-            damage[file.name] = [text.removeprefix(f"{path}/") for text in texts]
+            damage[file.name] = _texts(error, path)
+    record, wrong = dict[str, Json](), list[str]()
+    try:
+        record = read_json(path / RECORD_NAME)
+    except ConversionError as error:
+        wrong = _texts(error, path)
     return ConvertedFolder(
-        path, format, str(architecture), config, text, vision, shards, record, damage
+        path, format, str(architecture), config, text, vision, shards, record, damage, wrong
     )
+
+
+def _texts(error: ConversionError, folder: Path) -> list[str]:
+    return [f"{fault.where}: {fault.what}".removeprefix(f"{folder}/") for fault in error.faults]

@@ -120,8 +120,8 @@ def check_folder(
     except CorruptFileError as error:
         return None, [Check.failed(_CONFIG, error)]
     checks = []
-    if RECORD_NAME in folder.damage:
-        checks.append(Check(RECORD_NAME, *judge(folder.damage[RECORD_NAME], "")))
+    if folder.record_damage:
+        checks.append(Check(RECORD_NAME, *judge(folder.record_damage, "")))
     for name, look in _CHECKS.items():
         checks += _checked(name, _row(name, look, folder))
     advance = _byte_counter(report, _weight_bytes(path))

@@ -27,7 +27,7 @@ _ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOO
 
 def headers(out: ConvertedFolder) -> Finding:
     """Each header as `safetensors.torch.save_file` writes it, which is stricter than the format."""
-    faults = [fault for name in out.unreadable for fault in out.damage[name]]
+    faults = [fault for found in out.damage.values() for fault in found]
     faults += [f"{n}: {fault}" for n, shard in out.shards.items() for fault in _unusual(shard)]
     return judge(faults, f"{len(out.shards)} {_files(out)}, no holes, ordered, padded")
 
@@ -57,7 +57,7 @@ def _unusual(shard: SafetensorsFile) -> Iterator[str]:
 def index(out: ConvertedFolder) -> Finding:
     """The index against the files, both ways; without an index there is one file."""
     where = {tensor: file for file, shard in out.shards.items() for tensor in shard.tensors}
-    readable = "readable " if out.unreadable else ""
+    readable = "readable " if out.damage else ""
     fine = f"{len(where)} tensors in {len(out.shards)} {readable}{_files(out)}, each once"
     return judge([*_other_weights(out, where), *_index_faults(out, where)], fine)
 
@@ -75,7 +75,7 @@ def _other_weights(out: ConvertedFolder, where: Mapping[str, str]) -> Iterator[s
 
 def _index_faults(out: ConvertedFolder, where: Mapping[str, str]) -> Iterator[str]:
     """What the index, if there is one, says wrong of the tensors, which are `where` they are."""
-    files = sorted([*out.shards, *out.unreadable])
+    files = sorted([*out.shards, *out.damage])
     if not (out.path / INDEX_NAME).is_file():
         if files != ["model.safetensors"]:
             found = ", ".join(files) or "no safetensors file"

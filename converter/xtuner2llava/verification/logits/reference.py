@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError, Fault, UsageError, raise_faults
 from xtuner2llava.sources import Checkpoint
-from xtuner2llava.storage.json_file import Json, integer
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.logits.comparison import (
     FOLDER,
@@ -126,10 +126,13 @@ def reference_checks(
     """Runs the folder on the prompt of `reference` and compares its logits with those."""
     given, logits = reference
     folder = folder_model(out, checkpoint)
-    _require_fit(folder, given, *logits.shape)
+    _require_fit(folder, given, logits.shape[1])
     moved = folder_model(out, checkpoint, lambda weights: {n: Moved(weights[n]) for n in weights})
     comparison = Comparison(given, advance)
     comparison.add(FOLDER, folder, NUDGED_FOLDER)
+    if len(logits) > comparison.positions:
+        what = f"logits have {len(logits)} positions, the prompt has {comparison.positions}"
+        raise CheckpointError(what, where="--reference", advice=_ADVICE)
     comparison.add(MOVED_FOLDER, moved)
     comparison.compare(
         [(REFERENCE, FOLDER), (FOLDER, NUDGED_FOLDER), (FOLDER, MOVED_FOLDER)], logits
@@ -154,30 +157,19 @@ def reference_checks(
     yield comparison.wrong_check(REFERENCE, allowed, _OF_WRONG)
 
 
-def _require_fit(folder: Model, given: ModelInput, positions: int, columns: int) -> None:
-    """Raises `CheckpointError` where the folder cannot be run on the prompt."""
-    language, tower = folder.language, folder.vision
-    rows, hidden = language.embedding.shape
-    length = len(given.before) + len(given.after)
+def _require_fit(folder: Model, given: ModelInput, columns: int) -> None:
+    """Raises `CheckpointError` where the prompt and the logits are not those of such a model."""
+    rows, hidden = folder.language.embedding.shape
     beyond = [n for n in sorted({*given.before, *given.after}) if not 0 <= n < rows]
     faults = [f"input_ids has {n}, the folder has {rows} rows" for n in beyond]
-    if given.pixels is not None:
-        edge, patch = integer(tower, "image_size"), integer(tower, "patch_size")
-        if not tower:
-            faults.append(
-                "pixel_values need the tower's config, which this format leaves to "
-                "mm_vision_tower: give --against CHECKPOINT, or save image_features instead"
-            )
-        elif [*given.pixels.shape] != [1, integer(tower, "num_channels") or 3, edge, edge]:
-            faults.append(f"pixel_values are {list(given.pixels.shape)}, the tower takes {edge}")
-        length += (edge // patch) ** 2 if edge and patch else 0
-    elif given.features is not None:
-        length += given.features.shape[1]
-        if given.features.shape[2] != hidden:
-            faults.append(f"image_features are {given.features.shape[2]} wide, not {hidden}")
-    if positions > length:
-        faults.append(f"logits have {positions} positions, the prompt has {length}")
-    head = language.head.rows
+    if given.pixels is not None and not folder.vision:
+        faults.append(
+            "pixel_values need the tower's config, which this format leaves to mm_vision_tower: "
+            "give --against CHECKPOINT, or save image_features instead"
+        )
+    if given.features is not None and given.features.shape[2] != hidden:
+        faults.append(f"image_features are {given.features.shape[2]} wide, not {hidden}")
+    head = folder.language.head.rows
     if not head - _MORE_ROWS <= columns <= head:
         faults.append(f"logits have {columns} columns, the head has {head} rows")
     raise_faults(CheckpointError, [Fault("--reference", what, _ADVICE) for what in faults])

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import wraps
 from inspect import Signature, signature
-from keyword import iskeyword
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -26,6 +25,7 @@ from xtuner2llava.options import (
     VerifyOptions,
     check_argument,
     choices,
+    flag,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class _Takes(Generic[_P, _O]):
                     check_argument(parameter.name, value)
                 return function(*first, self._make(**given))
             except ConversionError as error:
-                _name_arguments(error)
+                amended = type(error).from_faults([_in_python(fault) for fault in error.faults])
+                error.faults, error.args = amended.faults, amended.args
                 raise
 
         call.__signature__ = taken  # type: ignore[attr-defined]
@@ -180,42 +181,34 @@ def push(out: str | PathLike[str], repo_id: str, options: PushOptions) -> Pushed
     return conversion.push(out, repo_id, options)
 
 
-_FIELDS = {each.name: each for kind in (ConvertOptions, VerifyOptions) for each in fields(kind)}
+_FIELDS = {flag(each.name)[2:]: each
+           for kind in (ConvertOptions, VerifyOptions) for each in fields(kind)}  # fmt: skip
 # A flag, and what may be its value.
 _FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z]+(?:-[a-z]+)*)(?: (\w+))?")
 
 
-def _name_arguments(error: ConversionError) -> None:
-    """Has the faults of `error` name options as arguments rather than as flags."""
-    amended = type(error).from_faults([_in_python(fault) for fault in error.faults])
-    error.faults, error.args = amended.faults, amended.args
-
-
 def _in_python(fault: Fault) -> Fault:
+    """`fault` with options named as arguments rather than as flags."""
     what, advice = (_FLAG.sub(_assignment, text) for text in (fault.what, fault.advice))
     return Fault(_FLAG.sub(_name, fault.where), what, advice)
 
 
 def _name(found: re.Match[str]) -> str:
-    name = _field(found[2])
-    return name if name in _FIELDS and not found[3] else found[0]
-
-
-def _field(flag: str) -> str:
-    """The field of a flag without its dashes; `for_` of `for`, which is a keyword of Python."""
-    name = flag.replace("-", "_")
-    return f"{name}_" if iskeyword(name) else name
+    field = _FIELDS.get(found[2])
+    return found[0] if field is None or found[3] else field.name
 
 
 def _assignment(found: re.Match[str]) -> str:
     """`overwrite=True` for `--overwrite`, `dtype="keep"` for `--dtype keep`, else the name."""
-    name, word = _field(found[2]), found[3]
-    if name not in _FIELDS:
+    field, word = _FIELDS.get(found[2]), found[3]
+    if field is None:
         return found[0]
     rest = "" if word is None else f" {word}"
-    if _FIELDS[name].type is bool:
-        return f"{name}={not found[1]}{rest}"
-    data = _FIELDS[name].metadata
-    if word in choices(_FIELDS[name].type) or (word and data["size"] and word[0].isdecimal()):
-        return f'{name}="{word}"'
-    return f"{name}={word}" if word and word == data["metavar"] else f"{name}{rest}"
+    if field.type is bool:
+        return f"{field.name}={not found[1]}{rest}"
+    is_size = word and field.metadata["size"] and word[0].isdecimal()
+    if is_size or word in choices(field.type):
+        return f'{field.name}="{word}"'
+    return (
+        f"{field.name}={word}" if word and word == field.metadata["metavar"] else field.name + rest
+    )

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from xtuner2llava.errors import CorruptFileError
 
 # Pairs looked at, in all, four million a second: Qwen's 151,643 tokens need 4.4 million.
 _MAX_STEPS = 40_000_000
 _MAX_SYMBOLS = 1024
-
-
-class _TooLongError(Exception):
-    """It would take longer than some ten seconds."""
 
 
 def merges(
@@ -28,14 +24,13 @@ def merges(
     Raises `CorruptFileError` for a vocabulary that would take longer than some ten seconds;
     `where` names its file.
     """
-    try:
-        found = [*_merged(((token, ranks[token]) for token in tokens), ranks, "", least=2)]
-    except _TooLongError:
+    found = _merged(((token, ranks[token]) for token in tokens), ranks, "", least=2)
+    if found is None:
         raise CorruptFileError(
             "its tokens are so long that finding their merges would take too long",
             where=where,
             advice="Is this the tokenizer of a language model?",
-        ) from None
+        )
     return [(parts[0], parts[1]) if len(parts) == 2 else None for parts in found]
 
 
@@ -46,26 +41,24 @@ def unreachable(tokens: Sequence[str], pairs: Sequence[str]) -> list[str]:
     take longer than some ten seconds to find out.
     """
     ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    limited = ((token, len(ranks)) for token in tokens)
-    try:
-        parts = [*_merged(limited, ranks, " ", least=1)]
-    except _TooLongError:
-        return []
-    return [token for token, left in zip(tokens, parts, strict=True) if len(left) > 1]
+    found = _merged(((token, len(ranks)) for token in tokens), ranks, " ", least=1) or ()
+    return [token for token, parts in zip(tokens, found, strict=False) if len(parts) > 1]
 
 
 def _merged(
     tokens: Iterable[tuple[str, int]], ranks: Mapping[str, int], joint: str, least: int
-) -> Iterator[list[str]]:
-    """What the merges below a rank leave of each token, down to `least` parts.
+) -> list[list[str]] | None:
+    """What the merges below a rank leave of each token: `least` parts, or the first of more.
 
-    `ranks` are of two neighbours with `joint` between them; the lowest is merged first.
+    `ranks` are of two neighbours with `joint` between them; the lowest is merged first. None where
+    it would take longer than some ten seconds.
     """
+    found: list[list[str]] = []
     steps = 0
     for token, limit in tokens:
         parts = list(token)
         if len(parts) > _MAX_SYMBOLS:
-            raise _TooLongError
+            return None
         while len(parts) > least:
             steps += len(parts)
             best, place = limit, -1
@@ -80,5 +73,6 @@ def _merged(
                 break
             parts[place - 1 : place + 1] = [parts[place - 1] + parts[place]]
         if steps > _MAX_STEPS:
-            raise _TooLongError
-        yield parts
+            return None
+        found.append(parts[: least + 1])
+    return found

@@ -1,5 +1,6 @@
 """Times `xtuner2llava convert` against `cp`, `dd`, bare loops, and loading everything with torch.
 
+    python scripts/bench.py copy-2GB copy-6GB cast ...      tables of docs/performance.md
     python scripts/bench.py --size 2GB [--stored float32] [--dtype keep] [--runs 5]
     python scripts/bench.py --size 6GB --layout zero3 [--ranks 8]
     python scripts/bench.py --size 4GB --layout lora --stored float16 [--rank 512]
@@ -12,13 +13,12 @@ PEFT's merge.
 Each run takes the contenders in turn, so that what else the machine does falls on all of them; the
 first is not counted. Each starts from a warm page cache after `sync`, and those that write end with
 their output flushed. Ratios are to the baseline of the same run: median, lowest and highest.
-`convert` is the command line in a fresh process, so that starting Python counts. Two parts of it
-are contenders too: BLAKE3 of the output, and the system calls of a copy with its checks and nothing
-else.
+`convert` is the command line in a fresh process, so that starting Python counts. Its parts are
+contenders too: the start of Python with torch, BLAKE3 of the output, the products, and the system
+calls of the conversion with its checks and nothing else.
 Memory is the largest resident set of the process, CPU its user and system time; read and written
 are its `rchar` and `wchar` of /proc/self/io for each byte of the output. Needs about three times
-the size of free disk, in DIR, and leaves nothing there. docs/performance.md has the commands that
-made its tables.
+the size of free disk, in DIR, and leaves nothing there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -42,18 +43,18 @@ CONTENDERS = {
     "cp": "cp and sync",
     "dd": "dd: read all, write all",
     "blake3": "BLAKE3 of the output",
+    "start": "start of Python with torch",
     "loop": "system calls and checks, bare",
     "convert": "convert",
     "no-verify": "convert --no-verify",
     "torch": "torch.load, save_file",
-    "products32": "float32 products",
     "products64": "float64 products",
     "peft": "PEFT merge, save_pretrained",
 }
 BY_LAYOUT = {
-    "file": ("cp", "dd", "blake3", "loop", "convert", "no-verify", "torch"),
+    "file": ("cp", "dd", "blake3", "start", "loop", "convert", "no-verify", "torch"),
     "zero3": ("cp", "dd", "blake3", "loop", "convert", "no-verify"),
-    "lora": ("cp", "blake3", "convert", "no-verify", "products32", "products64", "peft"),
+    "lora": ("cp", "blake3", "start", "loop", "convert", "no-verify", "products64", "peft"),
 }
 
 NAIVE = """
@@ -96,45 +97,61 @@ shards = sorted(Path(sys.argv[1]).glob("*.safetensors"))
 list(ThreadPoolExecutor(len(os.sched_getaffinity(0))).map(digest, shards))
 """
 
-# What a copy cannot do without: it is copied in the kernel, read back, looked at, and flushed.
+# The system calls of a conversion, and its checks: what is kept is copied in the kernel, what is
+# computed is read and written; all is read back, looked at, and flushed. It computes nothing.
 LOOP = """
-import os, sys, zlib
+import os, sys, threading, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-def check(file, start, stop, digest, crc, view):
-    for place in range(start, stop, len(view)):
-        part = view[: stop - place]
-        os.preadv(file, [part], place)
-        digest.update(part)
-        crc[0] = zlib.crc32(part, crc[0])
-        bits = np.frombuffer(part[: len(part) // 4 * 4], "<u4")
-        bits.max(), bits.view("<i4").max()
-
-def copy(path, out):
-    source, size = os.open(path, os.O_RDONLY), path.stat().st_size
-    file = os.open(out, os.O_RDWR | os.O_CREAT)
-    digest, crc, view = blake3(), [0], memoryview(bytearray(1 << 19))
-    with ThreadPoolExecutor(1) as checker, ThreadPoolExecutor(1) as flusher:
-        checked = flushed = None
-        for start in range(0, size, 8 << 20):
-            done, stop = start, min(start + (8 << 20), size)
-            while done < stop:
-                done += os.copy_file_range(source, file, stop - done, done, done)
-            checked and checked.result()
-            checked = checker.submit(check, file, start, stop, digest, crc, view)
-            if start % (256 << 20) == 0 and start:
-                flushed = flusher.submit(os.fsync, file)
-    checked.result()
-    os.fsync(file)
-
-work, out = Path(sys.argv[1]), Path(sys.argv[2])
+BLOCK = 2 << 20
+out, computed, written, *sources = Path(sys.argv[1]), sys.argv[2] == "True", *sys.argv[3:]
 out.mkdir()
-with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as files:
-    shards = sorted(work.glob("*.safetensors"))
-    list(files.map(lambda path: copy(path, out / path.name), shards))
+file = os.open(out / "loop", os.O_RDWR | os.O_CREAT)
+sources = [(os.open(path, os.O_RDONLY), os.stat(path).st_size) for path in sources]
+share = int(written) / sum(size for _, size in sources) if computed else 1
+blocks = enumerate((s, start, min(BLOCK, size - start))
+                   for s, size in sources for start in range(0, size, BLOCK))
+taking, turn, digest, place, hashed = threading.Lock(), threading.Condition(), blake3(), 0, 0
+flusher = ThreadPoolExecutor(1)
+
+def work():
+    global place, hashed
+    view, back = memoryview(bytearray(BLOCK)), bytearray(BLOCK)
+    while True:
+        with taking:
+            number, (source, start, count) = next(blocks, (None, (0, 0, 0)))
+            end = place + (length := int(count * share))
+            at, place = place, end
+        if number is None:
+            return
+        if computed:
+            os.preadv(source, [view[:count]], start)
+            os.pwrite(file, view[:length], at)
+        else:
+            done = 0
+            while done < count:
+                done += os.copy_file_range(source, file, count - done, start + done, at + done)
+        data = memoryview(back)[:length]
+        os.preadv(file, [data], at)
+        bits = np.frombuffer(data[: length // 4 * 4], "<u4")
+        bits.max(), bits.view("<i4").max()
+        with turn:
+            turn.wait_for(lambda: hashed == number)
+        digest.update(data)
+        with turn:
+            hashed = number + 1
+            turn.notify_all()
+        zlib.crc32(view[:count] if computed else data)
+        if at >> 28 != end >> 28:
+            flusher.submit(os.fsync, file)
+
+threads = [threading.Thread(target=work) for _ in os.sched_getaffinity(0)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+flusher.shutdown()
+os.fsync(file)
 """
 
 PEFT = """
@@ -165,20 +182,35 @@ work, rank, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv
 with (work / "llm/model.safetensors").open("rb") as file:
     header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
 shapes = [e["shape"] for name, e in header.items() if "_proj" in name]
-rows = lambda columns: max(1, (16 << 20) // (4 * columns))
-block = {shape[1]: torch.randn(rows(shape[1]), shape[1], dtype=dtype) for shape in shapes}
-right = {columns: torch.randn(rank, columns, dtype=dtype) for columns in block}
-left = torch.randn(max(b.shape[0] for b in block.values()), rank, dtype=dtype)
+rows = {columns: max(1, (16 << 20) // (4 * columns)) for _, columns in shapes}
+block = {columns: torch.randn(count, columns, dtype=dtype) for columns, count in rows.items()}
+right = {columns: torch.randn(rank, columns, dtype=dtype) for columns in rows}
+left = torch.randn(max(rows.values()), rank, dtype=dtype)
 start = time.perf_counter()
-for rows, columns in shapes:
-    for done in range(0, rows, block[columns].shape[0]):
-        count = min(block[columns].shape[0], rows - done)
+for height, columns in shapes:
+    for done in range(0, height, rows[columns]):
+        count = min(rows[columns], height - done)
         block[columns][:count].addmm_(left[:count], right[columns], alpha=1e-3)
 seconds = time.perf_counter() - start
-flops = sum(2 * rows * columns * rank for rows, columns in shapes)
 (work / "llava-bench").mkdir()
-(work / "llava-bench/products.json").write_text(json.dumps({"seconds": seconds, "flops": flops}))
+(work / "llava-bench/products.json").write_text(json.dumps({"seconds": seconds}))
 """
+
+# What docs/performance.md shows.
+TABLES = {
+    "copy-2GB": "--size 2GB --runs 5 --contenders cp blake3 loop convert no-verify torch",
+    "copy-6GB": "--size 6GB --runs 3 --contenders cp blake3 loop convert no-verify",
+    "cast": "--size 8GB --dtype float16 --runs 3 --contenders dd start loop convert",
+    "zero3": "--size 6GB --layout zero3 --runs 3 --contenders cp loop convert",
+    "lora-64": "--size 4GB --layout lora --stored float16 --rank 64 --runs 3 "
+    "--contenders cp start loop products64 convert",
+    "lora-512": "--size 4GB --layout lora --stored float16 --rank 512 --runs 3 "
+    "--contenders products64 start loop convert",
+    "peft": "--size 1GB --layout lora --stored float16 --rank 512 --runs 2 "
+    "--contenders convert peft",
+    "memory": "--size 1GB 4GB 12GB --runs 1 --contenders cp convert",
+    "memory-cast": "--size 1GB 4GB 12GB --dtype float16 --runs 1 --contenders dd convert",
+}
 
 
 @dataclass(frozen=True)
@@ -215,44 +247,57 @@ class Measured:
 
 
 def main() -> None:
-    options = parse()
+    options = parse(sys.argv[1:])
+    tables = [parse([*shlex.split(TABLES[name]), *sys.argv[1:]]) for name in options.tables]
+    results = [measured(each, size) for each in tables or [options] for size in each.size]
+    if options.json:
+        print(json.dumps(results if len(results) > 1 else results[0], indent=2))
+
+
+def measured(options: argparse.Namespace, size: int) -> dict[str, object]:
+    """What one table says, which is printed unless it is wanted as JSON."""
     work = Path(tempfile.mkdtemp(prefix="xtuner2llava-bench-", dir=options.work))
     try:
-        talk(f"Making a checkpoint of about {options.size:,} bytes in {work}")
-        make_input(work, options.size, options.stored, options.layout, options.ranks, options.rank)
+        talk(f"Making a checkpoint of about {size:,} bytes in {work}")
+        make_input(work, size, options.stored, options.layout, options.ranks, options.rank)
         runs = measure(work, options)
         written = sum(path.stat().st_size for path in (work / "reference").iterdir())
-        result = {
-            "layout": options.layout,
-            "checkpoint_bytes": sum(path.stat().st_size for path in files(work / "iter_1.pth")),
-            "output_bytes": written,
-            "stored": options.stored,
-            "dtype": options.dtype,
-            "runs": options.runs,
-            "cores": len(os.sched_getaffinity(0)),
-            "processor": processor(),
-            "baseline": baseline(runs),
-            "contenders": [asdict(measured) for measured in summarise(runs, written)],
-        }
+        read = sum(path.stat().st_size for path in files(work / "iter_1.pth"))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    measured = summarise(runs, written)
-    times = "x " + baseline(runs)
+    found = summarise(runs, written)
+    if not options.json:
+        show(options, read, written, "x " + baseline(runs), found)
+    return {
+        "layout": options.layout,
+        "checkpoint_bytes": read,
+        "output_bytes": written,
+        "stored": options.stored,
+        "dtype": options.dtype,
+        "runs": options.runs,
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor(),
+        "baseline": baseline(runs),
+        "contenders": [asdict(one) for one in found],
+    }
+
+
+def show(
+    options: argparse.Namespace, read: int, written: int, times: str, found: list[Measured]
+) -> None:
+    what = f"{options.layout}, {options.stored} to {options.dtype}, {read / 1e9:.1f} GB"
     if options.markdown:
-        print(f"| {written / 1e9:.1f} GB, {options.runs} runs | seconds | {times} | CPU s | read "
-              "| written | peak memory |\n|---|---|---|---|---|---|---|")  # fmt: skip
+        print(f"| {what}, {options.runs} runs | seconds | {times} | CPU s | x CPU | read | written "
+              "| peak memory |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     else:
-        print(f"{written / 1e9:.2f} GB written, {options.runs} runs, medians (best)")
+        print(f"{what}, {written / 1e9:.2f} GB written, {options.runs} runs, medians (best)")
         print(f"{'':31}{'seconds':>16}{'MB/s':>8}{times:>13}{'(range)':>13}"
               f"{'CPU s':>8}{'x CPU':>7}{'peak MB':>9}{'read':>7}{'written':>9}")  # fmt: skip
-    for m in measured:
+    for m in found:
         low, high = m.ratios
         if options.markdown:
             print(f"| {m.name} | {m.seconds:.1f} | {m.ratio:.2f} ({low:.2f} to {high:.2f}) | "
-                  f"{m.cpu_seconds:.1f} | {m.read:.2f} | {m.written:.2f} | "
+                  f"{m.cpu_seconds:.1f} | {m.cpu_ratio:.2f} | {m.read:.2f} | {m.written:.2f} | "
                   f"{m.peak_bytes / 1e6:.0f} MB |")  # fmt: skip
         else:
             print(f"{m.name:31}{m.seconds:8.2f} ({m.best_seconds:5.2f})"
@@ -261,9 +306,12 @@ def main() -> None:
                   f"{m.peak_bytes / 1e6:9.0f}{m.read:7.2f}{m.written:9.2f}")  # fmt: skip
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=size, default="2GB", help="of the checkpoint, e.g. 2GB")
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], metavar="TABLE",
+                        help=f"of docs/performance.md: {', '.join(TABLES)}")  # fmt: skip
+    parser.add_argument("--size", type=in_bytes, nargs="+", default=[2 * 10**9],
+                        help="of the checkpoint, e.g. 2GB; several in turn")  # fmt: skip
     parser.add_argument("--stored", choices=ITEMSIZE, default="float32", help="the input's dtype")
     parser.add_argument("--dtype", choices=("keep", *ITEMSIZE), default="keep", help="the output's")
     parser.add_argument("--layout", choices=BY_LAYOUT, default="file")
@@ -276,10 +324,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", action="store_true", help="a table as in README.md")
     parser.add_argument("--work", type=Path, help="where to put the files; default: temporary")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.computed = options.layout == "lora" or options.dtype not in ("keep", options.stored)
+    return options
 
 
-def size(text: str) -> int:
+def in_bytes(text: str) -> int:
     if text[-2:].upper() not in UNITS:
         raise argparse.ArgumentTypeError("expected a size such as 500MB or 2GB")
     return int(float(text[:-2]) * UNITS[text[-2:].upper()])
@@ -301,6 +351,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
     inputs = [*files(checkpoint), *files(work / "llm"), *files(work / "vision")]
     outputs = files(reference)
     written = sum(path.stat().st_size for path in outputs)
+    weights = [path for path in inputs if path.suffix in (".pth", ".safetensors", ".pt")]
     products = [sys.executable, "-c", PRODUCTS, work, options.rank]
     commands = {
         "cp": ["sh", "-c", 'cp -r "$0" "$1" && sync', reference, out],
@@ -309,11 +360,11 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
                'conv=fsync; shift; for file; do dd if="$file" of=/dev/null bs=1M; done',
                out, written, *inputs],
         "blake3": [sys.executable, "-c", BLAKE3, reference],
-        "loop": [sys.executable, "-c", LOOP, reference, out],
+        "start": [sys.executable, "-c", "import torch"],
+        "loop": [sys.executable, "-c", LOOP, out, options.computed, written, *weights],
         "convert": convert,
         "no-verify": [*convert, "--no-verify"],
         "torch": [sys.executable, "-c", NAIVE, work, out, options.dtype],
-        "products32": [*products, "float32"],
         "products64": [*products, "float64"],
         "peft": [options.peft_python, "-c", PEFT, work, options.rank],
     }  # fmt: skip
@@ -322,7 +373,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(options.runs + 1):
         for name in names:
-            for path in outputs if name in ("cp", "blake3", "loop") else inputs:
+            for path in outputs if name in ("cp", "blake3") else inputs:
                 read(path)
             os.sync()
             run = timed([str(word) for word in commands[name]])

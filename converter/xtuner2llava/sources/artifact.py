@@ -11,7 +11,7 @@ from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.adapter import is_adapted
 from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.storage.fingerprint import Fingerprint
-from xtuner2llava.storage.pickle_reader import Value
+from xtuner2llava.storage.pickle_reader import Value, as_dict
 from xtuner2llava.storage.weights import quantised
 from xtuner2llava.tensors import LazyTensor
 
@@ -77,8 +77,7 @@ def artifact_of_state(
     `meta`, which lies in `meta_file`, is what mmengine saves beside it: the config as text, and the
     iteration. Raises `UnsupportedError`, which says what the tensors are, where they are not those.
     """
-    recorded = meta if isinstance(meta, dict) else {}
-    text, iteration = recorded.get("cfg"), recorded.get("iter")
+    text, iteration = as_dict(meta).get("cfg"), as_dict(meta).get("iter")
     config = (text, f"{meta_file} (meta.cfg)") if isinstance(text, str) else None
     parts: dict[str, dict[str, LazyTensor]] = {}
     others: list[str] = []

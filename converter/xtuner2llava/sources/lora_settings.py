@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
@@ -140,29 +141,26 @@ def settle(
         if record.ranks and not record.ranks.issuperset(ranks)
     ]
     faults: list[Fault] = []
-    if beside is not None and config is not None:
-        where, other = beside.where, config.where
-        one, two = (f"lora_alpha {_alphas(record)}" for record in records)
-        if one != two:
+    for one, two in pairwise(records):
+        if _alphas(one) != _alphas(two):
+            what = f"says lora_alpha {_alphas(one)}, {two.where} says lora_alpha {_alphas(two)}"
             advice = f"They are of different trainings, or one was edited. {flag} N decides."
-            contradictions.append(Fault(where, f"says {one}, {other} says {two}", advice))
+            contradictions.append(Fault(one.where, what, advice))
         for name in ("use_rslora", "use_dora"):
-            says, otherwise = getattr(beside, name), getattr(config, name)
+            says, otherwise = getattr(one, name), getattr(two, name)
             if says != otherwise:
-                what = f"says {name}={says}, {other} says {name}={otherwise}"
-                faults.append(Fault(where, what, "Give the config of this training."))
+                what = f"says {name}={says}, {two.where} says {name}={otherwise}"
+                faults.append(Fault(one.where, what, "Give the config of this training."))
     raise_faults(UnsupportedError, [*(contradictions if alpha is None else ()), *faults])
-    chosen = beside or config
     if alpha is None:
-        return chosen, []
+        return beside or config, []
     notes = [
         f"{flag} {alpha:g} is used; {record.where} says lora_alpha {_alphas(record)}."
         for record in records
         if record.alpha_pattern or record.alpha not in (None, alpha)
     ]
     notes += [f"{fault.where} {fault.what}; {flag} {alpha:g} decides." for fault in contradictions]
-    if chosen is None:
-        return LoraSettings(flag, alpha), notes
+    chosen = beside or config or LoraSettings(flag, alpha)
     return replace(chosen, where=flag, alpha=alpha, alpha_pattern={}), notes
 
 

@@ -22,7 +22,7 @@ from xtuner2llava.sources.artifact import (
 from xtuner2llava.sources.xtuner_folder import PART_FOLDERS, is_xtuner_folder, open_xtuner_folder
 from xtuner2llava.sources.zero_directory import MASTER, open_zero_directory, zero_directory
 from xtuner2llava.storage.json_file import read_json, text
-from xtuner2llava.storage.pickle_reader import TensorReference, Value
+from xtuner2llava.storage.pickle_reader import TensorReference, as_dict
 from xtuner2llava.storage.small_file import read_small
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import (
@@ -86,7 +86,7 @@ def open_artifact(reference: str, weights: str = MASTER) -> Artifact:
 
 def _open_pth(path: Path) -> Artifact:
     opened = TorchFile(path)
-    top = opened.value if isinstance(opened.value, dict) else {}
+    top = as_dict(opened.value)
     if "optimizer_state_dict" in top and "state_dict" not in top:
         raise UnsupportedError(
             "one rank's optimizer states of a DeepSpeed checkpoint",
@@ -97,7 +97,9 @@ def _open_pth(path: Path) -> Artifact:
     unread = [
         repr(key)
         for key, entry in top.items()
-        if "state_dict" in top and key not in _TOP_LEVEL and _has_tensors(entry)
+        if "state_dict" in top
+        and key not in _TOP_LEVEL
+        and any(isinstance(one, TensorReference) for one in (entry, *as_dict(entry).values()))
     ]
     note = (
         f"{path.name} also holds tensors under {', '.join(unread)}, which are not read: XTuner "
@@ -112,11 +114,6 @@ def _open_pth(path: Path) -> Artifact:
         meta_file=path,
         notes=(note,) if unread else (),
     )
-
-
-def _has_tensors(value: Value) -> bool:
-    inner = value.values() if isinstance(value, dict) else (value,)
-    return any(isinstance(entry, TensorReference) for entry in inner)
 
 
 def _open_weight_file(path: Path) -> Artifact:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.artifact import Artifact, artifact_of_state
-from xtuner2llava.storage.pickle_reader import Record, TensorReference, Value
+from xtuner2llava.storage.pickle_reader import Record, TensorReference, Value, as_dict
 from xtuner2llava.storage.small_file import inside, read_small
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import tensor_references, unread_weights
@@ -115,11 +115,10 @@ class _RankFile:
 
     def tensors(self, key: str) -> dict[str, LazyTensor]:
         """The tensors in the dict under `key`."""
-        found = self.value.get(key)
         return self.file.tensors(
             {
                 name: reference
-                for name, reference in (found.items() if isinstance(found, dict) else ())
+                for name, reference in as_dict(self.value.get(key)).items()
                 if isinstance(name, str) and isinstance(reference, TensorReference)
             }
         )
@@ -137,7 +136,7 @@ class _RankFile:
     def shapes(self, group: Value) -> list[tuple[str, Shape]]:
         """Names and shapes of the parameters of a group."""
         shapes: list[tuple[str, Shape]] = []
-        for name, value in group.items() if isinstance(group, dict) else ():
+        for name, value in as_dict(group).items():
             if isinstance(name, str) and isinstance(value, (tuple, list)):
                 shape = tuple(n for n in value if isinstance(n, int) and n >= 0)
                 if len(shape) != len(value):
@@ -150,9 +149,8 @@ class _RankFile:
     def step(self) -> float | None:
         """The step at which the optimizer was saved, under the key of any stage."""
         for key in ("base_optimizer_state", "optimizer_state_dict"):
-            states = _entry(self.optimizer.get(key), "state")
-            first = next(iter(states.values()), None) if isinstance(states, dict) else None
-            match _entry(first, "step"):
+            states = as_dict(as_dict(self.optimizer.get(key)).get("state"))
+            match as_dict(next(iter(states.values()), None)).get("step"):
                 case int() | float() as step:
                     return float(step)
                 case TensorReference() as reference if math.prod(reference.shape) == 1:
@@ -164,10 +162,6 @@ class _RankFile:
                     data = bytes(read_ranges(tensor.ranges() or ()))
                     return float(struct.unpack(code, data)[0]) if code else None
         return None
-
-
-def _entry(value: Value, key: str) -> Value:
-    return value.get(key) if isinstance(value, dict) else None
 
 
 def _largest(value: Value) -> int:
@@ -285,8 +279,7 @@ def _master_weights(
         what = "has more elements than the ranks hold of it"
         faults.append(Fault.about(where, short, what, _COPY_AGAIN))
     raise_faults(CorruptFileError, faults)
-    shared = first.value.get("shared_params")
-    for alias, original in shared.items() if isinstance(shared, dict) else ():
+    for alias, original in as_dict(first.value.get("shared_params")).items():
         if isinstance(alias, str) and isinstance(original, str) and original in tensors:
             tensors[alias] = tensors[original]
     # What no optimizer has: buffers, and before DeepSpeed 0.9 the frozen parameters, of which the

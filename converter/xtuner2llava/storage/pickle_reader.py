@@ -115,6 +115,11 @@ Value = (
 )
 
 
+def as_dict(value: Value) -> dict[Value, Value]:
+    """`value` if it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 class _Mark:
     """The stack's marker object."""
 

@@ -161,7 +161,7 @@ def vision_tower_name(
     only an absolute path is known, which must not be published.
     """
     name = recorded if given is None else given.rstrip("/")  # The Hub has no such names.
-    is_local = name is not None and _is_absolute(name)
+    is_local = name is not None and is_absolute(name)
     if given is not None and is_local:
         raise UsageError(
             f"'{given}' is a path of one machine, which must not be published",
@@ -234,7 +234,8 @@ def _nearest(tower: Mapping[str, Json], processor: Mapping[str, Json]) -> str:
     return ""
 
 
-def _is_absolute(path: str) -> bool:
+def is_absolute(path: str) -> bool:
+    """Whether it is a path of one machine, of any system."""
     return (
         PurePosixPath(path).is_absolute()
         or PureWindowsPath(path).is_absolute()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from xtuner2llava.mapping import Catalogue, model_name
 from xtuner2llava.metadata import CARD_NAME
-from xtuner2llava.planning.vision_tower import is_known_to_llava
+from xtuner2llava.planning.vision_tower import is_absolute, is_known_to_llava
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Finding, judge
 from xtuner2llava.writing import INDEX_NAME
@@ -53,8 +53,7 @@ def vision_tower(out: ConvertedFolder) -> Finding | None:
     value = out.config.get("mm_vision_tower")
     if not isinstance(value, str) or not value:
         return FAILED, f"is {value!r}"
-    absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
-    if absolute or value.startswith("~"):
+    if is_absolute(value):
         return FAILED, f"'{value}' is a path of one machine"
     if is_known_to_llava(value):
         return OK, f"'{value}'"

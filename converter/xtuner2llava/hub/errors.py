@@ -16,7 +16,7 @@ _READ = "log in with `hf auth login` or set HF_TOKEN."
 _AGAIN = "Run the same command again: what the Hub has already is not sent again."
 _FORBIDDEN = "The token may not write there: make one that may, or give an owner that is yours."
 # 412: another commit came in between.
-CONFLICT = 412
+_CONFLICT = 412
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -51,18 +51,21 @@ def require_token() -> None:
         raise HubError("needs a token, and there is none", where="the Hub", advice=_LOG_IN)
 
 
-def with_retries(call: Callable[[], _T], tries: int = 3) -> _T:
+def with_retries(call: Callable[[], _T], tries: int = 3, *, conflicts: bool = False) -> _T:
     """The result of `call`, which is made `tries` times where the network or the server fails.
 
-    huggingface_hub tries again itself, but not everywhere, and older versions in fewer places.
+    With `conflicts`, also where another commit came in between. huggingface_hub tries again itself,
+    but not everywhere, and older versions in fewer places.
     """
     for attempt in range(1, tries):
         try:
             return call()
         except Exception as error:
-            if not is_transient(root_cause(error)):
+            cause = root_cause(error)
+            conflict = conflicts and http_status(cause) == _CONFLICT
+            if not conflict and not is_transient(cause):
                 raise
-            time.sleep(attempt)
+            time.sleep(0 if conflict else attempt)
     return call()
 
 
@@ -126,7 +129,7 @@ def _describe(error: Exception, *, reading: bool) -> tuple[str, str] | None:
     status = http_status(error)
     if status is not None:
         server = str(getattr(error, "server_message", None) or "") or first_line
-        advice = {CONFLICT: f"Others commit to it at the same time. {again}"}
+        advice = {_CONFLICT: f"Others commit to it at the same time. {again}"}
         advice |= dict.fromkeys(_TRANSIENT, again)
         advice[401] = f"The token is not valid{f': {_READ}' if reading else f'. {_LOG_IN}'}"
         advice[403] = "" if reading else _FORBIDDEN

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,15 +13,7 @@ from typing import TYPE_CHECKING
 from xtuner2llava import __version__
 from xtuner2llava.errors import HubError, VerificationError
 from xtuner2llava.hub.download import list_files
-from xtuner2llava.hub.errors import (
-    CONFLICT,
-    http_status,
-    hub_errors,
-    is_transient,
-    require_token,
-    root_cause,
-    with_retries,
-)
+from xtuner2llava.hub.errors import hub_errors, require_token, with_retries
 from xtuner2llava.metadata import CARD_NAME, MARK, merged_card
 from xtuner2llava.options import PushOptions
 from xtuner2llava.storage.json_file import Json
@@ -33,6 +24,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 _MAIN = "main"
+_MESSAGE = "LLaVA model converted by xtuner2llava"
 _TRIES = 5
 # What the Hub takes as a plain file in a commit; larger ones it asks for beforehand.
 _MAX_PLAIN_BYTES = 16 << 20
@@ -176,7 +168,7 @@ class Upload:
         with hub_errors(self.repo_id):
             if not self._has_branch:
                 self._api.create_branch(self.repo_id, branch=self._branch, exist_ok=True)
-            commit, removed = self._commit()
+            commit, removed = with_retries(self._commit, _TRIES, conflicts=True)
             wrong = self._missing(list_files(self.repo_id, commit, recursive=True))
         if wrong:
             raise VerificationError(
@@ -200,39 +192,28 @@ class Upload:
         """The commit that has everything, and what it removed."""
         from huggingface_hub import CommitOperationDelete
 
-        message = self._options.commit_message or "LLaVA model converted by xtuner2llava"
-        for attempt in range(1, _TRIES + 1):
-            head = self._head()
-            there = list_files(self.repo_id, head, recursive=True) if head is not None else {}
-            self._keep_card(there, head)
-            old = [name for name in sorted(there) if _OLD_WEIGHTS.fullmatch(name)]
-            stale = [name for name in old if name not in self._operations]
-            missing = self._missing(there)
-            if head is not None and not stale and not missing:
-                return head, stale
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                *(self._operations[name] for name in missing),
-                *(CommitOperationDelete(path_in_repo=name) for name in stale),
-            ]
-            try:
-                # `parent_commit` shows a change by others, or a lost answer to this very commit.
-                done = self._api.create_commit(
-                    self.repo_id,
-                    operations,
-                    commit_message=message,
-                    revision=self._branch,
-                    parent_commit=head,
-                )
-                return done.oid, stale
-            except Exception as error:
-                # It sends what is small and yet a large file, such as tokenizer.model.
-                cause = root_cause(error)
-                conflict = http_status(cause) == CONFLICT
-                if attempt == _TRIES or not (conflict or is_transient(cause)):
-                    raise
-                if not conflict:
-                    time.sleep(attempt)
-        raise AssertionError("the last attempt returns or raises")
+        head = self._head()
+        there = list_files(self.repo_id, head, recursive=True) if head is not None else {}
+        self._keep_card(there, head)
+        old = [name for name in sorted(there) if _OLD_WEIGHTS.fullmatch(name)]
+        stale = [name for name in old if name not in self._operations]
+        missing = self._missing(there)
+        if head is not None and not stale and not missing:
+            return head, stale
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(self._operations[name] for name in missing),
+            *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        ]
+        # This sends what is small and yet a large file, such as tokenizer.model. `parent_commit`
+        # shows a change by others, or that the answer to an earlier try was lost.
+        done = self._api.create_commit(
+            self.repo_id,
+            operations,
+            commit_message=self._options.commit_message or _MESSAGE,
+            revision=self._branch,
+            parent_commit=head,
+        )
+        return done.oid, stale
 
     def _head(self) -> str | None:
         """The commit that the branch is at; None if there is no such branch."""

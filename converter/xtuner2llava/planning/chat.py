@@ -18,8 +18,6 @@ from xtuner2llava.tokenizers import (
     keeps_spaces,
     prefix_space,
     read_sentencepiece,
-    special_texts,
-    strips_after,
     with_bos_added,
 )
 from xtuner2llava.training_config import Table, TrainingData
@@ -114,7 +112,9 @@ def with_trained_chat(
         tokenizer = with_bos_added(tokenizer, False)
     had = _KEY in tokenizer.config or any(name in tokenizer.files for name in (_JINJA, _JSON))
     eos = data.eos_token or tokenizer.special("eos_token")
-    marks = Marks(_trained_bos(tokenizer), eos, prefix_space(tokenizer), special_texts(tokenizer))
+    added = tokenizer.added_tokens()
+    whole = frozenset(token.text for token in added)
+    marks = Marks(_trained_bos(tokenizer), eos, prefix_space(tokenizer), whole)
     text = chat_template(template, marks) if template is not None else None
     tokenizer = tokenizer.without_files(_JINJA, _JSON).with_config({}, without=[_KEY])
     if template is None or text is None:
@@ -130,7 +130,7 @@ def with_trained_chat(
             "the training."
         )
     end = template.suffix if template.suffix_as_eos else eos or template.suffix
-    if template.sep.isspace() and strips_after(tokenizer, end):
+    if template.sep.isspace() and any(t.rstrip for t in added if t.text == end):
         findings.note(
             f"Training had {template.sep!r} between turns, and the tokenizer drops white space "
             f"after '{end}': from the second turn on, a chat lacks those tokens."

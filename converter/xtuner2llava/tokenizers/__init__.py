@@ -6,8 +6,6 @@ from xtuner2llava.tokenizers.prefix import (
     PrefixSpace,
     keeps_spaces,
     prefix_space,
-    special_texts,
-    strips_after,
     with_bos_added,
 )
 from xtuner2llava.tokenizers.sentencepiece import read_sentencepiece
@@ -34,8 +32,6 @@ __all__ = [
     "read_sentencepiece",
     "read_tokenizer",
     "readable_tokenizer",
-    "special_texts",
-    "strips_after",
     "tokenizer_faults",
     "with_arguments",
     "with_bos_added",

@@ -166,7 +166,7 @@ def _text_merges(content: dict[str, Json]) -> Iterator[str]:
         case {"merges": list(merges)} if any(isinstance(pair, list) for pair in merges):
             pairs = [[*map(str, pair)] for pair in merges if isinstance(pair, list)]
             if any(" " in part for pair in pairs for part in pair):
-                raise _UnreadableError("cannot say merges of parts with spaces")
+                raise _UnreadableError("does not read merges of parts with spaces")
             merges[:] = [" ".join(map(str, p)) if isinstance(p, list) else p for p in merges]
             yield "each merge is one text"
 

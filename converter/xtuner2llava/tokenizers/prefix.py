@@ -1,4 +1,4 @@
-"""What a tokenizer puts before a text: a space, a bos token; and what it finds whole in one.
+"""What a tokenizer puts before a text: a space, a bos token.
 
 XTuner encodes a conversation piece by piece (InternLM/xtuner `xtuner/dataset/utils.py`, encode_fn),
 and a chat template gives one text. A SentencePiece tokenizer puts a space before each piece that it
@@ -104,13 +104,3 @@ def with_bos_added(tokenizer: Tokenizer, added: bool) -> Tokenizer:
         return json_file({**content, "post_processor": sequence})
 
     return changed.with_made({FAST: fast})
-
-
-def special_texts(tokenizer: Tokenizer) -> frozenset[str]:
-    """The texts that are found whole, at which a text is split before anything else."""
-    return frozenset(token.text for token in tokenizer.added_tokens())
-
-
-def strips_after(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether white space after the special token `text` is dropped, as after Phi-3's."""
-    return any(token.text == text and token.rstrip for token in tokenizer.added_tokens())

@@ -12,7 +12,7 @@ import pytest
 
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS
-from xtuner2llava import PlanError, UsageError, plan
+from xtuner2llava import CheckpointError, PlanError, UsageError, plan
 from xtuner2llava.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -144,6 +144,27 @@ def test_faults_of_all_parts_are_told_at_once(workshop: Workshop) -> None:
 
 
 # The tokenizer
+
+
+def test_a_part_at_fault_is_tried_once_and_hides_no_other(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer's folder may be on the Hub, where each try asks it again."""
+    tried = []
+
+    def find_folder(reference: str) -> Path:
+        tried.append(reference)
+        raise CheckpointError("is not a folder here", where=reference)
+
+    monkeypatch.setattr("xtuner2llava.planning.tokenizer.find_folder", find_folder)
+    faults = workshop.faults(
+        QWEN, tokenizer="ann/tokenizer", llm=workshop.llm(QWEN, hidden_size=32), for_="llava"
+    )
+    assert tried == ["ann/tokenizer"]
+    assert faults[0] == "ann/tokenizer: is not a folder here"
+    assert "LLaVA has no class for Qwen2ForCausalLM" in faults[1]
+    assert any("projector.model.0.weight: has shape [64, 48]" in fault for fault in faults)
+    assert len(faults) == len(set(faults))
 
 
 def test_a_vocabulary_that_is_smaller_than_the_tokenizer(workshop: Workshop) -> None:

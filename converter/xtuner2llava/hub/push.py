@@ -23,6 +23,7 @@ from xtuner2llava.options import ConvertOptions, PushOptions
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.verification.checks.names import other_class
 from xtuner2llava.verification.checks.record import changed
+from xtuner2llava.verification.folder import open_folder
 from xtuner2llava.verification.outcome import FAILED
 from xtuner2llava.verification.run import check_folder
 from xtuner2llava.writing.jobs import Work
@@ -75,16 +76,16 @@ def push_folder(folder: Path, repo_id: str, options: PushOptions) -> Pushed:
     shards, small = _recorded(folder)
     present = _check_files(folder, shards, small)
     report = options.on_progress and partial(options.on_progress, "check")
-    checked, checks = check_folder(folder, report)
+    converted = open_folder(folder)
     faults = [
         Fault(f"{folder}, {check.name}", check.detail, _ADVICE)
-        for check in checks
+        for check in check_folder(converted, report)
         if check.result == FAILED and check.name not in _NOT_REQUIRED
     ]
     raise_faults(VerificationError, faults)
     notes = []
     name = repo_id.rpartition("/")[2]
-    if checked is not None and (reasons := other_class(checked, name)):
+    if reasons := other_class(converted, name):
         notes.append(
             f"LLaVA chooses the class by the name, and '{name}' {reasons}: give "
             "load_pretrained_model another model_name, as README.md does."

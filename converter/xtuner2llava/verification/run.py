@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     _Reference = tuple[ModelInput, torch.Tensor]
 
-_CONFIG, _HEADERS = "config.json", "safetensors headers"
+_HEADERS = "safetensors headers"
 # A check that does not apply to a folder finds None.
 _CHECKS: Mapping[str, Callable[[ConvertedFolder], Finding | None]] = {
     _HEADERS: structure.headers,
@@ -90,57 +90,22 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
     path, repository = Path(out), fspath(out)
     if "/" in repository and not path.exists() and is_reference(repository):
         return _verify_published(repository, options)
+    return _verify(path, options)
+
+
+def _verify(
+    path: Path, options: VerifyOptions, published: Mapping[str, str] | None = None
+) -> Verification:
     stages, figures = Stages(), dict[str, Json]()
-    compared = _compared_with(path, options, stages)
-    with stages.stage("look") as stage:
-        folder, checks = check_folder(path, _reporter(options, "checksums"))
-        stage.nbytes = _weight_bytes(path)
-    if folder is not None:
-        checks += _asked(folder, options)
-    broken = {c.name for c in checks if c.result == FAILED} & {_CONFIG, _HEADERS}
-    if folder is None or broken:
-        why = "the folder is damaged, see above"
-        asked = {TENSORS: options.against, REFERENCE: options.reference}
-        checks += [Check(name, SKIPPED, why) for name, value in asked.items() if value is not None]
-    else:
-        checks += _check_at_work(folder, options, *compared, stages, figures)
-    return Verification(path, tuple(checks), figures)
-
-
-def check_folder(
-    path: Path, report: OnProgress | None, published: Mapping[str, str] | None = None
-) -> tuple[ConvertedFolder | None, list[Check]]:
-    """The folder, and all checks of it by itself; None if its config cannot be read.
-
-    `report` is called with the bytes that are read, and in all. `published` are the SHA-256 of
-    large files where `path` is a copy of a published model.
-    """
+    asked = {TENSORS: options.against, REFERENCE: options.reference}
+    why = "the folder is damaged, see above"
+    skipped = [Check(name, SKIPPED, why) for name, value in asked.items() if value is not None]
     try:
         folder = open_folder(path)
     except CorruptFileError as error:
-        return None, [Check.failed(_CONFIG, error)]
-    checks = []
-    if folder.record_damage:
-        checks.append(Check(RECORD_NAME, *judge(folder.record_damage, "")))
-    for name, look in _CHECKS.items():
-        checks += _checked(name, _row(name, look, folder))
-    advance = _byte_counter(report, _weight_bytes(path))
-    return folder, [*checks, *record_checks(folder, advance, published)]
-
-
-def _compared_with(
-    path: Path, options: VerifyOptions, stages: Stages
-) -> tuple[Plan | None, _Reference | None]:
-    """The plan of the checkpoint and the reference, where they are given.
-
-    They come first: what is missing of them is said before the folder's gigabytes are read. None of
-    them for a folder whose config cannot be read.
-    """
+        return Verification(path, (Check.failed("config.json", error), *skipped))
+    # What is missing of these is said before the folder's gigabytes are read.
     plan, reference = None, None
-    try:
-        folder = open_folder(path)
-    except CorruptFileError:
-        return None, None
     if options.against is not None:
         from xtuner2llava.verification.against import plan_again
 
@@ -150,7 +115,32 @@ def _compared_with(
         from xtuner2llava.verification.logits.reference import read_reference
 
         reference = read_reference(Path(options.reference))
-    return plan, reference
+    with stages.stage("look") as stage:
+        checks = check_folder(folder, _reporter(options, "checksums"), published)
+        stage.nbytes = _weight_bytes(path)
+    checks += _asked(folder, options)
+    if any(check.name == _HEADERS and check.result == FAILED for check in checks):
+        checks += skipped
+    else:
+        checks += _check_at_work(folder, options, plan, reference, stages, figures)
+    return Verification(path, tuple(checks), figures)
+
+
+def check_folder(
+    folder: ConvertedFolder, report: OnProgress | None, published: Mapping[str, str] | None = None
+) -> list[Check]:
+    """All checks of a folder by itself.
+
+    `report` is called with the bytes that are read, and in all. `published` are the SHA-256 of
+    large files where it is a copy of a published model.
+    """
+    checks = []
+    if folder.record_damage:
+        checks.append(Check(RECORD_NAME, *judge(folder.record_damage, "")))
+    for name, look in _CHECKS.items():
+        checks += _checked(name, _row(name, look, folder))
+    advance = _byte_counter(report, _weight_bytes(folder.path))
+    return [*checks, *record_checks(folder, advance, published)]
 
 
 def _check_at_work(
@@ -230,9 +220,8 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
 
     try:
         with published_copy(repository) as copy:
-            folder, checks = check_folder(copy.path, _reporter(options, "checksums"), copy.sha256)
-            checks += [] if folder is None else _asked(folder, options)
-            return Verification(Path(repository), tuple(checks), {"commit": copy.commit})
+            found = _verify(copy.path, options, copy.sha256)
+            return replace(found, out=Path(repository), figures={"commit": copy.commit})
     except CheckpointError as error:
         faults = [
             replace(fault, what=f"is not a folder here, and {fault.what}")

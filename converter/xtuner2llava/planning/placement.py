@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
 from xtuner2llava.mapping import Dropped, Format, Origin
@@ -20,8 +19,9 @@ def place(
     origins: Mapping[str, Mapping[str, Origin]],
     format_: Format,
     environment: Mapping[str, object],
+    dtype: str,
 ) -> tuple[list[PlannedTensor], list[tuple[str, Dropped]]]:
-    """All tensors by component under the format's names, in the order of the output.
+    """All tensors by component under the format's names and in `dtype`, as they are written.
 
     `origins` are, by component, of tensors that rules of a family have made before. Raises
     `MappingError` with all that does not fit.
@@ -42,8 +42,10 @@ def place(
                 faults.append(Fault(made.where, f"{name} is made twice"))
             origin = origins.get(component, {}).get(made.sources[0], made)
             rule = f"{origin.verb} {origin.where}"
-            how = "compute" if tensor.ranges() is None else "copy"
-            planned[name] = PlannedTensor(name, component, tensor, origin.sources, rule, how)
+            to_write = _in_dtype(tensor, dtype)
+            how = "copy" if to_write is tensor else f"cast from {tensor.dtype}"
+            how = "compute" if tensor.ranges() is None else how
+            planned[name] = PlannedTensor(name, component, to_write, origin.sources, rule, how)
     raise_faults(MappingError, faults)
     return list(planned.values()), dropped
 
@@ -86,15 +88,11 @@ def config_dtype(dtype: str, llm: Iterable[LazyTensor]) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def in_dtype(planned: PlannedTensor, dtype: str) -> PlannedTensor:
+def _in_dtype(tensor: LazyTensor, dtype: str) -> LazyTensor:
     """The tensor in the dtype to write; integers stay what they are."""
-    before = planned.tensor
-    if not before.dtype.is_float:
-        return planned
-    after = cast(before, before.stored_dtype if dtype == KEEP else BY_NAME[dtype])
-    is_cast = after is not before and before.ranges() is not None
-    how = f"cast from {before.dtype}" if is_cast else planned.how
-    return replace(planned, tensor=after, how=how)
+    if not tensor.dtype.is_float:
+        return tensor
+    return cast(tensor, tensor.stored_dtype if dtype == KEEP else BY_NAME[dtype])
 
 
 def unchecked_note(tensors: Iterable[PlannedTensor]) -> str | None:

@@ -394,8 +394,9 @@ class Assessment:
         if self.writes_tower:
             components[VISUAL_ENCODER] = checkpoint.visual_encoder.tensors
         components[PROJECTOR] = dict(sorted(checkpoint.projector.tensors.items()))
-        placed, dropped = placement.place(components, {LLM: llm.origins}, format_, self.environment)
-        tensors = tuple(placement.in_dtype(planned, self.dtype) for planned in placed)
+        tensors, dropped = placement.place(
+            components, {LLM: llm.origins}, format_, self.environment, self.dtype
+        )
         self.found.note(placement.unchecked_note(tensors))
         becomes, (ids, chat) = llm.family.target_class, self.generation
         config = output_config(
@@ -419,7 +420,7 @@ class Assessment:
                 llm.family.name, becomes.name, format_.name, (*llm.family.files, format_.file)
             ),
             dtype=self.dtype,
-            tensors=tensors,
+            tensors=tuple(tensors),
             dropped=(*((LLM, each) for each in llm.dropped), *dropped),
             config=config,
             generation_config=self.generation_config,

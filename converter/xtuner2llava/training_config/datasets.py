@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -107,27 +108,26 @@ class _Reader:
         datasets, hook = list(self._datasets()), self._hook()
         places = [*datasets, self._config]
         tokenizers, processors = (
-            [*filter(None, (place.known(key) for place in places)), None]
+            [found for place in places if (found := place.known(key))]
             for key in ("tokenizer", "image_processor")
         )
-        tokenizer = tokenizers[0]
+        tokenizer, processor = (next(iter(found), None) for found in (tokenizers, processors))
         aspect_ratio = self._aspect_ratio(datasets)
-        found = (
-            self._read(one, "max_length", lambda s, key: s.positive(key, _MAX_LENGTH))
-            for one in datasets
-        )
-        lengths = {length for length in found if length is not None}
+        read = partial(Section.positive, default=_MAX_LENGTH)
+        lengths = {self._read(one, "max_length", read) for one in datasets} - {None}
         if len(lengths) > 1:
-            self._notes.append(f"datasets differ in max_length: {sorted(lengths)[:8]}")
+            self._notes.append(
+                f"datasets differ in max_length: {sorted(filter(None, lengths))[:8]}"
+            )
         return TrainingData(
             image_aspect_ratio=aspect_ratio,
             prompt_template=self._prompt_template(datasets, hook),
-            image_processor=self._loaded(processors[0]),
+            image_processor=self._loaded(processor),
             tokenizer=self._loaded(tokenizer),
             other_tokenizers=tuple(
                 other.path
-                for other in tokenizers
-                if other and tokenizer and _tokenizes(other.table) != _tokenizes(tokenizer.table)
+                for other in tokenizers[1:]
+                if _tokenizes(other.table) != _tokenizes(tokenizers[0].table)
             ),
             bos_token=self._read(tokenizer, "bos_token", Section.text),
             eos_token=self._read(tokenizer, "eos_token", Section.text),

@@ -33,7 +33,8 @@ from xtuner2llava.storage.weights import (
     weight_names,
 )
 
-_SHARD = re.compile(r"-\d+-of-\d+\.")
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
+_SHARD = re.compile(r"-\d+-of-\d+\.(?=(?:safetensors|bin)$)")
 # What mmengine's `save_checkpoint` writes; the tensors of an optimizer are not weights.
 _TOP_LEVEL = ("meta", "state_dict", "message_hub", "optimizer", "param_schedulers")
 # Multimodal models of XTuner's v1 trainer, which saves them whole (xtuner/v1/model/compose).
@@ -63,25 +64,13 @@ def open_artifact(reference: str, weights: str = MASTER) -> Artifact:
         raise _another_folder(path)
     if not path.is_file():
         raise _not_there(reference, path)
-    if path.name.endswith((".safetensors", ".bin", ".index.json")):
-        return _open_weight_file(path)
-    if path.name == "last_checkpoint":
-        named = read_small(path, _MAX_LAST_BYTES).decode("utf-8", "replace").strip()
-        beside = path.parent / Path(named).name
-        there = next((p for p in (Path(named), beside) if p.exists()), Path(named))
-        raise UnsupportedError(
-            f"the file in which mmengine notes the newest checkpoint, '{named[:200]}'",
-            where=str(path),
-            advice=f"Give that: {str(there)[:200]}",
-        )
-    if path.suffix == ".py":
-        raise UnsupportedError(
-            "a Python file, such as an XTuner config, not a checkpoint",
-            where=str(path),
-            advice="`inspect` says what a training with it will become; to convert, give "
-            "iter_N.pth, and the config with --xtuner-config.",
-        )
-    return _open_pth(path)
+    index = path.with_name(_SHARD.sub(".", path.name) + ".index.json")
+    if (other := _another_file(path, index)) is not None:
+        raise UnsupportedError(other[0], where=str(path), advice=other[1])
+    if _SHARD.search(path.name):
+        return _open_state(index)
+    is_state = path.name.endswith((".safetensors", ".index.json"))
+    return _open_state(path) if is_state else _open_pth(path)
 
 
 def _open_pth(path: Path) -> Artifact:
@@ -114,27 +103,6 @@ def _open_pth(path: Path) -> Artifact:
         meta_file=path,
         notes=(note,) if unread else (),
     )
-
-
-def _open_weight_file(path: Path) -> Artifact:
-    """A file of weights by itself: all of LLaVAModel's state dict, or a part of something else."""
-    belongs_to = _xtuner_folder_of(path.parent)
-    if belongs_to is not None:
-        raise UnsupportedError(
-            f"one part of the XTuner folder {belongs_to.name}",
-            where=str(path),
-            advice=f"Give the whole folder: {belongs_to}",
-        )
-    if not _SHARD.search(path.name):
-        return _open_pth(path) if path.suffix == ".bin" else _open_state(path)
-    index = path.with_name(_SHARD.sub(".", path.name) + ".index.json")
-    if not index.is_file():
-        raise UnsupportedError(
-            "one shard of several, and the index that names them all is not beside it",
-            where=str(path),
-            advice="Give the folder with all shards and their index.",
-        )
-    return _open_state(index)
 
 
 def _open_state(path: Path) -> Artifact:
@@ -173,6 +141,34 @@ def _not_there(reference: str, path: Path) -> UsageError:
     except (OSError, ValueError):
         pass
     return UsageError("no such file or folder", where=reference, advice=advice)
+
+
+def _another_file(path: Path, index: Path) -> tuple[str, str] | None:
+    """What a file is that is not a whole checkpoint, and what to give instead.
+
+    `index` is where the index lies if the file is a shard.
+    """
+    if path.name == "last_checkpoint":
+        named = read_small(path, _MAX_LAST_BYTES).decode("utf-8", "replace").strip()
+        beside = path.parent / Path(named).name
+        there = next((p for p in (Path(named), beside) if p.exists()), Path(named))
+        what = f"the file in which mmengine notes the newest checkpoint, '{named[:200]}'"
+        return what, f"Give that: {str(there)[:200]}"
+    if path.suffix == ".py":
+        return (
+            "a Python file, such as an XTuner config, not a checkpoint",
+            "`inspect` says what a training with it will become; to convert, give iter_N.pth, and "
+            "the config with --xtuner-config.",
+        )
+    whole = _xtuner_folder_of(path.parent)
+    if whole is not None and path.name.endswith(_WEIGHTS):
+        return f"one part of the XTuner folder {whole.name}", f"Give the whole folder: {whole}"
+    if _SHARD.search(path.name) and not index.is_file():
+        return (
+            "one shard of several, and the index that names them all is not beside it",
+            "Give the folder with all shards and their index.",
+        )
+    return None
 
 
 def _another_folder(path: Path) -> UnsupportedError:

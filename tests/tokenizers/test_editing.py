@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import Tokenizer, read_tokenizer
+from xtuner2llava.tokenizers import Tokenizer, read_tokenizer, with_bos_added
 
 BASES = ("llm_llama", "llm_qwen2")
 
@@ -142,3 +142,13 @@ def test_a_special_token_is_taken_off_everywhere(tmp_path: Path) -> None:
     assert config == {"bos_token": None, "eos_token": "a"}
     assert json.loads(tokenizer.made["special_tokens_map.json"]()) == {"eos_token": "a"}
     assert tokenizer.copied == ("vocab.json",)
+
+
+def test_a_bos_token_that_is_not_in_the_vocabulary_is_not_added(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    tokenizer = read_tokenizer(tmp_path)
+    assert with_bos_added(tokenizer, True) is tokenizer
+    known = with_bos_added(tokenizer.with_tokens(["<s>"]), True)
+    content = json.loads(known.made["tokenizer.json"]())
+    assert content["post_processor"]["processors"][0]["special_tokens"]["<s>"]["ids"] == [1]

@@ -79,13 +79,13 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
 
 
 def with_bos_added(tokenizer: Tokenizer, added: bool) -> Tokenizer:
-    """The same tokenizer, which puts its bos token before each text, or does not.
+    """The same tokenizer, which puts its bos token before each text, if it has one, or does not.
 
     Both tokenizer_config.json and the post-processor of tokenizer.json say so: some classes of
     transformers read the one, some the other.
     """
     bos = tokenizer.special("bos_token")
-    if bos is None or adds_bos(tokenizer) == added:
+    if bos is None or (added and bos not in tokenizer.ids) or adds_bos(tokenizer) == added:
         return tokenizer
     changed = tokenizer.with_config({"add_bos_token": added})
     if FAST not in tokenizer.files:

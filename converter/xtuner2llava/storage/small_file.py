@@ -27,10 +27,8 @@ def read_small(path: Path, most: int) -> bytes:
 def read_plain(path: Path, most: int) -> bytes:
     """As `read_small`, for a file that the user named, which may be a link to anywhere."""
     try:
-        # Opening a pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CorruptFileError("cannot be read (it is not a plain file)", where=str(path))
             data = file.read(most + 1)
     except (OSError, ValueError) as error:  # ValueError: a path with a null character.
@@ -39,6 +37,11 @@ def read_plain(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise CorruptFileError(f"has more than {most:,} bytes", where=str(path))
     return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens `path`; if it is a pipe, plain `open` would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -31,8 +31,8 @@ ALLOWED = {
     # Its own modules, by names of a table of its own.
     ("__init__.py", "importlib.import_module"),
     # Only `verify --logits --trust-remote-code` asks for it, on the user's word.
-    ("verification/logits/compare.py", "trust_remote_code=True"),
-    ("verification/logits/model.py", "trust_remote_code: True"),
+    ("verification/logits/trained.py", "trust_remote_code=True"),
+    ("verification/logits/trained.py", "trust_remote_code: True"),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from xtuner2llava.errors import MappingError
 from xtuner2llava.mapping.apply import Applied, apply
-from xtuner2llava.mapping.rules import Entry, read_rules
+from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.yaml import read_document
 from xtuner2llava.tensors import BFLOAT16, FLOAT32, FileRange, Fill, LazyTensor, SourceFile, Stored
@@ -36,7 +36,7 @@ def given(tmp_path: Path) -> Given:
     return make
 
 
-Layers = Sequence[Sequence[Entry]]
+Layers = Sequence[Sequence[RuleOrBlock]]
 
 
 def rules(text: str, parent: Layers = (), name: str = "t.yaml") -> Layers:

@@ -22,7 +22,7 @@ from xtuner2llava.mapping.names import (
     shortened,
     unnumbered,
 )
-from xtuner2llava.mapping.rules import Entry, Rule, Step
+from xtuner2llava.mapping.rules import Rule, RuleOrBlock, Step
 from xtuner2llava.tensors import LazyTensor
 
 # The largest models have some 50,000 tensors; a loop over a hostile config ends here.
@@ -59,7 +59,7 @@ class Applied:
 
 
 def apply(
-    layers: Sequence[Sequence[Entry]],
+    layers: Sequence[Sequence[RuleOrBlock]],
     environment: Environment,
     tensors: Mapping[str, LazyTensor],
     *,
@@ -132,7 +132,7 @@ def _unused(names: Iterable[str], missing: Mapping[str, str], where: str) -> lis
 
 
 def _expand(
-    layers: Sequence[Sequence[Entry]], environment: Environment, names: Collection[str]
+    layers: Sequence[Sequence[RuleOrBlock]], environment: Environment, names: Collection[str]
 ) -> list[Step]:
     """The steps that the rules come to. They may still contradict each other."""
     faults: list[Fault] = []
@@ -202,7 +202,7 @@ class Expansion:
 
     def steps(
         self,
-        entries: Iterable[Entry],
+        entries: Iterable[RuleOrBlock],
         environment: Environment,
         source: str = "",
         target: str = "",

@@ -16,7 +16,7 @@ from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.mapping.names import advice_for
 from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
-from xtuner2llava.mapping.rules import Entry, read_rules
+from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.similar import doubtful_defaults
 from xtuner2llava.mapping.yaml import Document, Node
@@ -94,7 +94,7 @@ def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
     return {name: value.data for name, value in table.items()}
 
 
-def _read_tensors(reader: Reader, node: Node) -> tuple[tuple[Entry, ...], ...]:
+def _read_tensors(reader: Reader, node: Node) -> tuple[tuple[RuleOrBlock, ...], ...]:
     return (read_rules(reader, node),)
 
 
@@ -107,7 +107,7 @@ class Family:
     """The models that it is for, as people call them."""
     match: Match = field(default_factory=Match)
     dims: Mapping[str, Expression] = field(default_factory=dict)
-    layers: Annotated[tuple[tuple[Entry, ...], ...], _read_tensors] = field(
+    layers: Annotated[tuple[tuple[RuleOrBlock, ...], ...], _read_tensors] = field(
         metadata=key("tensors"), default=()
     )
     """Its rules, and those of the families that it extends, which they replace."""

@@ -20,7 +20,7 @@ from xtuner2llava.mapping.config_rules import (
 from xtuner2llava.mapping.detect import Refusal
 from xtuner2llava.mapping.expressions import Environment
 from xtuner2llava.mapping.plain_class import MappingFile
-from xtuner2llava.mapping.rules import Entry, read_rules
+from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import ABSENT, GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document, Node
 from xtuner2llava.tensors import LazyTensor
@@ -77,7 +77,7 @@ class FormatClass:
     caveats: tuple[Caveat, ...] = ()
 
 
-def _read_tensors(reader: Reader, node: Node) -> Mapping[str, tuple[Entry, ...]]:
+def _read_tensors(reader: Reader, node: Node) -> Mapping[str, tuple[RuleOrBlock, ...]]:
     table = reader.table(node, "`tensors`", COMPONENTS)
     for name in COMPONENTS:
         if name not in table and node is not ABSENT:
@@ -95,7 +95,7 @@ class Format:
 
     name: str = field(metadata=key("format"))
     classes: Mapping[str, FormatClass]
-    rules: Annotated[Mapping[str, tuple[Entry, ...]], _read_tensors] = field(
+    rules: Annotated[Mapping[str, tuple[RuleOrBlock, ...]], _read_tensors] = field(
         metadata=key("tensors")
     )
     """By component, one of `COMPONENTS`."""

@@ -16,7 +16,7 @@ from xtuner2llava.mapping.apply import Expansion, Origin
 from xtuner2llava.mapping.config_rules import Requirements, failures
 from xtuner2llava.mapping.expressions import Environment, Expression, same, show
 from xtuner2llava.mapping.names import Suggestions, TensorFaults, fold, shortened
-from xtuner2llava.mapping.rules import Entry, read_shapes
+from xtuner2llava.mapping.rules import RuleOrBlock, read_shapes
 from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document
 
@@ -68,7 +68,7 @@ class PlainClass:
     architecture: str
     model_type: str
     config: ClassKeys
-    entries: Annotated[tuple[Entry, ...], read_shapes] = field(metadata=key("tensors"))
+    entries: Annotated[tuple[RuleOrBlock, ...], read_shapes] = field(metadata=key("tensors"))
     dims: Mapping[str, Expression] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     file: MappingFile = field(metadata=GIVEN)

@@ -68,18 +68,18 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class RuleBlock:
     """Rules that share loops, a prefix on either side, and a condition."""
 
     where: str
     loops: Mapping[str, Expression]
     source: TextTemplate
     target: TextTemplate
-    rules: tuple[Entry, ...]
+    rules: tuple[RuleOrBlock, ...]
     condition: Expression | None = None
 
 
-Entry: TypeAlias = Rule | Block
+RuleOrBlock: TypeAlias = Rule | RuleBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +227,12 @@ _VERBS: Mapping[str, _Verb] = {
 _SHAPES = {"shapes": _Verb()}
 
 
-def read_rules(reader: Reader, node: Node) -> tuple[Entry, ...]:
+def read_rules(reader: Reader, node: Node) -> tuple[RuleOrBlock, ...]:
     """The rules of a family's or a format's list."""
     return _Rules(reader, _VERBS, ("from", "to")).read(node)
 
 
-def read_shapes(reader: Reader, node: Node) -> tuple[Entry, ...]:
+def read_shapes(reader: Reader, node: Node) -> tuple[RuleOrBlock, ...]:
     """The rules of a class, which only say names and shapes."""
     return _Rules(reader, _SHAPES, ("prefix", "prefix")).read(node)
 
@@ -243,7 +243,7 @@ class _Rules:
     ) -> None:
         self._reader, self._verbs, self._prefixes = reader, verbs, prefixes
 
-    def read(self, node: Node) -> tuple[Entry, ...]:
+    def read(self, node: Node) -> tuple[RuleOrBlock, ...]:
         rules = tuple(self._entries(node))
         made: dict[str, str] = {}
         for name, where in _targets(rules, ""):
@@ -253,7 +253,7 @@ class _Rules:
                 self._reader.faults.append(Fault(where, what, advice))
         return rules
 
-    def _entries(self, node: Node) -> Iterator[Entry]:
+    def _entries(self, node: Node) -> Iterator[RuleOrBlock]:
         for item in self._reader.plain(list, node, "a set of rules"):
             if not isinstance(item.value, dict):
                 self._reader.fault(item.line, "a rule is a table of keys and values")
@@ -262,7 +262,7 @@ class _Rules:
             else:
                 yield from self._rule(item, item.value)
 
-    def _block(self, node: Node, table: Mapping[str, Node]) -> Block:
+    def _block(self, node: Node, table: Mapping[str, Node]) -> RuleBlock:
         reader, outer, used = self._reader, self._reader.variables, self._reader.used
         reader.table(node, "a block", ("for", *dict.fromkeys(self._prefixes), "rules", "if"))
         loops = self._loops(table)
@@ -279,7 +279,7 @@ class _Rules:
                 reader.faults.append(Fault(times.where, what, advice))
         reader.variables, reader.used = outer, used | reader.used
         condition = reader.value(Expression | None, table.get("if", ABSENT), "`if`")
-        return Block(reader.where(node.line), loops, source, target, rules, condition)
+        return RuleBlock(reader.where(node.line), loops, source, target, rules, condition)
 
     def _loops(self, table: Mapping[str, Node]) -> dict[str, Expression]:
         """The variables of `for`, and how often each runs."""
@@ -368,12 +368,12 @@ class _Rules:
                 self._reader.fault(line, what, f"Write {{{rule.variable}}} in it.")
 
 
-def _targets(rules: Sequence[Entry], prefix: str) -> Iterator[tuple[str, str]]:
+def _targets(rules: Sequence[RuleOrBlock], prefix: str) -> Iterator[tuple[str, str]]:
     """What is made without a condition, with placeholders as written, and where."""
     for rule in rules:
         if rule.condition is not None:
             continue
-        if isinstance(rule, Block):
+        if isinstance(rule, RuleBlock):
             yield from _targets(rule.rules, join(prefix, rule.target.text))
         elif rule.verb != "move":
             for name in rule.targets:

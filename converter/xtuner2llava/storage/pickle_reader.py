@@ -41,6 +41,7 @@ _ELEMENTS = "elements for something that is not a list"
 _ITEMS = "items for something that is not a dict"
 _CALL = "a call of something that is not an allowed global"
 # How many values an opcode takes from the stack, and what is wrong where they are of other kinds.
+_STORAGE = "a storage reference of unknown form"
 _OPERANDS = {
     **{f"TUPLE{count}": (count, "") for count in (1, 2, 3)},
     **dict.fromkeys(("TUPLE", "LIST", "FROZENSET", "DICT", "POP_MARK"), (_TO_MARKER, "")),
@@ -50,7 +51,7 @@ _OPERANDS = {
     "SETITEM": (3, _ITEMS),
     "SETITEMS": (_AND_ONE_BELOW, _ITEMS),
     "STACK_GLOBAL": (2, "a global whose name is not text"),
-    "BINPERSID": (1, "a storage reference of unknown form"),
+    "BINPERSID": (1, _STORAGE),
     "REDUCE": (2, _CALL),
     "NEWOBJ": (2, _CALL),
     "NEWOBJ_EX": (3, "an object of something that is not an allowed global"),
@@ -208,12 +209,8 @@ class _Machine:
                 raise self._damaged(unknown)
             case "STACK_GLOBAL", [str(module), str(name)]:
                 stack.append(self._global(f"{module}.{name}"))
-            case "BINPERSID", [("storage", GlobalName(kind), str(key), _, int(elements))] if (
-                elements >= 0
-            ):
-                if kind not in STORAGES:
-                    raise self._damaged(f"'{kind}' is not a storage class")
-                stack.append(StorageReference(key, BY_NAME[STORAGES[kind]], elements))
+            case "BINPERSID", [("storage", GlobalName(kind), str(key), _, int(elements))]:
+                stack.append(self._storage(kind, key, elements))
             case "REDUCE" | "NEWOBJ", [GlobalName(name), tuple(arguments)]:
                 stack.append(self._call(name, arguments))
             case "NEWOBJ_EX", [GlobalName(name), tuple(arguments), keywords]:
@@ -278,6 +275,13 @@ class _Machine:
                 "If XTuner wrote it, report the name so that it can be allowed as data.",
             )
         return GlobalName(name)
+
+    def _storage(self, kind: str, key: str, elements: int) -> StorageReference:
+        if kind not in STORAGES:
+            raise self._damaged(f"'{kind}' is not a storage class")
+        if elements < 0:
+            raise self._damaged(_STORAGE)
+        return StorageReference(key, BY_NAME[STORAGES[kind]], elements)
 
     def _call(self, function: str, arguments: tuple[Value, ...]) -> Value:
         """What the call of an allowed global makes; mostly a `Record`."""

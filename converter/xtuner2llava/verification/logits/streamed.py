@@ -111,7 +111,7 @@ def stream(
         raise CheckpointError(f"{what} differ in {', '.join(listed[:3])}")
 
 
-class LanguageModel:
+class StreamedLanguageModel:
     """A causal language `model` of transformers with `weights`, by their names in files.
 
     `embedding` and `head` are (vocabulary, hidden size), `layer_bytes` the size of a layer. Raises
@@ -210,7 +210,7 @@ class ModelInput:
 class Model:
     """A LLaVA to run: `vision` is the config of its CLIP tower, whose `select_layer` is seen."""
 
-    language: LanguageModel
+    language: StreamedLanguageModel
     vision: Mapping[str, Json]
     tower: Weights
     projector: Weights

@@ -22,8 +22,8 @@ from xtuner2llava.verification.logits.comparison import (
     fixed_input,
 )
 from xtuner2llava.verification.logits.streamed import (
-    LanguageModel,
     Model,
+    StreamedLanguageModel,
     Weights,
     parameters_on_meta,
     rounded,
@@ -111,7 +111,7 @@ def folder_model(
     with parameters_on_meta():
         model = new_language_model(plain_config(out.text))
     return Model(
-        LanguageModel(model, read(out.part(LLM))),
+        StreamedLanguageModel(model, read(out.part(LLM))),
         vision,
         read(tower),
         read(out.part(PROJECTOR)),
@@ -136,7 +136,7 @@ def _source_model(checkpoint: Checkpoint, trust: bool, read: Read) -> Model:
     projector = {n.removeprefix("model."): t for n, t in checkpoint.projector.tensors.items()}
     layer = -2 if training is None else training.visual_select_layer
     return Model(
-        LanguageModel(model, read(llm.tensors)),
+        StreamedLanguageModel(model, read(llm.tensors)),
         _vision_config(checkpoint),
         read(checkpoint.visual_encoder.tensors),
         read(projector),

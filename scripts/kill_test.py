@@ -196,10 +196,9 @@ class Test:
         for path in partial.glob("*.safetensors"):
             size = path.stat().st_size
             written += size
-            for kind in ("finished", "progress"):
-                record = partial / ".xtuner2llava" / kind / f"{path.name}.json"
-                if record.exists():
-                    recorded += min(size, json.loads(record.read_bytes())["size"])
+            record = partial / ".xtuner2llava/records" / f"{path.name}.json"
+            if record.exists():
+                recorded += min(size, json.loads(record.read_bytes())["size"])
         if written:
             share = written / self._bytes[mode.name]
             self._rows.append((mode.name, share, written, written - recorded))
@@ -274,7 +273,7 @@ class Test:
             raise Wrong(f"{mode.name}: status {process.returncode} after Ctrl-C: {told}")
         if "Interrupted" not in told and process.returncode == 130:
             raise Wrong(f"{mode.name}: Ctrl-C is not answered: {told}")
-        kept = list(partial.glob(".xtuner2llava/finished/*.json"))
+        kept = list(partial.glob(".xtuner2llava/records/*.json"))
         if kept and "same command again" not in told:
             raise Wrong(f"{mode.name}: shards are kept, and it is not said how to go on: {told}")
         self._seen["interrupts"] += 1

@@ -47,7 +47,7 @@ def interrupted(run: Convert, tmp_path: Path) -> Path:
     """An OUT.partial in which one shard is finished."""
 
     def stop(stage: str, done: int, total: int) -> None:
-        if list(tmp_path.glob("out.partial/.xtuner2llava/finished/*.json")):
+        if list(tmp_path.glob("out.partial/.xtuner2llava/records/*.json")):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt, match="same command again"):

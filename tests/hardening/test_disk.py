@@ -252,7 +252,7 @@ from xtuner2llava.writing import Shard, writer
 create = writer._Writing._create
 def slow(self, shard):
     print("copying", flush=True)
-    while self._folder.state.finished("model-00001-of-" + shard.filename[-17:]):
+    while "model-00001-of-" + shard.filename[-17:] in self._folder.state.finished():
         self._work.check()
         time.sleep(0.01)
     return create(self, shard)

@@ -59,7 +59,7 @@ def test_resuming_changes_nothing(
     out = tmp_path / "llava-out"
 
     def stop(stage: str, done: int, total: int) -> None:
-        finished = list(tmp_path.glob("llava-out.partial/.xtuner2llava/finished/*.json"))
+        finished = list(tmp_path.glob("llava-out.partial/.xtuner2llava/records/*.json"))
         if len(finished) >= 1 or done == total:
             raise KeyboardInterrupt
 

@@ -71,7 +71,7 @@ def test_leaving_early_removes_what_cannot_be_resumed(
 def test_a_finished_file_does_not_keep_a_plan_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(PlanError), OutputFolder(tmp_path / "out", "f") as folder:
         folder.write_bytes("a", b"1")
-        folder.state.set_finished("a", {"size": 1, "blake3": "00"})
+        folder.state.set_record("a", {"size": 1, "finished": True})
         raise PlanError("overflow")
     assert folder.kept is None
     assert list(tmp_path.iterdir()) == []
@@ -196,10 +196,10 @@ def test_a_stale_partial_folder_of_ours_is_cleared(tmp_path: Path) -> None:
     folder.__enter__()
     folder.write_bytes("stale", b"x")
     folder.write_bytes("sub/stale", b"x")
-    folder.state.set_finished("stale", {"size": 1, "blake3": "00"})
+    folder.state.set_record("stale", {"size": 1, "finished": True})
     folder.state.unlock()  # As the kernel does when a process is killed.
     with OutputFolder(tmp_path / "out", "new", restart=True) as folder:
-        assert folder.state.finished("stale") is None
+        assert folder.state.record("stale") is None
         assert names(folder.path) == [
             ".xtuner2llava",
             ".xtuner2llava/files",
@@ -213,16 +213,17 @@ def test_resume_keeps_finished_files_only(tmp_path: Path) -> None:
     folder.__enter__()
     for name in ("done", "short", "begun", "sub/begun"):
         folder.write_bytes(name, b"123")
-    folder.state.set_finished("done", {"size": 3, "blake3": "aa"})
-    folder.state.set_finished("short", {"size": 4, "blake3": "bb"})
+    folder.state.set_record("done", {"size": 3, "finished": True})
+    folder.state.set_record("short", {"size": 4, "finished": True})
     folder.state.unlock()
     with OutputFolder(tmp_path / "out", "f") as folder:
-        found = [folder.state.finished(name) for name in ("done", "short", "begun")]
-        assert found == [{"size": 3, "blake3": "aa"}, None, None]
+        found = [folder.state.record(name) for name in ("done", "short", "begun")]
+        assert found == [{"size": 3, "finished": True}, None, None]
+        assert folder.state.finished() == ["done"]
         assert not (folder.path / "begun").exists()
         assert not (folder.path / "sub").exists()
         folder.write_bytes("done", b"again")  # No longer what was finished.
-        assert folder.state.finished("done") is None
+        assert folder.state.record("done") is None
 
 
 def test_an_empty_partial_folder_is_no_obstacle(tmp_path: Path) -> None:
@@ -235,10 +236,10 @@ def test_an_empty_partial_folder_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_damaged_record_means_unfinished(record: bytes, tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "f") as folder:
         folder.write_bytes("a", b"1")
-        folder.state.set_finished("a", {"size": 1, "blake3": "00"})
-        assert folder.state.finished("a") == {"size": 1, "blake3": "00"}
-        (folder.path / ".xtuner2llava/finished/a.json").write_bytes(record)
-        assert folder.state.finished("a") is None
+        folder.state.set_record("a", {"size": 1, "finished": True})
+        assert folder.state.record("a") == {"size": 1, "finished": True}
+        (folder.path / ".xtuner2llava/records/a.json").write_bytes(record)
+        assert folder.state.record("a") is None
 
 
 @pytest.mark.parametrize(
@@ -271,9 +272,8 @@ def leave_unfinished(out: Path, *, described: dict[str, str] | None = None) -> N
     folder = OutputFolder(out, "f", described=described or {}).__enter__()
     for name in ("done", "half", "begun"):
         folder.write_bytes(name, b"123")
-    folder.state.set_finished("done", {"size": 3, "blake3": "aa"})
-    folder.state._record("progress", "half").parent.mkdir()
-    folder.state._record("progress", "half").write_text("{}")
+    folder.state.set_record("done", {"size": 3, "finished": True})
+    folder.state.set_record("half", {"size": 2, "finished": False})
     folder.state.unlock()
 
 
@@ -281,8 +281,7 @@ def test_going_on_keeps_what_is_finished_and_what_has_progress(tmp_path: Path) -
     leave_unfinished(tmp_path / "out")
     with OutputFolder(tmp_path / "out", "f") as folder:
         assert {path.name for path in folder.path.iterdir()} == {".xtuner2llava", "done", "half"}
-        folder.state.set_finished("half", {"size": 3, "blake3": "bb"})
-        assert not folder.state._record("progress", "half").exists()
+        assert folder.state.finished() == ["done"]
 
 
 def test_another_conversion_is_not_thrown_away_and_what_differs_is_named(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def interrupt(out: Path, tensors: dict[str, LazyTensor], at: str, **options: Any
     stopped = Interrupted(at, FLOAT32, stored.shape, stored.ranges() or ())
     with pytest.raises(KeyboardInterrupt):
         write(out, {**tensors, at: cast(stopped, before.dtype)}, **options)
-    return out.with_name("out.partial") / ".xtuner2llava/progress/model.safetensors.json"
+    return out.with_name("out.partial") / ".xtuner2llava/records/model.safetensors.json"
 
 
 def offset_of(tensors: dict[str, LazyTensor], name: str) -> int:

@@ -101,16 +101,16 @@ class OutputFolder:
                     shutil.rmtree(self._aside, ignore_errors=True)
                 return
             if isinstance(error, CorruptFileError):
-                # What was copied of a damaged file, or of one that changed meanwhile, may be wrong;
-                # finished files were compared with their sources as a whole.
-                self.state.forget_all(finished=False)
+                # What was copied of a damaged file, or of one that changed meanwhile, may be wrong.
+                for name in self.state.records().keys() - self.state.finished():
+                    self.state.forget(name)
             # Other values can only come from other options, so there is nothing to go on with.
-            if error is None or isinstance(error, PlanError) or not self.state.has_records():
+            if error is None or isinstance(error, PlanError) or not self.state.records():
                 self._remove()
                 return
             self.kept = self.path
             advice = (
-                f"What is done stays in {self.path} ({self.state.finished_files()} finished "
+                f"What is done stays in {self.path} ({len(self.state.finished())} finished "
                 "files): run the same command again to go on from there."
             )
             if isinstance(error, ConversionError):
@@ -131,9 +131,9 @@ class OutputFolder:
         with disk_errors(path):
             self.state.add_name(name)
             path.parent.mkdir(exist_ok=True)
-            self.state.forget(name, progress=not keep)
             flags = os.O_RDWR | os.O_CLOEXEC
             if not keep:
+                self.state.forget(name)
                 path.unlink(missing_ok=True)
                 flags |= os.O_CREAT | os.O_EXCL
             descriptor = os.open(path, flags, 0o666)
@@ -257,8 +257,7 @@ class OutputFolder:
         """
         if not keep:
             self.state.forget_all()
-        names = self.state.names()
-        remove_files(self.path, [name for name in names if not self.state.has_record(name)])
+        remove_files(self.path, self.state.names() - self.state.records().keys())
 
     def _remove(self) -> None:
         """Removes the folder, its state last: whoever is killed meanwhile leaves what is ours."""

@@ -54,8 +54,9 @@ class WrittenPart:
     nonfinite: tuple[NonFinite, ...] = ()
     sums: tuple[RangeSum, ...] = ()
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self, *, finished: bool = False) -> dict[str, object]:
         return {
+            "finished": finished,
             "size": self.size,
             "blake3": self.blake3,
             "verified": self.verified,

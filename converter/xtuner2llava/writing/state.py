@@ -4,8 +4,7 @@
     lock                  locked while a conversion runs
     plan.json             {"fingerprint": ..., "described": ...}: which conversion this is
     files                 the names that were created here, a line each: only these are removed
-    finished/NAME.json    {"size": ..., "blake3": ..., ...}: files that are done
-    progress/NAME.json    the same of the first bytes of a file that is being written
+    records/NAME.json     {"size": ..., "finished": ..., ...}: how much of a file is right
     attempts-ID/          files that workers of an executor write
 """
 
@@ -26,7 +25,8 @@ from xtuner2llava.writing.out_record import Described, differences
 
 STATE_NAME = ".xtuner2llava"
 ATTEMPTS = "attempts-"
-_NAMES = frozenset({"lock", "plan.json", "plan.json.new", "files", "finished", "progress"})
+_NAMES = frozenset({"lock", "plan.json", "plan.json.new", "files", "records"})
+_EARLIER = frozenset({"finished", "progress"})  # What version 0.1 kept there, and is cleared.
 _ADVICE = (
     "Run that command again to finish it, throw what it did away with --restart, or choose another "
     "OUT."
@@ -64,7 +64,7 @@ class FolderState:
             return False  # Interrupted before there was anything to keep.
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
             return True
-        if not self.has_records():
+        if not self.records():
             return False
         there = found.get("described") if isinstance(found, dict) else None
         texts = {k: str(v) for k, v in there.items()} if isinstance(there, dict) else {}
@@ -100,66 +100,43 @@ class FolderState:
                 names.append(json.loads(line))
         return frozenset(name for name in names if isinstance(name, str) and is_name(name))
 
-    def finished(self, name: str) -> dict[str, Any] | None:
-        """What `set_finished` recorded in an earlier run, if the file has that size."""
-        found = self._read("finished", name)
-        return None if found is None or found[0] != found[1]["size"] else found[1]
-
-    def progress(self, name: str) -> dict[str, Any] | None:
-        """What `set_progress` recorded last, if the file has as many bytes, or more."""
-        found = self._read("progress", name)
-        return None if found is None or found[0] < found[1]["size"] else found[1]
-
-    def set_finished(self, name: str, values: Mapping[str, object]) -> None:
-        """Records that `name`, of `values["size"]` bytes, is flushed and need not be written."""
-        self._write("finished", name, values)
-        record = self._record("progress", name)
-        with disk_errors(record):
-            record.unlink(missing_ok=True)
-
-    def set_progress(self, name: str, values: Mapping[str, object]) -> None:
-        """Records that so much of `name`, its first `values["size"]` bytes, is flushed."""
-        self._write("progress", name, values)
-
-    def forget(self, name: str, *, progress: bool = True) -> None:
-        self._record("finished", name).unlink(missing_ok=True)
-        if progress:
-            self._record("progress", name).unlink(missing_ok=True)
-
-    def forget_all(self, *, finished: bool = True) -> None:
-        shutil.rmtree(self.path / "progress", ignore_errors=True)
-        if finished:
-            shutil.rmtree(self.path / "finished", ignore_errors=True)
-
-    def has_record(self, name: str) -> bool:
-        """Whether there is something of the file `name` to go on from."""
-        return any(self._record(kind, name).exists() for kind in ("finished", "progress"))
-
-    def has_records(self) -> bool:
-        """Whether there is something of any file."""
-        return any(any(self.path.glob(f"{kind}/**/*.json")) for kind in ("finished", "progress"))
-
-    def finished_files(self) -> int:
-        return sum(1 for _ in self.path.glob("finished/**/*.json"))
-
-    def _record(self, kind: str, name: str) -> Path:
-        return self.path / kind / f"{name}.json"
-
-    def _read(self, kind: str, name: str) -> tuple[int, dict[str, Any]] | None:
-        """The size of the file `name`, and what its record says."""
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What `set_record` recorded last, if the file `name` has as many bytes, or more."""
         try:
-            values = json.loads(self._record(kind, name).read_bytes())
+            values = json.loads(self._record(name).read_bytes())
             size = (self._folder / name).lstat().st_size
         except (OSError, ValueError):
             return None
         known = isinstance(values, dict) and isinstance(values.get("size"), int)
-        return (size, values) if known else None
+        return values if known and values["size"] <= size else None
 
-    def _write(self, kind: str, name: str, values: Mapping[str, object]) -> None:
-        record = self._record(kind, name)
+    def set_record(self, name: str, values: Mapping[str, object]) -> None:
+        """Records that the first `values["size"]` bytes of `name` are flushed and right.
+
+        `values["finished"]` says whether that is all of it, compared with its sources as a whole.
+        """
+        record = self._record(name)
         with disk_errors(record):
             record.parent.mkdir(parents=True, exist_ok=True)
             _replace(record, values)
+
+    def forget(self, name: str) -> None:
+        self._record(name).unlink(missing_ok=True)
+
+    def forget_all(self) -> None:
+        shutil.rmtree(self.path / "records", ignore_errors=True)
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What there is to go on from, by the names of the files."""
+        found = {name: self.record(name) for name in self.names()}
+        return {name: values for name, values in found.items() if values is not None}
+
+    def finished(self) -> list[str]:
+        """The names of the files that need not be written again."""
+        return [name for name, values in self.records().items() if values.get("finished") is True]
+
+    def _record(self, name: str) -> Path:
+        return self.path / "records" / f"{name}.json"
 
 
 def is_name(name: str) -> bool:
@@ -173,7 +150,7 @@ def is_state(path: Path) -> bool:
     """Whether `path` is a folder with nothing but what a `FolderState` keeps there."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return all(e.name in _NAMES or e.name.startswith(ATTEMPTS) for e in path.iterdir())
+    return all(e.name in _NAMES | _EARLIER or e.name.startswith(ATTEMPTS) for e in path.iterdir())
 
 
 def acquire(path: Path, folder: Path) -> int:

@@ -90,7 +90,8 @@ def write_shards(
     threads = fitting_jobs(max(needs.values(), default=0), jobs, max_memory)
     total = sum(shard.size for shard in shards)
     work = Work(threads, total, on_progress, passes=1 + verify + (deliver is not None))
-    missing = [shard.size for shard in shards if folder.state.finished(shard.filename) is None]
+    finished = folder.state.finished()
+    missing = [shard.size for shard in shards if shard.filename not in finished]
     at_once = len(missing) if deliver is None else work.jobs
     folder.require_space(sum(sorted(missing, reverse=True)[:at_once]))
     with _Writing(folder, work, SourceSums(shards), verify, deliver) as writing:
@@ -181,7 +182,7 @@ class _Writing:
     def keep(self, shard: Shard) -> None:
         """Takes over what an earlier run wrote of `shard`, if that is still there."""
         state, name = self._folder.state, shard.filename
-        part = WrittenPart.from_json(state.finished(name) or state.progress(name))
+        part = WrittenPart.from_json(state.record(name))
         ends = {entry.offset + entry.tensor.nbytes for entry in shard.entries}
         if part is None or part.size not in ends or part.verified < self._verify:
             return
@@ -217,7 +218,7 @@ class _Writing:
                 self.sources,
                 begun=begun,
                 verify=self._verify,
-                record=lambda part: self._folder.state.set_progress(name, part.to_json()),
+                record=lambda part: self._folder.state.set_record(name, part.to_json()),
                 advance=self._work.advance,
             )
             self._open[name] = file, stack.pop_all()
@@ -240,7 +241,7 @@ class _Writing:
             self._deliver(self._folder.path / shard.filename, written, self._work.advance)
             self._folder.discard(shard.filename)
         else:
-            self._folder.state.set_finished(shard.filename, part.to_json())
+            self._folder.state.set_record(shard.filename, part.to_json(finished=True))
         _log.debug("%s: %d bytes, %d of them kept", shard.filename, shard.size, kept)
         self.results[shard.filename] = written, part
 

@@ -40,8 +40,8 @@ _TO_MARKER, _AND_ONE_BELOW = -1, -2
 _ELEMENTS = "elements for something that is not a list"
 _ITEMS = "items for something that is not a dict"
 _CALL = "a call of something that is not an allowed global"
-# How many values an opcode takes from the stack, and what is wrong where they are of other kinds.
 _STORAGE = "a storage reference of unknown form"
+# How many values an opcode takes from the stack, and what is wrong where they are of other kinds.
 _OPERANDS = {
     **{f"TUPLE{count}": (count, "") for count in (1, 2, 3)},
     **dict.fromkeys(("TUPLE", "LIST", "FROZENSET", "DICT", "POP_MARK"), (_TO_MARKER, "")),

@@ -108,6 +108,7 @@ def test_a_wrong_mapping_is_not_exact(
     assert list(results(found)) == [CHECK]
     assert not found.proven
     assert "Exact" not in found.verdict
+    assert "gate and up" in found.verdict
 
 
 CASE = "llama_e_full_fullvis"

@@ -19,6 +19,10 @@ LOGITS = "logits against the trained model"
 REFERENCE = "logits against the reference"
 
 _SHOWN = 5
+_WRONG_LOGITS = (
+    "With a mapping of your own, compare with the model's code what names and shapes "
+    "do not decide: gate and up, k and v, the order of the rows of a fused tensor, the config."
+)
 # A result with its detail.
 Finding = tuple[str, str]
 
@@ -82,6 +86,8 @@ class Verification:
             if wrong
             else f"Verified: {made} checks, none failed."
         )
+        if {LOGITS, REFERENCE} & {*wrong}:
+            text += f" {_WRONG_LOGITS}"
         for result, word in ((WARNING, "Warnings"), (SKIPPED, "Skipped")):
             names = [check.name for check in self.with_result(result)]
             text += f" {word}: {', '.join(names)}." if names else ""

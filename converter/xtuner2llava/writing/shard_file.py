@@ -14,6 +14,7 @@ and what it was computed from matches the CRC-32 of the source.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -135,6 +136,8 @@ class ShardFile:
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flushing: Future[None] | None = None
         self._copies_in_kernel = hasattr(os, "copy_file_range")
+        # Kernels let one thread write to a file at a time, and have the others spin meanwhile.
+        self._copying = threading.Lock()
         self._count(self.begun_bytes or len(shard.header))
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
@@ -188,7 +191,7 @@ class ShardFile:
         pieces = block.pieces or ()
         offset = block.offset
         for file, group in groupby(pieces, key=lambda piece: piece.file):
-            with file.open() as source:
+            with file.open() as source, self._copying:
                 for piece in group:
                     self._copy_range(source, piece, offset)
                     offset += piece.length

@@ -45,7 +45,7 @@ def by_command(checkpoints: Path, case: str, out: Path, *more: str) -> None:
         (["--jobs", "3"], 2),
         (["--jobs", "16"], 1),
         (["--max-shard-size", "60KB"], 2),
-        (["--max-memory", "15MB"], 4),  # two jobs
+        (["--max-memory", "30MB"], 4),  # two jobs
     ],
 )
 def test_jobs_that_compute_share_the_cores(

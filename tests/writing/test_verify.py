@@ -17,6 +17,7 @@ from xtuner2llava.writing import (
     OutputFolder,
     Shard,
     ShardPlan,
+    blocks,
     disk,
     plan_shards,
     verify,
@@ -24,8 +25,14 @@ from xtuner2llava.writing import (
 )
 from xtuner2llava.writing.verify import verify_shard
 
-END_OF_FIRST_BLOCK = list(divmod(disk.BLOCK_BYTES // 4 - 1, 200_000))  # of `a`
-END_OF_C = 1_200_000 % (disk.BLOCK_BYTES // 2)
+BLOCK_BYTES = 512 << 10
+END_OF_FIRST_BLOCK = list(divmod(BLOCK_BYTES // 4 - 1, 200_000))  # of `a`
+END_OF_C = 1_200_000 % (BLOCK_BYTES // 2)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
 
 
 @pytest.fixture
@@ -148,7 +155,7 @@ def damaged_writes(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
 @pytest.mark.parametrize(
     ("length", "expected"),
     [
-        (disk.BLOCK_BYTES, f": a: element {END_OF_FIRST_BLOCK} "),  # the blocks of a copied tensor
+        (BLOCK_BYTES, f": a: element {END_OF_FIRST_BLOCK} "),  # the blocks of a copied tensor
         (END_OF_C, ": c: element [2, 199999] "),  # the last block of the rounded one
     ],
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from xtuner2llava.errors import OutputError
 
-# Large enough that handing a block to another thread costs little beside copying it, and small
-# enough that the few that are under way stay in the caches.
-BLOCK_BYTES = 2 << 20
+# Large enough that what Python does for a block costs little, and small enough that the blocks of
+# all threads stay in the caches.
+BLOCK_BYTES = 4 << 20
 
 _ADVICE = {
     errno.ENOSPC: "Free space on that disk, or choose an OUT on another one.",

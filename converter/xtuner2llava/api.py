@@ -91,8 +91,8 @@ def convert(checkpoint: PathOrText, out: str | PathLike[str], options: ConvertOp
     not appear. Memory does not depend on the model's size. `on_plan(plan)` is called before
     anything is written, and may raise to end it; `on_progress(stage, done, total)` counts bytes.
 
-    All shards that are written at once share `max_memory` for their buffers; torch and Python take
-    some 250 MB besides. With `executor`, its workers write the shards, each with that much: any
+    All threads together use `max_memory` for their buffers; torch and Python take some 250 MB
+    besides. With `executor`, its workers write the shards, each in one thread: any
     `concurrent.futures.Executor` whose workers see the same paths, such as
     `distributed.Client(...).get_executor()` of Dask.
 

@@ -193,7 +193,11 @@ class PushOptions(WatchedOptions):
     """How a model is published."""
 
     jobs: int | None = option(
-        None, SPEED, "Files written or sent at once.", metavar="N", unset="min(4, cores)"
+        None,
+        SPEED,
+        "Threads that write, or files sent at once.",
+        metavar="N",
+        unset="min(4, cores)",
     )
     private: bool = option(False, HUB, "If the repository is made, only you see it.")
     revision: str | None = option(None, HUB, "Made if need be.", metavar="BRANCH", unset="main")
@@ -227,7 +231,7 @@ class ConvertOptions(Options, PushOptions):
         False, OUTPUT, "Write xtuner_config.py too, without paths, data and secrets."
     )
     max_memory: str = option(
-        "256MB", SPEED, "Working buffers of all files together; Python and torch come on top.",
+        "256MB", SPEED, "Working buffers of all threads together; Python and torch come on top.",
         metavar="SIZE",
     )  # fmt: skip
     push_to_hub: str | None = option(

@@ -19,13 +19,12 @@ from xtuner2llava.errors import ConversionError, OutputError
 from xtuner2llava.tensors import thread_cache
 from xtuner2llava.writing.disk import disk_errors
 from xtuner2llava.writing.folder import OutputFolder
-from xtuner2llava.writing.jobs import Stopped, Work
+from xtuner2llava.writing.jobs import POLL_SECONDS, Stopped, Work
 from xtuner2llava.writing.shard_file import ShardFile, WrittenPart
 from xtuner2llava.writing.shards import Shard
 from xtuner2llava.writing.source_sums import SourceSums
 from xtuner2llava.writing.state import ATTEMPTS
 
-_POLL_SECONDS = 0.2
 # How often a worker looks whether its file is still there.
 _LOOK_BYTES = 64 << 20
 
@@ -60,7 +59,7 @@ class ExecutorWriter:
         """
         future = self._executor.submit(write_attempt, self._attempts, shard, self._verify)
         try:
-            while not wait([future], _POLL_SECONDS).done:
+            while not wait([future], POLL_SECONDS).done:
                 work.check()
             path, checked = self._result(future, shard)
         finally:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 DEFAULT_MEMORY = 256 * 10**6
 
 _PROGRESS_BYTES = 16 << 20
-_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 
 
 def default_jobs() -> int:
@@ -108,7 +108,7 @@ class Work:
             try:
                 futures = [threads.submit(self._counted, take_jobs) for _ in range(self.jobs)]
                 # A signal just before a wait without end would be noticed when that ends.
-                while wait(futures, _POLL_SECONDS).not_done:
+                while wait(futures, POLL_SECONDS).not_done:
                     pass
             except BaseException:
                 self.stop()

@@ -1,4 +1,4 @@
-"""Writing the shards of a plan, several at once, into a folder that can be resumed."""
+"""Writing the shards of a plan, by several threads, into a folder that can be resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 
 from blake3 import blake3
@@ -17,7 +18,7 @@ from xtuner2llava.errors import Fault, UsageError, VerificationError, raise_faul
 from xtuner2llava.writing.blocks import Block, working_bytes
 from xtuner2llava.writing.executor import ExecutorWriter
 from xtuner2llava.writing.folder import OutputFolder
-from xtuner2llava.writing.jobs import DEFAULT_MEMORY, OnProgress, Work, fitting_jobs
+from xtuner2llava.writing.jobs import DEFAULT_MEMORY, POLL_SECONDS, OnProgress, Work, fitting_jobs
 from xtuner2llava.writing.nonfinite import NonFinite
 from xtuner2llava.writing.shard_file import ShardFile, WrittenPart, hash_start
 from xtuner2llava.writing.shards import Shard
@@ -75,8 +76,8 @@ def write_shards(
     its dtype, and `VerificationError`.
 
     With `deliver`, each shard is handed over when it is finished, by the thread that finished it,
-    and is removed when `deliver` returns: there are never more than `jobs` shards in `folder`. What
-    is delivered counts as a third part of its bytes. What `deliver` raises stops all threads.
+    and is removed when `deliver` returns; only then is the next one begun. What is delivered counts
+    as a third part of its bytes. What `deliver` raises stops all threads.
 
     With `executor`, its workers write the shards, as many at once as it likes, each by one thread.
     They must see the paths of the sources and of `folder`.
@@ -92,14 +93,14 @@ def write_shards(
     work = Work(threads, total, on_progress, passes=1 + verify + (deliver is not None))
     finished = folder.state.finished()
     missing = [shard.size for shard in shards if shard.filename not in finished]
-    at_once = len(missing) if deliver is None else work.jobs
+    at_once = len(missing) if deliver is None else 1
     folder.require_space(sum(sorted(missing, reverse=True)[:at_once]))
     with _Writing(folder, work, SourceSums(shards), verify, deliver) as writing:
         work.run(writing.keep, shards)
         left = [shard for shard in shards if shard.filename not in writing.results]
         if executor is not None:
             with ExecutorWriter(executor, folder, verify) as workers:
-                work.jobs = max(1, len(left))  # Each only waits.
+                work.jobs = max(1, len(left)) if deliver is None else 1  # Each only waits.
                 work.run(partial(writing.have_written, workers), left)
         else:
             if _is_computed(left):
@@ -164,6 +165,7 @@ class _Writing:
         self.results: dict[str, tuple[WrittenShard, WrittenPart]] = {}
         self._begun: dict[str, tuple[WrittenPart, blake3]] = {}
         self._open: dict[str, tuple[ShardFile, ExitStack]] = {}
+        self._delivered = Event()
 
     def __enter__(self) -> _Writing:
         return self
@@ -203,9 +205,12 @@ class _Writing:
     def blocks(self, shards: Sequence[Shard]) -> Iterator[tuple[ShardFile, int, Block]]:
         """What is to be written of `shards`, in order."""
         for shard in shards:
+            self._delivered.clear()
             file = self._create(shard)
             for number, block in file.blocks():
                 yield file, number, block
+            while self._deliver is not None and not self._delivered.wait(POLL_SECONDS):
+                self._work.check()
 
     def _create(self, shard: Shard) -> ShardFile:
         name, begun = shard.filename, self._begun.pop(shard.filename, None)
@@ -240,6 +245,7 @@ class _Writing:
         if self._deliver is not None:
             self._deliver(self._folder.path / shard.filename, written, self._work.advance)
             self._folder.discard(shard.filename)
+            self._delivered.set()
         else:
             self._folder.state.set_record(shard.filename, part.to_json(finished=True))
         _log.debug("%s: %d bytes, %d of them kept", shard.filename, shard.size, kept)

@@ -248,7 +248,8 @@ class Measured:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    tables = [parse([*shlex.split(TABLES[name]), *sys.argv[1:]]) for name in options.tables]
+    more = [word for word in sys.argv[1:] if word not in TABLES]
+    tables = [parse([*shlex.split(TABLES[name]), *more]) for name in options.tables]
     results = [measured(each, size) for each in tables or [options] for size in each.size]
     if options.json:
         print(json.dumps(results if len(results) > 1 else results[0], indent=2))

@@ -170,6 +170,7 @@ def test_killed_inside_a_shard_it_goes_on_with_what_is_missing(
     assert not (tmp_path / "llava-qwen-tiny.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_nothing_here_and_nothing_there(
     hub: HubServer, checkpoints: Path, local: Path, tmp_path: Path
 ) -> None:

@@ -316,3 +316,10 @@ def test_shells_complete(typed: list[str], incomplete: str, expected: list[str])
     complete = ShellComplete(main, {}, "xtuner2llava", "_XTUNER2LLAVA_COMPLETE")
     found = complete.get_completions(typed, incomplete)
     assert ["a file" if c.type == "file" else c.value for c in found] == expected
+
+
+def test_json_of_a_mapping_that_is_checked_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("schema: 1\nfamily: mine\nextends: qwen2\n")
+    ran = CliRunner().invoke(main, ["mappings", "check", str(file), "--json"])
+    assert json.loads(ran.stdout) == {"file": str(file), "faults": []}

@@ -404,7 +404,9 @@ def check_mapping(
     shipped = Catalogue.shipped()
     raise_faults(MappingError, shipped.check(Path(file)))
     if checkpoint is None:
-        if not quiet:
+        if as_json:
+            _print_json({"file": file, "faults": []})
+        elif not quiet:
             _say(f"{file}: no faults")
         return
     from xtuner2llava.conversion import plan as run

@@ -43,6 +43,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("max_shard_size", "5", "a number with its unit"),
     ("max_shard_size", "nanGB", "a number with its unit"),
     ("max_shard_size", "0GB", "a number with its unit"),
+    ("max_shard_size", f"{'9' * 400}GB", "a number with its unit"),
     ("max_memory", 10**9, "a number with its unit"),
     ("lora_alpha", -3, "a number above 0"),
     ("lora_alpha", 0.0, "a number above 0"),

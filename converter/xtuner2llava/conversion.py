@@ -10,6 +10,7 @@ publish   OUT.partial becomes OUT, or a commit on the Hub          hub/
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,8 @@ def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, see `api.inspect`."""
     from xtuner2llava.inspection.inspection import inspect_checkpoint
 
-    if Path(checkpoint).suffix == ".py":
+    # Where there is none, opening a checkpoint says more.
+    if Path(checkpoint).suffix == ".py" and os.path.exists(checkpoint):  # noqa: PTH110 - or False
         return inspect_checkpoint(open_training(checkpoint, options), options)
     return inspect_checkpoint(open_checkpoint(checkpoint, options, base_weights=False), options)
 

@@ -15,19 +15,18 @@ from pathlib import Path, PurePath
 from blake3 import blake3
 
 from xtuner2llava import __version__
-from xtuner2llava.errors import OutputError, UsageError
+from xtuner2llava.errors import OutputError
 from xtuner2llava.metadata.card import model_card
 from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.options import ConvertOptions, Options, decided, defaults
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.redaction import redact_config, redact_name, redact_text
+from xtuner2llava.planning.redaction import redact_name, redact_text
 from xtuner2llava.sources import Fingerprint, Part
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import SourceFile
 from xtuner2llava.writing import Written
-from xtuner2llava.writing.disk import disk_errors
 from xtuner2llava.writing.out_record import RECORD_NAME, TOOL, differences, read_record
 
 # 2: BLAKE3 where 1 had SHA-256, and small files as objects, not as bare digests.
@@ -37,30 +36,11 @@ SCHEMA = 2
 def with_metadata(plan: Plan, options: ConvertOptions, template: str | None) -> Plan:
     """`plan` with all files of the output; `with_closed_record` adds what writing says.
 
-    `template` is the user's card. Raises `UsageError` where an XTuner config is to be included and
-    there is none.
+    `template` is the user's card.
     """
-    files = dict(plan.files)
-    if options.include_xtuner_config:
-        files["xtuner_config.py"] = _xtuner_config(plan, options)
-    files[CARD_NAME] = model_card(plan, options, template).encode("utf-8")
-    plan = replace(plan, files=files)
-    return replace(plan, files={**files, RECORD_NAME: _open_record(plan, options)})
-
-
-def _xtuner_config(plan: Plan, options: ConvertOptions) -> bytes:
-    """The XTuner config as it may be published."""
-    found, given = plan.checkpoint.artifact.config, options.xtuner_config
-    if given is not None:
-        with disk_errors(Path(given), "cannot be read"):
-            found = Path(given).read_text(encoding="utf-8-sig"), str(given)
-    if found is None:
-        raise UsageError(
-            "there is no XTuner config to include",
-            where="--include-xtuner-config",
-            advice="Give it with --xtuner-config.",
-        )
-    return redact_config(*found).encode("utf-8")
+    card = model_card(plan, options, template).encode("utf-8", "backslashreplace")
+    plan = replace(plan, files={**plan.files, CARD_NAME: card})
+    return replace(plan, files={**plan.files, RECORD_NAME: _open_record(plan, options)})
 
 
 def _open_record(plan: Plan, options: Options) -> bytes:
@@ -129,7 +109,9 @@ def identity(plan: Plan) -> tuple[str, dict[str, str]]:
     described = describe(json.loads(plan.files[RECORD_NAME]), sources(plan))
     made = [f"{p.name} {p.component} {','.join(p.sources)} {p.rule}" for p in plan.tensors]
     decisive = sorted(f"{key} {value}" for key, value in outcome(described).items())
-    return plan.shards.fingerprint("\n".join([*made, *decisive])), described
+    # Paths may have bytes that are not UTF-8.
+    text = "\n".join([*made, *decisive]).encode("utf-8", "backslashreplace").decode()
+    return plan.shards.fingerprint(text), described
 
 
 def sources(plan: Plan) -> set[SourceFile]:

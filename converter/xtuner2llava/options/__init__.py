@@ -34,11 +34,11 @@ ProgramName: TypeAlias = Literal[
     "llava", "llava-next", "transformers", "vllm", "sglang", "lmdeploy"
 ]
 
-INPUT, OUTPUT, EXACTNESS = "Input", "Output", "Exactness"
+TARGET, INPUT, OUTPUT, EXACTNESS = "Target", "Input", "Output", "Exactness"
 SPEED, HUB, TALK = "Speed and memory", "Hub", "Talk"
-GROUPS = (INPUT, OUTPUT, EXACTNESS, SPEED, HUB, TALK)
+GROUPS = (TARGET, INPUT, OUTPUT, EXACTNESS, SPEED, HUB, TALK)
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+) *([KMGT])B", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?|\.\d+) *([KMGT])B", re.IGNORECASE | re.ASCII)
 _POWERS = {"K": 3, "M": 6, "G": 9, "T": 12}
 
 
@@ -152,16 +152,16 @@ class InspectOptions(SourceOptions):
 class Options(InspectOptions):
     """What decides the output; how it is written is not among it."""
 
+    for_: ProgramName | None = option(
+        None, TARGET, "Sets --format and --model-type for that program, and says what it does not "
+        "load.", decides=False,
+    )  # fmt: skip
     format: Format = option(
-        "llava", OUTPUT, "llava: official LLaVA; hf: LlavaForConditionalGeneration."
+        "llava", TARGET, "llava: official LLaVA; hf: LlavaForConditionalGeneration."
     )
     max_shard_size: str = option(
         "5GB", OUTPUT, "Most bytes of tensors in a file, as the Hub counts them.", metavar="SIZE"
     )
-    for_: ProgramName | None = option(
-        None, OUTPUT, "Sets --format and --model-type for that program, and says what it does not "
-        "load.", decides=False,
-    )  # fmt: skip
     stream_base: bool = option(
         False, SPEED, "Read the base LLM's safetensors from the Hub as they are needed; nothing is "
         "stored.",
@@ -227,9 +227,6 @@ class ConvertOptions(Options, PushOptions):
         None, OUTPUT, "Your own model card; {{ usage }}, {{ parts }} and others are filled in.",
         metavar="FILE.md",
     )  # fmt: skip
-    include_xtuner_config: bool = option(
-        False, OUTPUT, "Write xtuner_config.py too, without paths, data and secrets."
-    )
     max_memory: str = option(
         "256MB", SPEED, "Working buffers of all threads together; Python and torch come on top.",
         metavar="SIZE",
@@ -257,7 +254,7 @@ class VerifyOptions(SourceOptions, WatchedOptions):
         None, SPEED, "Tensors compared at once.", metavar="N", unset="min(4, cores)"
     )
     format: Format | None = option(
-        None, OUTPUT, "Check that OUT is of this format.", unset="what OUT says"
+        None, TARGET, "Check that OUT is of this format.", unset="what OUT says"
     )
     model_type: ModelType | None = option(
         None, OUTPUT, "Check that OUT is of this kind.", unset="what OUT says"

@@ -136,9 +136,12 @@ def _sorted(values: Mapping[str, object]) -> dict[str, Json]:
 
 
 def json_bytes(values: Mapping[str, object]) -> bytes:
-    """JSON as transformers writes it: two spaces, sorted keys, a newline at the end."""
+    """JSON as transformers writes it: two spaces, sorted keys, a newline at the end.
+
+    What is not Unicode, as in a file name of another encoding, becomes an escape of JSON.
+    """
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
-    return (text + "\n").encode("utf-8")
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def generation_config(

@@ -5,45 +5,22 @@ Names of models stay where they can be Hub ids; other paths are shortened to the
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import warnings
 from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
-from xtuner2llava.errors import CheckpointError
 from xtuner2llava.planning.vision_tower import PUBLISHED
 
 _ABSOLUTE = re.compile(r"(?<![\w/.:])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;()]+[/\\])*"
                        r"([^\s/\\'\"`,;()]+)")  # fmt: skip
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 _FILES = (".pth", ".pt", ".bin", ".safetensors", ".json", ".jsonl", ".py", ".yaml", ".yml")
-# What transformers notes in a tokenizer's files of where it read them (`save_pretrained`).
-_PLACES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file",
-           "special_tokens_map_file", "cache_dir")  # fmt: skip
-LEFT_OUT = "(left out)"
-_HEAD = (
-    "# The XTuner config of the training, as xtuner2llava read it. Comments, paths, hosts and\n"
-    "# secrets are left out.\n"
-)
-# Names of models, which say what was trained.
-_MODELS = re.compile(r"(^|_)name_or_path$")
-_PRIVATE = re.compile(
-    r"(^|_)(root|dirs?|paths?|folders?|files?|from|resume|pth|prefix|url|uri|hosts?|hostname|addr|"
-    r"address|ip|port|user|username|email|author|entity|project|api_?key|key|token|password|"
-    r"secret|credentials?)$",
-    re.IGNORECASE,
-)
-# Tokens of a tokenizer, and not of an account; how a path is called that belongs to no machine.
-_HARMLESS = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|image)_token$")
-# One word with a slash; words such as `[/INST]` are not.
-_PATH = re.compile(r"~?[\w.@+-]*([/\\]+[\w.@+ -]*)+")
-_INSIDE = re.compile(
-    r"(?<![\w/.:~<-])(?:~?(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\{1,2}[\w.@+\\-]+)|\w+://\S+|"
-    r"\b\d{1,3}(?:\.\d{1,3}){3}\b|[\w.+-]+@[\w-]+\.[\w.-]+|"
-    r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{16,}"
+# What transformers notes in a tokenizer's files of where it read them (`save_pretrained`), and a
+# string of JSON.
+_PLACES = re.compile(
+    rb'("(?:_?name_or_path|tokenizer_file|vocab_file|merges_file|special_tokens_map_file|cache_dir)"'
+    rb'\s*:\s*)("(?:[^"\\]|\\.)*")'
 )
 
 
@@ -84,71 +61,17 @@ def cached_id(folder: Path | None) -> str | None:
 def redact_json(data: bytes) -> bytes:
     """A copied JSON file with the places that transformers notes in it shortened.
 
-    All other bytes stay; so does the whole file where it notes none, or is not JSON.
+    All other bytes stay.
     """
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return data
-    for key in _PLACES if isinstance(values, dict) else ():
-        value = values.get(key)
-        if isinstance(value, str) and (short := redact_name(value)) != value:
-            spelled = re.compile(
-                rb"(" + re.escape(json.dumps(key)).encode() + rb"\s*:\s*)"
-                + re.escape(json.dumps(value, ensure_ascii=False)).encode()
-            )  # fmt: skip
-            replacement = json.dumps(short, ensure_ascii=False).encode()
-            data = spelled.sub(lambda match, new=replacement: match[1] + new, data)  # type: ignore[misc]
-    return data
 
+    def shorten(found: re.Match[bytes]) -> bytes:
+        try:
+            name = json.loads(found[2])
+        except ValueError:
+            return found[0]
+        short = redact_name(name)
+        if short == name:
+            return found[0]
+        return found[1] + json.dumps(short, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
-def redact_config(text: str, where: str) -> str:
-    """The Python of `text` with every string that reveals a machine or data left out.
-
-    Hub ids of models stay. Nothing of it is run. Raises `CheckpointError` if it is not Python.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-            return f"{_HEAD}{ast.unparse(_Scrub().visit(tree))}\n"
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(
-            f"cannot be published ({type(error).__name__}: it is not plain Python)",
-            where=where,
-            advice="Leave --include-xtuner-config out.",
-        ) from error
-
-
-class _Scrub(ast.NodeTransformer):
-    """Replaces strings that stand under `name`."""
-
-    def __init__(self, name: str = "") -> None:
-        self._name = name
-
-    def visit(self, node: Any) -> Any:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=name), *_]) | ast.keyword(arg=str(name)):
-                node.value = _Scrub(name).visit(node.value)
-            case ast.Assign() | ast.keyword():
-                node.value = _Scrub().visit(node.value)
-            case ast.Dict():
-                names = [str(k.value) if isinstance(k, ast.Constant) else self._name
-                         for k in node.keys]  # fmt: skip
-                pairs = zip(names, node.values, strict=True)
-                node.values = [_Scrub(name).visit(value) for name, value in pairs]
-            case ast.Constant(value=str(text)):
-                return ast.Constant(self._published(text))
-            case ast.Constant(value=bytes()) | ast.JoinedStr():
-                return ast.Constant(LEFT_OUT)
-            case _:
-                return self.generic_visit(node)
-        return node
-
-    def _published(self, text: str) -> str:
-        if _MODELS.search(self._name):
-            return redact_name(text)
-        private = _PRIVATE.search(self._name) and not _HARMLESS.search(self._name)
-        if private or _PATH.fullmatch(text):
-            return LEFT_OUT
-        return _INSIDE.sub(LEFT_OUT, text)
+    return _PLACES.sub(shorten, data)

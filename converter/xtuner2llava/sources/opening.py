@@ -140,7 +140,8 @@ def _not_there(reference: str, path: Path) -> UsageError:
         )
     except (OSError, ValueError):
         pass
-    return UsageError("no such file or folder", where=reference, advice=advice)
+    what = "is not a plain file" if path.exists() else "no such file or folder"
+    return UsageError(what, where=reference, advice=advice)
 
 
 def _another_file(path: Path, index: Path) -> tuple[str, str] | None:

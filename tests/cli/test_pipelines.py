@@ -77,6 +77,8 @@ def test_an_error_is_json_with_every_fault_and_text_on_stderr(
         (["convert", "x", "y", "--jobs", "0"], "--jobs", "is 0, expected a whole number"),
         (["inspect", "nothing.pth"], "nothing.pth", "no such file or folder"),
         (["plan", ""], "CHECKPOINT", "not empty"),
+        (["--nonsense", "plan", "x"], "--nonsense", "No such option"),
+        (["inspect", "nothing.py"], "nothing.py", "no such file or folder"),
     ],
 )
 def test_a_wrong_call_is_json_too_and_exits_with_2(
@@ -104,6 +106,48 @@ def test_bugs_and_interrupts_are_json_too(
     assert done.exit_code == status
     assert error_of(done)["type"] == type(raised).__name__
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["verify {}", "push {} a/b", "try {} x", "demo {}"])
+def test_a_path_that_the_system_refuses_is_not_a_bug(command: str) -> None:
+    """Such as a folder of someone else: here, a name that no file system takes."""
+    words = command.format("a" * 300).split()
+    done = run(*words)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "cannot be read or written (File name too long)" in done.stderr
+    assert "fault of xtuner2llava" not in done.stderr
+    if words[0] != "demo":
+        error = error_of(run(*words, "--json"))
+        assert error["type"] == "OutputError"
+        assert error["faults"][0]["where"].startswith("aaa")
+
+
+def test_json_is_ascii(tmp_path: Path) -> None:
+    """So it is JSON in any encoding of stdout, and no name in it moves the cursor."""
+    name = "caf\u00e9\U0001f600\x9b31m.pth"
+    done = run("inspect", tmp_path / name, "--json")
+    assert done.stdout.isascii()
+    assert error_of(done)["faults"][0]["where"] == str(tmp_path / name)
+
+
+def test_names_that_are_not_utf8(
+    checkpoints: Path, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File names of another encoding, as archives bring them along."""
+    home = tmp_path / "gbk-\udcd6\udcd0"
+    home.mkdir()
+    checkpoint = home / "iter_\udcd6.pth"
+    checkpoint.symlink_to(checkpoints / CASE / "iter_2.pth")
+    monkeypatch.chdir(home)
+    words = [checkpoint.name, "llava-qwen2-\udcd0", "--llm", given["llm"],
+             "--vision", given["vision"], "--vision-tower-name", "openai/clip"]  # fmt: skip
+    done = run("convert", *words)
+    assert done.exit_code == 0, done.stderr
+    out = home / words[1]
+    record = json.loads((out / "conversion.json").read_text(encoding="utf-8"))
+    assert record["checkpoint"]["files"][0]["name"] == checkpoint.name
+    assert r"xtuner2llava convert 'iter_\udcd6.pth'" in (out / "README.md").read_text("utf-8")
+    assert "already converted" in run("convert", *words).stdout
 
 
 def test_each_stage_is_a_line_without_a_terminal(words: list[str], tmp_path: Path) -> None:

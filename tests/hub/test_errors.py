@@ -15,6 +15,14 @@ def test_a_client_that_another_thread_closed_is_the_network() -> None:
         raise RuntimeError("Cannot send a request, as the client has been closed.")
 
 
+def test_offline_mode_is_said_and_not_tried_again() -> None:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with pytest.raises(HubError, match=r"(?s)HF_HUB_OFFLINE is set") as caught, hub_errors("x"):
+        raise OfflineModeIsEnabled("offline mode is enabled")
+    assert "same command" not in str(caught.value)
+
+
 def test_errors_of_our_own_are_not_taken_for_the_hub_s() -> None:
     with pytest.raises(RuntimeError, match="a fault of ours"), hub_errors("ann/llava"):
         raise RuntimeError("a fault of ours")

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from reference.cases import Converted
 from xtuner2llava import ConversionError
 from xtuner2llava.cli.commands import main
-from xtuner2llava.inference.answering import answer, memory_needed
+from xtuner2llava.inference import answering
+from xtuner2llava.inference.answering import Answer, answer, memory_needed
 from xtuner2llava.options import TryOptions
 
 DATA = Path(__file__).parents[1] / "data/answers"
@@ -25,6 +26,18 @@ ANSWERS = json.loads((DATA / "answers.json").read_text())
 def in_checkpoints(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `mm_vision_tower: bases/…` leads to a tower's config."""
     monkeypatch.chdir(checkpoints)
+
+
+def test_an_answer_cannot_move_the_cursor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def speak(folder: Path, picture: Path, question: str, options: TryOptions) -> Answer:
+        assert options.on_text is not None
+        options.on_text("A cat\x1b[2J\n")
+        return Answer("", "", (), "cpu")
+
+    monkeypatch.setattr(answering, "answer", speak)
+    monkeypatch.setattr(answering, "memory_needed", lambda _: 0)
+    done = CliRunner().invoke(main, ["try", str(tmp_path), "x.png"])
+    assert done.stdout == "A cat\\x1b[2J\n\n"
 
 
 def ask(folder: Path, picture: str, question: str, **options: Any) -> Any:

@@ -312,6 +312,16 @@ def test_a_card_of_ones_own_is_taken_word_by_word(checkpoints: Path, tmp_path: P
     assert data["pipeline_tag"] == "image-text-to-text"  # What it does not say is added.
 
 
+def test_metadata_ends_at_a_line(checkpoints: Path, tmp_path: Path) -> None:
+    text = template(checkpoints, tmp_path, "---\nmodel_name: Owl---\nlicense: mit\n---\n\nMine.\n")
+    assert text.startswith("---\nmodel_name: Owl---\nlicense: mit\n")
+    assert text.count("---\n") == 3  # That of the name, and two lines.
+    assert metadata(text)["model_name"] == "Owl---"
+    empty = template(checkpoints, tmp_path, "---\n---\n\nMine.\n")
+    assert metadata(empty)["pipeline_tag"] == "image-text-to-text"
+    assert empty.endswith("---\n\nMine.\n")
+
+
 def test_places_are_filled(checkpoints: Path, tmp_path: Path) -> None:
     text = template(checkpoints, tmp_path, "# {{ name }}\n\n{{usage}}\n\n{{ parts }}\n")
     assert "# llava-llm_qwen2-xtuner\n" in text
@@ -359,6 +369,10 @@ def test_the_card_of_a_base_may_be_anything(checkpoints: Path, tmp_path: Path) -
         "---\nlicense: [apache-2.0, mit]\nlanguage: 7\n---\n",
         "---\nlicense: 'a\\nb: c'\nlicense_link: javascript:alert(1)\n---\n",
         "---\n" + "[" * 5000 + "\n---\n",
+        "---\nlicense: mit\na: !!bool x\n---\n",
+        "---\nlicense: mit\na: !!timestamp x\n---\n",
+        "---\nlicense: mit\na: !!int ''\n---\n",
+        f"---\nlicense: mit\na: {'1:' * 400}1.0\n---\n",
         "---\n\x00\n---\n",
         "no metadata",
     ):

@@ -24,7 +24,7 @@ import click
 from xtuner2llava.cli import flags
 from xtuner2llava.cli.progress import progress
 from xtuner2llava.cli.terminal import accept_any_text, columns, printable, shortened, wrapped
-from xtuner2llava.errors import ConversionError, Fault, UsageError, listed
+from xtuner2llava.errors import ConversionError, Fault, OutputError, UsageError, listed
 from xtuner2llava.options import (
     OUTPUT,
     SPEED,
@@ -65,19 +65,19 @@ class _Group(flags.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # What the group must know of errors, also where the arguments are not understood.
         ctx.obj = {"json": "--json" in args, "verbose": False, "interrupted": False}
-        return super().parse_args(ctx, args)
+        with _wrong_calls_as_json(ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort) as error:
-            if ctx.obj["json"] and isinstance(error, click.UsageError):
-                _print_error("UsageError", [_usage_fault(error)])
+            with _wrong_calls_as_json(ctx):
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
             ctx.exit(1)
         except (Exception, KeyboardInterrupt) as error:
-            faults, status = _faults(error)
+            kind, faults, status = _described(error)
             if isinstance(error, KeyboardInterrupt):
                 _say(faults[0].what, err=True)
             else:
@@ -85,19 +85,35 @@ class _Group(flags.Group):
             if ctx.obj["verbose"]:
                 traceback.print_exception(error)
             if ctx.obj["json"]:
-                _print_error(type(error).__name__, faults)
+                _print_error(kind, faults)
             ctx.exit(status)
 
 
-def _faults(error: BaseException) -> tuple[Sequence[Fault], int]:
-    """What is said of an error, and the exit status."""
+@contextmanager
+def _wrong_calls_as_json(ctx: click.Context) -> Iterator[None]:
+    """Prints the JSON of a call that click does not understand, if JSON was asked for."""
+    try:
+        yield
+    except click.UsageError as error:
+        if ctx.obj["json"]:
+            _print_error("UsageError", [_usage_fault(error)])
+        raise
+
+
+def _described(error: BaseException) -> tuple[str, Sequence[Fault], int]:
+    """The class of an error, what is said of it, and the exit status."""
     match error:
         case ConversionError():
-            return error.faults, error.exit_status
+            return type(error).__name__, error.faults, error.exit_status
         case KeyboardInterrupt():
-            return [Fault("", f"Interrupted. {error}".strip())], 130
+            return "KeyboardInterrupt", [Fault("", f"Interrupted. {error}".strip())], 130
+        # A path that the user gave, such as one in a folder that only others may read.
+        case OSError(filename=path, strerror=str(reason)) if path is not None:
+            what = f"cannot be read or written ({reason})"
+            return "OutputError", [Fault(str(path), what)], OutputError.exit_status
     advice = "This is a fault of xtuner2llava. Please report it with what -v prints."
-    return [Fault("", f"{type(error).__name__}: {error}", advice)], 1
+    name = type(error).__name__
+    return name, [Fault("", f"{name}: {error}", advice)], 1
 
 
 def _usage_fault(error: click.UsageError) -> Fault:
@@ -125,7 +141,8 @@ def _say(text: str, *, err: bool = False) -> None:
 
 
 def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """As ASCII: JSON in any encoding, in which no name can hold a control sequence."""
+    click.echo(json.dumps(value, indent=2))
 
 
 def _print_error(kind: str, faults: Sequence[Fault]) -> None:
@@ -286,7 +303,7 @@ def try_model(
     if not quiet:
         _say(f"Loading {size(memory_needed(folder))} of weights into memory.", err=True)
     if not as_json:
-        options = replace(options, on_text=lambda text: click.echo(text, nl=False))
+        options = replace(options, on_text=lambda text: click.echo(printable(text), nl=False))
     found = answer(folder, Path(image), question or QUESTION, options)
     _show(found, lambda _: "", as_json=as_json)  # The text is there already.
 

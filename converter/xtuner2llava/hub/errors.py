@@ -123,6 +123,8 @@ def _describe(error: Exception, *, reading: bool) -> tuple[str, str] | None:
             spelling = f"; for a private one, {_READ}" if reading else f" of the owner. {_LOG_IN}"
             what = "is not a repository on the Hub that this token can see"
             return what, f"Check the spelling{spelling}"
+        case errors.OfflineModeIsEnabled():
+            return "cannot be asked: HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE."
         case errors.LocalEntryNotFoundError():
             what = "is not in the local cache, and the Hub cannot be reached"
             return what, "Download it where there is a network, and give its folder."

@@ -18,7 +18,7 @@ MARK = (
 )
 # As huggingface_hub finds it (`repocard.py`, REGEX_YAML_BLOCK), with the body apart.
 _BLOCK = re.compile(
-    r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL
+    r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)(?<=\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL
 )
 _ORDER = (
     "license license_name license_link language base_model base_model_relation datasets "
@@ -91,10 +91,11 @@ def parse(text: str) -> dict[str, Json]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("has YAML references (*)")
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
+    # LookupError and AttributeError: `!!bool x` and `!!timestamp x`; OverflowError: 1:1:(...):1.0.
+    except (yaml.YAMLError, LookupError, AttributeError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

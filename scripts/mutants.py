@@ -89,7 +89,9 @@ def mutants(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def outcome(tests: list[str]) -> str:
     """What becomes of the mutant that the current directory has: SURVIVED, killed or timeout."""
-    environment = {**os.environ, "PYTHONPATH": "converter", "OMP_NUM_THREADS": "1"}
+    # An absolute path, for programs that tests start in other folders.
+    path = str(Path("converter").absolute())
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *tests]
     limit = partial(resource.setrlimit, resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     options: Any = {"env": environment, "preexec_fn": limit, "timeout": 10 * CPU_SECONDS}

@@ -92,6 +92,14 @@ def checkpoints() -> Path:
     return Path(__file__).parent / "checkpoints"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """No test cuts the power, so none waits for the disk. Closed files are still an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture
 def interrupts() -> Iterator[None]:
     """SIGINT is Ctrl-C here and in programs that are started, also where shells have it ignored."""

@@ -83,7 +83,6 @@ def test_dependencies_are_the_declared_few(installed: Path) -> None:
         "blake3",
         "click",
         "huggingface-hub",
-        "isal",
         "jinja2",
         "pyyaml",
         "safetensors",

@@ -17,24 +17,12 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+from command import run
 from reference.cases import CASES
 from xtuner2llava.cli import commands
 from xtuner2llava.cli.commands import main
 
 CASE = "qwen2_e_full_fullvis"
-
-
-def run(
-    *arguments: object, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "xtuner2llava", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +35,10 @@ def arguments(checkpoints: Path) -> list[object]:
 def test_convert_reports_on_stdout_and_logs_its_stages_on_stderr(
     arguments: list[object], tmp_path: Path
 ) -> None:
-    checkpoint, *options = arguments
-    done = run("convert", checkpoint, tmp_path / "llava-qwen2", *options)
+    """As a program of its own: the others run in this process."""
+    words = map(str, ["convert", arguments[0], tmp_path / "llava-qwen2", *arguments[1:]])
+    program = [sys.executable, "-m", "xtuner2llava", *words]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     stages = [line.split()[1] for line in done.stderr.splitlines()]
     assert stages == ["open:", "plan:", "write:", "describe:", "publish:"]
@@ -105,7 +95,14 @@ def test_inspect_says_where_each_part_comes_from(checkpoints: Path) -> None:
 
 def test_missing_bases_are_one_error_with_the_flags(checkpoints: Path, tmp_path: Path) -> None:
     checkpoint = checkpoints / "qwen2_d_lora_vislora" / "iter_2.pth"
-    done = run("convert", checkpoint, tmp_path / "out", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    done = subprocess.run(
+        [sys.executable, "-m", "xtuner2llava", "convert", checkpoint, tmp_path / "out"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert "2 faults" in done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from command import run
 from hub_server import HubServer, Repo, content
 
 REPO = "ann/llava-qwen-tiny"
@@ -210,13 +211,7 @@ def test_nothing_is_written_for_somebody_who_may_not_publish(
 
 @pytest.mark.parametrize("flag", ["--low-disk", "--private", "--revision=v1"])
 def test_publishing_needs_a_repository(checkpoints: Path, tmp_path: Path, flag: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "xtuner2llava", "convert", CHECKPOINT, tmp_path / "out", flag],
-        cwd=checkpoints,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("convert", CHECKPOINT, tmp_path / "out", flag, cwd=checkpoints)
     assert done.returncode == 2
     assert f"{flag.partition('=')[0]} without a repository" in done.stderr
     assert "--push-to-hub" in done.stderr

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,10 @@ import pytest
 
 from builders.llm_base import write_llm_base
 from builders.training_config import write_training_config
+from command import run
 from xtuner2llava import Inspection, inspect
 from xtuner2llava.planning.plan import Fidelity
+from xtuner2llava.tokenizers import qwen as qwen_files
 
 Foresee = Callable[..., Inspection]
 LLAMA = "LlavaLlamaForCausalLM"
@@ -35,11 +35,38 @@ TEMPLATES = {
 }
 
 
+@pytest.fixture(scope="module")
+def qwen(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The base Qwen 1. Its 151,643 ranks and their merges, which take seconds, are read once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, place in (("read_ranks", 0), ("merges", 2)):
+            patch.setattr(qwen_files, name, once_per_file(getattr(qwen_files, name), place))
+        yield write_llm_base(tmp_path_factory.mktemp("qwen") / "base", "qwen", checkpoints)
+
+
+def once_per_file(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """`function`, whose argument number `place` names the file that the others are of."""
+    results: dict[str, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        file = str(arguments[place])
+        if file not in results:
+            results[file] = function(*arguments)
+        return results[file]
+
+    return call
+
+
 @pytest.fixture
-def written(checkpoints: Path, tmp_path: Path) -> Callable[..., Path]:
+def written(
+    checkpoints: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[..., Path]:
     def write(kind: str, config: dict[str, Any] | None = None, **parts: Any) -> Path:
-        folder = tmp_path / f"base-{len(list(tmp_path.iterdir()))}"
-        llm = write_llm_base(folder, kind, checkpoints, **(config or {}))
+        if kind == "qwen":
+            llm = request.getfixturevalue("qwen")
+        else:
+            folder = tmp_path / f"base-{len(list(tmp_path.iterdir()))}"
+            llm = write_llm_base(folder, kind, checkpoints, **(config or {}))
         parts = {
             "vision": checkpoints / "bases/vision_clip",
             "prompt_template": TEMPLATES[kind],
@@ -252,13 +279,8 @@ def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
     assert outlook.family == "mine"
     limit = Fidelity("exact_if_right", 8192, if_right="mine.yaml")
     assert verdicts(outlook) == {"llava": limit, "hf": limit}
-    command = [sys.executable, "-m", "xtuner2llava", "inspect", str(config), "--mapping"]
-    done = subprocess.run(
-        [*command, str(mapping), "--vision-tower-name", "openai/clip", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = ["inspect", config, "--mapping", mapping, "--vision-tower-name", "openai/clip"]
+    done = run(*words, "--json")
     assert json.loads(done.stdout)["targets"][0]["exact_up_to"] == 8192
 
 
@@ -277,11 +299,10 @@ def test_a_tokenizer_that_is_code_is_told_before_the_training(
 
 def test_the_command_line_says_it_in_words_and_as_data(written: Callable[..., Path]) -> None:
     path = written("phi3", hook="")
-    command = [sys.executable, "-m", "xtuner2llava", "inspect", str(path)]
-    command += ["--vision-tower-name", "openai/clip"]
-    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = ["inspect", path, "--vision-tower-name", "openai/clip"]
+    words = run(*command).stdout
     assert f"\nllava: exact up to 2047 tokens, as {LLAMA}\n" in words
     assert "\nAdd to the config:\n  stop_words=['<|end|>'],  # in EvaluateChatHook\n" in words
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    done = run(*command, "--json")
     for target in json.loads(done.stdout)["targets"]:
         assert (target["verdict"], target["exact_up_to"]) == ("exact_up_to", 2047)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from builders.training_config import write_training_config
+from command import run
 from xtuner2llava import ConversionError, Inspection, inspect
 
 
@@ -125,13 +124,7 @@ def test_nothing_in_a_config_is_run(foresee, tmp_path: Path) -> None:  # type: i
 
 
 def test_the_command_line_exits_with_the_verdict(checkpoints: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "xtuner2llava", "inspect", "qwen2_a_pretrain/config.py", "--json"],
-        cwd=checkpoints,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("inspect", "qwen2_a_pretrain/config.py", "--json", cwd=checkpoints)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["family"] == "qwen2"
 

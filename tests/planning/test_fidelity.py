@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from builders.families.checkpoints import Trained, write_trained
 from builders.families.models import KINDS
+from command import run
 from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import MappingError
@@ -270,13 +269,11 @@ def test_weights_that_a_conversion_downloads_make_nothing_impossible(
 
 def test_the_command_line_says_it_in_words_and_as_data(checkpoints: Path, tmp_path: Path) -> None:
     made = trained(tmp_path, checkpoints, "phi3")
-    command = [sys.executable, "-m", "xtuner2llava", "inspect", str(made.checkpoint)]
-    command += ["--llm", str(made.llm), "--vision", str(made.vision)]
+    command = ["inspect", made.checkpoint, "--llm", made.llm, "--vision", made.vision]
     command += ["--vision-tower-name", "openai/clip"]
-    run = {"capture_output": True, "text": True, "check": True}
-    words = subprocess.run(command, **run).stdout
+    words = run(*command).stdout
     assert "\nllava: exact up to 100 tokens, as LlavaLlamaForCausalLM\n" in words
-    targets = json.loads(subprocess.run([*command, "--json"], **run).stdout)["targets"]
+    targets = json.loads(run(*command, "--json").stdout)["targets"]
     assert [(t["verdict"], t["exact_up_to"], t["transformers"]) for t in targets] == [
         ("exact_up_to", 100, [])
     ] * 2
@@ -301,8 +298,6 @@ def test_a_plan_has_it_too(checkpoints: Path, tmp_path: Path) -> None:
     made = trained(tmp_path, checkpoints, "phi3")
     data = plan(made.checkpoint, **made.bases).to_dict()
     assert (data["verdict"], data["exact_up_to"]) == ("exact_up_to", 100)
-    command = [sys.executable, "-m", "xtuner2llava", "plan", str(made.checkpoint)]
-    for option, value in made.bases.items():
-        command += [f"--{option.replace('_', '-')}", str(value)]
-    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in made.bases.items()]
+    words = run("plan", made.checkpoint, *options).stdout
     assert "\nphi3 → llava: LlavaLlamaForCausalLM, exact up to 100 tokens, dtype float32\n" in words

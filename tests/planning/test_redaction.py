@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from hub_server import HubServer
+from command import run
+from hub_server import HubServer, content
 from xtuner2llava.planning.redaction import redact_json, redact_name, redact_text
 
 # What a training machine may have in its config, and must not be published.
+REPO = "ann/llava-qwen"
 CLIP = "openai/clip-vit-large-patch14-336"
 USER, HOST = "zoedoe", "trainhost17"
 SECRETS = (USER, HOST, "corpus", "10.1.2.3", "wandb_secret", "hf_" + "c" * 34, "zoe@corp.example")
@@ -87,19 +89,24 @@ def machine(checkpoints: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("format_name", ["llava", "hf"])
 def test_no_published_file_tells(hub: HubServer, machine: Path, format_name: str) -> None:
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "xtuner2llava", "convert", machine / "iter_2.pth"),
-            *(machine / "runs" / "llava-qwen", "--format", format_name, "-q"),
-            *("--llm", machine / "models/llm_qwen2", "--vision", machine / "models/vision_clip"),
-            *("--xtuner-config", machine / "config.py"),
-            *("--push-to-hub", "ann/llava-qwen", "--low-disk", "--vision-tower-name", CLIP),
-        ],
-        env={**os.environ, **hub.environment(machine / "cache", hub.token)},
-        cwd=machine,
-        check=True,
-    )
-    files = hub.repos["ann/llava-qwen"].content()
+    words = [
+        *("convert", machine / "iter_2.pth"),
+        *(machine / "runs" / "llava-qwen", "--format", format_name, "-q"),
+        *("--llm", machine / "models/llm_qwen2", "--vision", machine / "models/vision_clip"),
+        *("--xtuner-config", machine / "config.py"),
+        *("--vision-tower-name", CLIP),
+    ]
+    if format_name == "llava":
+        subprocess.run(
+            [sys.executable, "-m", "xtuner2llava", *words, "--push-to-hub", REPO, "--low-disk"],
+            env={**os.environ, **hub.environment(machine / "cache", hub.token)},
+            cwd=machine,
+            check=True,
+        )
+        files = hub.repos[REPO].content()
+    else:  # `push` sends the files of the folder: tests/hub/test_push.py
+        assert run(*words, cwd=machine).returncode == 0
+        files = content(machine / "runs" / "llava-qwen")
     assert {"README.md", "conversion.json", "config.json"} <= files.keys()
     assert not [name for name in files if name.endswith(".py")]
     for name, data in files.items():

@@ -15,8 +15,12 @@ from xtuner2llava.sources.adapter import merge, read_adapter
 from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def import_peft() -> Any:
+    """PEFT. It takes seconds to import, and every worker collects this module."""
+    return pytest.importorskip("peft", reason="PEFT is not installed", exc_type=ImportError)
 
 
 class Net(torch.nn.Module):
@@ -40,7 +44,7 @@ class Net(torch.nn.Module):
 def trained(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """A PEFT model of `Net` whose every trainable number is random."""
     torch.manual_seed(0)
-    net = Net().to(dtype)
+    net, peft = Net().to(dtype), import_peft()
     model = peft.get_peft_model(net, peft.LoraConfig(**config))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -170,6 +174,7 @@ def test_never_further_from_float64_than_peft(rank: int, dtype: str, tmp_path: P
     torch.manual_seed(rank)
     net = torch.nn.Sequential(torch.nn.Linear(700, 300, bias=False)).to(target)
     weight = net[0].weight.detach().clone()
+    peft = import_peft()
     config = peft.LoraConfig(target_modules=["0"], r=rank, lora_alpha=16)
     model = peft.get_peft_model(net, config)
     with torch.no_grad():

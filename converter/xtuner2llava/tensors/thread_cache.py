@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _Cache(threading.local):
     def __init__(self) -> None:
         self.owner: object = None
-        self.buffers: dict[str, dict[int, bytearray]] = {}
+        self.buffers: dict[tuple[str, int], bytearray] = {}
         self.key: object = None
         self.value: torch.Tensor | None = None
 
@@ -30,24 +30,20 @@ _making = threading.Lock()
 
 
 def use_for(owner: object) -> None:
-    """Frees the tensor that this thread has cached for another owner."""
+    """Frees what this thread has cached for another owner."""
     if _cache.owner is not owner:
-        _cache.owner, _cache.value = owner, None
+        clear()
+        _cache.owner = owner
 
 
 def buffer(use: str, count: int) -> bytearray:
     """`count` bytes of memory, which this thread's next call for the same use overwrites.
 
-    New memory for each block costs more than reading it. A tensor has blocks of two sizes, of which
-    one is the last; tensors of one shape have the same.
+    New memory for each block costs more than reading it.
     """
-    sizes = _cache.buffers.setdefault(use, {})
-    found = sizes.pop(count, None)
+    found = _cache.buffers.get((use, count))
     if found is None:
-        if len(sizes) == 2:
-            del sizes[next(iter(sizes))]
-        found = bytearray(count)
-    sizes[count] = found
+        found = _cache.buffers[use, count] = bytearray(count)
     return found
 
 

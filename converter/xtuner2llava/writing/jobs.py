@@ -96,12 +96,9 @@ class Work:
                     with handing:
                         self.check()
                         place, handed = handed, handed + 1
-                        try:
-                            item = next(remaining)
-                        except StopIteration:
-                            return
+                        item = next(remaining)
                     results[place] = job(item)
-            except Stopped:
+            except (Stopped, StopIteration):
                 return
             except BaseException as error:
                 self._failures.append((place, error))

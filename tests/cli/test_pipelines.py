@@ -78,6 +78,9 @@ def test_an_error_is_json_with_every_fault_and_text_on_stderr(
         (["inspect", "nothing.pth"], "nothing.pth", "no such file or folder"),
         (["plan", ""], "CHECKPOINT", "not empty"),
         (["--nonsense", "plan", "x"], "--nonsense", "No such option"),
+        (["plan", "x", "--for", "vllm", "--format", "llava"], "--format", "--for sets 'hf'"),
+        (["plan", "x", "--for", "sglang", "--model-type", "official"], "--model-type", "'llava'"),
+        (["plan", "x", "--for", "llava", "--format", "hf"], "--format", "LLaVA reads 'llava'"),
         (["inspect", "nothing.py"], "nothing.py", "no such file or folder"),
     ],
 )

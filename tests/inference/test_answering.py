@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from reference.cases import Converted
-from xtuner2llava import ConversionError
+from xtuner2llava import ConversionError, UsageError
 from xtuner2llava.cli.commands import main
 from xtuner2llava.inference import answering
 from xtuner2llava.inference.answering import Answer, answer, memory_needed
@@ -26,6 +26,23 @@ ANSWERS = json.loads((DATA / "answers.json").read_text())
 def in_checkpoints(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `mm_vision_tower: bases/…` leads to a tower's config."""
     monkeypatch.chdir(checkpoints)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_torch_does_not_have(converted: Converted, device: str) -> None:
+    with pytest.raises(UsageError, match=f"--device: torch cannot use '{device}'"):
+        ask(converted("llama_d_lora_vislora"), "wide.png", "", device=device)
+
+
+def test_a_device_that_is_too_small(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def load(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(answering, "_ask_llava", load)
+    with pytest.raises(UsageError, match="cpu has too little memory"):
+        ask(converted("llama_d_lora_vislora"), "wide.png", "", device="cpu")
 
 
 def test_an_answer_cannot_move_the_cursor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

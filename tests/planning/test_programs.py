@@ -80,15 +80,15 @@ def test_the_output_does_not_depend_on_how_it_was_asked_for(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sglang", "with SGLang: python -m sglang.launch_server --model-path OUT"),
+        ("sglang", "with SGLang: python -m sglang.launch_server --model-path 'my out'"),
         ("llava-next", "with LLaVA-NeXT:"),
-        ("vllm", "with vLLM: vllm serve OUT"),
-        ("lmdeploy", "with LMDeploy: lmdeploy serve api_server OUT"),
+        ("vllm", "with vLLM: vllm serve 'my out'"),
+        ("lmdeploy", "with LMDeploy: lmdeploy serve api_server 'my out'"),
         ("transformers", "with transformers:"),
     ],
 )
 def test_the_next_step_is_for_what_was_asked(checkpoints: Path, name: str, said: str) -> None:
-    (step,) = next_steps(made(checkpoints, "qwen2_e_full_fullvis", for_=name), name)
+    (step,) = next_steps(made(checkpoints, "qwen2_e_full_fullvis", for_=name), "my out", name)
     assert said in step
 
 

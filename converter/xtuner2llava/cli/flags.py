@@ -13,9 +13,11 @@ from os import PathLike
 from typing import Any, TypeVar, get_origin
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from xtuner2llava.cli.progress import show_log
+from xtuner2llava.errors import Fault, UsageError, raise_faults
 from xtuner2llava.options import (
     GROUPS,
     TALK,
@@ -125,7 +127,9 @@ def command(
     def decorate(function: Callable[..., None]) -> click.Command:
         @wraps(function)
         def run(**given: Any) -> None:
-            options = kind(**{each.name: given.pop(each.name) for each in named})
+            values = {each.name: given.pop(each.name) for each in named}
+            options = kind(**values)
+            _check_typed(values, options)
             function(**given, options=options)
 
         parameters = [_argument(each) for each in arguments] + [_flag(each) for each in named]
@@ -134,6 +138,19 @@ def command(
         return group.command(name, cls=GroupedCommand)(run)
 
     return decorate
+
+
+def _check_typed(values: Mapping[str, object], options: CheckedOptions) -> None:
+    """Raises `UsageError` where `options` hold something else than what was typed.
+
+    --for sets --format and --model-type; their defaults, typed, are not known from defaults there.
+    """
+    ctx, faults = click.get_current_context(), []
+    for name, value in values.items():
+        is_typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if is_typed and value != (held := getattr(options, name)):
+            faults.append(Fault(flag(name), f"is {value!r}, and --for sets {held!r}"))
+    raise_faults(UsageError, faults)
 
 
 def _argument(name: str) -> click.Argument:

@@ -65,19 +65,41 @@ def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Ans
     out = open_folder(folder)
     picture = _read_picture(image)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     ask = _ask_transformers if out.format == "hf" else _ask_llava
-    with torch.inference_mode():
-        prompt, tokenizer, model, inputs = ask(out, picture, question, device)
-        made = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=options.max_new_tokens,
-            streamer=_streamer(tokenizer, options.on_text),
-        )[0]
+    try:
+        with torch.inference_mode():
+            prompt, tokenizer, model, inputs = ask(out, picture, question, device)
+            made = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=options.max_new_tokens,
+                streamer=_streamer(tokenizer, options.on_text),
+            )[0]
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device} has too little memory for this model",
+            where="--device",
+            advice="Give another device, such as cpu.",
+        ) from error
     # Where the prompt went in as ids, they come out again.
     made = made[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else made
     text = tokenizer.decode(made, skip_special_tokens=True)
     return Answer(prompt, text.strip(), tuple(made.tolist()), device)
+
+
+def _check_device(name: str) -> None:
+    """Raises `UsageError` where torch cannot compute there, before the model is loaded."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).tolist()
+    # AssertionError: torch was built without the device.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"torch cannot use '{name}' ({reason})", where="--device", advice="Give cpu, or cuda:0."
+        ) from error
 
 
 # The prompt, the tokenizer, the model, and what it generates from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,9 @@ class Report:
             kept_bytes=sum(shard.kept_bytes for shard in shards),
             nonfinite=finished.nonfinite,
             warnings=(rename,) if reasons else (),
-            next_steps=next_steps(plan, options.for_),
+            next_steps=next_steps(
+                plan, str(out) if pushed is None else pushed.repo_id, options.for_
+            ),
             pushed=pushed,
             already_converted=written is None,
         )
@@ -108,14 +111,14 @@ class Report:
         }  # fmt: skip
 
 
-def next_steps(plan: Plan, program: str | None = None) -> tuple[str, ...]:
-    """How to load it, with `program` or else the first that can."""
+def next_steps(plan: Plan, place: str, program: str | None = None) -> tuple[str, ...]:
+    """How to load what is at `place`, with `program` or else the first that can."""
     becomes, kind = plan.mapping.target_class, plan.config["model_type"]
     servers = ("sglang",) if kind == "llava" and plan.processor is None else ()
     able = (name for name in (*servers, "llava", "llava-next") if PROGRAMS[name].takes(becomes))
     named = PROGRAMS[program or next(able, "llava-next")]
     if named.serve:
-        return (f"Serve it with {named.title}: {named.serve} OUT",)
+        return (f"Serve it with {named.title}: {named.serve} {shlex.quote(place)}",)
     if plan.processor is not None:
         return (
             "Load it with transformers: LlavaForConditionalGeneration.from_pretrained and "

@@ -32,7 +32,7 @@ from xtuner2llava.storage.pickle_reader import read_pickle
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import open_weights, tensor_references
-from xtuner2llava.tokenizers import TokenizerRules, prepare_tokenizer, read_tokenizer
+from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
 from xtuner2llava.training_config import TrainingConfig
 
 # The shipped mappings do not change: parsing them for each input would be most of the work.
@@ -388,13 +388,13 @@ _TRAINING_CONFIG_WORDS = (
 def _tokenizer(data: bytes, folder: Path) -> None:
     write_folder(folder, load(data) or {"tokenizer.json": data.decode("latin-1")})
     tokenizer = read_tokenizer(folder)
-    for rules in (
-        TokenizerRules(None, None, {}),
-        TokenizerRules("tokenizer.model", "LlamaTokenizer", {"<image>": 99}),
-        TokenizerRules("qwen.tiktoken", "Qwen2Tokenizer", {"<|endoftext|>": 256}),
+    for source, special in (
+        (None, {}),
+        ("tokenizer.model", {"<image>": 99}),
+        ("qwen.tiktoken", {"<|endoftext|>": 256}),
     ):
         try:
-            made = prepare_tokenizer(tokenizer, rules, eos="</s>", pad="<pad>").tokenizer
+            made = prepare_tokenizer(tokenizer, source, special, eos="</s>", pad="<pad>").tokenizer
             made = made.with_special_token("bos_token", next(iter(made.ids), None))
             made = made.with_tokens(["<image>", "<pad>"])
             for make in made.made.values():
@@ -433,8 +433,8 @@ def _sentencepiece_seeds() -> Iterator[bytes]:
 def _tiktoken(data: bytes, folder: Path) -> None:
     (folder / "qwen.tiktoken").write_bytes(data)
     special = {"<|endoftext|>": 256 + 2}
-    rules = TokenizerRules("qwen.tiktoken", "Qwen2Tokenizer", special)
-    made = prepare_tokenizer(read_tokenizer(folder), rules, eos="<|endoftext|>").tokenizer
+    tokenizer = read_tokenizer(folder)
+    made = prepare_tokenizer(tokenizer, "qwen.tiktoken", special, eos="<|endoftext|>").tokenizer
     for make in made.made.values():
         make()
 

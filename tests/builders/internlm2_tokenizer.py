@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner2llava.mapping import Catalogue
-from xtuner2llava.tokenizers import Prepared, TokenizerRules, prepare_tokenizer, read_tokenizer
+from xtuner2llava.tokenizers import Prepared, prepare_tokenizer, read_tokenizer
 
 DATA = Path(__file__).parent.parent / "data/sentencepiece"
 NAMES = ("prefix", "plain")
@@ -45,8 +45,7 @@ def write_base(folder: Path, model: bytes, **config: Any) -> Path:
 
 def prepare(base: Path) -> Prepared:
     family = Catalogue.shipped().families["internlm2"]
-    rules = TokenizerRules.of(family.tokenizer, family.file.name)
-    return prepare_tokenizer(read_tokenizer(base), rules)
+    return prepare_tokenizer(read_tokenizer(base), family.tokenizer.convert)
 
 
 def expected(name: str) -> list[tuple[str, list[int]]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from builders.prepared_tokenizer import write_prepared
 from xtuner2llava.mapping import Catalogue
-from xtuner2llava.tokenizers import TokenizerRules, prepare_tokenizer, read_tokenizer
+from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
 from xtuner2llava.tokenizers.qwen import read_ranks
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -58,7 +58,8 @@ def write_converted(base: Path, folder: Path) -> Path:
     family = Catalogue.shipped().families["qwen"]
     prepared = prepare_tokenizer(
         read_tokenizer(base),
-        TokenizerRules.of(family.tokenizer, family.file.name),
+        family.tokenizer.convert,
+        family.tokenizer.special_tokens,
         eos=family.generation.eos[0],
         pad=family.generation.pad,
     )

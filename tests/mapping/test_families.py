@@ -354,7 +354,7 @@ def test_tokens_and_templates() -> None:
         )
     assert CATALOGUE.families["llama"].generation == Generation(None, (), None)
     assert CATALOGUE.families["llama"].chat == ChatDefaults(None, ())
-    assert CATALOGUE.families["qwen"].tokenizer["class"] == "Qwen2Tokenizer"
+    assert CATALOGUE.families["qwen"].tokenizer.class_name == "Qwen2Tokenizer"
 
 
 def test_a_conversion_is_put_down_to_all_its_files() -> None:

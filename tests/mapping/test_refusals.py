@@ -291,6 +291,34 @@ caveats:
     ]
 
 
+def test_a_wrong_tokenizer_is_said_by_the_check(tmp_path: Path) -> None:
+    def faults(tokenizer: str) -> list[str]:
+        return check(tmp_path, f"{HEAD}tensors: [{{move: '', to: ''}}]\ntokenizer:{tokenizer}\n")
+
+    right = ' {convert: tokenizer.model, class: LlamaTokenizer, special_tokens: {"<x_{0..2}>": 5}}'
+    assert faults(right) == faults(" {convert: my.tiktoken}") == []
+    path = tmp_path / "my.yaml"
+    path.write_text(f"{HEAD}tensors: [{{move: '', to: ''}}]\ntokenizer:{right}\n")
+    rules = Catalogue.shipped().with_family_file(path).tokenizer
+    assert rules.special_tokens == {"<x_0>": 5, "<x_1>": 6, "<x_2>": 7}
+    ids = '{a: one, b: -1, c: true, d: [1], "e{0..99999}": 5}'
+    found = faults(f"\n  convert: ../qwen.tiktoken\n  special_tokens: {ids}")
+    assert [fault.partition(": ")[2] for fault in found] == [
+        "`convert` is '../qwen.tiktoken', expected tokenizer.model or a .tiktoken file",
+        "'a' has no id, but 'one'",
+        "'b' has no id, but -1",
+        "'c' has no id, but true",
+        "'d' has no id, but [1]",
+        "'e{0..99999}' is too many, 10,000 are allowed",
+    ]
+    (said,) = faults(" {convert: tokenizer.model, class: Qwen2Tokenizer}")
+    assert said.endswith("`class` is 'Qwen2Tokenizer', and `convert` makes a LlamaTokenizer")
+    (said,) = faults(" {class: LlamaTokenizer}")
+    assert said.endswith("`class` needs `convert`, the file that the tokenizer is made from")
+    (said,) = faults(" {convert: vocab.json}")
+    assert "expected tokenizer.model or a .tiktoken file" in said
+
+
 def test_a_required_value_may_be_any_text_under_any_key(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     rules = "tensors: [{move: '', to: ''}]\n"

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import TokenizerRules, prepare_tokenizer, read_tokenizer
-
-NOTHING = TokenizerRules(None, None, {})
+from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
 
 
 def write(folder: Path, **files: object) -> Path:
@@ -103,7 +101,7 @@ def test_files_are_copied_and_python_files_are_not(tmp_path: Path) -> None:
     write(tmp_path, vocab={"a": 0}, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "tokenization_evil.py").write_text("raise SystemExit")
-    prepared = prepare_tokenizer(read_tokenizer(tmp_path), NOTHING)
+    prepared = prepare_tokenizer(read_tokenizer(tmp_path))
     assert prepared.tokenizer.copied == ("tokenizer_config.json", "vocab.json", "merges.txt")
     assert not prepared.tokenizer.made and not prepared.notes
 
@@ -118,7 +116,7 @@ def test_a_tokenizer_of_remote_code_is_refused(tmp_path: Path) -> None:
     }
     write(tmp_path, vocab={"a": 0}, tokenizer_config=config)
     with pytest.raises(ConversionError) as error:
-        prepare_tokenizer(read_tokenizer(tmp_path), NOTHING)
+        prepare_tokenizer(read_tokenizer(tmp_path))
     assert "ChatGLMTokenizer is code of the model's repository" in str(error.value)
     assert "--mapping" in str(error.value)
 
@@ -129,14 +127,7 @@ def test_a_class_of_transformers_beside_remote_code_is_not(tmp_path: Path) -> No
         "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]},
     }
     write(tmp_path, vocab={"a": 0}, tokenizer_config=config)
-    assert not prepare_tokenizer(read_tokenizer(tmp_path), NOTHING).notes
-
-
-def test_a_conversion_that_nobody_knows_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, vocab={"a": 0})
-    rules = TokenizerRules("vocab.json", "X", {})
-    with pytest.raises(ConversionError, match=r"expected a \.tiktoken file or tokenizer\.model"):
-        prepare_tokenizer(read_tokenizer(tmp_path), rules)
+    assert not prepare_tokenizer(read_tokenizer(tmp_path)).notes
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from builders.internlm2_tokenizer import DATA, NAMES, expected, write_base
 from builders.prepared_tokenizer import write_prepared
 from xtuner2llava.mapping import Catalogue
-from xtuner2llava.tokenizers import TokenizerRules, prepare_tokenizer, read_tokenizer
+from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
 
 
 @pytest.mark.parametrize("adds_bos", [None, True, False])
@@ -34,8 +34,8 @@ def test_the_ids_are_those_of_sentencepiece(
         **said,
     )
     family = Catalogue.shipped().families["yi"]
-    rules = TokenizerRules.of(family.tokenizer, family.file.name)
-    out = write_prepared(prepare_tokenizer(read_tokenizer(base), rules), tmp_path / "out")
+    prepared = prepare_tokenizer(read_tokenizer(base), family.tokenizer.convert)
+    out = write_prepared(prepared, tmp_path / "out")
     config = json.loads((out / "tokenizer_config.json").read_text())
     # 01-ai/Yi-6B says false; the class itself takes true.
     assert (config["tokenizer_class"], config["legacy"]) == ("LlamaTokenizer", True)

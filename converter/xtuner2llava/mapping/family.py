@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import PurePath
 from typing import Annotated, TypeVar
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
@@ -31,6 +33,11 @@ HOUSEKEEPING = frozenset(
         *("pad_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"),
     )
 )
+# By the end of a file's name, the class of transformers that its tokenizer becomes.
+_CONVERTED = {"tokenizer.model": "LlamaTokenizer", ".tiktoken": "Qwen2Tokenizer"}
+# A range of tokens in a name, such as `<|extra_{0..204}|>`.
+_RANGE = re.compile(r"(.*)\{([0-9]{1,6})\.\.([0-9]{1,6})\}(.*)", re.DOTALL)
+_MAX_SPECIAL_TOKENS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +93,43 @@ class TranslatedConfig:
     doubts: tuple[Limit, ...] = ()
 
 
+def _read_convert(reader: Reader, node: Node) -> str | None:
+    name = reader.plain(str, node, "`convert`")
+    if name and (not name.endswith(tuple(_CONVERTED)) or PurePath(name).name != name):
+        what = f"`convert` is {show(name)}, expected tokenizer.model or a .tiktoken file"
+        reader.fault(node.line, what)
+    return name or None
+
+
+def _read_special_tokens(reader: Reader, node: Node) -> Mapping[str, int]:
+    ids: dict[str, int] = {}
+    for token, value in reader.table(node, "`special_tokens`").items():
+        first, found = value.value, _RANGE.fullmatch(token)
+        numbers = range(int(found[2]), int(found[3]) + 1) if found else range(1)
+        if type(first) is not int or first < 0:
+            reader.fault(value.line, f"{token!r} has no id, but {show(value.data)}")
+        elif len(ids) + len(numbers) > _MAX_SPECIAL_TOKENS:
+            reader.fault(value.line, f"{token!r} is too many, {_MAX_SPECIAL_TOKENS:,} are allowed")
+        else:
+            names = [f"{found[1]}{number}{found[4]}" for number in numbers] if found else [token]
+            ids |= {name: index for index, name in enumerate(names, first)}
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRules:
+    """What the tokenizer is made from, where it is code of the model's repository.
+
+    `convert` is a file of the base, and `class_name` the class that it becomes. `special_tokens`
+    are ids by text; `<|extra_{0..204}|>: 151646` in YAML numbers 205 tokens from there on.
+    """
+
+    convert: Annotated[str | None, _read_convert] = None
+    class_name: str | None = field(metadata=key("class"), default=None)
+    special_tokens: Annotated[Mapping[str, int], _read_special_tokens] = field(default_factory=dict)
+
+
 _CONFIG = partial(read_config_rules, allowed=("default", "require", "keep", "derive", "set"))
-
-
-def _read_tokenizer(reader: Reader, node: Node) -> Mapping[str, object]:
-    table = reader.table(node, "`tokenizer`", ("class", "convert", "files", "special_tokens"))
-    return {name: value.data for name, value in table.items()}
 
 
 def _read_tensors(reader: Reader, node: Node) -> tuple[tuple[RuleOrBlock, ...], ...]:
@@ -112,7 +150,7 @@ class Family:
     )
     """Its rules, and those of the families that it extends, which they replace."""
     config: Annotated[ConfigRules, _CONFIG] = field(default_factory=ConfigRules)
-    tokenizer: Annotated[Mapping[str, object], _read_tokenizer] = field(default_factory=dict)
+    tokenizer: TokenizerRules = field(default_factory=TokenizerRules)
     generation: Generation = Generation()
     chat: ChatDefaults = ChatDefaults()
     caveats: tuple[Caveat, ...] = ()
@@ -191,7 +229,7 @@ class Family:
             dims={**parent.dims, **self.dims},
             layers=(*self.layers, *parent.layers),
             config=parent.config.under(self.config),
-            tokenizer={**parent.tokenizer, **self.tokenizer},
+            tokenizer=_filled(self.tokenizer, parent.tokenizer),
             generation=_filled(self.generation, parent.generation),
             chat=_filled(self.chat, parent.chat),
             caveats=(*parent.caveats, *self.caveats),
@@ -229,11 +267,22 @@ def read_family(
     family = replace(family, names_read=frozenset(reader.names_read))
     if parent is not None:
         family = family.over(parent)
+    if "tokenizer" in table:
+        _check_tokenizer(reader, table["tokenizer"].key_line, family.tokenizer)
     if plain is not None:
         line = table["config"].key_line if "config" in table else document.line
         _check_keys(reader, line, family.config, plain)
     reader.finish()
     return family
+
+
+def _check_tokenizer(reader: Reader, line: int, rules: TokenizerRules) -> None:
+    convert = rules.convert or ""
+    made = next((name for end, name in _CONVERTED.items() if convert.endswith(end)), None)
+    if rules.class_name and not convert:
+        reader.fault(line, "`class` needs `convert`, the file that the tokenizer is made from")
+    elif made and rules.class_name not in (None, made):
+        reader.fault(line, f"`class` is {show(rules.class_name)}, and `convert` makes a {made}")
 
 
 def _check_keys(reader: Reader, line: int, rules: ConfigRules, plain: PlainClass) -> None:

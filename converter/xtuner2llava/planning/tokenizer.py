@@ -16,7 +16,6 @@ from xtuner2llava.sources.artifact import LLM
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import (
     Tokenizer,
-    TokenizerRules,
     prepare_tokenizer,
     read_tokenizer,
     with_arguments,
@@ -109,7 +108,8 @@ def tokenizer_to_write(
     generation = family.generation
     prepared = prepare_tokenizer(
         tokenizer,
-        TokenizerRules.of(family.tokenizer, family.file.name),
+        family.tokenizer.convert,
+        family.tokenizer.special_tokens,
         eos=next(iter(generation.eos), None),
         pad=generation.pad,
     )

@@ -1,7 +1,7 @@
 """Tokenizers as files: read, edited, and converted without transformers and without remote code."""
 
 from xtuner2llava.tokenizers.compatibility import readable_tokenizer, tokenizer_faults
-from xtuner2llava.tokenizers.conversion import TokenizerRules, prepare_tokenizer, with_arguments
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer, with_arguments
 from xtuner2llava.tokenizers.prefix import (
     PrefixSpace,
     keeps_spaces,
@@ -25,7 +25,6 @@ __all__ = [
     "PrefixSpace",
     "Prepared",
     "Tokenizer",
-    "TokenizerRules",
     "keeps_spaces",
     "prefix_space",
     "prepare_tokenizer",

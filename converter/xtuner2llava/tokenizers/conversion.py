@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from types import MappingProxyType
 
-from xtuner2llava.errors import MappingError, UnsupportedError
+from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.compatibility import KNOWN_CLASSES
 from xtuner2llava.tokenizers.llama import from_sentencepiece
@@ -20,74 +19,31 @@ from xtuner2llava.tokenizers.tokenizer import (
     additional_tokens,
 )
 
-# A range of tokens in a name, such as `<|extra_{0..204}|>`.
-_RANGE = re.compile(r"(.*)\{(\d{1,6})\.\.(\d{1,6})\}(.*)", re.ASCII | re.DOTALL)
-_MAX_SPECIAL_TOKENS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerRules:
-    """What a family says of its tokenizer, from the table `tokenizer` of its file.
-
-    convert          the file that the tokenizer is made from: `qwen.tiktoken` or `tokenizer.model`
-    class            the class of transformers that it becomes
-    special_tokens   ids by text; `<|extra_{0..204}|>: 151646` numbers 205 tokens from there on
-    """
-
-    convert: str | None
-    class_name: str | None
-    special_tokens: Mapping[str, int]
-
-    @classmethod
-    def of(cls, table: Mapping[str, object], where: str) -> TokenizerRules:
-        """Raises `MappingError` for what the table cannot say; `where` is its file."""
-        convert, class_name = (
-            value if isinstance(value := table.get(key), str) else None
-            for key in ("convert", "class")
-        )
-        special = table.get("special_tokens")
-        ids: dict[str, int] = {}
-        for token, first in special.items() if isinstance(special, Mapping) else ():
-            fault = f"`tokenizer.special_tokens`: {token!r}"
-            if not isinstance(token, str) or not isinstance(first, int) or first < 0:
-                raise MappingError(f"{fault} has no id, but {first!r}", where=where)
-            names = [token]
-            if found := _RANGE.fullmatch(token):
-                before, low, high, after = found.groups()
-                numbers = range(int(low), int(high) + 1)
-                if len(ids) + len(numbers) > _MAX_SPECIAL_TOKENS:
-                    raise MappingError(f"{fault} is too many", where=where)
-                names = [f"{before}{number}{after}" for number in numbers]
-            ids |= {name: index for index, name in enumerate(names, first)}
-        return cls(convert, class_name, ids)
-
 
 def prepare_tokenizer(
     tokenizer: Tokenizer,
-    rules: TokenizerRules,
+    source: str | None = None,
+    special_tokens: Mapping[str, int] = MappingProxyType({}),
     *,
     eos: str | None = None,
     pad: str | None = None,
 ) -> Prepared:
     """`tokenizer` as its family converts it; itself, byte for byte, where nothing need be done.
 
-    `eos` and `pad` are set where a converted tokenizer has none. Raises `UnsupportedError` where
-    only code of the model's repository could load it, `CorruptFileError` and `PlanError`.
+    `source` is the file that it is converted from, `tokenizer.model` or one of tiktoken, and
+    `special_tokens` are ids by text that it does not have. `eos` and `pad` are set where a
+    converted tokenizer has none. Raises `UnsupportedError` where only code of the model's
+    repository could load it, `CorruptFileError` and `PlanError`.
     """
-    folder, source, special = tokenizer.folder, rules.convert, rules.special_tokens
-    named = tokenizer.slow_class
-    if source is not None and (folder / source).is_file() and named != rules.class_name:
+    folder, named = tokenizer.folder, tokenizer.slow_class
+    becomes = "LlamaTokenizer" if source == MODEL else "Qwen2Tokenizer"
+    if source is not None and (folder / source).is_file() and named != becomes:
         if source == MODEL:
-            made = from_sentencepiece(tokenizer, special)
-        elif source.endswith(".tiktoken"):
-            made = from_tiktoken(folder / source, tokenizer.config, special, eos=eos, pad=pad)
+            made = from_sentencepiece(tokenizer, special_tokens)
         else:
-            raise MappingError(
-                f"`tokenizer.convert` is {source!r}, expected a .tiktoken file or {MODEL}",
-                where="the family",
-            )
-        became = made.config["tokenizer_class"]
-        return Prepared(made, (f"{source} was written as the files of a {became}.",))
+            path = folder / source
+            made = from_tiktoken(path, tokenizer.config, special_tokens, eos=eos, pad=pad)
+        return Prepared(made, (f"{source} was written as the files of a {becomes}.",))
     remote = tokenizer.config.get("auto_map")
     code = remote.get("AutoTokenizer") if isinstance(remote, dict) else None
     if code is not None and named not in KNOWN_CLASSES:

@@ -17,7 +17,8 @@ from builders.families.models import KINDS, SIZES, Source, random_tensors
 from reference.compose import compose
 from xtuner2llava import PlanError, convert, plan
 from xtuner2llava.cli.commands import main
-from xtuner2llava.mapping import Catalogue, draft
+from xtuner2llava.mapping import Catalogue, check_against_class, draft
+from xtuner2llava.tensors import FLOAT32, Fill
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")
 SIZES_OF_LAB = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "ffn": 96}
@@ -288,6 +289,55 @@ def test_one_tensor_of_queries_keys_and_values_is_never_sure(tmp_path: Path) -> 
     text = drafted(config, named, tmp_path)
     assert "becomes: phi3    # for --format hf\n" in text
     assert "          - self_attn.qkv_proj.weight    # [128, 64]\n" in text
+
+
+EXPERTS = {"block_sparse_moe.experts": "moe.expert", "block_sparse_moe.gate": "moe.router",
+           "w1": "gate", "w2": "down", "w3": "up"}  # fmt: skip
+
+
+def test_experts_under_names_of_their_own_are_a_loop(tmp_path: Path) -> None:
+    plain = CATALOGUE.classes["mixtral"]
+    config = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 3}
+    values = plain.complete(config)[0]
+    shapes = {name: one.shape for name, one in plain.tensors(values).items()}
+    named = {**config, "model_type": "mine", "n_experts": 3}
+    del named["num_local_experts"]
+    own = renamed(shapes, EXPERTS)
+    text = drafted(named, own, tmp_path)
+    block = """\
+      - for: {e: n_experts}
+        from: moe.expert.{e}
+        to: block_sparse_moe.experts.{e}
+        rules:
+          - rename:
+              down.weight: w2.weight    # [64, 96], only one of this shape
+          # Not recognised; `rename` them, or `drop` them with a reason:
+          # - rename: {gate.weight: }    # [96, 64]: w1.weight, w3.weight
+          # - rename: {up.weight: }    # [96, 64]: w1.weight, w3.weight
+"""
+    assert block in text
+    for name, target in (("gate", "w1"), ("up", "w3")):
+        was = f"# - rename: {{{name}.weight: }}"
+        text = text.replace(was, f"- rename: {{{name}.weight: {target}.weight}}")
+    path = tmp_path / "whole.yaml"
+    path.write_text(text)
+    family = CATALOGUE.with_family_file(path)
+    applied = family.apply(named, {n: Fill(FLOAT32, shape, 0.0) for n, shape in own.items()})
+    made = {name: tensor.shape for name, tensor in applied.outputs.items()}
+    assert check_against_class(plain, values, made, applied.origins) == []
+
+    # Those that a layer lacks, and another number of them, are left to people.
+    lacking = {n: s for n, s in own.items() if n != "model.layers.1.moe.expert.2.down.weight"}
+    text = drafted(named, lacking, tmp_path)
+    assert "          # - rename: {down.weight: }    # differs between layers\n" in text
+    fewer = {name: shape for name, shape in own.items() if "expert.2" not in name}
+    text = drafted(named, fewer, tmp_path)
+    assert '# - rename: {"moe.expert.{0..1}.down.weight": }    # 2 tensors\n' in text
+    # A block without a rule is a comment.
+    text = drafted(named, {n: s for n, s in own.items() if "down" not in n}, tmp_path)
+    assert "      # - for: {e: n_experts}\n" in text
+    as_they_are = drafted(config, shapes | {"extra.weight": (3,)}, tmp_path)
+    assert as_they_are.count("          - keep:\n              - w1.weight") == 1
 
 
 def test_a_draft_for_a_class_that_only_one_format_has_is_checked_in_that_format(

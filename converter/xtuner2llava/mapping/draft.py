@@ -28,7 +28,7 @@ _Parts: TypeAlias = tuple[_Shapes, _Shapes]
 _Targets: TypeAlias = dict[str, tuple[str, str]]
 
 _MAX_COMMENTS = 60
-_PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_][A-Za-z0-9_./-]*(\{i\})?")
+_PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_][A-Za-z0-9_./-]*(\{[ie]\})?")
 _IN_LAYER = re.compile(r"(.+?)\.([0-9]+)\.(.+)", re.DOTALL)
 _ABOUT_FILES = ("architectures", "auto_map", "model_type", "torch_dtype", "transformers_version")
 # What one tensor may hold in place of several, and what a class that has it so calls it.
@@ -197,15 +197,38 @@ def _match(config: Environment, layout: _Layout) -> list[str]:
 def _tensors(config: Environment, layout: _Layout, expected: _Parts) -> Iterator[str]:
     """The rules outside of the layers, and a block for these; comments where there are none."""
     yield from (f"  {line}" for line in _rules(layout.parts[0], (), expected[0]))
-    inside = [*_rules(layout.parts[1], layout.uneven, expected[1])]
-    if inside and layout.layers:
-        begin = "  # " if all(line.startswith("#") for line in inside) else "  "
-        yield f"{begin}- for: {{i: {spelling_of('num_hidden_layers', config) or layout.layers}}}"
-        yield f"{begin}  from: {_scalar(layout.prefix + '.{i}')}"
-        yield f"{begin}  to: model.layers.{{i}}"
-        yield f"{begin}  rules:"
-        yield from (f"      {line}" for line in inside)
+    times = spelling_of("num_hidden_layers", config) or layout.layers
+    if layout.layers and (rules := [*_rules_of_a_layer(config, layout, expected[1])]):
+        block = _block("i", times, layout.prefix, "model.layers", rules)
+        yield from (f"  {line}" for line in block)
     yield '  - {drop: "**.inv_freq", because: a buffer that is rebuilt}'
+
+
+def _rules_of_a_layer(config: Environment, layout: _Layout, expected: _Shapes) -> Iterator[str]:
+    """Its rules, and a block for its experts where the class has as many."""
+    inside, uneven = layout.parts[1], layout.uneven
+    ours, theirs = _layout(inside), _layout(expected)
+    if not ours.layers or ours.layers != theirs.layers:
+        yield from _rules(inside, uneven, expected)
+        return
+    yield from _rules(ours.parts[0], uneven, theirs.parts[0])
+    numbered = (_IN_LAYER.fullmatch(name) for name in uneven if name not in ours.parts[0])
+    of_experts = {*ours.uneven, *(found[3] for found in numbered if found)}
+    times = spelling_of("num_local_experts", config) or ours.layers
+    rules = [*_rules(ours.parts[1], of_experts, theirs.parts[1])]
+    yield from _block("e", times, ours.prefix, theirs.prefix, rules)
+
+
+def _block(
+    variable: str, times: str | int, source: str, target: str, rules: list[str]
+) -> Iterator[str]:
+    """A block that repeats `rules`; a comment where all of them are."""
+    begin = "# " if all(line.lstrip().startswith("#") for line in rules) else ""
+    yield f"{begin}- for: {{{variable}: {times}}}"
+    yield f"{begin}  from: {_scalar(f'{source}.{{{variable}}}')}"
+    yield f"{begin}  to: {target}.{{{variable}}}"
+    yield f"{begin}  rules:"
+    yield from (f"    {line}" for line in rules)
 
 
 def _rules(shapes: _Shapes, uneven: Collection[str], expected: _Shapes) -> Iterator[str]:

@@ -172,7 +172,6 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
         (b"\x80\x02ccollections\nOrderedDict\n]R.", "a call of something that is not an allowed"),
         (b"\x80\x02ccollections\nOrderedDict\n)R)\x81.", "something that is not an allowed"),
         (b"\x80\x02X\x02\x00\x00\x00os)R.", "a call of something that is not an allowed global"),
-        (b"\x80\x04]]}\x92.", "an object of something that is not an allowed global"),
         # State for what has none: a string with __setstate__.
         (b"\x80\x02K\x01}b.", "state for something that has none"),
         (b"\x80\x02ctorch\nTensor\n}b.", "state for something that has none"),
@@ -182,6 +181,8 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
         (b"\x80\x02\x84\x01\x00\x00\x00.", "opcode EXT4 has no place"),
         (b"Pfile\n.", "opcode PERSID has no place"),
         (b"\x80\x05\x97.", "opcode NEXT_BUFFER has no place"),
+        # It would copy its arguments each time; torch.save writes protocol 2, which lacks it.
+        (b"\x80\x04ctorch\nTensor\n)}\x92.", "opcode NEWOBJ_EX has no place"),
         (b"\x80\x05\x96\x01\x00\x00\x00\x00\x00\x00\x00a.", "opcode BYTEARRAY8 has no place"),
         (b"(icollections\nOrderedDict\n.", "opcode INST has no place"),
         (b"(ccollections\nOrderedDict\no.", "opcode OBJ has no place"),

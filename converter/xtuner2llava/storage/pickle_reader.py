@@ -54,7 +54,6 @@ _OPERANDS = {
     "BINPERSID": (1, _STORAGE),
     "REDUCE": (2, _CALL),
     "NEWOBJ": (2, _CALL),
-    "NEWOBJ_EX": (3, "an object of something that is not an allowed global"),
     "BUILD": (2, "state for something that has none"),
 }
 
@@ -213,8 +212,6 @@ class _Machine:
                 stack.append(self._storage(kind, key, elements))
             case "REDUCE" | "NEWOBJ", [GlobalName(name), tuple(arguments)]:
                 stack.append(self._call(name, arguments))
-            case "NEWOBJ_EX", [GlobalName(name), tuple(arguments), keywords]:
-                stack.append(Record(name, (*arguments, keywords)))
             case "BUILD", [Record() | dict() | list() | TensorReference() as target, state]:
                 # The extra attributes of an OrderedDict or a parameter do not concern the weights.
                 if isinstance(target, Record):

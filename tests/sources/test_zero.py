@@ -272,7 +272,15 @@ OPTIMIZER = "optimizer_state_dict"
             edit("*rank_1_*optim*", OPTIMIZER, "zero_stage", value=1),
             ["its ranks were written by trainings of different stage or world size"],
         ),
-        (2, edit("*optim*", OPTIMIZER, "zero_stage", value=7), ["different stage or world size"]),
+        (2, edit("*optim*", OPTIMIZER, "zero_stage", value=7), ["do not say that they are of ZeRO"]),
+        (
+            2,
+            lambda folder: shutil.copy(
+                folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+                folder / f"bf16_zero_pp_rank_{10**40}_mp_rank_00_optim_states.pt",
+            ),
+            ["optim_states of ranks [3, 4, 5, 6, 7, 8, 9, 10, 11, 12] and more are missing"],
+        ),
         (2, edit("*rank_0_*optim*", OPTIMIZER, value=5), ["has no optimizer_state_dict"]),
         (
             2,
@@ -322,6 +330,16 @@ OPTIMIZER = "optimizer_state_dict"
         (
             2,
             edit("*model*", "param_shapes", value=[{"llm.a": (-1, -1)}, {}]),
+            ["llm.a has a shape that makes no sense"],
+        ),
+        (
+            2,
+            edit("*model*", "param_shapes", value=[{"llm.a": (2**500, 2**500, 2**500)}, {}]),
+            ["llm.a has a shape that makes no sense"],
+        ),
+        (
+            3,
+            edit("*model*", "param_shapes", value=[{"llm.a": (3,) * 4_000}]),
             ["llm.a has a shape that makes no sense"],
         ),
         (

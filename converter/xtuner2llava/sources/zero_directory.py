@@ -16,6 +16,7 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise_faults
@@ -37,6 +38,8 @@ _COPY_ALL = "Copy the whole directory; every rank writes files of its own."
 _COPY_AGAIN = "The files are of different checkpoints; copy the directory again."
 MASTER, MODULE = "master", "module"
 _MAX_TAG_BYTES = 1024
+_MAX_DIMENSIONS, _LARGEST_SIZE = 16, 1 << 62
+_MISSING_SHOWN = 10
 
 
 def zero_directory(path: Path) -> Path | None:
@@ -138,8 +141,8 @@ class _RankFile:
         shapes: list[tuple[str, Shape]] = []
         for name, value in as_dict(group).items():
             if isinstance(name, str) and isinstance(value, (tuple, list)):
-                shape = tuple(n for n in value if isinstance(n, int) and n >= 0)
-                if len(shape) != len(value):
+                shape = tuple(n for n in value if isinstance(n, int) and 0 <= n < _LARGEST_SIZE)
+                if len(shape) != len(value) or len(shape) > _MAX_DIMENSIONS:
                     what = f"{name} has a shape that makes no sense"
                     raise CorruptFileError(what, where=str(self.path))
                 shapes.append((name, shape))
@@ -191,9 +194,13 @@ def _rank_files(path: Path) -> tuple[list[Path], list[Path]]:
             faults.append(Fault(str(path), what))
         files[rank] = entry
     for kind, files in found.items():
-        missing = sorted(set(range(max(files, default=-1) + 1)) - set(files))
+        # A name may have any number in it: only the first gaps are counted out.
+        expected = range(max(files, default=-1) + 1)
+        missing = list(islice((rank for rank in expected if rank not in files), _MISSING_SHOWN))
         if missing:
-            faults.append(Fault(str(path), f"the {kind} of ranks {missing} are missing", _COPY_ALL))
+            more = " and more" if expected.stop - len(files) > len(missing) else ""
+            what = f"the {kind} of ranks {missing}{more} are missing"
+            faults.append(Fault(str(path), what, _COPY_ALL))
     if not found["model_states"]:
         advice = "These hold the parameters' names."
         faults.append(Fault(str(path), "has no *_model_states.pt", advice))
@@ -208,11 +215,17 @@ def _check_ranks(path: Path, models: Sequence[_RankFile], optimizers: Sequence[_
     # One count a group for ZeRO-1 and 2, where groups of experts can have fewer.
     counts = {_largest(rank.optimizer.get("partition_count")) for rank in optimizers}
     stage, count = stages.pop(), counts.pop()
-    if stages or counts or stage not in (1, 2, 3):
+    if stages or counts:
         raise CorruptFileError(
             "its ranks were written by trainings of different stage or world size",
             where=str(path),
             advice="A file of an older checkpoint lies among them; copy the directory again.",
+        )
+    if stage not in (1, 2, 3):  # DeepSpeed's BF16_Optimizer, which is not of ZeRO, records none.
+        raise UnsupportedError(
+            "its optimizer states do not say that they are of ZeRO-1, 2 or 3",
+            where=str(path),
+            advice="`--weights module` converts the 16-bit weights that lie beside them.",
         )
     there = {"optimizer": len(optimizers)} | ({"model": len(models)} if stage == 3 else {})
     faults = [
@@ -344,17 +357,28 @@ def _trained(
     # DeepSpeed pads a group to a multiple of 2 x ranks (zero_to_fp32.py).
     padding = 2 * len(ranks) * (len(by_group) if stage == 3 else 1)
     for parameters, vectors in work:
-        ranges, offset = [_ranges(vector) for vector in vectors.values()], 0
+        left, offset = [_ranges(vector)[::-1] for vector in vectors.values()], 0
         for name, shape in parameters:
-            part = math.ceil(math.prod(shape) / len(ranges))
-            place = (offset * dtype.itemsize, part * dtype.itemsize)
-            yield name, shape, dtype, [p for vector in ranges for p in cut(vector, *place)]
+            part = -(-math.prod(shape) // len(left))
+            size = part * dtype.itemsize
+            yield name, shape, dtype, [piece for stack in left for piece in _taken(stack, size)]
             offset += part
         for title, vector in vectors.items():
             elements = sum(tensor.rows for tensor in vector)
             if not offset <= elements < offset + padding:
                 what = f"{title} has {elements:,} elements, its parameters {offset:,}"
                 faults.append(Fault(where, what, _COPY_AGAIN))
+
+
+def _taken(stack: list[FileRange], length: int) -> list[FileRange]:
+    """The next `length` bytes of ranges, of which the first is the last in `stack`; or all."""
+    taken: list[FileRange] = []
+    while length > 0 and stack:
+        piece = stack.pop()
+        taken += cut([piece], 0, length)
+        stack += cut([piece], length, piece.length - length)
+        length -= piece.length
+    return taken
 
 
 def _ranges(tensors: Sequence[LazyTensor]) -> list[FileRange]:

@@ -33,12 +33,21 @@ def test_depth_is_bounded_where_json_itself_still_reads_it() -> None:
         (b"", "f:1: is not JSON: Expecting value"),
         (b"[" * 100_000, "f: is not usable JSON: "),
         (b'{"a": ' + b"1" * 5_000 + b"}", "f: is not usable JSON: "),
+        (b'{"a": NaN}', "f: is not usable JSON: NaN is not a finite number"),
+        (b'{"a": [1.5, -Infinity]}', "f: is not usable JSON: -Infinity is not a finite number"),
+        (b'{"a": 1e999}', "f: is not usable JSON: 1e999 is not a finite number"),
+        (rb'{"a": ["\udC00"]}', "f: is not usable JSON: 'utf-8' codec can't encode character"),
+        (rb'{"\uD83D": 1}', "f: is not usable JSON: 'utf-8' codec can't encode character"),
     ],
 )
 def test_anything_else_is_an_error_message(data: bytes, what: str) -> None:
     with pytest.raises(CorruptFileError) as error:
         parse_json(data, "f")
     assert str(error.value).startswith(what)
+
+
+def test_pairs_of_surrogates_and_finite_floats_are_read() -> None:
+    assert parse_json(rb'{"\ud83d\ude00": [-1.5e300, 1e-400]}', "f") == {"😀": [-1.5e300, 0.0]}
 
 
 def test_values_of_another_type_are_none() -> None:

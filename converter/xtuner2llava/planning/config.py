@@ -138,10 +138,11 @@ def _sorted(values: Mapping[str, object]) -> dict[str, Json]:
 def json_bytes(values: Mapping[str, object]) -> bytes:
     """JSON as transformers writes it: two spaces, sorted keys, a newline at the end.
 
-    What is not Unicode, as in a file name of another encoding, becomes an escape of JSON.
+    What is not Unicode, as in a file name of another encoding, becomes a question mark: many
+    readers of JSON refuse the escape of half a surrogate pair.
     """
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
-    return (text + "\n").encode("utf-8", "backslashreplace")
+    return (text + "\n").encode("utf-8", "replace")
 
 
 def generation_config(

@@ -1,10 +1,13 @@
-"""Untrusted JSON files: bounded in size and depth, no duplicate keys."""
+"""Untrusted JSON files: bounded in size and depth, no duplicate keys, no NaN, only Unicode."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from xtuner2llava.errors import CorruptFileError
 from xtuner2llava.storage.small_file import read_small
@@ -13,6 +16,7 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _MAX_BYTES = 64 << 20
 _MAX_DEPTH = 64
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> dict[str, Json]:
@@ -23,7 +27,12 @@ def read_json(path: Path) -> dict[str, Json]:
 def parse_json(data: bytes, where: str) -> dict[str, Json]:
     """The object in `data`; raises `CorruptFileError` with the line for anything else."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        content = data.decode("utf-8")
+        value = json.loads(
+            content, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_not_finite
+        )
+        if _SURROGATE.search(content):  # Half of a pair raises here.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         what = f"is not usable JSON: {error}"
         if isinstance(error, UnicodeDecodeError):
@@ -66,3 +75,12 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
             raise ValueError(f"the key '{key[:100]}' is there twice")
         result[key] = value
     return result
+
+
+def _finite(number: str) -> float:
+    return value if math.isfinite(value := float(number)) else _not_finite(number)
+
+
+def _not_finite(number: str) -> NoReturn:
+    """Python reads and writes NaN and infinity in JSON; other readers refuse the whole file."""
+    raise ValueError(f"{number[:40]} is not a finite number")

@@ -34,6 +34,8 @@ def config_text(
     pretrained_pth: object = None,
     quantized: bool = False,
     freeze_llm: bool = True,
+    load_from: object = None,
+    resume: bool = False,
 ) -> str:
     """The text of an XTuner config; LoRA settings are the keywords of `peft.LoraConfig`."""
     extra = ""
@@ -43,7 +45,7 @@ def config_text(
             extra += f",\n    {key}=dict(type='peft.LoraConfig'{words})"
     if pretrained_pth is not None:
         extra += f",\n    pretrained_pth='{pretrained_pth}'"
-    return _CONFIG.format(
+    text = _CONFIG.format(
         llm=llm,
         vision=vision,
         freeze_llm=freeze_llm,
@@ -51,6 +53,7 @@ def config_text(
         llm_extra=", quantization_config=dict(load_in_4bit=True)" if quantized else "",
         extra=extra,
     )
+    return f"{text}load_from = {load_from and str(load_from)!r}\nresume = {resume}\n"
 
 
 def projector(hidden: int = 2) -> dict[str, torch.Tensor]:

@@ -99,6 +99,35 @@ def test_an_untied_config_keeps_equal_tensors_apart(checkpoints: Path, tmp_path:
     assert not tied and HEAD in tensors
 
 
+@pytest.mark.parametrize("saved", ["model.embed_tokens", "lm_head"])
+def test_what_training_told_apart_is_written_apart(
+    checkpoints: Path, tmp_path: Path, saved: str
+) -> None:
+    """With `modules_to_save`, PEFT trains a copy of one; the other keeps the base's weight."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    checkpoint, bases = make(checkpoints, tmp_path / "in", "shared", says_tied=True)
+    state = torch.load(checkpoint)["state_dict"]
+    kept = {name.removeprefix("llm."): t for name, t in state.items() if name.startswith("llm.")}
+    kept.pop(HEAD)
+    save_file(kept, bases["llm"] / "model.safetensors", {"format": "pt"})
+    adapter = load_file(
+        checkpoints / "qwen2_d_lora_vislora/iter_2_xtuner/llm_adapter/adapter_model.safetensors"
+    )
+    trained = {f"base_model.model.{saved}.modules_to_save.default.weight": kept[EMBED] + 1}
+    trained |= {n.replace(".weight", ".default.weight"): t for n, t in adapter.items()}
+    state = {name: t for name, t in state.items() if not name.startswith("llm.")}
+    state |= {f"llm.{name}": tensor for name, tensor in trained.items()}
+    torch.save({"meta": {"iter": 2}, "state_dict": state}, checkpoint)
+    convert(checkpoint, tmp_path / "llava-qwen", lora_alpha=32, **bases)
+    tied, tensors = written(tmp_path / "llava-qwen")
+    before, after = kept[EMBED], kept[EMBED] + 1
+    expected = (after, before) if saved == "model.embed_tokens" else (before, after)
+    assert not tied
+    assert all(map(torch.equal, (tensors[EMBED], tensors[HEAD]), expected))
+
+
 @pytest.mark.parametrize("head", ["shared", "equal", "late"])
 def test_the_plan_says_what_the_conversion_does(
     checkpoints: Path, tmp_path: Path, head: str

@@ -278,17 +278,36 @@ def test_biases_of_a_frozen_tower_are_no_tower(workshop: Workshop) -> None:
     assert opened.visual_encoder.origin == "saved biases on base clip2"
 
 
-def test_a_frozen_part_is_what_the_run_started_from(workshop: Workshop) -> None:
+@pytest.mark.parametrize("key", ["pretrained_pth", "load_from"])
+def test_a_frozen_part_is_what_the_run_started_from(key: str, workshop: Workshop) -> None:
     earlier = save_pth(workshop.folder / "stage1.pth", {f"llm.{HEAD}": EARLIER})
-    path = workshop.save({}, workshop.config(pretrained_pth=earlier))
+    path = workshop.save({}, workshop.config(**{key: earlier}))
     opened = workshop.open(path)
     assert values(opened.llm) == {HEAD: EARLIER.tolist()}
-    assert opened.llm.origin == "pretrained_pth stage1.pth"
+    assert opened.llm.origin == f"{key} stage1.pth"
     assert not opened.llm.trained
     assert opened.notes == ()
     assert "stage1.pth" in [f.name for f in opened.base_files]
     # It had not trained the tower.
     assert values(opened.visual_encoder) == {TOWER_BIAS: [5.0, 6.0]}
+
+
+def test_mmengine_loads_what_it_is_told_over_pretrained_pth(workshop: Workshop) -> None:
+    first = save_pth(workshop.folder / "stage1.pth", {f"llm.{HEAD}": EARLIER})
+    second = save_pth(workshop.folder / "stage2.pth", {f"llm.{HEAD}": TRAINED})
+    config = workshop.config(pretrained_pth=first, load_from=second)
+    opened = workshop.open(workshop.save({}, config))
+    assert (opened.llm.origin, opened.notes) == ("load_from stage2.pth", ())
+    assert values(opened.llm) == {HEAD: TRAINED.tolist()}
+    save_pth(second, {})  # A pretraining: what it does not hold stays.
+    opened = workshop.open(workshop.save({}, config))
+    assert (opened.llm.origin, opened.notes) == ("pretrained_pth stage1.pth", ())
+
+
+def test_a_run_that_was_resumed_started_from_itself(workshop: Workshop) -> None:
+    config = workshop.config(load_from=workshop.folder / "iter_1.pth", resume=True)
+    opened = workshop.open(workshop.save({}, config))
+    assert (opened.llm.origin, opened.notes) == ("base llm", ())
 
 
 @pytest.mark.parametrize(
@@ -310,12 +329,13 @@ def test_a_part_that_was_trained_and_is_missing(
     assert "the weights of --llm" in opened.notes[0]
 
 
+@pytest.mark.parametrize("key", ["pretrained_pth", "load_from"])
 @pytest.mark.parametrize("state", ["missing", "damaged"])
-def test_a_start_that_cannot_be_read_is_said(state: str, workshop: Workshop) -> None:
+def test_a_start_that_cannot_be_read_is_said(state: str, key: str, workshop: Workshop) -> None:
     earlier = workshop.folder / "stage1.pth"
     if state == "damaged":
         earlier.write_bytes(b"PK\x03\x04")
-    opened = workshop.open(workshop.save({}, workshop.config(pretrained_pth=earlier)))
+    opened = workshop.open(workshop.save({}, workshop.config(**{key: earlier})))
     assert values(opened.llm) == {HEAD: BASE.tolist()}
     assert len(opened.notes) == 2  # for the LLM, and for the tower
     assert f"started from '{earlier}', which cannot be read here" in opened.notes[0]

@@ -122,6 +122,19 @@ def test_records_that_disagree_are_refused_unless_the_user_decides(
     assert any("--lora-alpha 10 is used" in note for note in opened.notes)
 
 
+@pytest.mark.parametrize("choice", [{}, {"lora_alpha": 4}])
+def test_an_adapter_without_factors_is_refused(choice: dict[str, Any], run: Run) -> None:
+    """PEFT saves such a file where it is given another model's state dict."""
+    path = run.xtuner()
+    for kept in ({}, {"base_model.model.lm_head.weight": HEAD_AFTER}):
+        save_file(kept, path / "llm_adapter" / "adapter_model.safetensors")
+        fault = only_fault(run.open(path, llm=str(run.llm), **choice))
+        assert fault.what == "the adapter of the LLM is empty"
+    (path / "llm_adapter" / "adapter_config.json").unlink()
+    save_file({}, path / "llm_adapter" / "adapter_model.safetensors")
+    assert "is empty" in only_fault(run.open(path, llm=str(run.llm), **choice)).what
+
+
 @pytest.mark.parametrize("key", ["use_rslora", "use_dora"])
 def test_other_kinds_of_adapters_are_not_decided_by_alpha(key: str, run: Run) -> None:
     text = config_text(run.llm, run.clip, llm_lora={"r": 2, "lora_alpha": 4})

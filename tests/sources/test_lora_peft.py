@@ -11,8 +11,9 @@ import torch
 
 from storing import stored
 from xtuner2llava.errors import UnsupportedError
-from xtuner2llava.sources.adapter import merge, read_adapter
+from xtuner2llava.sources.adapter import merge, read_adapter, untied
 from xtuner2llava.sources.lora_settings import LoraSettings
+from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -195,3 +196,71 @@ def test_never_further_from_float64_than_peft(rank: int, dtype: str, tmp_path: P
     our_error, their_error = ((w.double() - exact).abs() for w in (ours, theirs))
     assert bool((our_error <= their_error + 1e-15).all())
     assert int((our_error < their_error).sum()) > 0
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("layout", ["pth", "folder"])
+@pytest.mark.parametrize(
+    ("target", "saved_modules"),
+    [
+        (["q_proj"], ["embed_tokens"]),
+        (["q_proj"], ["lm_head"]),
+        (["q_proj"], ["embed_tokens", "lm_head"]),
+        (["q_proj", "embed_tokens"], None),
+        (["q_proj", "lm_head"], None),
+    ],
+)
+def test_a_tied_llm_answers_as_it_was_trained(
+    target: list[str], saved_modules: list[str] | None, layout: str, tmp_path: Path
+) -> None:
+    """PEFT changes one of two tied modules: what is written holds both, and answers the same."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    llm = transformers.Qwen2ForCausalLM(config).eval()
+    tensors = {name: t.clone() for name, t in llm.state_dict().items() if name != HEAD}
+    lora = peft.LoraConfig(target_modules=target, modules_to_save=saved_modules, r=2, lora_alpha=3)
+    model = peft.get_peft_model(llm, lora).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * (0.5 if "lora" in name else 0.2))
+    ids = torch.arange(17)[None]
+    expected = model(input_ids=ids).logits
+    saved = as_xtuner_saves(model) if layout == "pth" else as_peft_saves(model, tmp_path / "saved")
+
+    settings = LoraSettings.from_mapping({"r": 2, "lora_alpha": 3}, "")
+    adapter = read_adapter(lazily(tmp_path / "adapter", saved), settings, "")
+    assert adapter.own_base("") is None
+    values: dict[str, Any] = {"tie_word_embeddings": True}
+    base = untied(lazily(tmp_path / "base", tensors), adapter, ModelConfig(tmp_path, values))
+    merged = merge(base, adapter, "")
+    config.tie_word_embeddings = False
+    plain = transformers.Qwen2ForCausalLM(config).eval()
+    plain.load_state_dict({name: t.read(0, t.rows).float() for name, t in merged.items()})
+    assert torch.allclose(plain(input_ids=ids).logits, expected, atol=1e-5)
+    # The wrong answer: both stay one tensor.
+    changed = EMBED if torch.equal(plain.lm_head.weight, tensors[EMBED]) else HEAD
+    with torch.no_grad():
+        both = plain.state_dict()[changed]
+        plain.lm_head.weight.copy_(both)
+        plain.model.embed_tokens.weight.copy_(both)
+    assert not torch.allclose(plain(input_ids=ids).logits, expected, atol=1e-3)
+
+
+def test_what_is_not_tied_or_not_changed_gets_no_second_tensor(tmp_path: Path) -> None:
+    base = lazily(tmp_path / "base", {EMBED: torch.ones(3, 2), "q.weight": torch.ones(2, 2)})
+    of_q, of_embedding = (
+        read_adapter(
+            lazily(tmp_path / str(i), {f"{name}.lora_A.weight": torch.ones(1, 2)}), None, ""
+        )
+        for i, name in enumerate(("q", "model.embed_tokens"))
+    )
+    for adapter, config in ((of_q, {}), (of_embedding, {"tie_word_embeddings": False})):
+        assert untied(base, adapter, ModelConfig(tmp_path, dict(config))) is base
+    assert untied(base, of_embedding, ModelConfig(tmp_path, {})).keys() == {*base, HEAD}

@@ -205,7 +205,7 @@ def test_another_base_is_one_fault_however_many_tensors_differ(tmp_path: Path) -
         for name in ("norm", "gone")
     }
     base = llm_base(tmp_path / "llm", {f"layers.{n}.norm.weight": torch.ones(3) for n in range(9)})
-    text = config_text(base, vision_base(tmp_path / "clip"), llm_lora={"lora_alpha": 1})
+    text = config_text(base, vision_base(tmp_path / "clip"))
     opened = open_checkpoint(str(save_pth(tmp_path / "iter_2.pth", tensors, text)))
     assert [(f.where.rpartition(", ")[2], f.what) for f in opened.faults] == [
         (

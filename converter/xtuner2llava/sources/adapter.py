@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.lora_settings import LoraSettings
+from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.tensors import LazyTensor, Merge, Reshaped, Transpose
 
 _PREFIX = "base_model.model."
@@ -28,6 +29,8 @@ _SAVED = re.compile(
     r"\.(?P<leaf>.+)"
 )
 _FIRST_FACTORS = ("lora_A", "lora_embedding_A")
+# As the LLMs of transformers are called that can have them tied; the head is then not saved.
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IS_IT_THE_BASE = "is it the one that was used?"
 # Enough to distinguish a merge from rounding: some 100,000 elements.
 _MODULES_COMPARED, _ROWS_COMPARED = 4, 32
@@ -64,7 +67,8 @@ class Adapter:
         only some adapted modules have theirs.
         """
         lacking = [m for m in self.factors if f"{m}.weight" not in self.replacements]
-        if len(lacking) == len(self.factors):
+        # PEFT saves an adapted embedding or head with its adapter (`save_embedding_layers`).
+        if {f"{m}.weight" for m in {*self.factors} - {*lacking}} <= {_EMBEDDING, _HEAD}:
             return None
         if lacking:
             what = (
@@ -156,6 +160,22 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
                 refused.add(str(error), f"LoRA on {module}")
     refused.raise_all(where)
     return merged
+
+
+def untied(
+    base: Mapping[str, LazyTensor], adapter: Adapter, config: ModelConfig
+) -> Mapping[str, LazyTensor]:
+    """`base`, where head and embedding are one tensor and the adapter changes either, with both.
+
+    PEFT adapts one module, or trains a copy of it. The weight under that stays, and so does the
+    module that is tied to it (peft `tuners/lora/layer.py`, Embedding; `utils/other.py`,
+    ModulesToSaveWrapper).
+    """
+    tied = config.values.get("tie_word_embeddings") is not False and _HEAD not in base
+    changed = {*adapter.replacements, *(f"{module}.weight" for module in adapter.factors)}
+    if tied and _EMBEDDING in base and changed & {_EMBEDDING, _HEAD}:
+        return {**base, _HEAD: base[_EMBEDDING]}
+    return base
 
 
 def share_in(

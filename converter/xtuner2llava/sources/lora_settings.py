@@ -14,7 +14,7 @@ from xtuner2llava.training_config import Section
 
 # Keys of LoraConfig that do not change what the weights are (peft `tuners/lora/config.py`).
 _HARMLESS = frozenset(
-    "auto_mapping ensure_weight_tying exclude_modules inference_mode layers_pattern "
+    "auto_mapping exclude_modules inference_mode layers_pattern "
     "layers_to_transform lora_dropout megatron_core modules_to_save peft_version "
     "qalora_group_size revision runtime_config target_modules task_type type".split()
 )

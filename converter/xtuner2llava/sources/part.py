@@ -9,7 +9,14 @@ from pathlib import Path
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
 from xtuner2llava.hub.download import local_path
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.sources.adapter import Adapter, is_adapted, merge, read_adapter, share_in
+from xtuner2llava.sources.adapter import (
+    Adapter,
+    is_adapted,
+    merge,
+    read_adapter,
+    share_in,
+    untied,
+)
 from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.base_model import BaseModel, find_beside, model_name
 from xtuner2llava.sources.lora_settings import LoraSettings, settle
@@ -112,6 +119,8 @@ class Assembly:
                 self._require_frozen(base)
             found = self._pretrained(base) or self._base_tensors(base, folder)
         tensors, origin = found or ({}, "not downloaded")
+        if adapter is not None:
+            tensors = untied(tensors, adapter, config)
         part = Part(tensors, origin, trained, config, folder, name, adapter)
         if adapter is None or found is None:
             return part
@@ -192,6 +201,12 @@ class Assembly:
             if beside is None and alpha is None:
                 raise
         flag = _ALPHA_FLAGS[base.part]
+        if not adapter.factors and (beside or config or not adapter.replacements):
+            raise UnsupportedError(
+                f"the adapter of the {base.title} is empty",
+                where=where,
+                advice="It was not saved whole: give XTuner's iter_N.pth or DeepSpeed directory.",
+            )
         settings, notes = settle(beside, config, alpha, adapter.ranks, flag)
         self.notes.extend(notes)
         return replace(adapter, settings=settings)
@@ -232,14 +247,31 @@ class Assembly:
         )
 
     def _pretrained(self, base: BaseModel) -> _Found | None:
-        """The part from the checkpoint that the run started from (`pretrained_pth`), if it has it.
+        """The part from a checkpoint that the run started from, if one has it.
 
-        XTuner loads that after it has put LoRA layers in, and not strictly: the names of an adapted
-        part then match none of its full weights, which are silently left out
-        (xtuner/model/llava.py, `__init__`).
+        XTuner loads `pretrained_pth` when it has made the model, mmengine then `load_from`, and
+        neither strictly: where LoRA layers are in, the names of the part match none of its full
+        weights, which are silently left out (xtuner/model/llava.py, `__init__`; mmengine
+        `runner/runner.py`, `load_or_resume`).
         """
+        adapted = is_adapted(self.artifact.adapters.get(base.part, {}))
+        for key in ("load_from", "pretrained_pth"):
+            earlier = self._earlier(base, key, adapted=adapted)
+            if earlier is not None and base.part in earlier.weights:
+                if not adapted:
+                    self.base_files.extend(earlier.files)
+                    return earlier.weights[base.part], f"{key} {earlier.path.name}"
+                self.notes.append(
+                    f"The run started from '{earlier.path}', which holds a trained {base.title}. "
+                    "XTuner does not load that under LoRA, so the adapter was trained on the base "
+                    "model's weights, and these are used."
+                )
+        return None
+
+    def _earlier(self, base: BaseModel, key: str, *, adapted: bool) -> Artifact | None:
+        """The checkpoint that the config names under `key`, if it is here."""
         try:
-            started = self.config.pretrained_pth
+            started = self.config.started_from(key)
         except ConversionError as error:
             fault = error.faults[0]
             self.notes.append(
@@ -247,27 +279,14 @@ class Assembly:
                 "LLM or vision tower, give a folder with its weights as --llm or --vision."
             )
             return None
-        if started is None:
-            return None
-        adapted = is_adapted(self.artifact.adapters.get(base.part, {}))
-        earlier = _open_earlier(started)
-        if earlier is None and not adapted:
+        earlier = None if started is None else _open_earlier(started)
+        if started is not None and earlier is None and not adapted:
             self.notes.append(
                 f"The run started from '{started}', which cannot be read here. If that trained "
                 f"the {base.title}, give {base.flag} a folder with its weights: the base model's "
                 "are used."
             )
-        if earlier is None or base.part not in earlier.weights:
-            return None
-        if adapted:
-            self.notes.append(
-                f"The run started from '{started}', which holds a trained {base.title}. XTuner "
-                "does not load that under LoRA, so the adapter was trained on the base model's "
-                "weights, and these are used."
-            )
-            return None
-        self.base_files.extend(earlier.files)
-        return earlier.weights[base.part], f"pretrained_pth {Path(started).name}"
+        return earlier
 
     def _base_tensors(self, base: BaseModel, folder: Path) -> _Found | None:
         """The base model in `folder`; None if its weights are not here yet, and may be missing."""

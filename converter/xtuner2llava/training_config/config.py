@@ -157,10 +157,16 @@ class TrainingConfig:
     def projector_depth(self) -> int:
         return self.model.positive("projector_depth", 2)
 
-    @property
-    def pretrained_pth(self) -> str | None:
-        """The checkpoint that the training started from, which a frozen part may come from."""
-        return self.model.text("pretrained_pth")
+    def started_from(self, key: str) -> str | None:
+        """The checkpoint that the run started from, which a frozen part may come from.
+
+        `key` is `pretrained_pth` of LLaVAModel, or mmengine's `load_from`. With `resume`, that is
+        a checkpoint of the same run, and holds of a frozen part as little.
+        """
+        if key == "pretrained_pth":
+            return self.model.text(key)
+        started = self.config.text(key)
+        return None if started is None or self.config.flag("resume") else started
 
     @property
     def max_position_embeddings(self) -> int | None:

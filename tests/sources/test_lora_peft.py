@@ -216,7 +216,7 @@ def test_a_tied_llm_answers_as_it_was_trained(
     target: list[str], saved_modules: list[str] | None, layout: str, tmp_path: Path
 ) -> None:
     """PEFT changes one of two tied modules: what is written holds both, and answers the same."""
-    transformers = pytest.importorskip("transformers")
+    peft, transformers = import_peft(), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1,

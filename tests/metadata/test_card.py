@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -171,6 +172,38 @@ def test_a_template_written_out_in_the_config(checkpoints: Path, tmp_path: Path)
     text = (out / "README.md").read_text()
     assert "prompt = 'Q 1: <image>\\nWhat is in this picture?\\nA:'" in text
     assert "qwen_chat" not in text
+
+
+def test_what_a_checkpoint_says_stays_text(checkpoints: Path, tmp_path: Path) -> None:
+    """Its templates and names end no block of the card, and bring no line of Markdown or Python."""
+    from xtuner2llava import convert
+
+    config = (checkpoints / "qwen2_e_full_fullvis/config.py").read_text()
+    own = (
+        "dict(SYSTEM='', INSTRUCTION='Q {input}\\n```\\n# Buy\\nA:', SUFFIX='</a>', SEP='\\n', "
+        "STOP_WORDS=['`[x](http://a.example)\\n# Buy'])"
+    )
+    name = """'qwen" + evil() + "'"""
+    assert "'bases/llm_qwen2'" in config
+    config = config.replace("'bases/llm_qwen2'", name).replace("PROMPT_TEMPLATE.qwen_chat", own)
+    (tmp_path / "config.py").write_text(config)
+    out = tmp_path / "llava-qwen2"
+    convert(
+        checkpoints / "qwen2_e_full_fullvis/iter_2.pth",
+        out,
+        xtuner_config=tmp_path / "config.py",
+        **bases(checkpoints),
+    )
+    text = (out / "README.md").read_text()
+    (code,) = python_blocks(text)
+    assert "evil()" not in code
+    assert 'folder = "llava-qwen-evil-' in code
+    assert "````text\nQ <image>\nWhat is in this picture?\n```\n# Buy\nA:\n````" in text
+    assert "A turn ends with `` `[x](http://a.example)\\n# Buy ``." in text
+    outside = re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "\n# Buy" not in outside
+    (note,) = re.findall("^- Stop words.*$", outside, re.MULTILINE)
+    assert r"\[x](http://a.example) # Buy" in note
 
 
 def test_the_command_makes_the_same_files(
@@ -354,8 +387,6 @@ def test_a_wrong_template_is_a_usage_error(
 
 def test_the_card_of_a_base_may_be_anything(checkpoints: Path, tmp_path: Path) -> None:
     """It decides nothing but metadata, so what cannot be read of it is as if it were not there."""
-    import shutil
-
     from xtuner2llava.metadata.front_matter import _inherited
 
     llm = tmp_path / "llm"

@@ -58,7 +58,7 @@ def _sections(plan: Plan, options: ConvertOptions) -> dict[str, str]:
     jinja = Environment(  # noqa: S701 - Markdown
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    jinja.filters |= {"repr": repr, "code": "`{}`".format}
+    jinja.filters |= {"repr": repr, "code": _code, "fenced": _fenced, "plain": _plain}
     tower, target = plan.checkpoint.visual_encoder.config, plan.mapping.target_class
     tower_name = str(plan.config.get("mm_vision_tower")).lower()
     example = _example_prompt(plan)
@@ -87,6 +87,28 @@ def _sections(plan: Plan, options: ConvertOptions) -> dict[str, str]:
     return {name: str(getattr(module, name)()).strip() for name in PLACES}
 
 
+def _plain(text: str) -> str:
+    """Text from the checkpoint as it is, in one line, without links, HTML and cells of its own."""
+    marked = re.compile(r"`[^`]*`|[\[<|]")
+    return marked.sub(lambda m: m[0] if m[0][0] == "`" else f"\\{m[0]}", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    text = repr(text)[1:-1]
+    around = _fence(text, 1) + " " * ("`" in text)
+    return f"{around}{text}{around[::-1]}"
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than `text` has anywhere in a row: what they enclose does not end before."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
 def _example_prompt(plan: Plan) -> str | None:
     """A prompt with an image and a question, as in training; None where that is not known."""
     template = plan.chat.prompt
@@ -98,7 +120,7 @@ def _base(part: Part) -> str:
     known = hub_id(part.name, part.folder)
     if known is not None:
         return f"[{known}](https://huggingface.co/{known})"
-    return redact_name(part.name) if part.name else "-"
+    return _plain(redact_name(part.name)) if part.name else "-"
 
 
 def _origin(part: Part) -> str:

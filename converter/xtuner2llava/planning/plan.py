@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,8 @@ class Plan:
     @property
     def suggested_name(self) -> str:
         """A folder name under which LLaVA finds the right class, after the base LLM's."""
-        base = Path(self.checkpoint.llm.name or "").name
+        # It stands in lines of code and commands.
+        base = re.sub(r"[^\w.-]+", "-", Path(self.checkpoint.llm.name or "").name)
         name = self.folder_name.suggest(f"llava-{base}-xtuner".lower() if base else "")
         return name or "llava"
 

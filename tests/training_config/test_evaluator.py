@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import warnings
 from pathlib import Path
 
@@ -458,3 +459,13 @@ def _read_or_refuse(text: str) -> None:
         assert error.faults[0].where.startswith("config.py")
     else:
         assert all(isinstance(name, str) for name in names)
+
+
+def test_the_text_of_an_expression_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each of its levels would take minutes for a dict of the largest size."""
+    made: list[ast.AST] = []
+    unparse = ast.unparse
+    monkeypatch.setattr(ast, "unparse", lambda node: made.append(node) or unparse(node))
+    found = read("x = {1: 2}" + ".b" * 100)["x"]
+    assert isinstance(found, Unknown) and found.reason == "`{1: 2}.b` is not read"
+    assert len(made) == 1

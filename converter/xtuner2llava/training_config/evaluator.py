@@ -143,7 +143,7 @@ class _Evaluator:
                 case ast.If(test=test, body=then, orelse=orelse):
                     chosen = self._value(test)
                     if isinstance(chosen, (Unknown, Reference)):
-                        self._forget(node, f"it depends on `{ast.unparse(test)[:80]}`")
+                        self._forget(node, f"it depends on {self._quoted(test)}")
                     else:
                         self.run(then if chosen else orelse)
                 case ast.FunctionDef(
@@ -223,7 +223,7 @@ class _Evaluator:
                 chosen = self._value(test)
                 if is_scalar(chosen):
                     return self._value(body if chosen else orelse)
-                return self._forget(node, f"it depends on `{ast.unparse(test)[:80]}`")
+                return self._forget(node, f"it depends on {self._quoted(test)}")
             case ast.JoinedStr(values=parts):
                 texts = [*map(self._value, parts)]
                 if all(isinstance(text, str) for text in texts):
@@ -290,7 +290,7 @@ class _Evaluator:
                     return self._bounded(int(number), node)
                 return self._unread(node, number)
             case ast.Call(func=ast.Name() | ast.Attribute() as func):
-                called = f"`{ast.unparse(func)[:80]}`"
+                called = self._quoted(func)
         return self._forget(node, f"a call of {called} is code, which is not run")
 
     def _operate(self, node: ast.expr | ast.AugAssign, op: ast.AST, *values: Any) -> Value:
@@ -330,8 +330,13 @@ class _Evaluator:
 
     def _unread(self, node: ast.expr, *values: Value) -> Unknown:
         """Why an expression of `values`, all of which were visited, is not known."""
-        found = (value for value in values if isinstance(value, Unknown))
-        return next(found, Unknown(f"`{ast.unparse(node)[:80]}` is not read", node.lineno))
+        found = next((value for value in values if isinstance(value, Unknown)), None)
+        return found or Unknown(f"{self._quoted(node)} is not read", node.lineno)
+
+    def _quoted(self, node: ast.expr) -> str:
+        """The text of `node`, shortened."""
+        self._spend(sum(1 for _ in ast.walk(node)))
+        return f"`{ast.unparse(node)[:80]}`"
 
     def _function(self, node: ast.FunctionDef | ast.Lambda) -> Unknown:
         self._functions.append(node)

@@ -34,10 +34,10 @@ def inputs(checkpoints: Path, tmp_path: Path) -> Path:
 def run(inputs: Path, tmp_path: Path) -> Convert:
     """Converts into tmp_path/out."""
 
-    def call(**given: Any) -> Report:
+    def call(checkpoint: Path = inputs / "iter_2.pth", **given: Any) -> Report:
         options = {"llm": inputs / "llm", "vision": inputs / "vision", "dtype": "keep", "jobs": 1,
                    "vision_tower_name": "openai/x", "max_shard_size": "100KB", **given}  # fmt: skip
-        return convert(inputs / "iter_2.pth", tmp_path / "out", **options)
+        return convert(checkpoint, tmp_path / "out", **options)
 
     return call
 
@@ -148,6 +148,24 @@ def test_an_input_that_has_changed_is_named(
     with pytest.raises(OutputError) as caught:
         run()
     assert Path(name).name in caught.value.faults[0].what
+
+
+def test_another_checkpoint_of_the_same_training_is_other_input(
+    checkpoints: Path, run: Convert, tmp_path: Path
+) -> None:
+    """Their safetensors have the same names, sizes and headers, and may both be older than OUT."""
+    from safetensors.torch import load_file, save_file
+
+    one, other = tmp_path / "iter_1_xtuner", tmp_path / "iter_2_xtuner"
+    shutil.copytree(checkpoints / CASE / "iter_2_xtuner", one)
+    shutil.copytree(one, other)
+    projector = load_file(other / "projector/model.safetensors")
+    later = {name: tensor * 2 for name, tensor in projector.items()}
+    save_file(later, other / "projector/model.safetensors", {"format": "pt"})
+    run(checkpoint=one)
+    assert run(checkpoint=one).already_converted
+    with pytest.raises(OutputError, match=r"projector/model\.safetensors is not what it was"):
+        run(checkpoint=other)
 
 
 def test_going_on_keeps_what_is_finished(run: Convert, interrupted: Path) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What identifies a weight file without reading its data.
+    """What identifies a weight file without reading all of it.
 
-    `digest` is the sha256 of a safetensors header, or of the names, sizes and CRC-32 sums of a
-    zip's entries; `size` is in bytes.
+    `digest` is the sha256 of a safetensors header and some blocks of the data (on the Hub, of the
+    header), or of the names, sizes and CRC-32 sums of a zip's entries; `size` is in bytes.
     """
 
     name: str

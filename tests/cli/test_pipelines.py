@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,32 @@ def test_a_path_that_the_system_refuses_is_not_a_bug(command: str) -> None:
         error = error_of(run(*words, "--json"))
         assert error["type"] == "OutputError"
         assert error["faults"][0]["where"].startswith("aaa")
+
+
+def test_a_full_disk_under_stdout_is_said_without_a_traceback() -> None:
+    for words in (["mappings", "list"], ["mappings", "list", "--json"]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "xtuner2llava", *words]
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert done.returncode == 1
+        assert "stdout cannot be read or written (No space left on device)" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("words", "status"), [("mappings list", 0), ("lst", 2), ("plan /no", 2)])
+def test_without_standard_streams(words: str, status: int) -> None:
+    """As a process that closed them may start us: no shard gets the number of stderr."""
+    command = f"exec {sys.executable} -m xtuner2llava {words} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == status
+    code = (
+        "import os; from xtuner2llava.cli.commands import main\n"
+        "try: main(['mappings', 'list'])\n"
+        "except SystemExit: os._exit(os.open('/dev/null', os.O_RDONLY))"
+    )
+    command = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command], check=False).returncode > 2
 
 
 def test_json_is_ascii(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,14 @@ import click
 
 from xtuner2llava.cli import flags
 from xtuner2llava.cli.progress import progress
-from xtuner2llava.cli.terminal import accept_any_text, columns, printable, shortened, wrapped
+from xtuner2llava.cli.terminal import (
+    accept_any_text,
+    columns,
+    open_closed_streams,
+    printable,
+    shortened,
+    wrapped,
+)
 from xtuner2llava.errors import ConversionError, Fault, OutputError, UsageError, listed
 from xtuner2llava.options import (
     OUTPUT,
@@ -63,6 +70,7 @@ class _Group(flags.Group):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        open_closed_streams()
         # What the group must know of errors, also where the arguments are not understood.
         ctx.obj = {"json": "--json" in args, "verbose": False, "interrupted": False}
         with _wrong_calls_as_json(ctx):
@@ -85,7 +93,8 @@ class _Group(flags.Group):
             if ctx.obj["verbose"]:
                 traceback.print_exception(error)
             if ctx.obj["json"]:
-                _print_error(kind, faults)
+                with suppress(OSError):  # It may be stdout that cannot be written.
+                    _print_error(kind, faults)
             ctx.exit(status)
 
 
@@ -108,9 +117,10 @@ def _described(error: BaseException) -> tuple[str, Sequence[Fault], int]:
         case KeyboardInterrupt():
             return "KeyboardInterrupt", [Fault("", f"Interrupted. {error}".strip())], 130
         # A path that the user gave, such as one in a folder that only others may read.
-        case OSError(filename=path, strerror=str(reason)) if path is not None:
-            what = f"cannot be read or written ({reason})"
-            return "OutputError", [Fault(str(path), what)], OutputError.exit_status
+        case OSError(filename=path, strerror=str(reason)):
+            what = f"{'a file or stdout ' * (path is None)}cannot be read or written ({reason})"
+            where = "" if path is None else str(path)
+            return "OutputError", [Fault(where, what)], OutputError.exit_status
     advice = "This is a fault of xtuner2llava. Please report it with what -v prints."
     name = type(error).__name__
     return name, [Fault("", f"{name}: {error}", advice)], 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import sys
@@ -37,6 +38,17 @@ def shortened(text: str, longest: int = 4000) -> str:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
+
+
+def open_closed_streams() -> None:
+    """Makes /dev/null of each standard stream that this process was started without.
+
+    Else the next file that is opened, such as a shard, is where everything for stderr goes.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The system gives the lowest free number, which is the stream's.
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def accept_any_text() -> None:

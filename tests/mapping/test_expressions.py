@@ -191,6 +191,12 @@ def test_conditions_are_true_or_false() -> None:
     assert caught.value.faults[0].where == "a.yaml:7"
 
 
+def test_a_text_that_is_shown_is_cut_after_80_characters() -> None:
+    text = "$" * 80
+    assert f"`{text}`" in refusal(text)
+    assert f"`{text}…`" in refusal(text + "$")
+
+
 def test_names_are_the_first_parts() -> None:
     names = parse_expression("vision.hidden_size + min(a, b) > 0 and not true", "").names
     assert names == {"vision", "a", "b"}

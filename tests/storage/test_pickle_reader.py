@@ -62,6 +62,23 @@ def test_the_oldest_protocols_are_read_too(protocol: int) -> None:
     assert read_pickle(pickle.dumps(value, protocol), "here") == value
 
 
+def test_integers_are_read_up_to_512_bits() -> None:
+    longest = (1 << 512) - 1
+    assert read_pickle(pickle.dumps([longest, -longest], 2), "here") == [longest, -longest]
+    with pytest.raises(CorruptFileError, match="an integer of absurd length"):
+        read_pickle(pickle.dumps(longest + 1, 2), "here")
+
+
+def test_objects_made_with_keywords_become_records() -> None:
+    """NEWOBJ_EX takes a class, a tuple and a dict; what lies below them stays."""
+    opcodes = b"\x80\x04]ccollections\ndefaultdict\nK\x05\x85}\x8c\x01aK\x06s\x92a."
+    made = read_pickle(opcodes, "here")
+    assert isinstance(made, list)
+    (record,) = made
+    assert isinstance(record, Record)
+    assert (record.name, record.arguments) == ("collections.defaultdict", (5, {"a": 6}))
+
+
 def test_shared_objects_are_shared() -> None:
     inner = [1]
     value = read_pickle(pickle.dumps([inner, inner, {"again": inner}]), "here")
@@ -104,6 +121,12 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         # As bytes, of which NaNs are as good as numbers.
         got, wanted = (t.contiguous().flatten().view(torch.uint8) for t in (found[name], tensor))
         assert torch.equal(got, wanted), name
+
+
+def test_tensors_without_elements(tmp_path: Path) -> None:
+    tensors = {"none": torch.zeros(0), "no columns": torch.zeros(3, 0), "one": torch.ones(1)}
+    file = saved(tmp_path / "empty.pth", tensors)
+    assert_same(read(file, file.value), tensors)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

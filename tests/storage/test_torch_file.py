@@ -312,6 +312,18 @@ def test_a_directory_of_absurd_size_is_not_read(tmp_path: Path) -> None:
         TorchFile(path)
 
 
+def test_a_directory_is_read_up_to_32_mib(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    path.touch()
+    os.truncate(path, 33 << 20)
+    with torch_file._DirectoryReader(path) as reader:
+        assert len(reader.read(32 << 20)) == 32 << 20
+        reader.seek(0)
+        assert len(reader.read()) == 32 << 20
+        with pytest.raises(zipfile.BadZipFile):
+            reader.read((32 << 20) + 1)
+
+
 def test_a_pickle_of_absurd_size_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

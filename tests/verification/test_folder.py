@@ -287,10 +287,10 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         "tokenizer",
         "does not load",
     ),
-    "tokenizer of a gigabyte": (
-        lambda folder: os.truncate(folder / "tokenizer.json", 1 << 30),
+    "tokenizer a byte too large": (
+        lambda folder: os.truncate(folder / "tokenizer.json", (64 << 20) + 1),
         "tokenizer",
-        "tokenizer.json has 1,073,741,824 bytes, expected at most 67,108,864",
+        "tokenizer.json has 67,108,865 bytes, expected at most 67,108,864",
     ),
     "preprocessor of another size": (
         lambda folder: set_keys(

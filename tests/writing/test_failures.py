@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,20 +277,31 @@ write(Path(sys.argv[2]), plan_shards(tensors, 400_000))
 """
 
 
-@pytest.fixture
-def crashed(sources: Path, tmp_path: Path) -> ShardPlan:
-    """A plan of three shards, of which a killed process has left two in `out.partial`."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardPlan, Path]:
+    """A plan of three shards, and the `out.partial` with two that a killed process has left."""
+    folder = tmp_path_factory.mktemp("killed")
+    sources = folder / "sources"
+    sources.mkdir()
     plan = plan_shards(three_tensors(sources), 400_000)
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-c", CRASH, sources, tmp_path / "out"],
+        [sys.executable, "-c", CRASH, sources, folder / "out"],
         env={**os.environ, "PYTHONPATH": path},
         check=False,
     )
     assert done.returncode == -9
-    assert not (tmp_path / "out").exists()
-    left = sorted(path.name for path in (tmp_path / "out.partial").glob("*.safetensors"))
+    assert not (folder / "out").exists()
+    left = sorted(path.name for path in (folder / "out.partial").glob("*.safetensors"))
     assert left == [shard.filename for shard in plan.shards]
+    return plan, folder / "out.partial"
+
+
+@pytest.fixture
+def crashed(killed: tuple[ShardPlan, Path], tmp_path: Path) -> ShardPlan:
+    """The plan, with what was left in `tmp_path`."""
+    plan, partial = killed
+    shutil.copytree(partial, tmp_path / "out.partial")
     return plan
 
 

@@ -100,6 +100,26 @@ def unsynced() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """The template of the model card is compiled once, not in each of a thousand conversions."""
+    from jinja2 import Environment
+
+    compiled: dict[str, Any] = {}
+    compile_now = Environment.from_string
+
+    def from_string(self: Environment, source: Any, *rest: Any, **keywords: Any) -> Any:
+        if type(self) is not Environment or rest or keywords:
+            return compile_now(self, source, *rest, **keywords)
+        if source not in compiled:
+            compiled[source] = compile_now(self, source)
+        return compiled[source]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "from_string", from_string)
+        yield
+
+
 @pytest.fixture
 def interrupts() -> Iterator[None]:
     """SIGINT is Ctrl-C here and in programs that are started, also where shells have it ignored."""

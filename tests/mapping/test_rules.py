@@ -386,6 +386,16 @@ def test_a_hostile_config_cannot_loop_forever(loops: str) -> None:
     ]
 
 
+def test_globs_that_would_take_hours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors: Tensors = {f"t{n}": Fill(FLOAT32, (1,), 0.0) for n in range(5)}
+    text = "- {drop: 't*', because: x}\n- {drop: 'u*', because: x}"
+    assert len(run(text, tensors).dropped) == 5
+    monkeypatch.setattr("xtuner2llava.mapping.apply._MAX_COMPARISONS", 9)
+    assert faults(text, tensors) == [
+        "t.yaml:3: with its 2 globs and moves, 5 tensors take too long"
+    ]
+
+
 def test_thousands_of_faults_are_cut_short(given: Given) -> None:
     tensors: Tensors = {f"t{n:04}": Fill(FLOAT32, (1,), 0.0) for n in range(1000)}
     found = faults("- {fill: x, shape: [1]}", tensors)

@@ -116,6 +116,8 @@ def test_gaps_in_the_ids_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 2}')
     with pytest.raises(ConversionError, match="has 2 tokens with ids up to 2"):
         read_tokenizer(tmp_path).with_tokens(["<image>"])
+    # A token that is there already needs no id.
+    assert read_tokenizer(tmp_path).with_tokens(["b"]).ids == {"a": 0, "b": 2}
 
 
 def test_two_edits_are_both_written(checkpoints: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from xtuner2llava.tensors import LazyTensor
 
 # The largest models have some 50,000 tensors; a loop over a hostile config ends here.
 _MAX_STEPS = 200_000
+# Names that globs and prefixes are compared with, half a million a second.
+_MAX_COMPARISONS = 10_000_000
 # Of a checkpoint with few tensors, more rules than this are not worth the seconds they take.
 _STEPS_OF_ANY, _STEPS_A_TENSOR = 20_000, 8
 
@@ -158,8 +160,12 @@ def _expand(
         read.update(name for step in own for name in step.sources)
         # What is not there need not be dropped: older checkpoints carry buffers, newer ones do not.
         named += (step for step in own if step.rule.verb != "drop" or step.sources[0] in names)
+    left = [name for name in names if name not in read]
+    if len(patterns) * len(left) > _MAX_COMPARISONS:
+        what = f"with its {len(patterns):,} globs and moves, {len(left):,} tensors take too long"
+        faults.append(Fault(patterns[-1].rule.where, what, "Write one glob in place of several."))
     raise_faults(MappingError, shortened(faults))
-    return named + _resolve(patterns, [name for name in names if name not in read], expected)
+    return named + _resolve(patterns, left, expected)
 
 
 def _resolve(

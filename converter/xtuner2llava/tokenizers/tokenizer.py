@@ -176,8 +176,9 @@ class Tokenizer:
         known = self.added_tokens()
         whole = {token.text for token in known}
         wanted = [text for text in dict.fromkeys(texts) if text not in whole]
+        unknown = [text for text in wanted if text not in self.ids]
         following = self.highest_id + 1
-        if following != self.length:
+        if unknown and following != self.length:
             raise CorruptFileError(
                 f"has {self.length:,} tokens with ids up to {self.highest_id:,}: with such gaps no "
                 "token can be added, whose id would depend on the library",
@@ -185,7 +186,6 @@ class Tokenizer:
             )
         if not wanted:
             return self
-        unknown = (text for text in wanted if text not in self.ids)
         ids = {**self.ids, **{text: index for index, text in enumerate(unknown, following)}}
         new = [AddedToken(text, ids[text]) for text in wanted]
         # Where tokenizer_config.json lists added tokens, transformers reads no other file for them:

@@ -136,6 +136,14 @@ def test_only_one_table_is_a_document() -> None:
     assert faults("? [a]\n: 1\n") == ["a.yaml:1: a list or table cannot be a key"]
 
 
+@pytest.mark.parametrize("head", ["", "# a\n", "a: 1\n...\n", "#\r", "#\u2028"])
+def test_directives_are_refused_before_they_are_parsed(head: str) -> None:
+    many = head + "".join(f"%TAG !{number}! x\n" for number in range(10)) + "---\nb: 1\n"
+    line = head.count("\n") + 1
+    assert faults(many) == [f"a.yaml:{line}: `%` begins a directive, which mappings do not have"]
+    assert value("'100 %'\n") == "100 %"
+
+
 @pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e999"])
 def test_numbers_are_finite(text: str) -> None:
     assert faults(f"a: {text}\n") == [f"a.yaml:1: `{text}` is not a finite number"]

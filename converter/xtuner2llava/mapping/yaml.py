@@ -32,6 +32,8 @@ _CONSTANTS = {
 }
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
+# The parser compares each with all before it.
+_DIRECTIVE = re.compile(r"(?:\A|[\n\r\x85\u2028\u2029])%")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -89,6 +91,10 @@ def read_document(data: bytes, name: str) -> Document:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise MappingError("is not UTF-8 text", where=f"{name}:{line}") from error
+    if found := _DIRECTIVE.search(text):
+        line = text.count("\n", 0, found.end()) + 1
+        what = "`%` begins a directive, which mappings do not have"
+        raise MappingError(what, where=f"{name}:{line}")
     composer = _Composer(text, name)
     root = composer.root()
     if isinstance(root.value, dict) and not composer.faults:

@@ -100,13 +100,14 @@ list(ThreadPoolExecutor(len(os.sched_getaffinity(0))).map(digest, shards))
 # The system calls of a conversion, and its checks: what is kept is copied in the kernel, what is
 # computed is read and written; all is read back, looked at, and flushed. It computes nothing.
 LOOP = """
-import os, sys, threading, zlib
+import os, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from blake3 import blake3
+from isal.isal_zlib import crc32
 
-BLOCK = 2 << 20
+BLOCK = 4 << 20
 out, computed, written, *sources = Path(sys.argv[1]), sys.argv[2] == "True", *sys.argv[3:]
 out.mkdir()
 file = os.open(out / "loop", os.O_RDWR | os.O_CREAT)
@@ -114,7 +115,8 @@ sources = [(os.open(path, os.O_RDONLY), os.stat(path).st_size) for path in sourc
 share = int(written) / sum(size for _, size in sources) if computed else 1
 blocks = enumerate((s, start, min(BLOCK, size - start))
                    for s, size in sources for start in range(0, size, BLOCK))
-taking, turn, digest, place, hashed = threading.Lock(), threading.Condition(), blake3(), 0, 0
+taking, writing, turn = threading.Lock(), threading.Lock(), threading.Condition()
+digest, place, hashed = blake3(), 0, 0
 flusher = ThreadPoolExecutor(1)
 
 def work():
@@ -129,11 +131,13 @@ def work():
             return
         if computed:
             os.preadv(source, [view[:count]], start)
-            os.pwrite(file, view[:length], at)
+            with writing:
+                os.pwrite(file, view[:length], at)
         else:
             done = 0
             while done < count:
-                done += os.copy_file_range(source, file, count - done, start + done, at + done)
+                with writing:
+                    done += os.copy_file_range(source, file, count - done, start + done, at + done)
         data = memoryview(back)[:length]
         os.preadv(file, [data], at)
         bits = np.frombuffer(data[: length // 4 * 4], "<u4")
@@ -144,7 +148,7 @@ def work():
         with turn:
             hashed = number + 1
             turn.notify_all()
-        zlib.crc32(view[:count] if computed else data)
+        crc32(view[:count] if computed else data)
         if at >> 28 != end >> 28:
             flusher.submit(os.fsync, file)
 

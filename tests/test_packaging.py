@@ -83,6 +83,7 @@ def test_dependencies_are_the_declared_few(installed: Path) -> None:
         "blake3",
         "click",
         "huggingface-hub",
+        "isal",
         "jinja2",
         "pyyaml",
         "safetensors",

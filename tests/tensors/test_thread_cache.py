@@ -74,12 +74,21 @@ def test_a_buffer_is_used_again_by_its_thread_alone() -> None:
     assert all(other is not first for other in others)
 
 
-def test_what_was_cached_for_another_is_freed() -> None:
+def test_a_tensor_that_was_cached_for_another_is_freed() -> None:
     one, other = object(), object()
     thread_cache.use_for(one)
     alive = weakref.ref(thread_cache.get([1], lambda: torch.ones(2)))
-    buffer = thread_cache.buffer("read", 8)
     thread_cache.use_for(one)
-    assert alive() is not None and thread_cache.buffer("read", 8) is buffer
+    assert alive() is not None
     thread_cache.use_for(other)
-    assert alive() is None and thread_cache.buffer("read", 8) is not buffer
+    assert alive() is None
+
+
+def test_two_sizes_of_a_buffer_are_kept() -> None:
+    thread_cache.clear()
+    whole, last = thread_cache.buffer("read", 8), thread_cache.buffer("read", 3)
+    assert thread_cache.buffer("read", 8) is whole
+    other = thread_cache.buffer("read", 5)
+    assert thread_cache.buffer("read", 8) is whole
+    assert thread_cache.buffer("read", 5) is other
+    assert thread_cache.buffer("read", 3) is not last

@@ -238,9 +238,10 @@ def main(ctx: click.Context, /) -> None:
     CHECKPOINT is an iter_N.pth file, a DeepSpeed iter_N.pth/ directory, an iter_N_xtuner/ folder,
     or a Hub repo id of such a folder.
     """
-    # Threads of torch that wait for work shall not spin: the cores are needed for hashing. It must
-    # be said before torch is imported; the library leaves it to whoever owns the process.
+    # Threads of torch and numpy that wait for work must not spin: the cores are needed for hashing.
+    # Both read this when they are imported. The library leaves it to whoever owns the process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _answer_interrupts(ctx)
     accept_any_text()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _Cache(threading.local):
     def __init__(self) -> None:
         self.owner: object = None
-        self.buffers: dict[tuple[str, int], bytearray] = {}
+        self.buffers: dict[str, dict[int, bytearray]] = {}
         self.key: object = None
         self.value: torch.Tensor | None = None
 
@@ -30,20 +30,24 @@ _making = threading.Lock()
 
 
 def use_for(owner: object) -> None:
-    """Frees what this thread has cached for another owner."""
+    """Frees the tensor that this thread has cached for another owner."""
     if _cache.owner is not owner:
-        clear()
-        _cache.owner = owner
+        _cache.owner, _cache.value = owner, None
 
 
 def buffer(use: str, count: int) -> bytearray:
     """`count` bytes of memory, which this thread's next call for the same use overwrites.
 
-    New memory for each block costs more than reading it.
+    New memory for each block costs more than reading it. A tensor has blocks of two sizes, of which
+    one is the last; tensors of one shape have the same.
     """
-    found = _cache.buffers.get((use, count))
+    sizes = _cache.buffers.setdefault(use, {})
+    found = sizes.pop(count, None)
     if found is None:
-        found = _cache.buffers[use, count] = bytearray(count)
+        if len(sizes) == 2:
+            del sizes[next(iter(sizes))]
+        found = bytearray(count)
+    sizes[count] = found
     return found
 
 

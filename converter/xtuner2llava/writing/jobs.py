@@ -96,9 +96,12 @@ class Work:
                     with handing:
                         self.check()
                         place, handed = handed, handed + 1
-                        item = next(remaining)
+                        try:
+                            item = next(remaining)
+                        except StopIteration:
+                            return
                     results[place] = job(item)
-            except (Stopped, StopIteration):
+            except Stopped:
                 return
             except BaseException as error:
                 self._failures.append((place, error))

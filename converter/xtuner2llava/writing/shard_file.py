@@ -137,7 +137,7 @@ class ShardFile:
         self._flushing: Future[None] | None = None
         self._copies_in_kernel = hasattr(os, "copy_file_range")
         # Kernels let one thread write to a file at a time, and have the others spin meanwhile.
-        self._copying = threading.Lock()
+        self._writing = threading.Lock()
         self._count(self.begun_bytes or len(shard.header))
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
@@ -151,8 +151,8 @@ class ShardFile:
         Raises `OutputError`, `CorruptFileError`, `PlanError` for a value that overflows its dtype,
         `VerificationError`, and `Stopped` where a block before this one failed.
         """
-        thread_cache.use_for(block.entry)
         try:
+            thread_cache.use_for(block.entry)
             if not block.summed and not block.start:
                 self._sources.require(block.entry.tensor)
             read, data, found = self._copy(block) if block.is_copied else self._compute(block)
@@ -191,7 +191,7 @@ class ShardFile:
         pieces = block.pieces or ()
         offset = block.offset
         for file, group in groupby(pieces, key=lambda piece: piece.file):
-            with file.open() as source, self._copying:
+            with file.open() as source, self._writing:
                 for piece in group:
                     self._copy_range(source, piece, offset)
                     offset += piece.length
@@ -233,7 +233,8 @@ class ShardFile:
         except PlanError:
             self._sources.require(block.entry.tensor)  # A damaged value may be why one overflows.
             raise
-        self._file.write(data, block.offset)
+        with self._writing:
+            self._file.write(data, block.offset)
         if self._verify:
             for start in range(0, len(data), BLOCK_BYTES):
                 part = data[start : start + BLOCK_BYTES]

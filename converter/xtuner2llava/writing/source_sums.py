@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
+from isal.isal_zlib import crc32, crc32_combine
+
 from xtuner2llava.errors import VerificationError
 from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember
-from xtuner2llava.tensors.crc32 import combined, crc32
 from xtuner2llava.tensors.files import crc32_of, require_member
 from xtuner2llava.writing.shards import Shard
 
@@ -32,10 +33,7 @@ class RangeSum(NamedTuple):
 
 
 def sums_of(pieces: Iterable[FileRange], data: memoryview) -> list[RangeSum]:
-    """The sums of `data`, the bytes of `pieces`, where these lie in entries that carry one.
-
-    It overwrites `data`.
-    """
+    """The sums of `data`, the bytes of `pieces`, where these lie in entries that carry one."""
     sums: list[RangeSum] = []
     for piece in pieces:
         if piece.checkable is not None:
@@ -50,7 +48,7 @@ def append_sum(sums: list[RangeSum], found: RangeSum) -> None:
     """Appends `found`, or makes one sum of it and the last where it lies behind that."""
     last = sums[-1] if sums else None
     if last is not None and last[:2] == found[:2] and last.offset + last.length == found.offset:
-        crc = combined(last.crc32, found.crc32, found.length)
+        crc = crc32_combine(last.crc32, found.crc32, found.length)
         sums[-1] = last._replace(length=last.length + found.length, crc32=crc)
     else:
         sums.append(found)
@@ -175,8 +173,8 @@ def _total(file: SourceFile, member: ZipMember, sums: Sequence[RangeSum]) -> int
             continue
         gap = FileRange(file, end, found.offset - end)
         if gap.length:
-            total = combined(total, crc32_of(gap), gap.length)
-        total = combined(total, found.crc32, found.length)
+            total = crc32_combine(total, crc32_of(gap), gap.length)
+        total = crc32_combine(total, found.crc32, found.length)
         end = found.offset + found.length
     rest = FileRange(file, end, member.offset + member.length - end)
-    return combined(total, crc32_of(rest), rest.length) if rest.length else total
+    return crc32_combine(total, crc32_of(rest), rest.length) if rest.length else total

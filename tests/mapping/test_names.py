@@ -61,6 +61,13 @@ def test_folding() -> None:
 def test_names_from_a_hostile_checkpoint_fold_as_they_are() -> None:
     long = "9" * 5000
     assert fold([long, "{}.1", "٣.x"])[0].text == long
+    # A part that is `{}` itself is not a number.
+    assert [str(folded) for folded in fold(["h.{}.w.0", "h.1.w.0", "h.2.w.3", "{}.1", "1.{}"])] == [
+        "`h.{}.w.0`",
+        "`h.{1..2}.w.{0,3}` (2 tensors)",
+        "`{}.1`",
+        "`1.{}`",
+    ]
 
 
 def test_templates() -> None:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, zip_longest
 from typing import TypeVar
 
 from xtuner2llava.errors import Fault
@@ -16,8 +16,10 @@ _MAX_LENGTH = 500
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 # A part of a name that is the number of a layer or an expert.
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
-# Enough to find a slip; comparing with every name of a large model would take seconds.
+# Enough to find a slip; comparing with every name of a large model would take seconds, and long
+# names of few different letters take a hundred times as long as usual ones.
 _MAX_CANDIDATES = 400
+_MAX_COMPARED = 120
 _MAX_SUGGESTIONS = 10
 _MAX_FAULTS = 40
 
@@ -101,9 +103,9 @@ def _covers(
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `name`, if one is like it."""
-    if len(name) > _MAX_LENGTH:
+    if len(name) > _MAX_COMPARED:
         return None
-    usable = [text for text in candidates if len(text) <= _MAX_LENGTH][:_MAX_CANDIDATES]
+    usable = [text for text in candidates if len(text) <= _MAX_COMPARED][:_MAX_CANDIDATES]
     return next(iter(difflib.get_close_matches(name, usable, n=1, cutoff=0.7)), None)
 
 
@@ -147,16 +149,15 @@ def unnumbered(name: str) -> str:
 
 def fold(names: Iterable[str]) -> list[Folded]:
     """`names` in the order given, those that differ only in numbers as one."""
-    groups: dict[str, list[list[int]]] = {}
+    groups: dict[tuple[str, ...], list[list[int]]] = {}
     for name in names:
         numbers = [int(number) for number in _NUMBER.findall(name)]
-        groups.setdefault(unnumbered(name), []).append(numbers)
+        groups.setdefault(tuple(_NUMBER.split(name)), []).append(numbers)
     found = []
-    for template, rows in groups.items():
-        runs = iter([_runs(sorted(set(column))) for column in zip(*rows, strict=True)])
-        parts = template.split(".")
-        text = ".".join(next(runs, part) if part == "{}" else part for part in parts)
-        found.append(Folded(text, template, len(rows)))
+    for between, rows in groups.items():
+        runs = [_runs(sorted(set(column))) for column in zip(*rows, strict=True)]
+        text = "".join(chain.from_iterable(zip_longest(between, runs, fillvalue="")))
+        found.append(Folded(text, "{}".join(between), len(rows)))
     return found
 
 

@@ -115,6 +115,41 @@ def test_keys_left_out_take_the_values_of_4_37(name: str, expected: dict[str, An
     assert not {"mlp_bias", "head_dim"} & {*plain.complete({**SIZES, "head_dim": 4})[0]}
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_key_value_heads": "4"}, "`num_key_value_heads` is '4', expected a whole number"),
+        ({"num_key_value_heads": 2.5}, "`num_key_value_heads` is 2.5, expected a whole number"),
+        ({"hidden_act": 5}, "`hidden_act` is 5, expected a text"),
+        ({"rms_norm_eps": "1e-5"}, "`rms_norm_eps` is '1e-5', expected a number"),
+        ({"rope_theta": True}, "`rope_theta` is true, expected a number"),
+        ({"rope_theta": {"a": 1}}, "`rope_theta` is {a: 1}, expected a number"),
+        # transformers would tie the head: a text is true in Python.
+        ({"tie_word_embeddings": "false"}, "`tie_word_embeddings` is 'false', expected true or"),
+        ({"attention_bias": 1}, "`attention_bias` is 1, expected true or false"),
+        ({"mlp_bias": "no"}, "`mlp_bias` is 'no', expected true or false"),
+        ({"head_dim": [16]}, "`head_dim` is [16], expected a whole number"),
+        ({"max_position_embeddings": []}, "`max_position_embeddings` is [], expected a whole nu"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(change: dict[str, Any], said: str) -> None:
+    _, faults = CATALOGUE.classes["llama"].complete({**SIZES, **change})
+    assert len(faults) == 1
+    assert said in str(faults[0])
+
+
+def test_a_whole_float_is_written_as_an_integer() -> None:
+    floats = {"num_key_value_heads": 2.0, "head_dim": 32.0, "max_position_embeddings": 64.0}
+    config, faults = CATALOGUE.classes["llama"].complete({**SIZES, **floats, "rope_theta": 5})
+    assert faults == []
+    assert {key: config[key] for key in floats} == floats
+    assert {type(config[key]) for key in floats} == {int}
+    # Both of these are right where a float is usual, and null where the class may have none.
+    assert config["rope_theta"] == 5
+    window = CATALOGUE.classes["mistral"].complete({**SIZES, "sliding_window": None})
+    assert window[0]["sliding_window"] is None and window[1] == []
+
+
 def checked(
     change: dict[str, Any], shapes: dict[str, tuple[int, ...]], **origins: str
 ) -> list[tuple[str, str, str]]:

@@ -20,6 +20,15 @@ from xtuner2llava.mapping.rules import RuleOrBlock, read_shapes
 from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document
 
+# The types that a config's value may have where its usual one is of a type, and their name.
+_KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    list: ((list, tuple), "a list"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class MappingFile:
@@ -97,24 +106,31 @@ class PlainClass:
             for name in keys.required
             if config.get(name) is None
         ]
-        for name in keys.required:
-            size = config.get(name)
-            # Sizes, all of them. A whole float computes the same shapes, and no model loads it.
-            if isinstance(size, float) and size.is_integer():
-                config[name] = size = int(size)
-            if size is not None and (not isinstance(size, int) or size is True or size < 1):
+        for name in keys.required:  # Sizes, all of them.
+            size = config[name] = _whole(config.get(name))
+            if size is not None and (type(size) is not int or size < 1):
                 what = f"`{name}` is {show(size)}, expected a positive whole number"
                 faults.append(Fault(self.file.name, what))
         if faults:
             return config, faults
+        usual = dict(keys.default)
         try:
             for name, expression in keys.when_null.items():
+                usual[name] = expression.value(config)
                 if config.get(name) is None:
-                    config[name] = expression.value(config)
+                    config[name] = usual[name]
             for name, expression in keys.optional.items():
-                value = values.get(name)
-                if value is not None and not same(value, expression.value(config)):
+                usual[name], value = expression.value(config), values.get(name)
+                if value is not None and not same(value, usual[name]):
                     config[name] = value
+            for name, value in [*config.items()]:
+                if type(usual.get(name)) is int:
+                    config[name] = _whole(value)
+                if expected := _expected_kind(config[name], usual.get(name)):
+                    what = f"`{name}` is {show(value)}, expected {expected}"
+                    faults.append(Fault(self.file.name, what))
+            if faults:
+                return config, faults
             environment = self.environment(config)
         except MappingError as error:
             return config, [*error.faults]
@@ -144,6 +160,17 @@ class PlainClass:
             )
         raise_faults(MappingError, shortened(faults))
         return found
+
+
+def _whole(value: object) -> object:
+    """A whole float as an integer: it computes the same shapes, and no model loads it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _expected_kind(value: object, usual: object) -> str:
+    """What a value is expected to be, if it is of another kind than the usual one; null is not."""
+    kinds, title = _KINDS.get(type(usual), ((), ""))
+    return title if kinds and value is not None and type(value) not in kinds else ""
 
 
 def with_dims(config: Mapping[str, object], dims: Mapping[str, Expression]) -> Environment:

@@ -226,6 +226,30 @@ def test_what_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None:
         read_sentencepiece(tmp_path / "tokenizer.model")
 
 
+def test_more_pieces_than_any_model_has_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two bytes each in the file, and two hundred in memory.
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00" * 11)
+    assert len(read_sentencepiece(tmp_path / "tokenizer.model").pieces) == 11
+    monkeypatch.setattr("xtuner2llava.tokenizers.sentencepiece._MAX_PIECES", 10)
+    with pytest.raises(ConversionError, match="SentencePiece model"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
+
+
+def test_special_tokens_may_be_described_as_older_transformers_save_them(tmp_path: Path) -> None:
+    # baichuan-inc/Baichuan2-7B-Chat, tokenizer_config.json.
+    flags = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False}
+    described = {f"{n}_token": {**flags, "content": t} for n, t in
+                 (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", "<unk>"))}  # fmt: skip
+    base = write_base(tmp_path, model_of([*SPECIAL, *normal("a")]), **described)
+    content = prepare(base).tokenizer.made["tokenizer.json"]()
+    assert json.loads(content)["model"]["unk_token"] == "<unk>"  # noqa: S105
+    from tokenizers import Tokenizer
+
+    assert Tokenizer.from_str(content.decode()).encode("a").tokens[0] == "<s>"
+
+
 def test_a_bos_token_that_is_not_a_text_is_not_added(tmp_path: Path) -> None:
     base = write_base(tmp_path, model_of([*SPECIAL, *normal("a")]), bos_token=["<s>"])
     content = json.loads(prepare(base).tokenizer.made["tokenizer.json"]())

@@ -179,12 +179,16 @@ def _fast_file(
         normalizers.insert(0, {"type": "Precompiled", "precompiled_charsmap": charsmap})
     vocab = {text: index for index, text in enumerate(texts)}
 
-    def around(name: str) -> dict[str, int]:
-        """The token `name`_token, if it stands around each text, and is a text."""
+    def named(name: str) -> str | None:
+        """The text of the token `name`_token, which tokenizer_config.json may describe."""
         value = config.get(f"{name}_token")
         token = text(value, "content") if isinstance(value, dict) else value
-        adds = config.get(f"add_{name}_token") is True and isinstance(token, str)
-        return {token: vocab[token]} if adds and token in vocab else {}
+        return token if isinstance(token, str) else None
+
+    def around(name: str) -> dict[str, int]:
+        """That token, if it stands around each text."""
+        token, adds = named(name), config.get(f"add_{name}_token") is True
+        return {token: vocab[token]} if adds and token is not None and token in vocab else {}
 
     return byte_pair_file(
         vocab,
@@ -194,7 +198,7 @@ def _fast_file(
         pre_tokenizer=None,
         post_processor=around_text(around("bos"), around("eos")),
         decoder={"type": "Sequence", "decoders": decoders},
-        unk_token=config.get("unk_token"),
+        unk_token=named("unk"),
         fuse_unk=True,
         byte_fallback=model.byte_fallback,
     )

@@ -20,6 +20,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _MAX_BYTES = 64 << 20
+_MAX_PIECES = 1_000_000  # Gemma's has 256,000
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _VARINT, _BYTES = 0, 2
 _FIXED_BYTES = {1: 8, 5: 4}  # by wire type
@@ -73,6 +74,8 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         for number, value, _ in fields(model_bytes(path)):
             if number in found and isinstance(value, bytes):
                 found[number].append(value)
+                if len(found[number]) > _MAX_PIECES:
+                    raise ValueError("too many pieces")
         pieces = tuple(map(_piece, found[_PIECES]))
         # A message in several fields is the one that their bytes make together.
         trainer, normalizer = (_values(b"".join(found[n])) for n in (_TRAINER, _NORMALIZER))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -452,6 +454,19 @@ generation: {pad: "<|extra_0|>"}
         "families/qwen.yaml",
         "classes/qwen2.yaml",
     ]
+
+
+def test_threads_that_read_a_family_at_once_get_the_same_one() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(3):
+            catalogue = Catalogue(FOLDER)
+            with ThreadPoolExecutor(4) as threads:
+                found = threads.map(catalogue.families.__getitem__, ["qwen_early"] * 4)
+                assert len({id(family) for family in found}) == 1
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_every_shipped_family_names_its_llms() -> None:

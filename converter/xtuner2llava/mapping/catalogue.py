@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
+from threading import RLock
 from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, MappingError
@@ -146,6 +147,8 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
         self._documents: dict[str, Document] = {}
         self._parsed: dict[str, _T] = {}
         self._parsing: list[str] = []
+        # Of two threads, one waits: what the other parses does not extend itself.
+        self._lock = RLock()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
@@ -169,17 +172,18 @@ class _Shelf(Mapping[str, _T], Generic[_T]):
         return self._documents[name]
 
     def __getitem__(self, name: str) -> _T:
-        if name not in self._parsed:
+        with self._lock:
             if name in self._parsing:
                 chain = " extends ".join([*self._parsing, name])
                 raise MappingError(f"extends itself: {chain}")
-            document = self.document(name)
-            self._parsing.append(name)
-            try:
-                self._parsed[name] = self.parse(document)
-            finally:
-                self._parsing.pop()
-        return self._parsed[name]
+            if name not in self._parsed:
+                document = self.document(name)
+                self._parsing.append(name)
+                try:
+                    self._parsed[name] = self.parse(document)
+                finally:
+                    self._parsing.pop()
+            return self._parsed[name]
 
 
 def _read(path: Path, name: str = "") -> Document:

@@ -107,6 +107,55 @@ def test_a_default_beside_a_key_like_it_is_named(
 
 
 @pytest.mark.parametrize(
+    ("key", "other", "value", "advice"),
+    [
+        ("rope_theta", "rotary_base", 5.0, "`derive: {rope_theta: rotary_base}` reads it"),
+        ("rope_theta", "rotary", {"base": 5.0}, "`derive: {rope_theta: rotary.base}` reads it"),
+        ("rope_theta", "rope_theta", 5.0, "`keep: [rope_theta]` keeps it"),
+        # What no expression reads.
+        ("rope_theta", "rotary-base", 5.0, "`set: {rope_theta: 5.0}` says the same"),
+        ("rope_theta", "rotary.base", 5.0, "`set: {rope_theta: 5.0}` says the same"),
+        ("rms_norm_eps", "layer norm eps", 3e-6, "`set: {rms_norm_eps: 3e-06}` says the same"),
+        # A rope_scaling is a table of a type and a factor, and nothing else is one.
+        ("rope_scaling", "rotary", {"base": 10000, "type": "dynamic"}, "{type: TYPE, factor: N"),
+        ("rope_scaling", "rope_scaling_factor", 8.0, "`set: {rope_scaling: {type: TYPE, factor: N"),
+        ("rope_scaling", "rotary", {"scaling_factor": 2.0}, "{type: TYPE, factor: NUMBER}}` says"),
+        ("rope_scaling", "rotary_scaling", {"type": "linear", "factor": 2.0},
+         "`derive: {rope_scaling: rotary_scaling}` reads it"),
+    ],
+)  # fmt: skip
+def test_what_is_advised_for_such_a_default_works(
+    tmp_path: Path, key: str, other: str, value: object, advice: str
+) -> None:
+    config = {**LAB, other: value}
+    (said,) = [text for text in doubts(own(tmp_path), config) if text.startswith(f"{key} is ")]
+    assert f"in a mapping, {advice}" in said or f"`set: {{rope_scaling: {advice}" in said
+    if key == "rope_scaling" and "derive" not in advice:
+        assert "derive" not in said and "keep" not in said
+        return
+    rule = advice.split("`")[1]
+    family = own(tmp_path, "" if rule.startswith("keep") else f"  {rule}\n")
+    if rule.startswith("keep"):
+        path = tmp_path / "lab.yaml"
+        path.write_text(path.read_text().replace("keep: [", f"keep: [{key}, "))
+        family = CATALOGUE.with_family_file(path)
+    translated = family.translate_config(config)
+    expected = 5.0 if key == "rope_theta" else value
+    assert (translated.values[key], translated.doubts) == (expected, ())
+
+
+def test_names_and_values_of_a_config_stay_on_their_line(tmp_path: Path) -> None:
+    config = {**LAB, "rotary\nbase": 5}
+    (said,) = doubts(own(tmp_path), config)
+    assert "nothing reads 'rotary\\nbase', which" in said
+    path = tmp_path / "lab.yaml"
+    path.write_text(path.read_text() + "caveats: [{say: 'is {said}'}]\n")
+    family = CATALOGUE.with_family_file(path)
+    said = [limit.text for limit in family.limits({**LAB, "said": "a\nNote: b"})][-1]
+    assert said == "is 'a\\nNote: b'"
+
+
+@pytest.mark.parametrize(
     ("other", "value"),
     [
         ("rope_theta", None),
@@ -137,9 +186,17 @@ def test_a_mapping_of_ones_own_is_exact_if_it_is_right(tmp_path: Path) -> None:
     assert not any(limit.text.startswith("Exact") for limit in limits)
 
 
-def test_so_is_a_shipped_family_for_another_llm() -> None:
+def test_so_is_a_shipped_family_for_another_llm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama = {**LAB, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     assert choose_family(CATALOGUE, "llama", llama, None).if_right is None
+    # A folder of that name is not the mapping.
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert choose_family(CATALOGUE, "llama", llama, None).if_right is None
+    with pytest.raises(MappingError, match="is not a file"):
+        choose_family(CATALOGUE, "./llama", llama, None)
     other = {**llama, "architectures": ["LabForCausalLM"], "model_type": "lab"}
     family = choose_family(CATALOGUE, "llama", other, None)
     assert str(Fidelity.of(family.limits(other))) == (

@@ -202,6 +202,13 @@ def test_names_are_the_first_parts() -> None:
     assert names == {"vision", "a", "b"}
 
 
+@pytest.mark.parametrize(
+    "text", ["1or heads", "0xfor heads", "heads == 1and tied", "[1.if 1 in 2]"]
+)
+def test_a_number_that_goes_on_as_a_word_is_refused_without_a_warning(text: str) -> None:
+    assert refusal(text) == f"`{text}` is not an expression"
+
+
 @settings(deadline=None)
 @given(st.text(alphabet="()[]+-*/%<>=!., \t\n'\"\\\0 anotdrilen019eE_é", max_size=60))
 def test_any_text_is_a_value_or_a_refusal(text: str) -> None:

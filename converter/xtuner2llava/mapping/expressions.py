@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import operator
-import warnings
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +29,9 @@ _MAX_MAGNITUDE = 2**63
 _MAX_LENGTH = 500
 _MAX_DEPTH = 40
 _LITERALS = {"true": True, "false": False, "null": None}
+# A number that goes on as a word, as in `1or 2`: Python takes it for two, and warns.
+_NUMBER_AND_WORD = re.compile(r"(?<!\w)[0-9][\w.]*?(and|else|for|i[fns]|not|or)\b", re.ASCII)
+_MAX_SHOWN = 80
 
 
 class NoValueError(Exception):
@@ -148,19 +151,17 @@ def parse_expression(source: str | int | float | bool | None, where: str) -> Exp
     Raises `MappingError` at `where` for anything but the language above.
     """
     text = source.strip().replace("\n", " ") if isinstance(source, str) else show(source)
-    shown = text if len(text) <= 80 else text[:80] + "…"
+    shown = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
     if len(text) > _MAX_LENGTH:
         what = f"`{shown}` has {len(text)} characters, an expression may have {_MAX_LENGTH}"
         raise MappingError(what, where=where)
     names: set[str] = set()
     try:
         # Backslashes make nothing that is needed here, and escapes that Python warns about.
-        if "\\" in text:
+        if "\\" in text or _NUMBER_AND_WORD.search(text):
             raise ValueError
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            is_text = isinstance(source, str)
-            tree = ast.parse(text, mode="eval").body if is_text else ast.Constant(source)
+        is_text = isinstance(source, str)
+        tree = ast.parse(text, mode="eval").body if is_text else ast.Constant(source)
         compute = _compile(tree, names)
         return Expression(text, where, frozenset(names), compute)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -267,8 +268,13 @@ def equality(name: str, value: object, where: str) -> Expression:
 
 def say(template: TextTemplate, environment: Environment) -> str:
     """A text for people, with the values of the config in its placeholders."""
-    values = {name: _lookup(environment, name) for name in template.variables}
-    return template.render({k: v if isinstance(v, str) else show(v) for k, v in values.items()})
+    return template.render({k: visible(_lookup(environment, k)) for k in template.variables})
+
+
+def visible(value: object) -> str:
+    """A text as it is, if it is short and on one line; else, and all others, as `show` has it."""
+    plain = isinstance(value, str) and len(value) <= _MAX_SHOWN and value.isprintable()
+    return str(value) if plain else show(value)
 
 
 def _lookup(value: object, name: str) -> object:
@@ -284,7 +290,7 @@ def show(value: object, inside: bool = False) -> str:
         case None | bool():
             text = "null" if value is None else str(value).lower()
         case str():
-            text = repr(value[:80])
+            text = repr(value[:_MAX_SHOWN])
         case int() if abs(value) > _MAX_MAGNITUDE:
             text = "an enormous number"
         case int() | float():
@@ -296,7 +302,7 @@ def show(value: object, inside: bool = False) -> str:
             text = "[" + ", ".join(show(item, True) for item in value[:8]) + "]"
         case _:
             text = "…"
-    return text if len(text) <= 80 else text[:80] + "…"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
 def same(left: object, right: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 # Other names that configs have for keys of transformers' classes.
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
@@ -45,6 +46,8 @@ _SAME_WORD = {
 _IDLE = frozenset({"n", "num", "number", "use"})
 # What some configs call the activation of a gated MLP.
 SILU = ("silu", "swish", "swiglu")
+# A config has some hundred keys; comparing more would take minutes.
+_MAX_OTHERS = 5_000
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
@@ -61,7 +64,7 @@ def doubtful_defaults(
     Of several others it is the one most like the key. `unread` are the keys of the source's
     `config` that nothing reads; a key in a table of it is one too, as in `rotary.base`.
     """
-    others = dict(_parts(config, unread))
+    others = dict(islice(_parts(config, unread), _MAX_OTHERS))
     for key, default in defaults.items():
         if key in _OF_TRAINING:
             continue

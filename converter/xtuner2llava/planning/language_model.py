@@ -152,10 +152,11 @@ def choose_family(
     """The family that the user names, or gives as a file; else the one that the LLM is of."""
     if mapping is None:
         return catalogue.detect(config, names)
-    path = Path(mapping)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    name, path = str(mapping), Path(mapping)
+    # A folder may be called as its family is.
+    if path.suffix in (".yaml", ".yml") or (path.exists() and name not in catalogue.families):
         return catalogue.with_family_file(path)
-    return catalogue.families[str(mapping)].chosen_for(config, names)
+    return catalogue.families[name].chosen_for(config, names)
 
 
 def translate(

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, UnsupportedError, raise_faults
 from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit
+from xtuner2llava.mapping.expressions import visible
 from xtuner2llava.options import Options, flag, parse_size
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning import image_processor, language_model, placement, vision_tower
@@ -46,6 +47,7 @@ _NO_CONFIG = (
 )
 # Of a tokenizer's or processor's file; the largest vocabularies have a tenth of it.
 _MAX_COPIED_BYTES = 256 << 20
+_MAX_KEYS = 40
 
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -207,8 +209,10 @@ class Assessment:
         translated, limits = language_model.translate(self.family, self.llm_config, self.format)
         self.found.note(*(limit.text for limit in limits))
         if translated.not_carried:
-            keys, name = ", ".join(translated.not_carried), self.family.target_class.name
-            self.found.note(f"Config keys that {name} does not have: {keys}.")
+            keys = [visible(key) for key in translated.not_carried[:_MAX_KEYS]]
+            if (more := len(translated.not_carried) - len(keys)) > 0:
+                keys.append(f"and {more:,} more")
+            self.found.note(f"Config keys that the mapping does not read: {', '.join(keys)}.")
         return translated.values, limits
 
     @_part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from damage import copy_of, edit_tensors
 from reference.cases import Converted
 from xtuner2llava import ConversionError, UsageError
 from xtuner2llava.cli.commands import main
@@ -122,6 +124,66 @@ def test_what_cannot_be_asked_is_an_error(
         patch.setitem(sys.modules, "PIL", None)
         with pytest.raises(ConversionError, match="pip install pillow"):
             ask(folder, "wide.png", "What?")
+
+
+def test_the_demo_can_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it says: in its folder, the name of its vision tower is a folder too."""
+    monkeypatch.chdir(tmp_path)
+    made = CliRunner().invoke(main, ["demo", "mine"])
+    (words,) = re.findall(
+        r"^  cd mine && xtuner2llava (try .+) PICTURE$", made.stdout, re.MULTILINE
+    )
+    monkeypatch.chdir(tmp_path / "mine")
+    asked = [*words.split(), str(DATA / "wide.png"), "--max-new-tokens", "3", "--json", "-q"]
+    talked = CliRunner().invoke(main, asked)
+    assert talked.exit_code == 0, talked.output
+    assert 1 <= len(json.loads(talked.stdout)["tokens"]) <= 3
+
+
+@pytest.mark.parametrize(
+    ("format", "lacking", "says"),
+    [
+        ("llava", "layers.1.mlp.up_proj", "Qwen2ForCausalLM lacks model.layers.1.mlp.up_proj"),
+        ("llava", "mm_projector.2", "the projector: 2.weight is missing; 2.bias is missing"),
+        ("llava", "encoder.layers.2.", "CLIPVisionModel lacks "),
+        ("hf", "layers.1.mlp.up_proj", "LlavaForConditionalGeneration lacks "),
+        ("hf", "linear_2", "LlavaForConditionalGeneration lacks "),
+    ],
+)
+def test_no_tensor_is_made_up(
+    in_checkpoints: None,
+    converted: Converted,
+    tmp_path: Path,
+    format: str,
+    lacking: str,
+    says: str,
+) -> None:
+    """transformers fills those that are missing with random numbers, and only warns."""
+    folder = copy_of(converted("qwen2_e_full_fullvis", format=format, dtype="float32"), tmp_path)
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if lacking in name]:
+            del tensors[name]
+
+    edit_tensors(folder, change)
+    with pytest.raises(ConversionError, match=re.escape(says)):
+        ask(folder, "wide.png", "What?")
+
+
+@pytest.mark.parametrize("format", ["llava", "hf"])
+def test_a_damaged_folder_is_an_error_message(
+    in_checkpoints: None, converted: Converted, tmp_path: Path, format: str
+) -> None:
+    folder = copy_of(converted("qwen2_e_full_fullvis", format=format, dtype="float32"), tmp_path)
+    with pytest.raises(UsageError, match="has 2 places for pictures"):
+        ask(folder, "wide.png", "<image><image>")
+    (folder / "tokenizer_config.json").write_text("{")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"cannot be asked: \w+Error"):
+        ask(folder, "wide.png", "What?")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConversionError, match=r"model\.safetensors cannot be read"):
+        ask(folder, "wide.png", "What?")
 
 
 def test_a_llava_folder_without_what_it_needs_says_so(

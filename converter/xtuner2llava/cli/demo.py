@@ -62,6 +62,9 @@ With your own checkpoint, iter_N.pth or iter_N_xtuner/ of XTuner:
   xtuner2llava convert CHECKPOINT OUT --for PROGRAM
                                        llava, llava-next, transformers, ...
 Give --llm and --vision if its base models are not where the training had them."""
+_ASK = """\
+Ask it where the name of its vision tower is a folder, which LLaVA needs too; it answers noise:
+  cd {folder} && xtuner2llava try {out} PICTURE"""
 
 
 def run_demo(folder: Path, say: Callable[[str], None]) -> None:
@@ -75,7 +78,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> None:
     say(render_plan(plan(checkpoint, vision_tower_name=_TOWER)))
     say(f"\n$ xtuner2llava convert {checkpoint} {out} \\\n    --vision-tower-name {_TOWER}\n")
     say(render_report(convert(checkpoint, out, vision_tower_name=_TOWER)))
-    say(f"\n{tree(out)}\n\n{_NEXT}")
+    say(f"\n{tree(out)}\n\n{_ASK.format(folder=folder, out=out.name)}\n\n{_NEXT}")
 
 
 def make_checkpoint(folder: Path) -> Path:
@@ -125,6 +128,9 @@ def make_checkpoint(folder: Path) -> Path:
     sorted_config = dict(sorted({**tower_config, **_VISION}.items()))
     _write(vision, {"config.json": sorted_config, "preprocessor_config.json": preprocessor})
     save_file(tower, vision / "model.safetensors", metadata={"format": "pt"})
+    link = folder / _TOWER
+    link.parent.mkdir()
+    link.symlink_to(Path("..") / vision.name)
     config = _CONFIG.format(llm=str(llm), tower=str(vision))
     torch.save({"meta": {"iter": 2, "cfg": config}, "state_dict": state}, checkpoint)
     return checkpoint

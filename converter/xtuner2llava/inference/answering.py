@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtuner2llava.errors import UnsupportedError, UsageError
+from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError, UsageError
 from xtuner2llava.options import TryOptions
 from xtuner2llava.planning.chat_template import IMAGE
 from xtuner2llava.planning.vision_tower import PUBLISHED
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.verification.checks import structure
 from xtuner2llava.verification.folder import ConvertedFolder, open_folder
+from xtuner2llava.verification.outcome import FAILED
 from xtuner2llava.verification.plain_model import plain_config, project
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 QUESTION = "What is in this picture?"
 _BACKGROUND = 255  # LLaVA pads with the mean, in 8 bits
+_VERIFY = "`xtuner2llava verify` says what is wrong with a folder."
+# No code of the folder is run, and nothing is unpickled or downloaded.
+_LOCAL: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _Tensors = dict[str, "torch.Tensor"]
 _OnText = Callable[[str], None]
 
@@ -58,11 +63,16 @@ def memory_needed(folder: Path) -> int:
 def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Answer:
     """What the model in `folder` says, greedily, to `question` about the picture `image`.
 
-    A question with `<image>` in it is taken as the whole prompt. Raises `ConversionError`.
+    A question with `<image>` in it is taken as the whole prompt. Raises `ConversionError`, also for
+    a folder that has not all tensors of its classes.
     """
     import torch
 
+    if question.count(IMAGE) > 1:
+        what = f"has {question.count(IMAGE)} places for pictures, and there is one picture"
+        raise UsageError(what, where="QUESTION")
     out = open_folder(folder)
+    _ = out.tensors  # Raises where a file is damaged.
     picture = _read_picture(image)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
@@ -76,15 +86,21 @@ def answer(folder: Path, image: Path, question: str, options: TryOptions) -> Ans
                 max_new_tokens=options.max_new_tokens,
                 streamer=_streamer(tokenizer, options.on_text),
             )[0]
+        # Where the prompt went in as ids, they come out again.
+        made = made[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else made
+        text = tokenizer.decode(made, skip_special_tokens=True)
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"{device} has too little memory for this model",
             where="--device",
             advice="Give another device, such as cpu.",
         ) from error
-    # Where the prompt went in as ids, they come out again.
-    made = made[inputs["input_ids"].shape[1] :] if "input_ids" in inputs else made
-    text = tokenizer.decode(made, skip_special_tokens=True)
+    except (ConversionError, BrokenPipeError):
+        raise
+    except Exception as error:  # What transformers raises of a damaged file may be any.
+        raise CheckpointError(
+            f"cannot be asked: {type(error).__name__}: {error}", where=str(folder), advice=_VERIFY
+        ) from error
     return Answer(prompt, text.strip(), tuple(made.tolist()), device)
 
 
@@ -109,8 +125,9 @@ _Asked = tuple[str, Any, Any, Mapping[str, Any]]
 def _ask_transformers(out: ConvertedFolder, picture: Any, question: str, device: str) -> _Asked:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    processor = AutoProcessor.from_pretrained(out.path)
-    model: Any = LlavaForConditionalGeneration.from_pretrained(out.path, torch_dtype=_dtype(out))
+    processor = AutoProcessor.from_pretrained(out.path, **_LOCAL)
+    kind: Any = LlavaForConditionalGeneration
+    model = _loaded(kind, out.path, _dtype(out), use_safetensors=True, **_LOCAL)
     model.to(device).eval()
     prompt = question
     if IMAGE not in question:
@@ -125,18 +142,27 @@ def _ask_llava(out: ConvertedFolder, picture: Any, question: str, device: str) -
     import torch
     import transformers
 
+    result, detail = structure.projector(out)
+    if result == FAILED:
+        raise CheckpointError(f"the projector: {detail}", where=str(out.path), advice=_VERIFY)
     dtype, parts = _dtype(out), _parts(out)
     # transformers 5 warns of the older word, even where it says nothing.
     text = {k: v for k, v in out.text.items() if k != "rope_scaling" or v is not None}
     kinds: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    llm = _load(kinds[type(plain_config(text))], text, parts[LLM], dtype)
-    vision = {**_tower_config(out), "model_type": "clip_vision_model"}
-    tower = _load(transformers.CLIPVisionModel, vision, parts[VISUAL_ENCODER], dtype)
+    plain, vision = plain_config(text), {**_tower_config(out), "model_type": "clip_vision_model"}
+    llm = _loaded(kinds[type(plain)], None, dtype, config=plain, state_dict=parts[LLM])
+    tower = _loaded(
+        transformers.CLIPVisionModel,
+        None,
+        dtype,
+        config=plain_config(vision),
+        state_dict=parts[VISUAL_ENCODER],
+    )
     for module in (llm, tower):
         module.to(device).eval()
     if (out.path / "generation_config.json").is_file():
         llm.generation_config = transformers.GenerationConfig.from_pretrained(out.path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out.path, config=llm.config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out.path, config=llm.config, **_LOCAL)
     prompt = question if IMAGE in question else _prompt(out, question)
     before, _, after = prompt.partition(IMAGE)
     pixels = _pixels(out, picture).to(device, dtype)
@@ -222,14 +248,21 @@ def _tower_config(out: ConvertedFolder) -> Mapping[str, Json]:
     raise UnsupportedError(
         f"mm_vision_tower is '{name}', whose config is not known here",
         where=str(out.path / "config.json"),
-        advice="Give a folder of that name, or convert with --format hf, which holds the config.",
+        advice="As LLaVA does, `try` takes a folder of that name, where it is run; or convert with "
+        "--format hf, which holds the config.",
     )
 
 
-def _load(kind: Any, values: Mapping[str, Json], tensors: _Tensors, dtype: torch.dtype) -> Any:
-    """A model of transformers with these config values and tensors, and no file of its own."""
-    config = plain_config(values)
-    return kind.from_pretrained(None, config=config, state_dict=tensors, torch_dtype=dtype)
+def _loaded(kind: Any, source: Path | None, dtype: torch.dtype, **arguments: Any) -> Any:
+    """A model of transformers. Raises `CheckpointError` for tensors it would make up at random."""
+    model, found = kind.from_pretrained(
+        source, torch_dtype=dtype, output_loading_info=True, **arguments
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{kind.__name__} lacks {missing[0]}{more}", advice=_VERIFY)
+    return model
 
 
 def _pixels(out: ConvertedFolder, picture: Any) -> torch.Tensor:
@@ -237,7 +270,7 @@ def _pixels(out: ConvertedFolder, picture: Any) -> torch.Tensor:
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(out.path)
+    processor = AutoImageProcessor.from_pretrained(out.path, **_LOCAL)
     if out.config.get("image_aspect_ratio") == "pad":
         side = max(picture.size)
         colour = tuple(int(mean * _BACKGROUND) for mean in processor.image_mean)

@@ -32,7 +32,8 @@ def test_depth_is_bounded_where_json_itself_still_reads_it() -> None:
         (b'[{"a": 1}]', "f: is not a JSON object"),
         (b"", "f:1: is not JSON: Expecting value"),
         (b"[" * 100_000, "f: is not usable JSON: "),
-        (b'{"a": ' + b"1" * 5_000 + b"}", "f: is not usable JSON: "),
+        (b'{"a": ' + b"1" * 5_000 + b"}", "f: is not usable JSON: a number with 5,000 digits"),
+        (b'{"a": [-' + b"1" * 400 + b"]}", "f: is not usable JSON: a number with 401 digits"),
         (b'{"a": NaN}', "f: is not usable JSON: NaN is not a finite number"),
         (b'{"a": [1.5, -Infinity]}', "f: is not usable JSON: -Infinity is not a finite number"),
         (b'{"a": 1e999}', "f: is not usable JSON: 1e999 is not a finite number"),
@@ -48,6 +49,11 @@ def test_anything_else_is_an_error_message(data: bytes, what: str) -> None:
 
 def test_pairs_of_surrogates_and_finite_floats_are_read() -> None:
     assert parse_json(rb'{"\ud83d\ude00": [-1.5e300, 1e-400]}', "f") == {"😀": [-1.5e300, 0.0]}
+
+
+def test_the_length_of_a_tokenizer_without_one_is_read() -> None:
+    length = 1000000000000000019884624838656
+    assert parse_json(b'{"model_max_length": %d}' % length, "f") == {"model_max_length": length}
 
 
 def test_values_of_another_type_are_none() -> None:

@@ -16,6 +16,7 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _MAX_BYTES = 64 << 20
 _MAX_DEPTH = 64
+_MAX_DIGITS = 100  # `model_max_length` of tokenizers has 31; a float holds 308
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -29,7 +30,11 @@ def parse_json(data: bytes, where: str) -> dict[str, Json]:
     try:
         content = data.decode("utf-8")
         value = json.loads(
-            content, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_not_finite
+            content,
+            object_pairs_hook=_unique,
+            parse_int=_whole_number,
+            parse_float=_finite,
+            parse_constant=_not_finite,
         )
         if _SURROGATE.search(content):  # Half of a pair raises here.
             json.dumps(value, ensure_ascii=False).encode()
@@ -75,6 +80,12 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
             raise ValueError(f"the key '{key[:100]}' is there twice")
         result[key] = value
     return result
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number with {len(digits):,} digits")
+    return int(digits)
 
 
 def _finite(number: str) -> float:

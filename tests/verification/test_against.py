@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from xtuner2llava import (
     verify,
 )
 from xtuner2llava.planning.plan import PlannedTensor
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.tensors import BY_NAME, cast
-from xtuner2llava.verification.against import compare
+from xtuner2llava.verification.against import _first_difference, compare
 
 BITS = "every tensor, bit for bit"
 TENSORS = "tensors against the checkpoint"
@@ -368,3 +370,31 @@ def test_which_nan_counts_only_in_copies(tmp_path: Path, stored: str, differs: b
     assert compare(found, [planned]) == (
         ["w[1] is nan, expected nan; 1 elements differ"] if differs else []
     )
+
+
+def test_a_hostile_file_is_compared_in_the_memory_of_its_size(
+    checkpoints: Path, llama: Path, tmp_path: Path
+) -> None:
+    """A path to each of its values would take gigabytes."""
+    folder = copy_of(llama, tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"k" * 400_000: [0] * 50_000}))
+    tracemalloc.start()
+    found = against(checkpoints, folder, "llama_e_full_fullvis")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "generation_config.json: bos_token_id is null, planned is 1" in results(found)[FILES]
+    assert most < 100 << 20
+
+
+def test_the_first_value_that_differs() -> None:
+    there: Json = {"a": {"b": [1, {"c": True}]}, "n": 1, "x": [1, 2]}
+    assert _first_difference(there, json.loads(json.dumps(there))) is None
+    for planned, found in (
+        ({**there, "n": 1.0}, ("n", "1", "1.0")),
+        ({**there, "n": True}, ("n", "1", "true")),
+        ({**there, "x": [1]}, ("x.1", "2", "null")),
+        ({**there, "x": {}}, ("x", "[1, 2]", "{}")),
+        ({**there, "a": {"b": [1, {"c": False}]}}, ("a.b.1.c", "true", "false")),
+        ({**there, "long": "y" * 100}, ("long", "null", f'"{"y" * 56}...')),
+    ):
+        assert _first_difference(there, planned) == found

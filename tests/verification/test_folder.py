@@ -652,3 +652,47 @@ def test_no_libraries_global_state_is_changed(whole: Path) -> None:
     verify(whole)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert torch.get_default_dtype() is before[1]
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("vision_config", {"num_hidden_layers": 10**9}),
+        ("vision_config", {"image_size": 10**9}),
+        ("text_config", {"model_type": "qwen2_moe", "num_experts": 10**9}),
+        ("text_config", {"model_type": "gpt_neo", "num_layers": 10**9}),
+    ],
+)
+def test_a_model_of_any_size_is_not_made(
+    converted: Converted, tmp_path: Path, part: str, values: dict[str, Any]
+) -> None:
+    folder = copy_of(converted("qwen2_e_full_fullvis", format="hf"), tmp_path)
+    edit_json(folder / "config.json", lambda config: config[part].update(values))
+    check = "tensors of the LLM" if part == "text_config" else "tensors of the vision tower"
+    assert results(verify(folder))[check].endswith(" is 1,000,000,000")
+
+
+def test_a_mean_of_none_is_clips_own(whole: Path, tmp_path: Path) -> None:
+    folder = copy_of(whole, tmp_path)
+    set_keys(folder / "preprocessor_config.json", image_mean=None)
+    seal(folder)
+    assert verify(folder).passed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shards", [{"file": "x" * 5000}]),
+        ("shards", [{"file": ["x"]}, 7]),
+        ("shards", [{"file": ".."}]),
+        ("files", {"x" * 5000: {"blake3": "x"}}),
+        ("files", {"a\0b": 7}),
+    ],
+)
+def test_a_record_of_what_cannot_be_a_file(
+    whole: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    folder = copy_of(whole, tmp_path)
+    set_keys(folder / "conversion.json", **{key: value})
+    check = "checksums of shards" if key == "shards" else "checksums of small files"
+    assert " is not there" in results(verify(folder))[check]

@@ -15,7 +15,7 @@ import torch
 
 from builders.families.checkpoints import Trained, write_trained
 from builders.families.models import KINDS, SIZES, Source, random_tensors, shapes_of_class
-from damage import copy_of, edit_tensors, exchange, results, seal, set_keys
+from damage import copy_of, edit_json, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import Verification, convert, verify
 from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
@@ -95,6 +95,16 @@ def test_what_only_logits_see(checkpoints: Path, whole: Path, tmp_path: Path, da
     found = run(checkpoints, folder)
     assert list(results(found)) == ["small files as planned", LOGITS]
     assert results(found)[LOGITS].endswith(f"the first to differ is: {first}")
+
+
+@pytest.mark.parametrize("values", [{"image_size": 10**6}, {"image_size": -5}, {"patch_size": 0}])
+def test_a_tower_that_cannot_be_run(
+    checkpoints: Path, converted: Converted, tmp_path: Path, values: dict[str, int]
+) -> None:
+    folder = copy_of(converted(CASE, "iter_2_xtuner", dtype="float16", format="hf"), tmp_path)
+    edit_json(folder / "config.json", lambda config: config["vision_config"].update(values))
+    said = results(run(checkpoints, folder))[LOGITS]
+    assert "config.json: " in said or "CLIPVisionModel cannot be run" in said
 
 
 @pytest.mark.parametrize(

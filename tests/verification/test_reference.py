@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,38 @@ def test_what_is_wrong_with_a_file(
     )
     with pytest.raises(UsageError, match=re.escape(says)):
         verify(converted(CASE, dtype="float16"), reference=file)
+
+
+def header(shape: str) -> bytes:
+    """A member of a file whose header says that shape."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "patch"),
+    [
+        ("input_ids", b"text", {}),
+        ("input_ids.npy", b"text", {}),
+        ("input_ids.npy", header("(1, 1000000000000000)"), {}),
+        ("input_ids.npy", header(f"(1, {10**40})"), {}),
+        ("input_ids.npy", header("(4,)") + bytes(16), {6: 1}),  # encrypted
+        ("input_ids.npy", header("(4,)") + bytes(16), {8: 77}),  # compressed in an unknown way
+        ("input_ids.npy", header("(4,)") + bytes(16), {8: 8}),  # not compressed, as it says
+    ],
+)
+def test_a_damaged_file_is_an_error_message(
+    converted: Converted, tmp_path: Path, name: str, data: bytes, patch: dict[int, int]
+) -> None:
+    path = tmp_path / "r.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, data)
+    content = bytearray(path.read_bytes())
+    for offset, value in patch.items():
+        content[offset] = content[content.index(b"PK\x01\x02") + offset + 2] = value
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"r\.npz: (is not a file of numpy|input_ids is \|S4)"):
+        verify(converted(CASE, dtype="float16"), reference=path)
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,15 @@ def trained_processor(checkpoint: Checkpoint, tower: Path, findings: Findings) -
         values, path = _in_folder(tower)
     else:
         values, path = _of_training(config, tower, findings)
+    where = str(path or "image_processor of the XTuner config")
+    raise_faults(PlanError, [Fault(where, what) for what in colour_faults(values)])
     tower_config, crop = checkpoint.visual_encoder.config, clip_processor(values)["crop_size"]
     size = integer(tower_config.values, "image_size") if tower_config else None
     height = crop.get("height") if isinstance(crop, dict) else None
     if "crop_size" in values and height not in (None, size) and size is not None:
         raise PlanError(
             f"prepares images of {height} pixels, the vision tower takes {size}",
-            where=str(path or "image_processor of the XTuner config"),
+            where=where,
             advice="Do the image processor and the tower belong together?",
         )
     loadable, note = loadable_image_processor(values)
@@ -137,6 +139,7 @@ PADDING_NOTE = (
 
 def image_processor_faults(values: Mapping[str, Json]) -> Iterator[str]:
     """Why not every transformers makes an image processor of a preprocessor_config.json."""
+    yield from colour_faults(values)
     named = values.get("image_processor_type")
     if named == PADDING_CLASS:
         if values.get("do_pad") is not True:
@@ -144,6 +147,15 @@ def image_processor_faults(values: Mapping[str, Json]) -> Iterator[str]:
     elif loadable_image_processor(values)[1] is not None:
         found = "no class" if named is None else str(named)
         yield f"{PREPROCESSOR} names {found}, expected {CLASS} in image_processor_type"
+
+
+def colour_faults(values: Mapping[str, Json]) -> Iterator[str]:
+    """What is not a mean or a deviation of three channels; None stands for CLIP's own."""
+    for key in ("image_mean", "image_std"):
+        found = values.get(key)
+        channels = [type(each) in (int, float) for each in found] if isinstance(found, list) else []
+        if found is not None and channels != [True] * 3:
+            yield f"{key} is {found!r}, expected three numbers"
 
 
 def processor_faults(values: Mapping[str, Json], patch_size: int | None) -> Iterator[str]:

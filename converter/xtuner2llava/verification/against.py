@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError
@@ -179,22 +180,27 @@ def _file_fault(out: ConvertedFolder, name: str, data: bytes) -> str | None:
     if found == data:
         return None
     if name.endswith(".json"):
-        there, planned = (dict(_leaves(v)) for v in (parse_json(found, name), json.loads(data)))
-        for key in {**planned, **there}:
-            values = [leaves.get(key, "null") for leaves in (there, planned)]
-            if values[0] != values[1]:
-                short = [text if len(text) <= 60 else f"{text[:57]}..." for text in values]
-                return f"{name}: {key} is {short[0]}, planned is {short[1]}"
-        return f"{name} differs in its formatting"
+        different = _first_difference(parse_json(found, name), json.loads(data))
+        if different is None:
+            return f"{name} differs in its formatting"
+        key, there, planned = different
+        return f"{name}: {key} is {there}, planned is {planned}"
     pairs = enumerate(zip(found, data, strict=False))
     at = next((n for n, (a, b) in pairs if a != b), min(len(found), len(data)))
     return f"{name} differs from byte {at:,} on"
 
 
-def _leaves(value: Json, where: str = "") -> Iterator[tuple[str, str]]:
-    """The values inside `value` as JSON text, each with the keys that lead to it."""
-    if not value or not isinstance(value, dict | list):
-        yield where, json.dumps(value, ensure_ascii=False)
-        return
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from _leaves(item, f"{where}.{key}" if where else str(key))
+def _first_difference(there: Json, planned: Json, where: str = "") -> tuple[str, str, str] | None:
+    """The keys that lead to the first different value, and both values as short JSON text."""
+    pairs: Iterator[tuple[object, tuple[Json, Json]]] = iter(())
+    if isinstance(there, dict) and isinstance(planned, dict):
+        pairs = ((key, (there.get(key), planned.get(key))) for key in {**planned, **there})
+    elif isinstance(there, list) and isinstance(planned, list):
+        pairs = enumerate(zip_longest(there, planned))
+    elif there != planned or type(there) is not type(planned):
+        texts = (json.dumps(value, ensure_ascii=False) for value in (there, planned))
+        one, other = (text if len(text) <= 60 else f"{text[:57]}..." for text in texts)
+        return where, one, other
+    prefix = f"{where}." if where else ""
+    inside = (_first_difference(*pair, f"{prefix}{key}") for key, pair in pairs)
+    return next(filter(None, inside), None)

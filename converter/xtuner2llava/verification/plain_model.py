@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 # A hostile config may ask for a billion layers; no model has more than these.
-_MOST = {"num_hidden_layers": 1000, "num_local_experts": 1000, "n_layer": 1000}
+_MOST = {
+    re.compile(r".*layers?|.*experts"): 1000,
+    re.compile(r"image_size|num_channels"): 1 << 14,
+}
 # The experts of a layer as transformers 5 holds them (`conversion_mapping.py` there): gate and up
 # of each expert in one tensor, and down in another.
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -48,10 +51,7 @@ def plain_config(values: Mapping[str, Json]) -> Any:
             given["rope_theta"] = scaling.pop("rope_theta")
         kind = scaling.get("rope_type", scaling.get("type"))
         given["rope_scaling"] = scaling if kind not in (None, "default") else None
-    for key, most in _MOST.items():
-        number = given.get(key)
-        if isinstance(number, int) and number > most:
-            raise CorruptFileError(f"{key} is {number:,}", where="config.json")
+    _check_counts(given)
     model_type = given.pop("model_type", None)
     known = getattr(transformers, "CONFIG_MAPPING", {})
     if not isinstance(model_type, str) or model_type not in known:
@@ -83,6 +83,7 @@ def new_tower(values: Mapping[str, Json]) -> Any:
     import transformers
 
     classes: Any = transformers
+    _check_counts(values)
     ours = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
     known = {key: value for key, value in values.items() if key not in ours}
     with _making("model"):
@@ -160,6 +161,17 @@ def in_files(model: Any) -> dict[str, list[tuple[str, _Shape]]]:
             stored = _TOWER + name
         found[name] = [(stored, shape)]
     return found
+
+
+def _check_counts(values: Mapping[str, Json]) -> None:
+    """Raises `CorruptFileError` for a model that would take all time or memory to make."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif isinstance(value, int):
+            for pattern, most in _MOST.items():
+                if value > most and pattern.fullmatch(key):
+                    raise CorruptFileError(f"{key} is {value:,}", where="config.json")
 
 
 @contextmanager

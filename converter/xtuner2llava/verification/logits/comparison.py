@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,10 @@ _BEFORE, _AFTER = 8, 24  # tokens before and after the image
 _HEAD_ELEMENTS, _LOGITS = 2 << 20, 4 << 20
 
 
-def fixed_input(*models: Model) -> ModelInput:
-    """A fixed image of the size that the first tower takes, and ids spread over the vocabulary."""
+def fixed_input(vision: Mapping[str, Json], *models: Model) -> ModelInput:
+    """A fixed image of the size that the tower takes, and ids spread over the vocabulary."""
     import torch
 
-    vision = models[0].vision
     size, channels = integer(vision, "image_size") or 224, integer(vision, "num_channels") or 3
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, channels, size, size, generator=generator)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtuner2llava.errors import CheckpointError, Fault, UsageError, raise_faults
+from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UsageError, raise_faults
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
@@ -96,7 +96,7 @@ def read_reference(path: Path) -> tuple[ModelInput, torch.Tensor]:
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    """All arrays, unless they are too large for the memory that this may take; nothing pickled."""
+    """The arrays, unless they are too large for the memory that this may take; nothing pickled."""
     import numpy
 
     try:
@@ -109,8 +109,11 @@ def _arrays(path: Path) -> dict[str, Any]:
                 advice="Save the logits of the last positions only: logits[:, -64:].",
             )
         with numpy.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            return {name: numpy.asarray(file[name]) for name in _ARRAYS if name in file}
+    except ConversionError:
+        raise
+    # zipfile, zlib and numpy raise many kinds, MemoryError among them, of a file that is damaged.
+    except Exception as error:
         raise UsageError(
             f"is not a file of numpy.savez ({error})", where=str(path), advice=_ADVICE
         ) from error

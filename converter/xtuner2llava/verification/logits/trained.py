@@ -52,13 +52,14 @@ def logits_checks(
     advance: Callable[[int], None],
 ) -> Iterator[Check]:
     """Runs both models and compares their logits; `figures` gets the numbers."""
-    folder = folder_model(out, plan.checkpoint)
+    # The trained tower's config: the folder's may say anything.
+    folder, vision = folder_model(out, plan.checkpoint), _vision_config(plan.checkpoint)
     source = partial(_source_model, plan.checkpoint, trust_remote_code)
     try:
         trained = source(partial(rounded, dtype=plan.dtype))
     except UnsupportedError as error:
         yield Check(LOGITS, SKIPPED, f"{error.faults[0]}; only the folder itself was run")
-        comparison = Comparison(fixed_input(folder), advance)
+        comparison = Comparison(fixed_input(vision, folder), advance)
         comparison.add(FOLDER, folder)
         comparison.compare([(FOLDER, FOLDER)])
         figures["logits"] = comparison.to_dict()
@@ -66,7 +67,7 @@ def logits_checks(
         return
     kinds = {planned.how for planned in plan.tensors}
     pairs = [(ROUNDED, FOLDER), (ROUNDED, NUDGED)]
-    comparison = Comparison(fixed_input(folder, trained), advance)
+    comparison = Comparison(fixed_input(vision, folder, trained), advance)
     if kinds != {"copy"}:
         comparison.add(TRAINED, source(as_stored))
         pairs.append((TRAINED, FOLDER))

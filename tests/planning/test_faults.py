@@ -227,6 +227,44 @@ def test_a_projector_that_lacks_one_tensor(workshop: Workshop) -> None:
     assert "projector.model.2.bias: is missing" in fault
 
 
+@pytest.mark.parametrize("index", ["10000000000", "9" * 5000, "\u0664"])
+def test_a_projector_with_a_hostile_index(workshop: Workshop, index: str) -> None:
+    """It would be a loop over all layers below that."""
+    import torch
+
+    name = f"model.{index}.weight"
+    change = {name: torch.zeros(2)}
+    folder = spoiled_projector(workshop, lambda tensors: tensors.update(change))
+    (fault,) = workshop.faults(QWEN, folder)
+    assert fault.endswith(f"projector.{name}: is unexpected")
+
+
+@pytest.mark.parametrize("layer", [-6, -5, 4, 5])
+def test_a_layer_that_the_tower_does_not_have(workshop: Workshop, layer: int) -> None:
+    """`hidden_states` has one more than there are layers, which are four."""
+    text = (workshop.checkpoints / QWEN / "config.py").read_text()
+    config = workshop.folder / "config.py"
+    frozen = "freeze_llm=False,"
+    config.write_text(text.replace(frozen, f"{frozen} visual_select_layer={layer},"))
+    if layer in (-5, 4):
+        made = workshop.plan(QWEN, xtuner_config=config)
+        assert made.config["mm_vision_select_layer"] == layer
+    else:
+        (fault,) = workshop.faults(QWEN, xtuner_config=config)
+        assert f"visual_select_layer is {layer}, and the vision tower has 4 layers" in fault
+
+
+@pytest.mark.parametrize("mean", [0.5, [0.5, 0.5], [0.5, True, 0.5], "x"])
+def test_a_mean_that_is_not_of_three_channels(workshop: Workshop, mean: object) -> None:
+    tower = workshop.vision()
+    values = json.loads((tower / "preprocessor_config.json").read_text())
+    (tower / "preprocessor_config.json").write_text(json.dumps(values | {"image_mean": mean}))
+    (fault,) = workshop.faults(QWEN, vision=tower)
+    assert fault.endswith(
+        f"preprocessor_config.json: image_mean is {mean!r}, expected three numbers"
+    )
+
+
 def test_a_projector_with_another_activation(workshop: Workshop) -> None:
     folder = spoiled_projector(workshop, lambda tensors: None)
     config = json.loads((folder / "projector/config.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +11,10 @@ import pytest
 
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS
+from damage import set_keys
 from reference.cases import Converted, read_reference
 from reference.compose import Llava, compose
-from xtuner2llava import convert
+from xtuner2llava import convert, verify
 
 if TYPE_CHECKING:
     import torch
@@ -65,3 +68,28 @@ def test_it_generates(folder: Path, checkpoints: Path) -> None:
     assert 1 <= len(ids) <= 6
     # It stops at all that are among the eos ids.
     assert generate(folder, checkpoints, eos_token_id=[STOP, ids[0]]) == ids[:1]
+
+
+@pytest.mark.parametrize("format", ["llava", "hf"])
+def test_ids_without_a_row_are_left_out(checkpoints: Path, tmp_path: Path, format: str) -> None:
+    """As in the first configs of Llama 2, which pad with the number of rows."""
+    llm = shutil.copytree(checkpoints / "bases/llm_llama", tmp_path / "llm")
+    set_keys(llm / "generation_config.json", pad_token_id=384, eos_token_id=[2, 999, 384])
+    set_keys(llm / "config.json", pad_token_id=384, bos_token_id=1)
+    made = convert(
+        checkpoints / "llama_e_full_fullvis/iter_2.pth",
+        tmp_path / "llava-llama",
+        llm=llm,
+        vision=checkpoints / "bases/vision_clip",
+        vision_tower_name="openai/x",
+        format=format,
+    )
+    assert verify(tmp_path / "llava-llama").passed
+    values = json.loads((tmp_path / "llava-llama/generation_config.json").read_text())
+    assert values["eos_token_id"] == 2
+    assert values.get("pad_token_id") != 384 or format == "hf"
+    rows = "the vocabulary has 384 rows."
+    assert {note for note in made.plan.notes if note.endswith(rows)} == {
+        f"The base's pad_token_id 384 is left out: {rows}",
+        f"The base's eos_token_id 999, 384 is left out: {rows}",
+    }

@@ -22,8 +22,8 @@ from xtuner2llava.tokenizers import Tokenizer
 
 VOCABULARY = "4.37.2"
 # Keys about the machine or the library that wrote the file, not about generation.
-_HOUSEKEEPING = ("_from_model_config", "transformers_version", "bos_token_id", "eos_token_id",
-                 "pad_token_id")  # fmt: skip
+_TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+_HOUSEKEEPING = _TOKENS | {"_from_model_config", "transformers_version"}
 
 # What counts only where tokens are drawn, or only with beams, and the values that say nothing.
 # transformers refuses to save a model with others (`GenerationConfig.validate` and
@@ -85,6 +85,23 @@ def token_ids(
     pad = of_texts(named.pad) or of_base("pad_token_id")
     ends = tuple(dict.fromkeys([*of_texts(*stop_words), *eos]))
     return TokenIds(bos[0] if bos else None, ends, pad[0] if pad else None)
+
+
+def ids_with_rows(values: Mapping[str, Json], rows: int) -> tuple[dict[str, Json], tuple[str, ...]]:
+    """The `values` of a base's config, of token ids those with a row, and a note on each other.
+
+    The first configs of Llama 2 pad with 32000, which is the number of rows.
+    """
+    kept, notes = dict(values), []
+    for key in _TOKENS & values.keys():
+        value = values[key]
+        listed = value if isinstance(value, list) else [value]
+        beyond = [n for n in listed if isinstance(n, int) and n >= rows]
+        if beyond:
+            kept[key] = [n for n in listed if n not in beyond]
+            found = ", ".join(map(str, beyond))
+            notes.append(f"The base's {key} {found} is left out: the vocabulary has {rows} rows.")
+    return kept, tuple(sorted(notes))
 
 
 def output_config(

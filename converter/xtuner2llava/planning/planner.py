@@ -16,7 +16,13 @@ from xtuner2llava.options import Options, flag, parse_size
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning import image_processor, language_model, placement, vision_tower
 from xtuner2llava.planning.chat import generation_tokens, with_trained_bos, with_trained_chat
-from xtuner2llava.planning.config import TokenIds, generation_config, json_bytes, output_config
+from xtuner2llava.planning.config import (
+    TokenIds,
+    generation_config,
+    ids_with_rows,
+    json_bytes,
+    output_config,
+)
 from xtuner2llava.planning.plan import Chat, Fidelity, Findings, MappingInUse, Plan
 from xtuner2llava.planning.redaction import cached_id, redact_json
 from xtuner2llava.planning.tokenizer import (
@@ -256,8 +262,16 @@ class Assessment:
 
     @_part
     def layer(self) -> int:
-        config = self.checkpoint.training_config
-        return -2 if config is None else config.visual_select_layer
+        """Whose hidden states the projector gets, counted as `hidden_states` of transformers."""
+        config, layers = self.checkpoint.training_config, self.tower["num_hidden_layers"]
+        layer = -2 if config is None else config.visual_select_layer
+        if isinstance(layers, int) and not -layers - 1 <= layer <= layers:
+            raise PlanError(
+                f"visual_select_layer is {layer}, and the vision tower has {layers} layers",
+                where=config.where if config is not None else "",
+                advice="Do the XTuner config and the base vision tower belong to this checkpoint?",
+            )
+        return layer
 
     @_part
     def depth(self) -> int:
@@ -280,13 +294,17 @@ class Assessment:
 
     @_part
     def generation(self) -> tuple[TokenIds, Chat]:
+        rows = self.llm.rows
+        generation, generation_notes = ids_with_rows(self.base_generation, rows)
+        config, config_notes = ids_with_rows(self.llm_config, rows)
+        self.found.note(*generation_notes, *config_notes)
         ids, chat = generation_tokens(
             self.catalogue,
             self.family,
             self.tokenizer,
             self.checkpoint.training_data,
             self.options.bos_token,
-            (self.base_generation, self.llm_config),
+            (generation, config),
             self.found,
         )
         _, tokens = self.format_tokens

@@ -37,6 +37,8 @@ _ADVICE = (
 # The owners under whose names the builders look on the Hub; any other `owner/name` is a path there.
 _HUB_ID = re.compile(r"(openai|laion|Lin-Chen(?=/ShareGPT4V))/[\w.-]+", re.ASCII)
 _SHOWN = 4  # differences in a message
+# Hostile names have larger indices.
+_LINEAR = re.compile(r"model\.(\d{1,3})\.(?:weight|bias)", re.ASCII)
 
 # Of CLIPVisionConfig, the keys that decide what a tower computes; `projection_dim` does not.
 _CONFIG = {key: value for key, value in CLIP_VISION_DEFAULTS.items() if key != "projection_dim"}
@@ -287,8 +289,7 @@ def check_projector(checkpoint: Checkpoint, llm_hidden: object) -> None:
 
 def depth_of(names: Iterable[str]) -> int:
     """The number of linear layers among tensor names such as `model.2.weight`."""
-    found = [name.split(".") for name in names]
-    indices = [int(parts[1]) for parts in found if len(parts) == 3 and parts[1].isdecimal()]
+    indices = [int(found[1]) for found in map(_LINEAR.fullmatch, names) if found]
     return max(indices, default=0) // 2 + 1
 
 

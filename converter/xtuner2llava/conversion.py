@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtuner2llava.errors import UsageError
 from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import ConvertOptions, InspectOptions, Options, PathOrText, PushOptions
 from xtuner2llava.planning.plan import Plan
@@ -152,6 +153,12 @@ class _Conversion:
         from xtuner2llava.sources.xtuner_folder import check_no_part
         from xtuner2llava.writing import OutputFolder
 
+        if self.out.resolve() == Path.cwd():
+            raise UsageError(
+                "is the folder that this runs in, and OUT takes its place by renaming",
+                where=str(self.out),
+                advice="Run the command in the folder above, and give the name of this one.",
+            )
         checkpoint = self.plan.checkpoint
         check_no_part(checkpoint.artifact.path, self.out)
         read = (checkpoint.artifact.path, checkpoint.llm.folder, checkpoint.visual_encoder.folder)

@@ -153,6 +153,33 @@ def test_without_standard_streams(words: str, status: int) -> None:
     assert subprocess.run(["sh", "-c", command], check=False).returncode > 2
 
 
+def test_out_is_not_the_folder_that_it_runs_in(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renaming would leave the shell in a folder that is gone, in which nothing more works."""
+    home = tmp_path / "llava-qwen2"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    for out in (".", home, "../llava-qwen2"):
+        done = run("convert", words[0], out, *words[1:])
+        assert done.exit_code == 2
+        assert "is the folder that this runs in" in done.stderr
+    assert [*tmp_path.iterdir()] == [home]
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", words[0], home.name, *words[1:]).exit_code == 0
+    monkeypatch.chdir(home)  # Finished, so there is nothing to rename.
+    assert "already converted" in run("convert", words[0], ".", *words[1:]).stdout
+
+
+def test_an_alpha_without_lora_is_said(words: list[str], checkpoints: Path) -> None:
+    """Who gives one believes that the checkpoint has an adapter."""
+    full = str(checkpoints / "qwen2_e_full_fullvis/iter_2.pth")
+    for flag, part in (("--lora-alpha", "LLM"), ("--vision-lora-alpha", "vision tower")):
+        note = f"Note: {flag} has no effect: the {part} has no LoRA."
+        assert note in run("plan", full, *words[1:], flag, "16").stdout
+        assert note not in run("plan", *words, flag, "32").stdout
+
+
 def test_json_is_ascii(tmp_path: Path) -> None:
     """So it is JSON in any encoding of stdout, and no name in it moves the cursor."""
     name = "caf\u00e9\U0001f600\x9b31m.pth"

@@ -121,6 +121,10 @@ class Assembly:
         tensors, origin = found or ({}, "not downloaded")
         if adapter is not None:
             tensors = untied(tensors, adapter, config)
+        if adapter is None and not self.before_training and self.options.alpha(base.part):
+            self.notes.append(
+                f"{_ALPHA_FLAGS[base.part]} has no effect: the {base.title} has no LoRA."
+            )
         part = Part(tensors, origin, trained, config, folder, name, adapter)
         if adapter is None or found is None:
             return part

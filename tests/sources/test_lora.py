@@ -91,6 +91,30 @@ def test_the_scale(values: dict[str, Any], rank: int, scale: float | None) -> No
     assert settings(**values).scale("model.layers.0.self_attn.q", rank) == scale
 
 
+@pytest.mark.parametrize(
+    ("alphas", "ranks", "scale"),
+    [
+        ({"q": 4, "self_attn.q": 8}, {}, None),
+        ({"q": 8, "self_attn.q": 8}, {}, 4.0),
+        ({"q": 8}, {"q": 2}, 4.0),
+        ({"q": 8}, {"k": 2}, 4.0),
+        ({"self_attn.q": 8}, {"q": 2}, None),
+        ({"self_attn.q": 8}, {"(q|k)": 2}, None),
+        ({"self_attn.q": 2}, {"q": 2}, 1.0),
+    ],
+)
+def test_patterns_whose_order_decides_are_refused(
+    alphas: dict[str, int], ranks: dict[str, int], scale: float | None
+) -> None:
+    """Neither XTuner's config nor adapter_config.json keeps it, and PEFT 0.13 and 0.14 differ."""
+    chosen = settings(alpha_pattern=alphas, rank_pattern=ranks)
+    if scale is None:
+        with pytest.raises(ValueError, match=r"its alpha is . or . by alpha_pattern and rank"):
+            chosen.scale("model.layers.0.self_attn.q", 2)
+    else:
+        assert chosen.scale("model.layers.0.self_attn.q", 2) == scale
+
+
 def test_rslora_of_a_rank_that_is_not_a_square() -> None:
     assert settings(use_rslora=True).scale("q", 3) == 2 / math.sqrt(3)
 
@@ -148,7 +172,7 @@ def test_settings_without_effect_on_the_weights_are_fine() -> None:
         use_qalora=False, qalora_group_size=16, target_parameters=None, megatron_core="m",
         megatron_config=None, trainable_token_indices=None, eva_config=None, corda_config=None,
     )  # fmt: skip
-    read = {"ranks": frozenset({4, 8}), "base": "x"}  # to compare with, not to merge by
+    read = {"rank_pattern": frozenset("q"), "ranks": frozenset({4, 8}), "base": "x"}  # to compare with, not to merge by
     assert chosen == LoraSettings("adapter_config.json", 2.0, **read)  # type: ignore[arg-type]
 
 
@@ -170,7 +194,7 @@ def test_the_settings_of_an_xtuner_config() -> None:
         " rank_pattern={'q': 2}, alpha_pattern=dict(q=1), layers_to_transform=[1]"
     ) == LoraSettings(
         "config.py", 2.5, use_rslora=True, use_dora=True, fan_in_fan_out=True, bias="all",
-        alpha_pattern={"q": 1.0}, ranks=frozenset({4, 2}),
+        alpha_pattern={"q": 1.0}, rank_pattern=frozenset("q"), ranks=frozenset({4, 2}),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ _UNDERSTOOD = frozenset(
     "alpha_pattern base_model_name_or_path bias fan_in_fan_out init_lora_weights lora_alpha "
     "peft_type r rank_pattern use_dora use_rslora".split()
 )
+_PLAIN = re.compile(r"[\w.]+")
 # A larger one is damage, infinity or NaN.
 _LARGEST_ALPHA = 1e9
 # Initialisations that also change the base weights, so that the base is not what was trained on.
@@ -32,7 +33,8 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 class LoraSettings:
     """The settings of an adapter in one record. `where` is the record: a file, or a flag.
 
-    `ranks` are all that it names; empty where it names none. `base` is the base model's name.
+    `rank_pattern` are the keys of that, `ranks` all that the record names; empty where it names
+    none. `base` is the base model's name.
     """
 
     where: str
@@ -42,6 +44,7 @@ class LoraSettings:
     fan_in_fan_out: bool = False
     bias: str = "none"
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: frozenset[str] = frozenset()
     ranks: frozenset[int] = frozenset()
     base: str | None = None
 
@@ -63,13 +66,12 @@ class LoraSettings:
             refused.append((what, advice))
         if (bias := values.get("bias") or "none") not in ("none", "all", "lora_only"):
             refused.append((f"bias={bias!r}, expected none, all or lora_only", ""))
-        found = values.get("alpha_pattern")
-        pattern = found if isinstance(found, Mapping) else {}
+        pattern = _mapping(values, "alpha_pattern")
         refused += [
             (f"alpha_pattern {key!r}: {value!r} is not a plain name", "")
             for key, value in pattern.items()
             # PEFT takes keys as regular expressions; those of untrusted files are not run.
-            if not re.fullmatch(r"[\w.]+", str(key)) or not _is_number(value)
+            if not _PLAIN.fullmatch(str(key)) or not _is_number(value)
         ]
         alpha, base = values.get("lora_alpha"), values.get("base_model_name_or_path")
         if alpha is not None and not _is_number(alpha):
@@ -83,6 +85,7 @@ class LoraSettings:
             bool(values.get("fan_in_fan_out")),
             str(bias),
             {str(key): float(value) for key, value in pattern.items()},
+            frozenset(map(str, _mapping(values, "rank_pattern"))),
             _ranks(values),
             base if isinstance(base, str) and base else None,
         )
@@ -106,9 +109,23 @@ class LoraSettings:
         return cls.from_mapping(values, lora.where)
 
     def scale(self, module: str, rank: int) -> float | None:
-        """alpha / rank, or alpha / sqrt(rank) for rslora; None if no alpha is known."""
-        named = (v for k, v in self.alpha_pattern.items() if f".{module}".endswith(f".{k}"))
-        alpha = next(named, self.alpha)
+        """alpha / rank, or alpha / sqrt(rank) for rslora; None if no alpha is known.
+
+        Raises `ValueError` where the patterns leave open which alpha counts.
+        """
+        named = {k: v for k, v in self.alpha_pattern.items() if f".{module}".endswith(f".{k}")}
+        alphas = set(named.values()) if named else {self.alpha}
+        # The first key counts, and mmengine and PEFT save them sorted. Up to 0.13, PEFT took the
+        # first of `rank_pattern` for both (peft `tuners/lora/model.py`, `_create_and_replace`).
+        if named and any(
+            f".{module}".endswith(f".{key}") or not _PLAIN.fullmatch(key)
+            for key in self.rank_pattern - named.keys()
+        ):
+            alphas.add(self.alpha)
+        if len(alphas) > 1:
+            known = " or ".join(sorted("unknown" if a is None else f"{a:g}" for a in alphas))
+            raise ValueError(f"its alpha is {known} by alpha_pattern and rank_pattern")
+        (alpha,) = alphas
         if alpha is None:
             return None
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -165,13 +182,17 @@ def settle(
 
 
 def _ranks(values: Mapping[str, Any]) -> frozenset[int]:
-    pattern = values.get("rank_pattern")
-    named = [*pattern.values()] if isinstance(pattern, Mapping) else []
-    usual = values.get("r")
+    usual, named = values.get("r"), _mapping(values, "rank_pattern").values()
     # Without the usual rank, the pattern is not all of them.
     return frozenset(
         n for n in (usual, *named) if isinstance(usual, int) and isinstance(n, int) and n > 0
     )
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
+    """The dict under `key`; empty where there is none."""
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _alphas(record: LoraSettings) -> str:

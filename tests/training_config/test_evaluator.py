@@ -461,6 +461,12 @@ def _read_or_refuse(text: str) -> None:
         assert all(isinstance(name, str) for name in names)
 
 
+@pytest.mark.parametrize("expression", ["1e999", "-1e999", "1e999 - 1e999", "[1e308 * 10]"])
+def test_a_number_that_json_cannot_hold_is_unknown(expression: str) -> None:
+    found = value(expression)
+    assert isinstance(found[0] if isinstance(found, list) else found, Unknown)
+
+
 def test_the_text_of_an_expression_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each of its levels would take minutes for a dict of the largest size."""
     made: list[ast.AST] = []

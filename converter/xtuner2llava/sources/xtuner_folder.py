@@ -98,7 +98,7 @@ def open_xtuner_folder(path: Path) -> Artifact:
             for part, home in homes.items()
             if (file := home / _ADAPTER).is_file()
         },
-        config=(read_small(config, _MAX_CONFIG_BYTES).decode("utf-8", "replace"), str(config))
+        config=(read_small(config, _MAX_CONFIG_BYTES).decode("utf-8-sig", "replace"), str(config))
         if config.is_file()
         else None,
         folders=folders,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 import warnings
@@ -323,6 +324,7 @@ class _Evaluator:
     def _bounded(self, value: Any, node: ast.expr | ast.AugAssign) -> Value:
         """A plain value of a size that a config may need."""
         large = isinstance(value, int) and value.bit_length() > _BITS_LIMIT
+        large |= isinstance(value, float) and not math.isfinite(value)  # Not a number of JSON.
         if large or (isinstance(value, str) and len(value) > _LENGTH_LIMIT):
             return Unknown(_TOO_LARGE, node.lineno)
         self._spend(len(value) if isinstance(value, str) else 0)

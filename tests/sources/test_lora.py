@@ -172,7 +172,8 @@ def test_settings_without_effect_on_the_weights_are_fine() -> None:
         use_qalora=False, qalora_group_size=16, target_parameters=None, megatron_core="m",
         megatron_config=None, trainable_token_indices=None, eva_config=None, corda_config=None,
     )  # fmt: skip
-    read = {"rank_pattern": frozenset("q"), "ranks": frozenset({4, 8}), "base": "x"}  # to compare with, not to merge by
+    # To compare with, not to merge by.
+    read = {"rank_pattern": frozenset("q"), "ranks": frozenset({4, 8}), "base": "x"}
     assert chosen == LoraSettings("adapter_config.json", 2.0, **read)  # type: ignore[arg-type]
 
 

@@ -114,7 +114,7 @@ class LoraSettings:
         Raises `ValueError` where the patterns leave open which alpha counts.
         """
         named = {k: v for k, v in self.alpha_pattern.items() if f".{module}".endswith(f".{k}")}
-        alphas = set(named.values()) if named else {self.alpha}
+        alphas: set[float | None] = {*named.values()} if named else {self.alpha}
         # The first key counts, and mmengine and PEFT save them sorted. Up to 0.13, PEFT took the
         # first of `rank_pattern` for both (peft `tuners/lora/model.py`, `_create_and_replace`).
         if named and any(

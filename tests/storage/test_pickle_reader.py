@@ -69,16 +69,6 @@ def test_integers_are_read_up_to_512_bits() -> None:
         read_pickle(pickle.dumps(longest + 1, 2), "here")
 
 
-def test_objects_made_with_keywords_become_records() -> None:
-    """NEWOBJ_EX takes a class, a tuple and a dict; what lies below them stays."""
-    opcodes = b"\x80\x04]ccollections\ndefaultdict\nK\x05\x85}\x8c\x01aK\x06s\x92a."
-    made = read_pickle(opcodes, "here")
-    assert isinstance(made, list)
-    (record,) = made
-    assert isinstance(record, Record)
-    assert (record.name, record.arguments) == ("collections.defaultdict", (5, {"a": 6}))
-
-
 def test_shared_objects_are_shared() -> None:
     inner = [1]
     value = read_pickle(pickle.dumps([inner, inner, {"again": inner}]), "here")

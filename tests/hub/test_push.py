@@ -89,6 +89,15 @@ def test_private_revision_and_message(hub: HubServer, client: Client, out: Path)
     assert pushed["revision"] == "v1"
 
 
+def test_a_public_repository_is_not_private(hub: HubServer, client: Client, out: Path) -> None:
+    repo = hub.add("ann/llava-qwen")
+    text = fault(client, out, private=True)
+    assert text.startswith("HubError: ann/llava-qwen: is public, and private=True is given")
+    assert repo.content() == {}
+    client.call("push", out, "ann/llava-mine-qwen", private=True)
+    client.call("push", out, "ann/llava-mine-qwen", private=True)  # It was made so.
+
+
 def test_convert_publishes_what_it_wrote(
     hub: HubServer, client: Client, original: Path, tmp_path: Path
 ) -> None:

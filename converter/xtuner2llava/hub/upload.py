@@ -78,10 +78,10 @@ def open_upload(repo_id: str, options: PushOptions) -> Iterator[Upload]:
 class Upload:
     """Files on their way into the model repository `repo_id`: `owner/name`, or `name` of the user.
 
-    It is made if it does not exist, and only then does `private` of the options count; so is their
-    branch. Nothing is visible there before `commit`. What was sent by an earlier attempt is not
-    sent again: the Hub's storage knows files by their content. Raises `HubError`, and `UsageError`
-    for a name that no repository can have.
+    It is made if it does not exist, and so is the branch; a public one is refused where the options
+    ask for a private one. Nothing is visible there before `commit`. What was sent by an earlier
+    attempt is not sent again: the Hub's storage knows files by their content. Raises `HubError`,
+    and `UsageError` for a name that no repository can have.
     """
 
     def __init__(self, repo_id: str, options: PushOptions) -> None:
@@ -98,6 +98,12 @@ class Upload:
                 lambda: self._api.create_repo(repo_id, private=options.private, exist_ok=True)
             )
             self.repo_id = made.repo_id
+            if options.private and not self._api.model_info(self.repo_id).private:
+                raise HubError(
+                    "is public, and --private is given",
+                    where=self.repo_id,
+                    advice="Make it private in its settings, or leave --private out.",
+                )
             # A new branch is made with the commit; until then the default one stands for it.
             self._has_branch = self._head() is not None
 

@@ -199,7 +199,7 @@ class PushOptions(WatchedOptions):
         metavar="N",
         unset="min(4, cores)",
     )
-    private: bool = option(False, HUB, "If the repository is made, only you see it.")
+    private: bool = option(False, HUB, "Only you see the repository; a public one is refused.")
     revision: str | None = option(None, HUB, "Made if need be.", metavar="BRANCH", unset="main")
     commit_message: str | None = option(None, HUB, "What the commit is called.", metavar="TEXT")
 

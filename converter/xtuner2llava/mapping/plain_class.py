@@ -17,17 +17,8 @@ from xtuner2llava.mapping.config_rules import Requirements, failures
 from xtuner2llava.mapping.expressions import Environment, Expression, same, show
 from xtuner2llava.mapping.names import Suggestions, TensorFaults, fold, shortened
 from xtuner2llava.mapping.rules import RuleOrBlock, read_shapes
-from xtuner2llava.mapping.schema import GIVEN, Reader, key
+from xtuner2llava.mapping.schema import GIVEN, KINDS, Reader, key
 from xtuner2llava.mapping.yaml import Document
-
-# The types that a config's value may have where its usual one is of a type, and their name.
-_KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text"),
-    list: ((list, tuple), "a list"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +160,7 @@ def _whole(value: object) -> object:
 
 def _expected_kind(value: object, usual: object) -> str:
     """What a value is expected to be, if it is of another kind than the usual one; null is not."""
-    kinds, title = _KINDS.get(type(usual), ((), ""))
+    kinds, title = KINDS.get(type(usual), ((), ""))
     return title if kinds and value is not None and type(value) not in kinds else ""
 
 

@@ -26,10 +26,11 @@ ABSENT = Node(1, 1, None)
 # The metadata of a field that has no key: the caller of `bind` gives it, or it keeps its default.
 GIVEN: Mapping[str, None] = {"key": None}
 _T = TypeVar("_T")
-# What the types of plain values are in YAML, and what messages call them.
-_KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
+# What the types of plain values are in YAML and JSON, and what messages call them.
+KINDS: Mapping[type, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a text"),
     bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     list: ((list,), "a list"),
     dict: ((dict,), "a table of keys and values"),
@@ -126,7 +127,7 @@ class Reader:
         if origin is not None and issubclass(origin, Mapping):
             entries = self.table(node, what).items()
             return {key: self.value(arguments[1], value, f"`{key}`") for key, value in entries}
-        if kind in _KINDS:
+        if kind in KINDS:
             return self.plain(kind, node, what)
         readers: dict[Any, Callable[[Node, str], Any]] = {
             Expression: self.expression,
@@ -139,12 +140,8 @@ class Reader:
 
     def plain(self, kind: type[_T], node: Node, what: str) -> _T:
         """A text that is not empty, a number, a list and so on; empty where it is another."""
-        kinds, title = _KINDS[kind]
-        # In Python, true is a number.
-        is_of_kind = isinstance(node.value, kinds) and isinstance(node.value, bool) == (
-            kind is bool
-        )
-        if is_of_kind and node.value != "":
+        kinds, title = KINDS[kind]
+        if type(node.value) in kinds and node.value != "":
             return kind(node.value)  # type: ignore[call-arg]
         if node is not ABSENT:
             self.fault(node.line, f"{what} is {title}")

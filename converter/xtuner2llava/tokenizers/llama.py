@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.storage.json_file import Json, text
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.byte_pairs import merges
 from xtuner2llava.tokenizers.fast_file import around_text, byte_pair_file
 from xtuner2llava.tokenizers.sentencepiece import (
@@ -72,10 +72,11 @@ def from_sentencepiece(tokenizer: Tokenizer, special_tokens: Mapping[str, int]) 
     if renamed:
         made[MODEL] = lambda: with_texts(model_bytes(path), renamed)
     if _has_fast_form(model):
-        made[FAST] = lambda: json_file(_fast_file(model, texts, everything, config))
+        made[FAST] = lambda: json_file(_fast_file(model, texts, everything, result))
     kept = tuple(name for name in tokenizer.copied if name not in made and name != FAST)
     known = {text: index for index, text in enumerate(texts)} | {t.text: t.id for t in everything}
-    return Tokenizer(tokenizer.folder, kept, made, known, config, tokenizer.special_map)
+    result = Tokenizer(tokenizer.folder, kept, made, known, config, tokenizer.special_map)
+    return result
 
 
 def with_fast_file(tokenizer: Tokenizer) -> Tokenizer | None:
@@ -99,10 +100,10 @@ def with_fast_file(tokenizer: Tokenizer) -> Tokenizer | None:
     config: dict[str, Json] = {"add_bos_token": True, **tokenizer.config}
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config |= {key: tokenizer.special(key) or text for key, text in defaults.items()}
-    added = tokenizer.added_tokens()
+    complete, added = replace(tokenizer, config=config), tokenizer.added_tokens()
 
     def make() -> bytes:
-        content = _fast_file(model, texts, added, config)
+        content = _fast_file(model, texts, added, complete)
         if config.get("legacy") is False:
             scheme = "first" if model.adds_dummy_prefix else "never"
             content["normalizer"] = None
@@ -155,9 +156,9 @@ def _fast_file(
     model: SentencePieceModel,
     texts: Sequence[str],
     added: Iterable[AddedToken],
-    config: Mapping[str, Json],
+    tokenizer: Tokenizer,
 ) -> dict[str, Json]:
-    """tokenizer.json; `texts` are those of the pieces."""
+    """tokenizer.json; `texts` are those of the pieces, `tokenizer` has the special tokens."""
     everything = {
         index: AddedToken(piece.text, index, special=piece.kind != USER_DEFINED)
         for index, piece in enumerate(model.pieces)
@@ -179,15 +180,10 @@ def _fast_file(
         normalizers.insert(0, {"type": "Precompiled", "precompiled_charsmap": charsmap})
     vocab = {text: index for index, text in enumerate(texts)}
 
-    def named(name: str) -> str | None:
-        """The text of the token `name`_token, which tokenizer_config.json may describe."""
-        value = config.get(f"{name}_token")
-        token = text(value, "content") if isinstance(value, dict) else value
-        return token if isinstance(token, str) else None
-
     def around(name: str) -> dict[str, int]:
-        """That token, if it stands around each text."""
-        token, adds = named(name), config.get(f"add_{name}_token") is True
+        """The token `name`_token, if it stands around each text."""
+        token = tokenizer.special(f"{name}_token")
+        adds = tokenizer.config.get(f"add_{name}_token") is True
         return {token: vocab[token]} if adds and token is not None and token in vocab else {}
 
     return byte_pair_file(
@@ -198,7 +194,7 @@ def _fast_file(
         pre_tokenizer=None,
         post_processor=around_text(around("bos"), around("eos")),
         decoder={"type": "Sequence", "decoders": decoders},
-        unk_token=named("unk"),
+        unk_token=tokenizer.special("unk_token"),
         fuse_unk=True,
         byte_fallback=model.byte_fallback,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,47 @@ def test_the_suggested_name_is_one_that_works(
     checkpoints: Path, case: str, llm: str, needs: tuple[str, ...]
 ) -> None:
     made = make(checkpoints, case, llm)
+    assert made.suggested_name == f"llava-{llm}-xtuner"
     assert made.folder_name.needs == needs
     assert made.folder_name.reasons(made.suggested_name) == ""
     assert make(checkpoints, case, llm, format="hf").folder_name.reasons("anything") == ""
+
+
+SPACES = "Official LLaVA tokenizes with tokenizer.model, which drops repeated spaces"
+
+
+@pytest.mark.parametrize(
+    ("case", "llm", "format", "is_said"),
+    [
+        ("llama_e_full_fullvis/iter_2.pth", "llm_llama", "llava", True),
+        ("llama_e_full_fullvis/iter_2.pth", "llm_llama", "hf", False),
+        ("qwen2_e_full_fullvis/iter_2.pth", "llm_qwen2", "llava", False),
+    ],
+)
+def test_spaces_that_official_llava_drops_are_said(
+    checkpoints: Path, case: str, llm: str, format: str, is_said: bool
+) -> None:
+    notes = make(checkpoints, case, llm, format=format).notes
+    assert any(note.startswith(SPACES) for note in notes) is is_said
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_spaces_that_training_drops_too_are_not_said(
+    drops: bool, checkpoints: Path, tmp_path: Path
+) -> None:
+    llm = shutil.copytree(checkpoints / "bases/llm_llama", tmp_path / "llm")
+    values = json.loads((llm / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    written = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    values["normalizer"] = {"type": "Sequence", "normalizers": [strip] * drops + written}
+    values["pre_tokenizer"] = None
+    (llm / "tokenizer.json").write_text(json.dumps(values))
+    case = checkpoints / "llama_e_full_fullvis/iter_2.pth"
+    made = plan(case, llm=llm, vision=checkpoints / "bases/vision_clip", vision_tower_name="x")
+    assert any(note.startswith(SPACES) for note in made.notes) is not drops
 
 
 def test_every_tensor_says_what_it_is_made_of(checkpoints: Path) -> None:

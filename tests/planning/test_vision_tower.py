@@ -63,6 +63,24 @@ def test_the_name_that_is_written(
     assert vision_tower_name(given, recorded, tower, images).name == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "is_known"),
+    [
+        ("openai/clip-mine", True),
+        ("laion/CLIP-mine", True),
+        ("Lin-Chen/ShareGPT4V-mine", True),
+        ("ann/my-ShareGPT4V", True),
+        ("ann/openai-clip", False),
+        ("openai/clip/sub", False),
+        ("clip", False),
+    ],
+)
+def test_a_given_name_that_loaders_take_for_a_path_is_said(given: str, is_known: bool) -> None:
+    found = vision_tower_name(given, None, TINY, {})
+    assert found.name == given
+    assert ("only where it exists as a path" in (found.note or "")) is not is_known
+
+
 @pytest.mark.parametrize("recorded", ["/home/me/clip", "~/clip", "C:\\models\\clip", None])
 def test_a_path_of_this_machine_is_never_published(recorded: str | None) -> None:
     with pytest.raises(UsageError) as error:

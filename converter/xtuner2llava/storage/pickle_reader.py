@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from xtuner2llava.errors import CorruptFileError, UnsafeFileError
@@ -84,18 +84,12 @@ class GlobalName:
     name: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """An object of the class `name` as data: how it was made and filled."""
+    """An object of the class `name` as data: what it was made of, not what was put into it."""
 
     name: str
-    arguments: tuple[Value, ...] = ()
-    state: Value = None
-    items: dict[Value, Value] = field(default_factory=dict)
-    elements: list[Value] = field(default_factory=list)
-
-    def __hash__(self) -> int:
-        return id(self)
+    arguments: tuple[Value, ...]
 
 
 Value = (
@@ -196,10 +190,11 @@ class _Machine:
             case "EMPTY_DICT" | "DICT", pairs:
                 stack.append(self._filled({}, pairs))
             case "APPEND" | "APPENDS" | "ADDITEMS", [list() | Record() as target, *values]:
-                (target.elements if isinstance(target, Record) else target).extend(values)
+                if isinstance(target, list):
+                    target += values
                 stack.append(target)
             case "SETITEM" | "SETITEMS", [dict() | Record() as target, *pairs]:
-                self._filled(target.items if isinstance(target, Record) else target, pairs)
+                self._filled(target if isinstance(target, dict) else {}, pairs)
                 stack.append(target)
             case "GLOBAL", _:
                 stack.append(self._global(argument.replace(" ", ".", 1)))
@@ -212,11 +207,8 @@ class _Machine:
                 stack.append(self._storage(kind, key, elements))
             case "REDUCE" | "NEWOBJ", [GlobalName(name), tuple(arguments)]:
                 stack.append(self._call(name, arguments))
-            case "BUILD", [Record() | dict() | list() | TensorReference() as target, state]:
-                # The extra attributes of an OrderedDict or a parameter do not concern the weights.
-                if isinstance(target, Record):
-                    target.state = state
-                stack.append(target)
+            case "BUILD", [Record() | dict() | list() | TensorReference() as target, _]:
+                stack.append(target)  # Attributes do not concern the weights.
             case _:
                 raise self._damaged(wrong)
 

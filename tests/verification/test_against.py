@@ -257,6 +257,38 @@ def test_small_files_are_compared(
     assert expected[name] in said
 
 
+@pytest.mark.parametrize(
+    ("name", "planned"),
+    [
+        ("/data/me/clip", "clip"),
+        ("~/clip/", "clip"),
+        ("C:\\me\\clip", "clip"),
+        ("", "bases/vision_clip"),
+        ("  ", "bases/vision_clip"),
+    ],
+)
+def test_a_tower_set_for_one_machine_is_a_failed_check(
+    checkpoints: Path, llama: Path, tmp_path: Path, name: str, planned: str
+) -> None:
+    """Users set it to load the tower from a folder; `convert` does not write that."""
+    folder = copy_of(llama, tmp_path)
+    set_keys(folder / "config.json", mm_vision_tower=name)
+    seal(folder)
+    said = results(against(checkpoints, folder, "llama_e_full_fullvis"))
+    written, expected = json.dumps(name), json.dumps(planned)
+    assert said[FILES] == f"config.json: mm_vision_tower is {written}, planned is {expected}"
+    assert "mm_vision_tower" in said
+
+
+def test_a_recorded_dtype_that_is_none_is_a_failed_check(
+    checkpoints: Path, llama: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(llama, tmp_path)
+    set_keys(folder / "conversion.json", dtype="float3")
+    said = results(against(checkpoints, folder, "llama_e_full_fullvis"))
+    assert said == {"record and config": "the record says dtype 'float3', the config 'float16'"}
+
+
 # What cannot be compared.
 
 

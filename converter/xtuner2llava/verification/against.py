@@ -15,9 +15,11 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.options import Options, VerifyOptions
+from xtuner2llava.options import Dtype, Options, VerifyOptions, choices
 from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.planning.planner import make_plan
+from xtuner2llava.planning.redaction import redact_name
+from xtuner2llava.planning.vision_tower import is_absolute
 from xtuner2llava.sources import open_checkpoint
 from xtuner2llava.storage.json_file import Json, parse_json
 from xtuner2llava.tensors import LazyTensor
@@ -40,17 +42,20 @@ FILES = "small files as planned"
 def plan_again(checkpoint: str, options: VerifyOptions, out: ConvertedFolder) -> Plan:
     """The plan of `checkpoint`, with the format and dtype of `out` where `options` leave them open.
 
+    What `out` says and `convert` does not write is not taken: that is for the checks to find.
     Reads headers, small files and tied tensors. Raises `ConversionError`, as `convert` does.
     """
     config, recorded = out.config, out.record.get("dtype")
     tower = config.get("mm_vision_tower")
+    if isinstance(tower, str) and is_absolute(tower):  # As users set it for their machine.
+        tower = redact_name(tower.replace("\0", ""))
     shared = {each.name for each in fields(Options)} & {each.name for each in fields(options)}
     given: dict[str, Any] = {name: getattr(options, name) for name in shared}
     given["format"] = out.format
     given["model_type"] = "llava" if config.get("model_type") == "llava" else "official"
-    if options.dtype == "auto" and isinstance(recorded, str):
+    if options.dtype == "auto" and recorded in choices(Dtype):
         given["dtype"] = recorded
-    if options.vision_tower_name is None and isinstance(tower, str):
+    if options.vision_tower_name is None and isinstance(tower, str) and tower.strip():
         given["vision_tower_name"] = tower
     chosen = Options(**{name: value for name, value in given.items() if value is not None})
     return make_plan(open_checkpoint(checkpoint, chosen), chosen)

@@ -51,7 +51,7 @@ def vision_tower(out: ConvertedFolder) -> Finding | None:
     if out.format != "llava":
         return None
     value = out.config.get("mm_vision_tower")
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         return FAILED, f"is {value!r}"
     if is_absolute(value):
         return FAILED, f"'{value}' is a path of one machine"

@@ -191,6 +191,20 @@ def test_a_partial_link_is_left_alone(tmp_path: Path) -> None:
         publish(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["records", "attempts-1"])
+def test_a_state_with_a_link_to_another_folder_is_left_alone(name: str, tmp_path: Path) -> None:
+    leave_unfinished(tmp_path / "out")
+    state, others = tmp_path / "out.partial/.xtuner2llava", tmp_path / "thesis"
+    others.mkdir()
+    (others / "done.json").write_text("years")
+    if name == "records":
+        shutil.rmtree(state / name)
+    (state / name).symlink_to(others)
+    with pytest.raises(OutputError, match="is in the way"):
+        publish(tmp_path / "out", restart=True)
+    assert names(others) == ["done.json"]
+
+
 def test_a_stale_partial_folder_of_ours_is_cleared(tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path / "out", "old")
     folder.__enter__()
@@ -363,6 +377,24 @@ def test_a_conversion_json_of_somebody_else_makes_no_folder_ours(
     with pytest.raises(OutputError, match=r"has no conversion.json of xtuner2llava"):
         publish(out, overwrite=True)
     assert names(out) == ["conversion.json"]
+
+
+@pytest.mark.parametrize("name", ["../thesis/1", "/{}/thesis/1", "a/../../thesis/1", "a/b/../1"])
+@pytest.mark.parametrize("kind", ["shard", "file"])
+def test_a_record_with_names_that_leave_the_folder_removes_nothing(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for folder in (out / "a" / "b", tmp_path / "thesis"):
+        folder.mkdir(parents=True)
+    (tmp_path / "thesis/1").write_text("years")
+    shard, file = [name.format(tmp_path), "config.json"][:: 1 if kind == "shard" else -1]
+    record = {"tool": {"name": "xtuner2llava"}, "shards": [{"file": shard}], "files": {file: {}}}
+    (out / "conversion.json").write_text(json.dumps(record))
+    before = names(tmp_path)
+    with pytest.raises(OutputError, match=r"has no conversion.json of xtuner2llava"):
+        publish(out, overwrite=True)
+    assert names(tmp_path) == before
 
 
 def test_a_link_to_a_folder_of_the_user_is_not_replaced(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from xtuner2llava.errors import (
     UsageError,
 )
 from xtuner2llava.writing.disk import disk_errors, flush_directory, write_all
-from xtuner2llava.writing.out_record import Described, named, other_names
-from xtuner2llava.writing.state import STATE_NAME, FolderState, acquire, is_name, is_state
+from xtuner2llava.writing.out_record import STATE_NAME, Described, is_name, named, other_names
+from xtuner2llava.writing.state import FolderState, acquire, is_state
 from xtuner2llava.writing.target import Target, remove_files
 
 

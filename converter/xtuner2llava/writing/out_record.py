@@ -11,6 +11,7 @@ from pathlib import Path
 from xtuner2llava.storage.json_file import Json
 
 RECORD_NAME = "conversion.json"
+STATE_NAME = ".xtuner2llava"
 TOOL = "xtuner2llava"
 _MAX_BYTES = 256 << 20
 
@@ -40,13 +41,23 @@ def read_record(folder: Path) -> dict[str, Json] | None:
 
 
 def recorded_names(record: Mapping[str, Json]) -> frozenset[str]:
-    """The files that a record lists, itself among them; empty where it lists none."""
+    """The files that a record lists, itself among them.
+
+    Empty where it lists none, or what no conversion writes: a name that leads out of the folder.
+    """
     shards, files = record.get("shards"), record.get("files")
     if not isinstance(shards, list) or not isinstance(files, dict) or not shards:
         return frozenset()
     listed = [entry.get("file") for entry in shards if isinstance(entry, dict)]
     names = [name for name in (*listed, *files) if isinstance(name, str)]
-    return frozenset([*names, RECORD_NAME])
+    return frozenset([*names, RECORD_NAME]) if all(map(is_name, names)) else frozenset()
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` may be a file of the output folder, or of one folder in it."""
+    parts = name.split("/")
+    bad = any(part in ("", ".", "..", STATE_NAME) or "\0" in part for part in parts)
+    return not bad and len(parts) <= 2 and "\\" not in name
 
 
 def other_names(folder: Path, names: frozenset[str]) -> list[str]:

@@ -21,9 +21,8 @@ from typing import Any
 
 from xtuner2llava.errors import OutputError
 from xtuner2llava.writing.disk import disk_errors, flush_directory
-from xtuner2llava.writing.out_record import Described, differences
+from xtuner2llava.writing.out_record import STATE_NAME, Described, differences, is_name
 
-STATE_NAME = ".xtuner2llava"
 ATTEMPTS = "attempts-"
 _NAMES = frozenset({"lock", "plan.json", "plan.json.new", "files", "records"})
 _EARLIER = frozenset({"finished", "progress"})  # What version 0.1 kept there, and is cleared.
@@ -139,18 +138,14 @@ class FolderState:
         return self.path / "records" / f"{name}.json"
 
 
-def is_name(name: str) -> bool:
-    """Whether `name` may be a file of the output folder, or of one folder in it."""
-    parts = name.split("/")
-    bad = any(part in ("", ".", "..", STATE_NAME) or "\0" in part for part in parts)
-    return not bad and len(parts) <= 2 and "\\" not in name
-
-
 def is_state(path: Path) -> bool:
-    """Whether `path` is a folder with nothing but what a `FolderState` keeps there."""
+    """Whether `path` is a folder with nothing but what a `FolderState` keeps there, and no link."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return all(e.name in _NAMES | _EARLIER or e.name.startswith(ATTEMPTS) for e in path.iterdir())
+    return all(
+        (e.name in _NAMES | _EARLIER or e.name.startswith(ATTEMPTS)) and not e.is_symlink()
+        for e in path.iterdir()
+    )
 
 
 def acquire(path: Path, folder: Path) -> int:

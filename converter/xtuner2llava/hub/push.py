@@ -144,7 +144,8 @@ def _recorded(folder: Path) -> tuple[list[str], dict[str, Json]]:
     small = files if isinstance(files, dict) else {}
     shards = sorted(recorded_names(record) - {*small, RECORD_NAME})
     if not shards or not small:
-        raise UsageError(f"names no files in {RECORD_NAME}", where=str(folder))
+        what = f"its {RECORD_NAME} names no files, or some that are not in the folder"
+        raise UsageError(what, where=str(folder), advice="Convert again.")
     return shards, small
 
 

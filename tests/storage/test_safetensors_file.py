@@ -70,14 +70,15 @@ def test_checkpoints_of_one_training_have_different_digests(tmp_path: Path) -> N
     size = 100_000
     header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
 
-    def digest(header: bytes, data: bytes) -> str:
-        return opened(tmp_path, file_bytes(header, data)).fingerprint.digest
+    def digest(header: bytes, data: bytes, *, sampled: bool) -> str:
+        return opened(tmp_path, file_bytes(header, data)).fingerprint(sampled=sampled).digest
 
-    first = digest(header, bytes(size))
-    assert digest(header, bytes(size)) == first
-    assert digest(header, b"x" * size) != first
-    assert digest(header, bytes(size - 1) + b"x") != first
-    assert digest(header.replace(b'"a"', b'"b"'), bytes(size)) != first
+    for sampled in (False, True):
+        first = digest(header, bytes(size), sampled=sampled)
+        assert digest(header, bytes(size), sampled=sampled) == first
+        assert (digest(header, b"x" * size, sampled=sampled) != first) is sampled
+        assert (digest(header, bytes(size - 1) + b"x", sampled=sampled) != first) is sampled
+        assert digest(header.replace(b'"a"', b'"b"'), bytes(size), sampled=sampled) != first
 
 
 @pytest.mark.parametrize(

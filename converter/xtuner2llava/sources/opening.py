@@ -110,7 +110,7 @@ def _open_state(path: Path) -> Artifact:
 
     DeepSpeed's `zero_to_fp32.py` writes such folders, with shards of 5 GB.
     """
-    opened = open_weights(path)
+    opened = open_weights(path, sampled=True)
     unread = unread_weights(path.parent, path, opened.files)
     return artifact_of_state(
         opened.tensors,

@@ -68,7 +68,7 @@ def open_xtuner_folder(path: Path) -> Artifact:
 
     def tensors_in(home: Path, *stems: str) -> Mapping[str, LazyTensor]:
         found = _find_weights(home, *stems)
-        opened = open_weights(found)
+        opened = open_weights(found, sampled=True)
         codes = quantised(opened.tensors)
         if codes is not None:
             raise UnsupportedError(codes, where=str(found))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Fingerprint:
     """What identifies a weight file without reading all of it.
 
-    `digest` is the sha256 of a safetensors header and some blocks of the data (on the Hub, of the
-    header), or of the names, sizes and CRC-32 sums of a zip's entries; `size` is in bytes.
+    `digest` is the sha256 of a safetensors header, of a checkpoint's with some blocks of the data,
+    or of the names, sizes and CRC-32 sums of a zip's entries; `size` is in bytes.
     """
 
     name: str

@@ -49,7 +49,7 @@ class Header:
 
 
 class SafetensorsFile:
-    """An open safetensors file: its tensors by name, its metadata, and its fingerprint."""
+    """An open safetensors file: its tensors by name, and its metadata."""
 
     def __init__(self, path: Path) -> None:
         """Reads the header of `path`, and no tensor. Raises `CorruptFileError` on any fault."""
@@ -60,19 +60,24 @@ class SafetensorsFile:
             str(path),
         )
         self.metadata = header.metadata
-        self.fingerprint = Fingerprint(path.name, file.size, _digest(file, header))
+        self._header_digest = header.sha256
         self.tensors: dict[str, LazyTensor] = {
             e.name: Stored(e.name, e.dtype, e.shape, (FileRange(file, e.offset, e.length),))
             for e in header.entries
         }
 
+    def fingerprint(self, *, sampled: bool = False) -> Fingerprint:
+        """Its digest is of the header, and if `sampled` of a few blocks of the data too.
 
-def _digest(file: SourceFile, header: Header) -> str:
-    """Of the header and a few blocks: checkpoints of one training have the same header."""
-    length = min(_SAMPLE_BYTES, file.size)
-    last = file.size - length
-    blocks = [FileRange(file, last * n // _SAMPLES, length) for n in range(1, _SAMPLES + 1)]
-    return hashlib.sha256(header.sha256.encode() + read_ranges(blocks)).hexdigest()
+        Checkpoints of one training have the same header.
+        """
+        file, digest = self.file, self._header_digest
+        if sampled:
+            length = min(_SAMPLE_BYTES, file.size)
+            places = [(file.size - length) * n // _SAMPLES for n in range(1, _SAMPLES + 1)]
+            data = read_ranges([FileRange(file, place, length) for place in places])
+            digest = hashlib.sha256(digest.encode() + data).hexdigest()
+        return Fingerprint(file.path.name, file.size, digest)
 
 
 def read_header(read: Callable[[int, int], bytearray], size: int, where: str) -> Header:

@@ -61,8 +61,11 @@ def unread_weights(folder: Path, read: Path | None, files: tuple[Fingerprint, ..
     )
 
 
-def open_weights(path: Path) -> Weights:
-    """All tensors of a weight file, or of the shards that an index names; headers only are read."""
+def open_weights(path: Path, *, sampled: bool = False) -> Weights:
+    """All tensors of a weight file, or of the shards that an index names; headers only are read.
+
+    `sampled` is for checkpoints, see `SafetensorsFile.fingerprint`.
+    """
 
     def open_shard(name: str) -> Weights:
         if not inside(path.parent, name).is_file():
@@ -71,17 +74,17 @@ def open_weights(path: Path) -> Weights:
                 where=str(path),
                 advice="Copy or download the missing file.",
             )
-        return _open_file(path.parent / name)
+        return _open_file(path.parent / name, sampled=sampled)
 
-    return open_shards(path, open_shard) if _is_index(path) else _open_file(path)
+    return open_shards(path, open_shard) if _is_index(path) else _open_file(path, sampled=sampled)
 
 
-def _open_file(path: Path) -> Weights:
+def _open_file(path: Path, *, sampled: bool = False) -> Weights:
     """All tensors of one safetensors or `torch.save` file."""
     inside(path.parent, path.name)
     if path.suffix == ".safetensors":
         opened = SafetensorsFile(path)
-        return Weights(opened.tensors, (opened.fingerprint,))
+        return Weights(opened.tensors, (opened.fingerprint(sampled=sampled),))
     torch_file = TorchFile(path)
     tensors = torch_file.tensors(tensor_references(torch_file.value, str(path)))
     return Weights(tensors, (torch_file.fingerprint,))

@@ -696,3 +696,21 @@ def test_a_record_of_what_cannot_be_a_file(
     set_keys(folder / "conversion.json", **{key: value})
     check = "checksums of shards" if key == "shards" else "checksums of small files"
     assert " is not there" in results(verify(folder))[check]
+
+
+def test_a_transformers_that_is_too_old_for_the_class_skips_what_needs_it(
+    whole: Path, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 4.50 is for Qwen3. A `model_type` of no version is a failed check."""
+    import transformers
+
+    known = {k: v for k, v in transformers.CONFIG_MAPPING.items() if k != "qwen2"}
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", known)
+    found = verify(whole)
+    assert found.passed
+    skipped = [check.name for check in found.with_result("skipped")]
+    assert skipped == ["tensors of the LLM", "tied embeddings"]
+    assert "has no model_type 'qwen2'" in found.named("tied embeddings").detail
+    folder = copy_of(converted("qwen2_e_full_fullvis", format="hf"), tmp_path)
+    edit_json(folder / "config.json", lambda values: values["text_config"].update(model_type="no"))
+    assert "has no model_type 'no'" in results(verify(folder))["tensors of the LLM"]

@@ -261,6 +261,18 @@ def test_what_is_not_a_number_is_far_away(place: tuple[int, int]) -> None:
         assert not found.largest <= 1e9
 
 
+def test_figures_that_are_not_numbers_are_null_in_json(
+    checkpoints: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(whole, tmp_path)
+    name = "model.norm.weight"
+    edit_tensors(folder, lambda tensors: tensors[name].fill_(math.nan))
+    found = run(checkpoints, folder)
+    assert LOGITS in results(found)
+    figures: Any = json.loads(json.dumps(found.to_dict(), allow_nan=False))["figures"]
+    assert figures["logits"]["distances"]["rounded - folder"]["largest_difference"] is None
+
+
 def test_wrong_layers_exchange_what_can_be_exchanged() -> None:
     def layer(keys: int) -> dict[str, LazyTensor]:
         shapes = {"q": 8, "k": keys, "v": keys}

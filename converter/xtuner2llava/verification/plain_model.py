@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, CorruptFileError, UnsupportedError
+from xtuner2llava.mapping import Catalogue
 from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ _MOST = {
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 _TOWER = "vision_model."
 _Shape = tuple[int, ...]
+
+
+class NewerModelType(UnsupportedError):
+    """A class that a conversion may become, and that the installed transformers does not have."""
 
 
 def plain_config(values: Mapping[str, Json]) -> Any:
@@ -55,7 +60,9 @@ def plain_config(values: Mapping[str, Json]) -> Any:
     model_type = given.pop("model_type", None)
     known = getattr(transformers, "CONFIG_MAPPING", {})
     if not isinstance(model_type, str) or model_type not in known:
-        raise UnsupportedError(
+        shipped = [each.model_type for each in Catalogue.shipped().classes.values()]
+        missing = NewerModelType if model_type in shipped else UnsupportedError
+        raise missing(
             f"transformers {transformers.__version__} has no model_type {model_type!r}",
             where="config.json",
         )

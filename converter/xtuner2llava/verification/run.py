@@ -40,6 +40,7 @@ from xtuner2llava.verification.outcome import (
     Verification,
     judge,
 )
+from xtuner2llava.verification.plain_model import NewerModelType
 from xtuner2llava.writing import OnProgress
 from xtuner2llava.writing.out_record import RECORD_NAME
 
@@ -185,7 +186,7 @@ def _checked(name: str, checks: Iterator[Check]) -> Iterator[Check]:
     """`checks`; one called `name` if an error ends them."""
     try:
         yield from checks
-    except UnreadableWeights as error:
+    except (UnreadableWeights, NewerModelType) as error:
         yield Check(name, SKIPPED, str(error))
     except ConversionError as error:
         yield Check.failed(name, error)

@@ -105,7 +105,8 @@ class Distance:
         return f"largest difference {self.largest:.3g}, KL {self.kl:.2g}, top-1 {self.top1:.1%}"
 
     def to_dict(self) -> dict[str, Json]:
-        return {"largest_difference": self.largest, "kl": self.kl, "top1": self.top1}
+        figures = {"largest_difference": self.largest, "kl": self.kl, "top1": self.top1}
+        return {name: _finite(figure) for name, figure in figures.items()}
 
 
 class Comparison:
@@ -203,7 +204,12 @@ class Comparison:
         return {
             "positions": self.positions,
             "vocabulary": self.columns,
-            "largest_logit": self.scale,
-            "hidden_state_differences": dict(self.stages),
+            "largest_logit": _finite(self.scale),
+            "hidden_state_differences": {n: _finite(apart) for n, apart in self.stages.items()},
             "distances": {f"{a} - {b}": d.to_dict() for (a, b), d in self.distances.items()},
         }
+
+
+def _finite(figure: float) -> float | None:
+    """`figure` for a report; None for NaN and infinity, which JSON does not have."""
+    return figure if math.isfinite(figure) else None

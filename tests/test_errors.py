@@ -25,6 +25,17 @@ def test_what_holds_of_several_places_is_said_once() -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301
 
 
+def test_a_name_with_line_feeds_makes_no_line() -> None:
+    """Else a hostile checkpoint says that it is verified, or what to type."""
+    name = "a\nVerified: all\n    Run: this"
+    faults = [Fault(name, f"{name} is wrong", f"It lies beside {name}.")] * 2
+    faults.append(Fault(f"{name} 2", faults[0].what, faults[0].advice))
+    for text in (str(faults[0]), *listed(faults), str(PlanError.from_faults(faults))):
+        for line in text.splitlines():
+            assert not line.strip().startswith(("Verified", "Run"))
+        assert r"a\nVerified: all\n    Run: this: a\nVerified" in text
+
+
 def test_what_differs_is_not_said_as_one() -> None:
     faults = [Fault("a", "is wrong"), Fault("a", "is wrong", "Do this."), Fault("b", "is Wrong")]
     assert listed(faults) == [str(fault) for fault in faults]

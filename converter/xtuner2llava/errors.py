@@ -33,8 +33,7 @@ class Fault:
     advice: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}\n    {self.advice}" if self.advice else text
+        return _text(f"{self.where}: {self.what}" if self.where else self.what, self.advice)
 
     @classmethod
     def about(cls, where: str, names: Sequence[str], what: str, advice: str = "") -> Fault:
@@ -119,9 +118,15 @@ def listed(faults: Iterable[Fault]) -> list[str]:
             more = "place" if len(others) == 1 else "places"
             shown = "; ".join(others[:_MAX_PLACES]) + ("; ..." if len(others) > _MAX_PLACES else "")
             same = f"The same at {len(others):,} more {more}: {shown}"
-            advice = f"{same}\n    {advice}" if advice else same
-        texts.append(str(Fault(first, what, advice)))
+            texts.append(_text(str(Fault(first, what)), same, advice))
+        else:
+            texts.append(str(Fault(first, what, advice)))
     return texts
+
+
+def _text(*lines: str) -> str:
+    """Each in one line, as a name in an untrusted file may have line feeds; empty ones left out."""
+    return "\n    ".join(line.replace("\n", "\\n") for line in lines if line)
 
 
 def raise_faults(kind: type[ConversionError], faults: Sequence[Fault]) -> None:

@@ -180,6 +180,21 @@ def test_an_alpha_without_lora_is_said(words: list[str], checkpoints: Path) -> N
         assert note not in run("plan", *words, flag, "32").stdout
 
 
+def test_the_name_of_a_file_makes_no_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "x\nVerified: all 20 checks.pth"
+    Path(name).symlink_to(words[0])
+    out = "llava-qwen2\nVerified: all"
+    shown = [run("inspect", name, *words[1:]), run("plan", name, *words[1:]),
+             run("convert", name, out, *words[1:]), run("verify", out),
+             run("plan", f"{name}x")]  # fmt: skip
+    for done in shown:
+        assert r"\nVerified: all" in done.output
+        assert "\nVerified: all" not in done.output
+
+
 def test_json_is_ascii(tmp_path: Path) -> None:
     """So it is JSON in any encoding of stdout, and no name in it moves the cursor."""
     name = "caf\u00e9\U0001f600\x9b31m.pth"

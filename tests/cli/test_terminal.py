@@ -10,6 +10,11 @@ ROWS = [("first", "ok", "short"), ("second", "ok", "a detail of many words that 
 HEADER = ("check", "result", "detail")
 
 
+def test_a_cell_is_a_line() -> None:
+    text = table([("a\nVerified: all\t", "ok")], ("check", "result"))
+    assert text.split("\n")[2:] == [r"a\nVerified: all\t  ok"]
+
+
 def test_a_table_fits_and_breaks_at_words() -> None:
     assert table(ROWS, HEADER, width=40).split("\n") == [
         "check   result  detail",

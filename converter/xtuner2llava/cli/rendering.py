@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.cli.terminal import columns, table
+from xtuner2llava.cli.terminal import columns, one_line, table
 from xtuner2llava.errors import listed
 from xtuner2llava.mapping import fold
 from xtuner2llava.metadata import CARD_NAME
@@ -43,7 +43,7 @@ def render_plan(plan: Plan, *, tensors: bool = False) -> str:
     shards = [(s.filename, str(len(s.entries)), size(s.size)) for s in plan.shards.shards]
     artifact = plan.checkpoint.artifact
     text = [
-        f"{artifact.layout}: {artifact.path}",
+        one_line(f"{artifact.layout}: {artifact.path}"),
         f"{plan.mapping.family} → {plan.mapping.format}: {plan.architecture}, {plan.fidelity}, "
         f"dtype {plan.dtype}",
         "",
@@ -127,7 +127,7 @@ def render_inspection(inspection: Inspection, name: str) -> str:
     ]
     when = f", iteration {inspection.iteration}" if inspection.iteration is not None else ""
     text = [
-        f"{name}: {inspection.layout}{when}",
+        one_line(f"{name}: {inspection.layout}{when}"),
         "",
         table(rows, ("part", "weights", "tensors", "parameters", "stored", "dtype")),
         "",
@@ -153,22 +153,27 @@ def render_report(report: Report) -> str:
     shards = len(report.plan.shards.shards)
     place = report.out if report.pushed is None or report.out else report.pushed.link
     text = [
-        f"{place}: {report.plan.architecture}, {size(report.nbytes)} in {shards} "
-        f"{'shard' if shards == 1 else 'shards'}, {total:.1f} s, {checked}",
+        one_line(
+            f"{place}: {report.plan.architecture}, {size(report.nbytes)} in {shards} "
+            f"{'shard' if shards == 1 else 'shards'}, {total:.1f} s, {checked}"
+        )
     ]
     if report.kept_bytes:
         text.append(f"Kept from the interrupted run: {size(report.kept_bytes)} of the shards")
     if report.already_converted and report.pushed is None:
         text.append(
-            f"Names, sizes and small files are right; `xtuner2llava verify {report.out}` reads all."
+            "Names, sizes and small files are right; "
+            f"`xtuner2llava verify {one_line(str(report.out))}` reads all."
         )
     for name, nan, infinite in report.nonfinite:
-        text.append(f"Warning: {name} has {nan} NaN and {infinite} infinite values, as the input.")
-    text += [f"Warning: {_indented(warning)}" for warning in report.warnings]
+        text.append(
+            f"Warning: {one_line(name)} has {nan} NaN and {infinite} infinite values, as the input."
+        )
+    text += [f"Warning: {one_line(warning)}" for warning in report.warnings]
     text += _notes(report.plan.notes)
     if report.pushed is not None:
         text += ["", render_pushed(report.pushed)]
-    text += ["", "Next:", *(f"  {_indented(step)}" for step in report.next_steps)]
+    text += ["", "Next:", *(f"  {one_line(step)}" for step in report.next_steps)]
     return "\n".join(text)
 
 
@@ -180,14 +185,14 @@ def render_pushed(pushed: Pushed) -> str:
     ]
     if pushed.removed:
         text.append(f"Weights of an earlier model were removed: {', '.join(pushed.removed)}")
-    return "\n".join([*text, *(f"Note: {note}" for note in pushed.notes)])
+    return "\n".join([*text, *(f"Note: {one_line(note)}" for note in pushed.notes)])
 
 
 def render_verification(verification: Verification) -> str:
     """One row for each check, its detail wrapped, and the verdict."""
     rows = [(check.name, check.result, check.detail) for check in verification.checks]
     text = table(rows, ("check", "result", "detail"), width=columns() or _WIDTH)
-    return "\n".join([f"{verification.out}:", "", text, "", verification.verdict])
+    return "\n".join([one_line(f"{verification.out}:"), "", text, "", verification.verdict])
 
 
 def tree(folder: Path) -> str:
@@ -201,7 +206,8 @@ def _targets(targets: Iterable[TargetFormat]) -> Iterable[str]:
     """What each format can become; formats of which the same is true are named together."""
     formats: dict[tuple[str, ...], list[str]] = {}
     for target in targets:
-        remarks = (*target.caveats, *map(_indented, listed(target.faults)))
+        faults = (text.replace("\n", "\n    ") for text in listed(target.faults))
+        remarks = (*map(one_line, target.caveats), *faults)
         formats.setdefault((str(target), *remarks), []).append(target.format)
     for (verdict, *said), names in formats.items():
         yield f"{', '.join(names)}: {verdict}"
@@ -213,12 +219,9 @@ def _dropped(plan: Plan) -> Iterable[str]:
     for component, dropped in plan.dropped:
         reasons.setdefault(dropped.because, []).append(f"{component}.{dropped.name}")
     for reason, names in reasons.items():
-        yield f"left out: {', '.join(folded.text for folded in fold(names))}: {reason}"
+        kinds = ", ".join(folded.text for folded in fold(names))
+        yield one_line(f"left out: {kinds}: {reason}")
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
-    return ["", *(f"Note: {note}" for note in notes)] if notes else []
-
-
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n    ")
+    return ["", *(f"Note: {one_line(note)}" for note in notes)] if notes else []

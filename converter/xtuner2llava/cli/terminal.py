@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """`text` from an untrusted file as one line: a name with line feeds shows them as escapes."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def shortened(text: str, longest: int = 4000) -> str:
     """`text`, of which the middle is left out if it has more than `longest` characters."""
     excess = len(text) - longest
@@ -81,6 +86,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, width: int | 
 
     The widest columns are broken at words until the table fits.
     """
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     room = columns() if width is None else width
     excess = 0 if room is None else sum(widths) + 2 * (len(widths) - 1) - room

@@ -81,7 +81,7 @@ def choose(
             advice="Say which one is meant, with `--mapping NAME`.",
         )
     near = "".join(
-        f"\n    {family} has the same {' and '.join(agree)}, but {' and '.join(differ)}"
+        f"{family} has the same {' and '.join(agree)}, but {' and '.join(differ)}. "
         for family, (agree, differ) in found.items()
         if agree
     )
@@ -92,12 +92,12 @@ def choose(
         f"architectures are {show(config.get('architectures'))}, model_type is "
         f"{show(config.get('model_type'))}, and tensors are {listed}{more}"
     )
-    known = f"\n    Known families: {', '.join(found)}"
+    known = f"Known families: {', '.join(found)}. "
     raise MappingError(
-        f"no family fits this LLM, whose {seen}{near or known}",
+        f"no family fits this LLM, whose {seen}",
         advice=(
-            "Name a family that has the same tensors with `--mapping NAME`, or begin a mapping of "
-            "your own with `xtuner2llava mappings draft CHECKPOINT`."
+            f"{near or known}Name a family that has the same tensors with `--mapping NAME`, or "
+            "begin a mapping of your own with `xtuner2llava mappings draft CHECKPOINT`."
         ),
     )
 

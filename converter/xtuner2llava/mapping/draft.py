@@ -105,7 +105,7 @@ def _layout(shapes: _Shapes) -> _Layout:
     for name, (_, rest) in within.items():
         inside.setdefault(rest, []).append(shapes[name])
     layers = len({number for number, _ in within.values()})
-    uneven = [n for n, there in inside.items() if len(there) < layers or len({*there}) > 1]
+    uneven = {n for n, there in inside.items() if len(there) < layers or len({*there}) > 1}
     return _Layout((outside, {n: there[0] for n, there in inside.items()}), prefix, layers, uneven)
 
 

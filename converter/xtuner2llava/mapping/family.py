@@ -14,13 +14,7 @@ from xtuner2llava.mapping.apply import Applied, apply
 from xtuner2llava.mapping.caveats import Caveat, Limit, limits
 from xtuner2llava.mapping.config_rules import ConfigRules, failures, read_config_rules
 from xtuner2llava.mapping.detect import Match
-from xtuner2llava.mapping.expressions import (
-    Environment,
-    Expression,
-    parse_expression,
-    show,
-    visible,
-)
+from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.mapping.names import advice_for
 from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
@@ -206,15 +200,7 @@ class Family:
         raise_faults(MappingError, faults)
         unread = tuple(k for k, value in config.items() if k not in read and value is not None)
         standing = {k: values[k] for k in plain.config.default if k not in made}
-        doubts = tuple(
-            Limit(
-                f"{key} is {show(default)}, the default of {plain.architecture}, and nothing"
-                f" reads {visible(other)}, which the LLM's config says is {show(value)}: in a"
-                f" mapping, {_remedy(key, other, value, config)},"
-                f" `set: {{{key}: {show(default)}}}` says that the default is right."
-            )
-            for key, default, other, value in doubtful_defaults(standing, config, unread)
-        )
+        doubts = doubtful_defaults(plain.architecture, standing, config, unread)
         return TranslatedConfig(values, unread, doubts)
 
     def limits(self, config: Mapping[str, object]) -> list[Limit]:
@@ -242,23 +228,6 @@ class Family:
             own_files=(*self.own_files, *parent.own_files),
             names_read=self.names_read | parent.names_read,
         )
-
-
-def _remedy(key: str, other: str, value: object, config: Mapping[str, object]) -> str:
-    """What makes `key` right where `other`, of this value, may be the same under another name."""
-    if other == key:
-        return f"`keep: [{key}]` keeps it"
-    if key == "rope_scaling" and not (
-        isinstance(value, Mapping) and {"type", "factor"} <= {*value}
-    ):
-        return f"`set: {{{key}: {{type: TYPE, factor: NUMBER}}}}` says what that is in this class"
-    try:
-        readable = parse_expression(other, "").value(config) is value
-    except MappingError:
-        readable = False
-    if readable:
-        return f"`derive: {{{key}: {other}}}` reads it"
-    return f"`set: {{{key}: {show(value)}}}` says the same"
 
 
 def _filled(own: _T, parent: _T) -> _T:

@@ -11,6 +11,10 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from xtuner2llava.errors import MappingError
+from xtuner2llava.mapping.caveats import Limit
+from xtuner2llava.mapping.expressions import parse_expression, show, visible
+
 # Other names that configs have for keys of transformers' classes.
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "vocab_size": ("padded_vocab_size", "n_vocab", "vocabulary_size"),
@@ -57,25 +61,53 @@ def spelling_of(key: str, config: Mapping[str, object]) -> str:
 
 
 def doubtful_defaults(
-    defaults: Mapping[str, object], config: Mapping[str, object], unread: tuple[str, ...]
-) -> Iterator[tuple[str, object, str, object]]:
-    """Keys whose default stands beside another key like them: key, default, other key, its value.
+    architecture: str,
+    defaults: Mapping[str, object],
+    config: Mapping[str, object],
+    unread: tuple[str, ...],
+) -> tuple[Limit, ...]:
+    """What to tell of each key whose default stands beside another key like it.
 
     Of several others it is the one most like the key. `unread` are the keys of the source's
     `config` that nothing reads; a key in a table of it is one too, as in `rotary.base`.
     """
+    found = []
     others = dict(islice(_parts(config, unread), _MAX_OTHERS))
     for key, default in defaults.items():
         if key in _OF_TRAINING:
             continue
-        found = [
+        alike = [
             (_likeness(key, other), other)
             for other, value in others.items()
             if _same_kind(default, value) and not _equal(default, value)
         ]
-        likeness, other = max(found, key=lambda pair: pair[0], default=(0.0, ""))
+        likeness, other = max(alike, key=lambda pair: pair[0], default=(0.0, ""))
         if likeness >= 0.5:
-            yield key, default, other, others[other]
+            text = (
+                f"{key} is {show(default)}, the default of {architecture}, and nothing reads"
+                f" {visible(other)}, which the LLM's config says is {show(others[other])}: in a"
+                f" mapping, {_remedy(key, other, others[other], config)},"
+                f" `set: {{{key}: {show(default)}}}` says that the default is right."
+            )
+            found.append(Limit(text))
+    return tuple(found)
+
+
+def _remedy(key: str, other: str, value: object, config: Mapping[str, object]) -> str:
+    """What makes `key` right where `other`, of this value, may be the same under another name."""
+    if other == key:
+        return f"`keep: [{key}]` keeps it"
+    if key == "rope_scaling" and not (
+        isinstance(value, Mapping) and {"type", "factor"} <= {*value}
+    ):
+        return f"`set: {{{key}: {{type: TYPE, factor: NUMBER}}}}` says what that is in this class"
+    try:
+        readable = parse_expression(other, "").value(config) is value
+    except MappingError:
+        readable = False
+    if readable:
+        return f"`derive: {{{key}: {other}}}` reads it"
+    return f"`set: {{{key}: {show(value)}}}` says the same"
 
 
 def _parts(config: Mapping[str, object], keys: tuple[str, ...]) -> Iterator[tuple[str, object]]:

@@ -291,6 +291,15 @@ caveats:
     ]
 
 
+def test_a_prompt_template_that_xtuner_does_not_have_is_named(tmp_path: Path) -> None:
+    text = f"{HEAD}tensors: [{{move: '', to: ''}}]\nchat: {{template: qwen_chat}}\n"
+    assert check(tmp_path, text) == []
+    wrong = text.replace("qwen_chat", "qwen_chatt")
+    assert check(tmp_path, wrong) == ["my.yaml:6: `qwen_chatt` is not a prompt template of XTuner"]
+    (fault,) = Catalogue.shipped().check(tmp_path / "my.yaml")
+    assert fault.advice == "Did you mean `qwen_chat`?"
+
+
 def test_a_wrong_tokenizer_is_said_by_the_check(tmp_path: Path) -> None:
     def faults(tokenizer: str) -> list[str]:
         return check(tmp_path, f"{HEAD}tensors: [{{move: '', to: ''}}]\ntokenizer:{tokenizer}\n")

@@ -74,7 +74,10 @@ class Catalogue:
     @cached_property
     def prompt_templates(self) -> Mapping[str, PromptTemplate]:
         """XTuner's prompt templates by name."""
-        reader = Reader(_read(self._folder / "prompt_templates.yaml"))
+        path = self._folder / "prompt_templates.yaml"
+        if not path.is_file():
+            return {}
+        reader = Reader(_read(path))
         table = reader.document.table
         found = {
             name: reader.bind(PromptTemplate, node, "a prompt template", name=name)
@@ -129,7 +132,8 @@ class Catalogue:
         return found
 
     def _read_family(self, document: Document) -> Family:
-        return read_family(document, self.families.__getitem__, self.classes.__getitem__)
+        find = (self.families.__getitem__, self.classes.__getitem__)
+        return read_family(document, *find, self.prompt_templates)
 
     def _read_format(self, document: Document) -> Format:
         return read_format(document, self.refusals.formats)

@@ -240,6 +240,7 @@ def read_family(
     document: Document,
     find_family: Callable[[str], Family],
     find_class: Callable[[str], PlainClass],
+    templates: Collection[str],
 ) -> Family:
     """The family in a file; `find_…` load what it names, or raise `MappingError`.
 
@@ -259,6 +260,11 @@ def read_family(
     family = replace(family, names_read=frozenset(reader.names_read))
     if parent is not None:
         family = family.over(parent)
+    template = family.chat.template
+    if template is not None and template not in templates:
+        what = f"`{template}` is not a prompt template of XTuner"
+        advice = advice_for(template, templates, f"It has: {', '.join(templates)}.")
+        reader.fault(table["chat"].key_line, what, advice)
     if "tokenizer" in table:
         _check_tokenizer(reader, table["tokenizer"].key_line, family.tokenizer)
     if plain is not None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from builders.families.checkpoints import write_trained
 from builders.families.models import SIZES, Source, random_tensors, shapes_of_class
-from xtuner2llava import PlanError, convert, verify
+from xtuner2llava import PlanError, convert, plan, verify
 from xtuner2llava.cli.commands import main
 from xtuner2llava.errors import MappingError
 from xtuner2llava.mapping import Catalogue, Family
@@ -277,6 +277,13 @@ def test_the_readmes_mixture_of_experts_is_converted(tmp_path: Path, checkpoints
     for command, more in (("inspect", []), ("plan", named)):
         result = CliRunner().invoke(main, [command, str(trained.checkpoint), *bases, *more])
         assert phrase in result.stdout, result.output
+
+    # A slip in the name of a token is said.
+    slip = tmp_path / "slip.yaml"
+    slip.write_text(path.read_text() + 'generation: {eos: ["</S>"]}\n')
+    text = "none of the tokens that slip.yaml names as eos (</S>)"
+    assert any(text in n for n in plan(trained.checkpoint, mapping=slip, **trained.bases).notes)
+    assert not any("names as eos" in note for note in report.plan.notes)
 
     # One expert too few in the config is said by both rules.
     config = {**source.config, "n_experts": 2}

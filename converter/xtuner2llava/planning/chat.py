@@ -46,6 +46,12 @@ def generation_tokens(
     ids = token_ids(tokenizer, family.generation, stop_words, *base)
     if given_bos is not None:
         ids = replace(ids, bos=tokenizer.ids[given_bos])
+    named = family.generation.eos
+    if named and family.if_right == family.file.name and tokenizer.ids.keys().isdisjoint(named):
+        findings.note(
+            f"The tokenizer has none of the tokens that {family.file.name} names as eos "
+            f"({', '.join(named)}); the base's take their place."
+        )
     unknown = [word for word in stop_words if word not in tokenizer.ids]
     if unknown:
         findings.note(

@@ -142,7 +142,7 @@ def look(made: Trained) -> dict[str, TargetFormat]:
         ("phi3", {"sliding_window": None}, Fidelity("exact"), Fidelity("exact")),
         ("baichuan2", {}, Fidelity("exact"), Fidelity("exact")),
         ("mistral", {}, Fidelity("exact_up_to", 8), Fidelity("exact_up_to", 8)),
-        ("qwen3", {}, Fidelity("not_possible"), Fidelity("exact")),
+        ("qwen3", {}, Fidelity("not_possible"), Fidelity("exact", None, (">=4.51",))),
         ("llama_3_1", {}, Fidelity("not_possible"), Fidelity("exact")),
         ("gemma", {}, Fidelity("not_possible"), Fidelity("exact", None, (">=4.38, <5.4",))),
         (

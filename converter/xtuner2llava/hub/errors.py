@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from xtuner2llava.errors import ConversionError, HubError, UsageError
 
@@ -18,6 +19,10 @@ _FORBIDDEN = "The token may not write there: make one that may, or give an owner
 # 412: another commit came in between.
 _CONFLICT = 412
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# What is raised as RuntimeError: by httpx, whose client of all threads is closed where one of them
+# cannot connect; and by hf_xet, of requests to its storage (huggingface/xet-core#394, #444).
+_OF_NETWORK = ("client has been closed", "Data processing error", "Network error")
 
 
 @contextmanager
@@ -88,20 +93,26 @@ def is_transient(error: BaseException) -> bool:
     """Whether there was no answer, or one that asks to come again."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if isinstance(error, (FileNotFoundError, PermissionError, OfflineModeIsEnabled)):
+    final = (FileNotFoundError, PermissionError, OfflineModeIsEnabled)
+    if isinstance(error, final) or _is_of_disk(error):
         return False
     status = http_status(error)
     return _is_of_network(error) if status is None else status in _TRANSIENT
 
 
+def _is_of_disk(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a file here failed, such as one of the cache on a disk that is full."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_DISK)
+
+
 def _is_of_network(error: BaseException) -> bool:
     """The HTTP library is requests, httpx or httpx2, by the version of huggingface_hub, whose own
-    error has that library's as its base. The client of all threads is closed where one of them
-    cannot connect."""
+    error has that library's as its base."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    closed = isinstance(error, RuntimeError) and "client has been closed" in str(error)
-    return closed or isinstance(error, (OSError, *HfHubHTTPError.__bases__))
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _OF_NETWORK)
+    return isinstance(error, (OSError, *HfHubHTTPError.__bases__))
 
 
 def _describe(error: Exception, *, reading: bool) -> tuple[str, str] | None:
@@ -128,6 +139,9 @@ def _describe(error: Exception, *, reading: bool) -> tuple[str, str] | None:
         case errors.LocalEntryNotFoundError():
             what = "is not in the local cache, and the Hub cannot be reached"
             return what, "Download it where there is a network, and give its folder."
+    if _is_of_disk(error):
+        what = f"cannot be read or stored here: {error.filename or 'a file'} ({error.strerror})"
+        return what, "Set HF_HOME to a folder that has space and may be written." if reading else ""
     status = http_status(error)
     if status is not None:
         server = str(getattr(error, "server_message", None) or "") or first_line

@@ -13,7 +13,7 @@ from xtuner2llava.planning.plan import Findings
 from xtuner2llava.planning.vision_tower import PROCESSOR_KEYS, PUBLISHED, clip_processor
 from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import VISUAL_ENCODER
-from xtuner2llava.storage.json_file import Json, integer, read_json
+from xtuner2llava.storage.json_file import Json, integer, read_json, text
 from xtuner2llava.training_config import TrainingConfig, Value, shown
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -26,10 +26,6 @@ _AUTO = ("AutoImageProcessor", "AutoProcessor", "AutoFeatureExtractor")
 _CLIP = (CLASS, f"{CLASS}Fast", f"{CLASS}Pil", "CLIPFeatureExtractor", "CLIPProcessor")
 # Without these, LlavaProcessor of 4.45 to 4.57 makes one image token for an image, or fails.
 _COUNTS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
-
-
-# The settings, and the file that says exactly these.
-_Found = tuple[Mapping[str, Json], Path | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +50,10 @@ def trained_processor(checkpoint: Checkpoint, tower: Path, findings: Findings) -
     """
     config = checkpoint.training_config
     if config is None or tower == checkpoint.artifact.folders.get(VISUAL_ENCODER):
-        values, path = _in_folder(tower)
+        found = _in_folder(tower)
     else:
-        values, path = _of_training(config, tower, findings)
+        found = _of_training(config, tower, findings)
+    values, path = found.values, found.path
     where = str(path or "image_processor of the XTuner config")
     raise_faults(PlanError, [Fault(where, what) for what in colour_faults(values)])
     tower_config, crop = checkpoint.visual_encoder.config, clip_processor(values)["crop_size"]
@@ -173,23 +170,24 @@ def processor_faults(values: Mapping[str, Json], patch_size: int | None) -> Iter
         )
 
 
-def _in_folder(folder: Path) -> _Found:
+def _in_folder(folder: Path) -> ImageProcessor:
     """The settings in `folder`; a processor that transformers 5 saved holds them nested."""
     path, nested = folder / PREPROCESSOR, folder / PROCESSOR
     if not path.is_file() and nested.is_file():
         inner = read_json(nested).get("image_processor")
         if isinstance(inner, dict):
-            return inner, nested
-    return read_json(path), path
+            return ImageProcessor(inner, nested)
+    return ImageProcessor(read_json(path), path)
 
 
-def _of_training(config: TrainingConfig, tower: Path, findings: Findings) -> _Found:
+def _of_training(config: TrainingConfig, tower: Path, findings: Findings) -> ImageProcessor:
     """What the XTuner config says of the image processor that it names, or that of the tower."""
-    values, path = _named(config, tower, findings)
-    loaded = config.data.image_processor
-    kind: Json = loaded.type
+    named, loaded = _named(config, tower, findings), config.data.image_processor
+    values, kind = named.values, loaded.type
     if kind in _AUTO:
-        kind = values.get("image_processor_type") or values.get("feature_extractor_type") or kind
+        kind = (
+            text(values, "image_processor_type") or text(values, "feature_extractor_type") or kind
+        )
     if kind not in (None, *_CLIP):
         raise PlanError(
             f"the training prepared images with {kind}, and LLaVA does with {CLASS}",
@@ -216,13 +214,13 @@ def _of_training(config: TrainingConfig, tower: Path, findings: Findings) -> _Fo
             )
     raise_faults(PlanError, faults)
     if changes.items() <= clip_processor(values).items():
-        return values, path
+        return named
     listed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
     findings.note(f"{PREPROCESSOR} has the arguments of the XTuner config: {listed}.")
-    return {**values, **changes}, None
+    return ImageProcessor({**values, **changes}, None)
 
 
-def _named(config: TrainingConfig, tower: Path, findings: Findings) -> _Found:
+def _named(config: TrainingConfig, tower: Path, findings: Findings) -> ImageProcessor:
     """The image processor in the folder that the config names; that of the tower where it is it."""
     named = config.data.image_processor.path
     try:
@@ -235,7 +233,7 @@ def _named(config: TrainingConfig, tower: Path, findings: Findings) -> _Found:
         return _in_folder(find_folder(named))
     except ConversionError:
         if named in PUBLISHED:
-            return PUBLISHED[named].processor, None
+            return ImageProcessor(PUBLISHED[named].processor, None)
         if not any((tower / name).is_file() for name in (PREPROCESSOR, PROCESSOR)):
             raise
     findings.note(

@@ -32,19 +32,20 @@ def loads(out: ConvertedFolder) -> Finding:
     faults = [*_faults_of_files(out, rows)]
     try:
         tokenizer = load_tokenizer(out.path, out.text.get("model_type"))
+        ids: Mapping[str, int] = tokenizer.get_vocab()
+        encoded = tokenizer(_SAMPLE)["input_ids"]
     except Exception as error:
         if not lacks_sentencepiece(out.path) or (out.path / "tokenizer.json").is_file():
             return FAILED, f"does not load: {type(error).__name__}: {error}"
         what = "loading it needs the packages sentencepiece and protobuf"
         return judge(faults, "") if faults else (SKIPPED, what)
-    ids: Mapping[str, int] = tokenizer.get_vocab()
     highest = max(ids.values(), default=-1)
     if highest >= rows or len(tokenizer) > rows:
         faults.append(
             f"has {len(tokenizer)} tokens up to id {highest}, the embedding has {rows} rows: LLaVA "
             "would add random ones"
         )
-    if not tokenizer(_SAMPLE)["input_ids"]:
+    if not encoded:
         faults.append("encodes a text as no tokens")
     faults += _missing_stops(out, ids)
     if out.format == "hf":

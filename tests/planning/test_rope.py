@@ -31,7 +31,7 @@ def test_factor(
     assert isinstance(found, float) is (expected is not None)
 
 
-@pytest.mark.parametrize("factor", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", [0, -1, 5e-324, float("nan"), float("inf")])
 def test_senseless_factors_are_refused(factor: float) -> None:
     with pytest.raises(UnsupportedError, match="rope_scaling"):
         linear_rope_factor(8192, 4096, factor)

@@ -31,6 +31,8 @@ from xtuner2llava.training_config import Reference, Table, TrainingConfig, Unkno
 _BLOCK_BYTES = 8 << 20
 # What XTuner's export and the models of llava-hf pad vocabularies to: matrix products like it.
 _MULTIPLE = 64
+# What it scales to is a number for every factor above.
+_LEAST_FACTOR = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ def linear_rope_factor(
     """
     if max_position_embeddings is None or not original_max_position_embeddings:
         return None
-    if not (math.isfinite(original_rope_factor) and original_rope_factor > 0):
+    if not _LEAST_FACTOR < original_rope_factor < math.inf:
         raise UnsupportedError(
             f"the base LLM's rope_scaling has the factor {original_rope_factor}, "
             "a positive number was expected"

@@ -324,6 +324,8 @@ def test_a_wrong_tokenizer_is_said_by_the_check(tmp_path: Path) -> None:
     assert said.endswith("`class` is 'Qwen2Tokenizer', and `convert` makes a LlamaTokenizer")
     (said,) = faults(" {class: LlamaTokenizer}")
     assert said.endswith("`class` needs `convert`, the file that the tokenizer is made from")
+    (said,) = faults(' {convert: my.tiktoken, special_tokens: {"<{0..2}>": 5, "<a>": 7}}')
+    assert said.endswith("two of `special_tokens` have the same id")
     (said,) = faults(" {convert: vocab.json}")
     assert "expected tokenizer.model or a .tiktoken file" in said
 

@@ -113,6 +113,8 @@ def _read_special_tokens(reader: Reader, node: Node) -> Mapping[str, int]:
         else:
             names = [f"{found[1]}{number}{found[4]}" for number in numbers] if found else [token]
             ids |= {name: index for index, name in enumerate(names, first)}
+    if len({*ids.values()}) < len(ids):
+        reader.fault(node.line, "two of `special_tokens` have the same id")
     return ids
 
 

@@ -90,20 +90,17 @@ class PlainClass:
         without them; `checked` ones are only checked.
         """
         keys = self.config
-        config = {name: values[name] for name in keys.required if name in values}
+        config = {name: _whole(values.get(name)) for name in keys.required}
         config |= {name: values.get(name, default) for name, default in keys.default.items()}
-        faults = [
-            Fault(self.file.name, f"`{name}` is missing, and {self.architecture} needs it")
-            for name in keys.required
-            if config.get(name) is None
-        ]
+        wrong: dict[str, str] = {}
         for name in keys.required:  # Sizes, all of them.
-            size = config[name] = _whole(config.get(name))
-            if size is not None and (type(size) is not int or size < 1):
-                what = f"`{name}` is {show(size)}, expected a positive whole number"
-                faults.append(Fault(self.file.name, what))
-        if faults:
-            return config, faults
+            size = config[name]
+            if size is None:
+                wrong[name] = f"is missing, and {self.architecture} needs it"
+            elif type(size) is not int or size < 1:
+                wrong[name] = f"is {show(size)}, expected a positive whole number"
+        if wrong:
+            return config, self._faults(wrong)
         usual = dict(keys.default)
         try:
             for name, expression in keys.when_null.items():
@@ -118,15 +115,18 @@ class PlainClass:
                 if type(usual.get(name)) is int:
                     config[name] = _whole(value)
                 if expected := _expected_kind(config[name], usual.get(name)):
-                    what = f"`{name}` is {show(value)}, expected {expected}"
-                    faults.append(Fault(self.file.name, what))
-            if faults:
-                return config, faults
+                    wrong[name] = f"is {show(value)}, expected {expected}"
+            if wrong:
+                return config, self._faults(wrong)
             environment = self.environment(config)
         except MappingError as error:
             return config, [*error.faults]
         extra = {name: values.get(name) for name in keys.checked}
         return config, failures(keys.requirements, {**extra, **environment})
+
+    def _faults(self, wrong: Mapping[str, str]) -> list[Fault]:
+        advice = "Correct it in the config.json of the base LLM, or make it in a mapping."
+        return [Fault(self.file.name, f"`{name}` {what}", advice) for name, what in wrong.items()]
 
     def environment(self, config: Mapping[str, object]) -> Environment:
         """The names that its expressions know: config keys, optional ones too, and `dims`."""

@@ -103,6 +103,12 @@ def test_the_catalogue_finds_what_is_shipped() -> None:
         CATALOGUE.families["qwen9"]
     assert caught.value.faults[0].advice.startswith("Did you mean `qwen")
     assert CATALOGUE.text_of("qwen").startswith("# Qwen 1 is Qwen 2 with other names")
+    assert "\nfamily: llama\n" in CATALOGUE.text_of("llama")
+    for name in ("classes/llama", "classes/llama.yaml"):
+        assert "\nclass: llama\n" in CATALOGUE.text_of(name)
+    assert "\nclass: clip_vision_model\n" in CATALOGUE.text_of("clip_vision_model")
+    with pytest.raises(MappingError, match=r"Known: baichuan, .*, llava, clip_.*, classes/gemma, "):
+        CATALOGUE.text_of("zzz")
     with pytest.raises(MappingError, match=r"there is no mapping `\.\./README`"):
         CATALOGUE.text_of("../README")
 

@@ -412,7 +412,10 @@ def list_mappings(as_json: bool) -> None:
 @mappings.command("show")
 @click.argument("name", shell_complete=flags.complete_mapping)
 def show_mapping(name: str) -> None:
-    """The YAML of a shipped family, format or class."""
+    """The YAML of a shipped family, format or class.
+
+    `llama` is the family, `classes/llama` the class.
+    """
     from xtuner2llava.mapping import Catalogue
 
     click.echo(Catalogue.shipped().text_of(name), nl=False)

@@ -63,12 +63,18 @@ class Catalogue:
         return self.families[choose(self._matches, config, names)]
 
     def text_of(self, name: str) -> str:
-        """The YAML of the shipped family, format or class `name`, in this order."""
-        for shelf in self._shelves:
-            if name in shelf:
-                return shelf.path(name).read_text(encoding="utf-8")
-        known = [name for shelf in self._shelves for name in shelf]
-        advice = advice_for(name, known, f"Known: {', '.join(known)}.")
+        """The YAML of the shipped family, format or class `name`, in this order.
+
+        A class that is called as its family is has its folder's name before its own, as in errors:
+        `classes/llama`.
+        """
+        paths = [shelf.path(one) for shelf in self._shelves for one in shelf]
+        short = {path.stem: path for path in reversed(paths)}
+        known = {p.stem if short[p.stem] is p else f"{p.parent.name}/{p.stem}": p for p in paths}
+        named = {f"{path.parent.name}/{path.stem}": path for path in paths} | known
+        if path := named.get(name.removesuffix(".yaml")):
+            return path.read_text(encoding="utf-8")
+        advice = advice_for(name, named, f"Known: {', '.join(known)}.")
         raise MappingError(f"there is no mapping `{name}`", advice=advice)
 
     @cached_property

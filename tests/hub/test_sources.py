@@ -178,7 +178,8 @@ def test_private_gated_missing_and_wrong_revisions(
     out = tmp_path / "llava-qwen"
     hub.add("meta/gated", hub.repos[names.llm].content(), gated=True)
     private = fault(client, names, out, token=None)
-    assert f"{names.trained}: is not a repository on the Hub that this token can see" in private
+    what = "is not a folder here, and is not a repository on the Hub that this token can see"
+    assert f"{names.trained}: {what}" in private
     assert "log in" in private
     text = fault(client, names, out, llm="meta/gated", vision="openai/nothing")
     assert "2 faults" in text

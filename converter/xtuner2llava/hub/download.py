@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.hub.errors import hub_errors, is_transient, with_retries
+from xtuner2llava.hub.errors import hub_errors, is_transient, not_here, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -94,7 +94,8 @@ def find_folder(reference: str) -> Path:
     if folder.is_dir():
         return folder
     if is_reference(reference):
-        return fetch_model(reference, weights=False)
+        with not_here(reference):
+            return fetch_model(reference, weights=False)
     raise CheckpointError("is not a folder here", where=reference)
 
 
@@ -111,7 +112,8 @@ def fetch_checkpoint(reference: str) -> Path:
 
     Of each part's folder, `.bin` weights are fetched only where it has no safetensors.
     """
-    return _fetch(reference, _XTUNER_FOLDERS, [], weights=True, always="projector/config.json")
+    with not_here(reference):
+        return _fetch(reference, _XTUNER_FOLDERS, [], weights=True, always="projector/config.json")
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:

@@ -6,9 +6,10 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeGuard, TypeVar
 
-from xtuner2llava.errors import ConversionError, HubError, UsageError
+from xtuner2llava.errors import CheckpointError, ConversionError, HubError, UsageError
 
 _T = TypeVar("_T")
 
@@ -46,6 +47,21 @@ def hub_errors(where: str, kind: type[ConversionError] = HubError) -> Iterator[N
         invalid = isinstance(cause, HFValidationError) and kind is HubError
         what, advice = described
         raise (UsageError if invalid else kind)(what, where=where, advice=advice) from error
+
+
+@contextmanager
+def not_here(reference: str) -> Iterator[None]:
+    """Has what is wrong with `reference` on the Hub say that it is no folder here either."""
+    try:
+        yield
+    except CheckpointError as error:
+        faults = [
+            replace(fault, what=f"is not a folder here, and {fault.what}")
+            if fault.where == reference
+            else fault
+            for fault in error.faults
+        ]
+        raise type(error).from_faults(faults) from error
 
 
 def require_token() -> None:

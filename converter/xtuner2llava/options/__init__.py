@@ -350,7 +350,7 @@ def _mistake(value: object, annotation: object, is_size: bool) -> str:
         return ""
     by_kind = next((found for kind, found in _BY_KIND.items() if kind in kinds), None)
     if known:
-        fits, expected = isinstance(value, str) and value in known, one_of(known)
+        fits, expected = isinstance(value, str) and value in known, f"one of {', '.join(known)}"
     elif by_kind is not None:
         fits, expected = by_kind[0](value), by_kind[1]
     elif is_size:
@@ -379,7 +379,3 @@ _BY_KIND: Mapping[object, tuple[Callable[[Any], bool], str]] = {
     ),
     Callable: (callable, "something to call"),
 }
-
-
-def one_of(known: tuple[str, ...]) -> str:
-    return f"one of {', '.join(known)}"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import (
-    CheckpointError,
     ConversionError,
     CorruptFileError,
     Fault,
@@ -217,20 +216,12 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
                 where=name,
                 advice=f"Download it (`hf download {repository}`), and give its folder.",
             )
+    from xtuner2llava.hub.errors import not_here
     from xtuner2llava.hub.published import published_copy
 
-    try:
-        with published_copy(repository) as copy:
-            found = _verify(copy.path, options, copy.sha256)
-            return replace(found, out=Path(repository), figures={"commit": copy.commit})
-    except CheckpointError as error:
-        faults = [
-            replace(fault, what=f"is not a folder here, and {fault.what}")
-            if fault.where == repository
-            else fault
-            for fault in error.faults
-        ]
-        raise type(error).from_faults(faults) from error
+    with not_here(repository), published_copy(repository) as copy:
+        found = _verify(copy.path, options, copy.sha256)
+        return replace(found, out=Path(repository), figures={"commit": copy.commit})
 
 
 def _weight_bytes(path: Path) -> int:

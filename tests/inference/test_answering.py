@@ -118,6 +118,13 @@ def test_what_cannot_be_asked_is_an_error(
         answer(folder, tmp_path / "text.png", "What?", TryOptions())
     with pytest.raises(ConversionError, match="cannot be read as a picture"):
         answer(folder, tmp_path / "missing.png", "What?", TryOptions())
+    (tmp_path / "damaged.ppm").write_bytes(b"P6 x 4 255 ")
+    with pytest.raises(ConversionError, match="cannot be read as a picture"):
+        answer(folder, tmp_path / "damaged.ppm", "What?", TryOptions())
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "program.eps").write_bytes(script)
+    with pytest.raises(ConversionError, match="cannot identify image file"):
+        answer(folder, tmp_path / "program.eps", "What?", TryOptions())
     with pytest.raises(ConversionError, match="is not a converted folder"):
         answer(tmp_path, DATA / "wide.png", "What?", TryOptions())
     with monkeypatch.context() as patch:

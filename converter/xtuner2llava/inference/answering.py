@@ -32,6 +32,8 @@ _BACKGROUND = 255  # LLaVA pads with the mean, in 8 bits
 _VERIFY = "`xtuner2llava verify` says what is wrong with a folder."
 # No code of the folder is run, and nothing is unpickled or downloaded.
 _LOCAL: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+# Of Pillow's formats, those of pictures. It gives others to programs: EPS to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _Tensors = dict[str, "torch.Tensor"]
 _OnText = Callable[[str], None]
 
@@ -189,7 +191,7 @@ def _dtype(out: ConvertedFolder) -> torch.dtype:
 
 def _read_picture(path: Path) -> Any:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise UsageError(
             "reading pictures needs Pillow, which is not installed",
@@ -197,8 +199,8 @@ def _read_picture(path: Path) -> Any:
             advice="Install it: pip install pillow",
         ) from error
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return Image.open(path, formats=_FORMATS).convert("RGB")
+    except Exception as error:  # Each format has its own for a damaged file.
         raise UsageError(f"cannot be read as a picture ({error})", where=str(path)) from error
 
 

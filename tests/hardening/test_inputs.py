@@ -185,7 +185,7 @@ def test_terminals_are_not_given_commands(text: str, shown: str) -> None:
 
 
 def test_names_in_a_file_reach_the_terminal_as_text(tmp_path: Path) -> None:
-    header = json.dumps({"\x1b]0;owned\x07\ud800": {"dtype": "F99"}}).encode()
+    header = json.dumps({"\x1b]0;owned\x07\u202e": {"dtype": "F99"}}).encode()
     folder = tmp_path / "iter_2_xtuner" / "projector"
     folder.mkdir(parents=True)
     data = len(header).to_bytes(8, "little") + header
@@ -198,7 +198,7 @@ def test_names_in_a_file_reach_the_terminal_as_text(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 1
-        assert b"\\x1b]0;owned\\x07\\ud800" in done.stderr
+        assert b"\\x1b]0;owned\\x07\\u202e" in done.stderr
         assert b"\x1b]0" not in done.stderr and b"fault of xtuner2llava" not in done.stderr
 
 

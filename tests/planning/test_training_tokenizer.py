@@ -67,6 +67,10 @@ class Bench:
                 state[prefix + name.removesuffix(".weight") + saved] = tensor
             elif not lora:
                 state[prefix + name] = tensor
+            elif name.endswith("q_proj.weight"):
+                factor = prefix + name.removesuffix("weight") + "lora_{}.default.weight"
+                state[factor.format("A")] = torch.ones(8, tensor.shape[1])
+                state[factor.format("B")] = torch.zeros(tensor.shape[0], 8)
         path = self.folder / "iter_2.pth"
         torch.save({"meta": {"iter": 2, "cfg": config}, "state_dict": state}, path)
         return path

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,18 @@ def test_small_files_are_small_and_plain(tmp_path: Path) -> None:
         read_small(tmp_path / "pipe", 4)
     with pytest.raises(CorruptFileError, match="No such file"):
         read_small(tmp_path / "b.json", 4)
+    with pytest.raises(CorruptFileError, match="changed while it was read"):
+        read_small(Path("/proc/self/status"), 1 << 20)  # Of no bytes, it says, and has some.
+
+
+def test_a_small_file_takes_the_memory_of_its_size(tmp_path: Path) -> None:
+    """Python allocates what it is asked to read, which is far more than most files have."""
+    (tmp_path / "a.json").write_bytes(b"12345")
+    tracemalloc.start()
+    assert read_small(tmp_path / "a.json", 256 << 20) == b"12345"
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 20
 
 
 @pytest.mark.parametrize(

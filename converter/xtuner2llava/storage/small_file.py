@@ -28,14 +28,17 @@ def read_plain(path: Path, most: int) -> bytes:
     """As `read_small`, for a file that the user named, which may be a link to anywhere."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise CorruptFileError("cannot be read (it is not a plain file)", where=str(path))
-            data = file.read(most + 1)
+            data = file.read(min(most, status.st_size) + 1)  # It is allocated at once.
     except (OSError, ValueError) as error:  # ValueError: a path with a null character.
         reason = getattr(error, "strerror", None) or error
         raise CorruptFileError(f"cannot be read ({reason})", where=str(path)) from error
     if len(data) > most:
         raise CorruptFileError(f"has more than {most:,} bytes", where=str(path))
+    if len(data) != status.st_size:
+        raise CorruptFileError("changed while it was read", where=str(path))
     return data
 
 

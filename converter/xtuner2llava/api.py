@@ -112,6 +112,8 @@ def convert(checkpoint: PathOrText, out: str | PathLike[str], options: ConvertOp
 def plan(checkpoint: PathOrText, options: Options) -> Plan:
     """What `convert` would do with the same options; reads headers only and writes nothing.
 
+    What is on the Hub is downloaded first, as for `convert`.
+
     Raises `ConversionError`; its `faults` are all that keep the conversion from being exact.
     """
     from xtuner2llava import conversion
@@ -121,7 +123,9 @@ def plan(checkpoint: PathOrText, options: Options) -> Plan:
 
 @_Takes(InspectOptions)
 def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
-    """What `checkpoint` is, and what it can become; reads headers only, downloads no weights.
+    """What `checkpoint` is, and what it can become; reads headers only.
+
+    Weights of base models are not downloaded; a checkpoint on the Hub is, whole.
 
     `checkpoint` may also be an XTuner config `.py`, before training: then what will come of it. It
     is never run. Raises `ConversionError` for what is neither; what else keeps it from becoming a

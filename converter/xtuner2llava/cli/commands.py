@@ -346,7 +346,8 @@ def verify(out: str, *, options: VerifyOptions, as_json: bool, quiet: bool) -> N
 def plan(checkpoint: str, *, options: Options, tensors: bool, as_json: bool, quiet: bool) -> None:
     """Show what convert would do, and write nothing.
 
-    Only headers and small files are read.
+    Only headers and small files are read. What is on the Hub is downloaded first, weights too; the
+    base LLM's are not with --stream-base.
     """
     _show_plan(checkpoint, options, as_json=as_json, tensors=tensors)
 
@@ -361,6 +362,9 @@ def _show_plan(checkpoint: str, options: Options, *, as_json: bool, tensors: boo
 @flags.command(main, InspectOptions, "checkpoint")
 def inspect(checkpoint: str, *, options: InspectOptions, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT is, and what it can become.
+
+    Only headers and small files are read. Weights of base models are not downloaded; a CHECKPOINT
+    on the Hub is, whole.
 
     For each format there is a verdict: exact, exact up to so many tokens (images counted as their
     patches), exact if a mapping of your own is right, possible but not exact, or not possible and

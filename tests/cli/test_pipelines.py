@@ -195,6 +195,13 @@ def test_the_name_of_a_file_makes_no_line(
         assert "\nVerified: all" not in done.output
 
 
+def test_a_traceback_cannot_move_the_cursor(tmp_path: Path) -> None:
+    done = run("inspect", tmp_path / "x\x1b[2J.pth", "-v")
+    assert "Traceback" in done.stderr
+    assert r"x\x1b[2J.pth" in done.stderr
+    assert "\x1b[2J" not in done.stderr
+
+
 def test_json_is_ascii(tmp_path: Path) -> None:
     """So it is JSON in any encoding of stdout, and no name in it moves the cursor."""
     name = "caf\u00e9\U0001f600\x9b31m.pth"

@@ -91,7 +91,7 @@ class _Group(flags.Group):
             else:
                 _tell(faults)
             if ctx.obj["verbose"]:
-                traceback.print_exception(error)
+                click.echo(printable("".join(traceback.format_exception(error))), err=True)
             if ctx.obj["json"]:
                 with suppress(OSError):  # It may be stdout that cannot be written.
                     _print_error(kind, faults)

@@ -386,6 +386,11 @@ SEALED: dict[str, tuple[Damage, str, str]] = {
         "tensors of the LLM",
         "num_hidden_layers is 1,000,000,000",
     ),
+    "a link to nowhere": (
+        lambda folder: (folder / "x.safetensors").symlink_to("nowhere"),
+        "safetensors headers",
+        "x.safetensors: cannot be read",
+    ),
     "tokenizer that does not encode": (
         lambda folder: set_keys(folder / "tokenizer_config.json", model_max_length="x"),
         "tokenizer",

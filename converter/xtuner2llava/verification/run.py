@@ -225,7 +225,7 @@ def _verify_published(repository: str, options: VerifyOptions) -> Verification:
 
 
 def _weight_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in path.glob("*.safetensors") if file.is_file())
 
 
 def _reporter(options: VerifyOptions, stage: str) -> OnProgress | None:

@@ -596,6 +596,18 @@ def test_the_users_home_and_name(
     assert verify(folder).named("no local paths").result == "ok"
 
 
+def test_a_user_without_home_and_name(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs with a number for a user."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert verify(whole).named("no local paths").result == "ok"
+
+
 def test_a_tokenizer_with_a_bos_is_warned_of(whole: Path, tmp_path: Path) -> None:
     folder = copy_of(whole, tmp_path)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from os.path import expanduser
 
 from xtuner2llava.mapping import Catalogue, model_name
 from xtuner2llava.metadata import CARD_NAME
@@ -80,7 +80,7 @@ def _private(text: str, file: str) -> Iterator[str]:
     if file in _VOCABULARIES:
         yield from (match[0] for match in [_HOME.search(text)] if match)
         return
-    home = f"{Path.home()}/"
+    home = f"{expanduser('~')}/"  # noqa: PTH111 - no error for a user without a home
     if len(home) > 2 and home in text:
         yield home
     if match := _PATH.search(text):

@@ -101,6 +101,11 @@ def test_what_a_row_costs_bounds_a_block(tmp_path: Path) -> None:
     assert cast(Fill(FLOAT32, (2, 3), 0), FLOAT16).row_cost == 6 + 12
 
 
+def test_a_mean_is_stored_as_its_source_is(tmp_path: Path) -> None:
+    half = stored(tmp_path, "half", torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.float16))
+    assert Mean(cast(half, FLOAT32), 3).stored_dtype is FLOAT16
+
+
 def test_a_mean_goes_to_another_process(tmp_path: Path) -> None:
     mean = Mean(matrix(tmp_path, [1.0, 2.0], [3.0, 6.0]), 3)
     assert mean.read(0, 1).tolist() == [[2.0, 4.0]]

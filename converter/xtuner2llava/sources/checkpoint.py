@@ -12,7 +12,7 @@ from xtuner2llava.errors import CheckpointError, ConversionError, Fault, Unsuppo
 from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.opening import open_artifact
-from xtuner2llava.sources.part import WITHOUT_CONFIG, Assembly, Part
+from xtuner2llava.sources.part import Assembly, Part
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.training_config import TrainingConfig, TrainingData
 
@@ -78,9 +78,7 @@ def open_checkpoint(
         training_config = TrainingConfig.from_file(Path(options.xtuner_config))
     elif artifact.config is not None:
         training_config = TrainingConfig.from_text(*artifact.config)
-    return _assemble(
-        artifact, training_config, options, stream_base=stream_base, base_weights=base_weights
-    )
+    return _assembled(Assembly(artifact, training_config, options, stream_base, base_weights))
 
 
 def open_training(path: PathOrText, options: SourceOptions | None = None) -> Checkpoint:
@@ -91,44 +89,32 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
     """
     training_config = TrainingConfig.from_file(path)
     artifact = Artifact(Path(path), "XTuner config, before training", {}, ())
-    return _assemble(
-        artifact,
-        training_config,
-        options or SourceOptions(),
-        base_weights=False,
-        before_training=True,
+    options = options or SourceOptions()
+    return _assembled(
+        Assembly(artifact, training_config, options, base_weights=False, before_training=True)
     )
 
 
-def _assemble(
-    artifact: Artifact,
-    training_config: TrainingConfig | None,
-    options: SourceOptions,
-    *,
-    stream_base: bool = False,
-    base_weights: bool = True,
-    before_training: bool = False,
-) -> Checkpoint:
-    """The model that `artifact` and the base models make together.
+def _assembled(work: Assembly) -> Checkpoint:
+    """The model that the artifact and the base models make together.
 
     A part's config and tokenizer come from the folder that the user gave, else from the artifact's
     own, else from the base model that the XTuner config names.
     """
-    config = training_config or WITHOUT_CONFIG
-    work = Assembly(artifact, config, options, stream_base, base_weights, before_training)
+    artifact = work.artifact
     llm, tower = (work.part(part) for part in (LLM, VISUAL_ENCODER))
-    origin = "not trained yet" if before_training else "trained"
+    origin = "not trained yet" if work.before_training else "trained"
     inexact: tuple[str, ...] = ()
     try:
         # Of an LLM that was trained in full, the weights do not depend on how its base was loaded.
         if LLM not in artifact.weights:
-            inexact = config.inexact
+            inexact = work.config.inexact
     except ConversionError as error:
         work.faults.extend(error.faults)
-    work.faults.extend(_class_faults(training_config, artifact.config))
+    work.faults.extend(_class_faults(work.training_config, artifact.config))
     opened = Checkpoint(
         artifact,
-        training_config,
+        work.training_config,
         llm,
         tower,
         Part(artifact.weights.get(PROJECTOR, {}), origin, trained=True),
@@ -137,7 +123,7 @@ def _assemble(
         faults=tuple(dict.fromkeys(work.faults)),
         inexact=inexact,
         pending=tuple(work.pending),
-        before_training=before_training,
+        before_training=work.before_training,
     )
     _log_sources(opened)
     return opened

@@ -68,15 +68,19 @@ class Assembly:
     """
 
     artifact: Artifact
-    config: TrainingConfig
+    training_config: TrainingConfig | None
     options: SourceOptions
-    stream_base: bool
-    base_weights: bool
-    before_training: bool
+    stream_base: bool = False
+    base_weights: bool = True
+    before_training: bool = False
     base_files: list[Fingerprint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     pending: list[Fault] = field(default_factory=list)
+
+    @property
+    def config(self) -> TrainingConfig:
+        return self.training_config or WITHOUT_CONFIG
 
     def part(self, part: str) -> Part:
         """A part from the artifact where it was trained, else from its base model.

@@ -3,7 +3,6 @@
 from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.datasets import (
     WITHOUT_IDS,
-    Evaluation,
     Loaded,
     TrainingData,
 )
@@ -20,7 +19,6 @@ from xtuner2llava.training_config.values import (
 
 __all__ = [
     "WITHOUT_IDS",
-    "Evaluation",
     "Loaded",
     "Reference",
     "Section",

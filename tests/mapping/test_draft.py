@@ -152,6 +152,23 @@ def test_keys_of_the_config_are_found_under_other_names(tmp_path: Path) -> None:
     assert not any("torch_dtype" in line for line in config)
 
 
+def test_keys_that_only_later_versions_read_are_found_too(tmp_path: Path) -> None:
+    plain = CATALOGUE.classes["llama"]
+    config = {**SIZES, "num_key_value_heads": 2}
+    wide = plain.complete({**config, "head_dim": 32, "mlp_bias": True})[0]
+    shapes = {name: one.shape for name, one in plain.tensors(wide).items()}
+    said = {"model_type": "mine", "d_head": 32, "mlp_bias": True, "bos_token_id": 1}
+    text = drafted(config | said, renamed(shapes, {"self_attn": "mix"}), tmp_path)
+    assert "becomes: llama " in text
+    assert "   mix.q_proj.weight: self_attn.q_proj.weight    # [128, 64], same" in text
+    assert "          - mlp.up_proj.bias    # [96]\n" in text
+    assert "    head_dim: d_head\n" in text
+    assert "mlp_bias]\n" in text
+    assert "bos_token_id" not in text
+    family = CATALOGUE.with_family_file(tmp_path / "my-llm.yaml")
+    assert family.translate_config(config | said).values == wide | {"rope_theta": 10000.0}
+
+
 def _llama_shapes(kv_heads: int) -> dict[str, tuple[int, ...]]:
     shapes = KINDS["internlm3"].shapes
     assert shapes is not None

@@ -18,6 +18,7 @@ from xtuner2llava.errors import MappingError, UnsupportedError
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.mapping.detect import texts
 from xtuner2llava.mapping.expressions import Environment, show
+from xtuner2llava.mapping.family import HOUSEKEEPING
 from xtuner2llava.mapping.names import fold, parse_name
 from xtuner2llava.mapping.plain_class import PlainClass
 from xtuner2llava.mapping.similar import SILU, spelling_of
@@ -30,7 +31,6 @@ _Targets: TypeAlias = dict[str, tuple[str, str]]
 _MAX_COMMENTS = 60
 _PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z_][A-Za-z0-9_./-]*(\{[ie]\})?")
 _IN_LAYER = re.compile(r"(.+?)\.([0-9]+)\.(.+)", re.DOTALL)
-_ABOUT_FILES = ("architectures", "auto_map", "model_type", "torch_dtype", "transformers_version")
 # What one tensor may hold in place of several, and what a class that has it so calls it.
 _FUSED = {
     f"self_attn.qkv_proj.{end}": [f"self_attn.{part}_proj.{end}" for part in "qkv"]
@@ -132,7 +132,7 @@ def _nearest_class(
 def _expected(plain: PlainClass, config: Environment) -> _Parts:
     """The tensors of a class with one layer; a size that the config does not have is 1."""
     values: dict[str, object] = dict.fromkeys(plain.config.required, 1)
-    values |= {key: config[name] for key in plain.keys if (name := spelling_of(key, config))}
+    values |= {key: config[name] for key, name in _spellings(plain, config).items() if name}
     try:
         tensors = plain.tensors(plain.complete(values | {"num_hidden_layers": 1})[0])
     except MappingError:
@@ -275,9 +275,15 @@ def _choices(name: str, shapes: _Shapes, missing: _Shapes) -> Iterator[str]:
     yield f"# - rename: {{{_scalar(name)}: }}    # {[*shape]}: {names}"
 
 
+def _spellings(plain: PlainClass, config: Environment) -> dict[str, str]:
+    """The name in `config` of each key of a class; empty if it has none, or left out if it may."""
+    found = {key: spelling_of(key, config) for key in (*plain.keys, *plain.config.optional)}
+    return {key: name for key, name in found.items() if name or key not in plain.config.optional}
+
+
 def _config(config: Environment, plain: PlainClass) -> Iterator[str]:
     """The lines of a `config` table for the class `plain`, and comments on all other keys."""
-    spellings = {key: spelling_of(key, config) for key in plain.keys}
+    spellings = _spellings(plain, config)
     derive, constant, missing = [], [], []
     for key, spelling in ((key, found) for key, found in spellings.items() if found != key):
         if key == "hidden_act" and config.get(spelling) in SILU:
@@ -297,7 +303,7 @@ def _config(config: Environment, plain: PlainClass) -> Iterator[str]:
         yield from [f"  {title}:", *(f"    {entry}" for entry in entries)] if entries else []
     if missing:
         yield f"  # Not in the config, so as {plain.architecture} has it: {', '.join(missing)}."
-    used = {*_ABOUT_FILES, *spellings.values()}
+    used = {*HOUSEKEEPING, *spellings.values()}
     others = {key: value for key, value in config.items() if key not in used and value is not None}
     if others:
         yield "  # No rule reads these; `require` what must have one value:"

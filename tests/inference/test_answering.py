@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from damage import copy_of, edit_tensors
+from damage import copy_of, edit_json, edit_tensors
 from reference.cases import Converted
 from xtuner2llava import ConversionError, UsageError
 from xtuner2llava.cli.commands import main
@@ -175,6 +175,21 @@ def test_no_tensor_is_made_up(
     edit_tensors(folder, change)
     with pytest.raises(ConversionError, match=re.escape(says)):
         ask(folder, "wide.png", "What?")
+
+
+def test_an_attention_on_the_hub_is_not_asked_for(
+    in_checkpoints: None, converted: Converted, tmp_path: Path
+) -> None:
+    folder = copy_of(converted("qwen2_e_full_fullvis", format="hf", dtype="float32"), tmp_path)
+    before = ask(folder, "wide.png", "What?")
+    for key in ("_attn_implementation", "attn_implementation"):
+
+        def change(config: dict[str, Any], key: str = key) -> None:
+            for part in (config, config["text_config"], config["vision_config"]):
+                part[key] = "some/kernel"
+
+        edit_json(folder / "config.json", change)
+        assert ask(folder, "wide.png", "What?").tokens == before.tokens
 
 
 @pytest.mark.parametrize("format", ["llava", "hf"])

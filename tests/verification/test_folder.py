@@ -27,6 +27,7 @@ from damage import (
 )
 from reference.cases import Converted
 from xtuner2llava import UsageError, verify
+from xtuner2llava.verification import plain_model
 from xtuner2llava.verification.checks import tokenizer as tokenizer_check
 
 INDEX = "model.safetensors.index.json"
@@ -736,3 +737,20 @@ def test_a_transformers_that_is_too_old_for_the_class_skips_what_needs_it(
     folder = copy_of(converted("qwen2_e_full_fullvis", format="hf"), tmp_path)
     edit_json(folder / "config.json", lambda values: values["text_config"].update(model_type="no"))
     assert "has no model_type 'no'" in results(verify(folder))["tensors of the LLM"]
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_an_attention_on_the_hub_is_not_asked_for(
+    converted: Converted, tmp_path: Path, key: str
+) -> None:
+    """transformers 5 would load its code, where the package `kernels` is installed."""
+    folder = copy_of(converted("qwen2_e_full_fullvis", format="hf"), tmp_path)
+
+    def change(config: dict[str, Any]) -> None:
+        config["text_config"][key] = config["vision_config"][key] = "some/kernel"
+
+    edit_json(folder / "config.json", change)
+    seal(folder)
+    assert verify(folder).passed
+    kind = plain_model.plain_config({"model_type": "qwen2", key: "some/kernel"})
+    assert kind._attn_implementation != "some/kernel"

@@ -258,7 +258,12 @@ def _tower_config(out: ConvertedFolder) -> Mapping[str, Json]:
 def _loaded(kind: Any, source: Path | None, dtype: torch.dtype, **arguments: Any) -> Any:
     """A model of transformers. Raises `CheckpointError` for tensors it would make up at random."""
     model, found = kind.from_pretrained(
-        source, torch_dtype=dtype, output_loading_info=True, **arguments
+        # The config may name an attention on the Hub, which is code.
+        source,
+        torch_dtype=dtype,
+        attn_implementation="eager",
+        output_loading_info=True,
+        **arguments,
     )
     missing = sorted(found["missing_keys"])
     if missing:

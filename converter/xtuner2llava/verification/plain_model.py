@@ -24,6 +24,9 @@ _MOST = {
     re.compile(r".*layers?|.*experts"): 1000,
     re.compile(r"image_size|num_channels"): 1 << 14,
 }
+# Keys that are not about what is computed: classes that may not be known here, matrices that are
+# multiplied in slices, and attentions or experts that transformers 5 takes, as code, from the Hub.
+_NOT_COMPUTED = re.compile(r"architectures|auto_map|pretraining_tp|_.*|.*_implementation")
 # The experts of a layer as transformers 5 holds them (`conversion_mapping.py` there): gate and up
 # of each expert in one tensor, and down in another.
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -44,10 +47,7 @@ def plain_config(values: Mapping[str, Json]) -> Any:
     import transformers
     from transformers import AutoConfig
 
-    # None is about what is computed. Two may name classes that are not known here; with the third,
-    # matrices are multiplied in slices.
-    others = ("architectures", "auto_map", "pretraining_tp")
-    given = {key: value for key, value in values.items() if key not in others}
+    given = {key: value for key, value in values.items() if not _NOT_COMPUTED.fullmatch(key)}
     rope = given.get("rope_parameters")
     if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
         del given["rope_parameters"]
@@ -91,8 +91,12 @@ def new_tower(values: Mapping[str, Json]) -> Any:
 
     classes: Any = transformers
     _check_counts(values)
-    ours = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
-    known = {key: value for key, value in values.items() if key not in ours}
+    ours = ("model_type", "torch_dtype", "dtype", "transformers_version")
+    known = {
+        key: value
+        for key, value in values.items()
+        if key not in ours and not _NOT_COMPUTED.fullmatch(key)
+    }
     with _making("model"):
         config = classes.CLIPVisionConfig(**known, attn_implementation="eager")
         return classes.CLIPVisionModel(config).float().eval()

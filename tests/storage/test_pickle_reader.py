@@ -75,6 +75,12 @@ def test_integers_are_read_up_to_512_bits() -> None:
         read_pickle(pickle.dumps(longest + 1, 2), "here")
 
 
+@pytest.mark.parametrize("before", [b"", b"NN"])
+def test_a_fault_says_at_which_byte(before: bytes) -> None:
+    with pytest.raises(CorruptFileError, match=f"pickle byte {len(before)}: "):
+        read_pickle(before + b"\x8a\x41" + b"\x7f" * 65 + b".", "here")
+
+
 def test_shared_objects_are_shared() -> None:
     inner = [1]
     value = read_pickle(pickle.dumps([inner, inner, {"again": inner}]), "here")

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from builders.base import CLIP, llm_base, save_base, vision_base
-from builders.pth import config_text, save_pth
+from builders.pth import config_text, projector, save_pth
+from builders.zero import ZeroRun
 from xtuner2llava.errors import CheckpointError, Fault
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.sources import Checkpoint, Part, open_checkpoint
@@ -290,6 +291,18 @@ def test_a_frozen_part_is_what_the_run_started_from(key: str, workshop: Workshop
     assert "stage1.pth" in [f.name for f in opened.base_files]
     # It had not trained the tower.
     assert values(opened.visual_encoder) == {TOWER_BIAS: [5.0, 6.0]}
+
+
+@pytest.mark.parametrize("key", ["pretrained_pth", "load_from"])
+def test_a_start_that_xtuner_rounds_is_said(key: str, workshop: Workshop) -> None:
+    run = ZeroRun([{f"llm.{HEAD}": EARLIER, **projector()}], stage=2, ranks=2)
+    earlier = run.save(workshop.folder / "stage1.pth")
+    opened = workshop.open(workshop.save({}, workshop.config(**{key: earlier})))
+    assert (opened.llm.origin, opened.faults) == (f"{key} stage1.pth", ())
+    assert values(opened.llm) == {HEAD: EARLIER.tolist()}
+    assert ["rounds these to float16" in note for note in opened.notes] == (
+        [True] if key == "pretrained_pth" else []
+    )
 
 
 def test_mmengine_loads_what_it_is_told_over_pretrained_pth(workshop: Workshop) -> None:

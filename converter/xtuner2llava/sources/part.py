@@ -268,6 +268,13 @@ class Assembly:
             if earlier is not None and base.part in earlier.weights:
                 if not adapted:
                     self.base_files.extend(earlier.files)
+                    if earlier.layout.startswith("DeepSpeed ZeRO") and key == "pretrained_pth":
+                        # xtuner/utils/zero_to_any_dtype.py, where `guess_load_checkpoint` has it.
+                        self.notes.append(
+                            f"The {base.title} is that of '{earlier.path}', from its float32 "
+                            "weights. XTuner since 0.1.20 rounds these to float16 when it starts "
+                            "from them, so those in training may differ in their last bits."
+                        )
                     return earlier.weights[base.part], f"{key} {earlier.path.name}"
                 self.notes.append(
                     f"The run started from '{earlier.path}', which holds a trained {base.title}. "

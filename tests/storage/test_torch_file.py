@@ -229,6 +229,16 @@ def test_entries_that_overlap_are_refused(tmp_path: Path) -> None:
         opened(tmp_path / "w.pth", grown)
 
 
+@pytest.mark.parametrize("beyond", [1 << 32, (1 << 64) - 1])
+def test_an_entry_before_the_file_is_refused(beyond: int, tmp_path: Path) -> None:
+    """zipfile moves all entries by what the directory is found before its stated place."""
+    data = bytearray(saved())
+    place = data.rindex(b"PK\x06\x06") + 48
+    data[place : place + 8] = beyond.to_bytes(8, "little")
+    with pytest.raises(CorruptFileError, match=r"entry '.*' begins before the file"):
+        opened(tmp_path / "a.pth", bytes(data))
+
+
 def test_an_entry_beyond_the_data_is_refused(tmp_path: Path) -> None:
     # The last entry, the only one that nothing follows.
     with zipfile.ZipFile(io.BytesIO(saved())) as archive:

@@ -123,6 +123,8 @@ class TorchFile:
             (name, _), *_ = Counter(entry.filename for entry in entries).most_common(1)
             raise self._corrupt(f"two entries '{name}'")
         in_file = sorted(entries, key=lambda entry: entry.header_offset)
+        if in_file and in_file[0].header_offset < 0:
+            raise self._corrupt(f"entry '{in_file[0].filename}' begins before the file", _TRUNCATED)
         for entry, following in zip_longest(in_file, in_file[1:]):
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x1:
                 raise self._corrupt(

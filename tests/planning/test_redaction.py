@@ -154,6 +154,24 @@ def test_texts_lose_their_paths() -> None:
     assert redact_text(text) == ("mm_vision_tower is 'clip', as config.py has it (https://a.b/c/d)")
 
 
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("from '/content/My Drive/a/clip x', which", "from 'clip x', which"),
+        ('the `C:\\Users\\Jane Doe\\clip` and "~/My Models/llm/".', 'the `clip` and "llm".'),
+        ("it isn't '/a b/c' or '/d'", "it isn't 'c' or 'd'"),
+        ("after '</s>' and '[/INST]', or '/'", "after '</s>' and '[/INST]', or '/'"),
+    ],
+)
+def test_quoted_paths_may_have_spaces_and_tokens_slashes(text: str, published: str) -> None:
+    assert redact_text(text) == published
+
+
+def test_a_text_takes_no_longer_than_it_is_long() -> None:
+    for text in ("'" + "/a" * 100_000, "'/" * 100_000, "/" * 200_000, "'" + "/" * 200_000 + "x"):
+        assert len(redact_text(text)) <= len(text)
+
+
 def test_json_has_a_path_in_any_spelling() -> None:
     """As `json.dump` writes what is not ASCII by default, and as PHP and JavaScript may."""
     data = json.dumps({"name_or_path": "/home/中文/qwen", "cache_dir": '/a/"b"/c'}).encode()

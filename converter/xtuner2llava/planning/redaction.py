@@ -12,7 +12,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from xtuner2llava.planning.vision_tower import PUBLISHED
 
-_ABSOLUTE = re.compile(r"(?<![\w/.:])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;()]+[/\\])*"
+# One in quotes may have spaces. A token such as `</s>` or `[/INST]` is not a path.
+_QUOTED = re.compile(r"(['\"`])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^'\"`\n/\\]*[/\\])*"
+                     r"([^'\"`\n/\\]+)[/\\]*\1")  # fmt: skip
+_ABSOLUTE = re.compile(r"(?<![\w/.:<\[])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;()]+[/\\])*"
                        r"([^\s/\\'\"`,;()]+)")  # fmt: skip
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 _FILES = (".pth", ".pt", ".bin", ".safetensors", ".json", ".jsonl", ".py", ".yaml", ".yml")
@@ -35,7 +38,7 @@ def redact_name(name: str) -> str:
 
 def redact_text(text: str) -> str:
     """`text` with absolute paths shortened to their last component."""
-    return _ABSOLUTE.sub(r"\1", text)
+    return _ABSOLUTE.sub(r"\1", _QUOTED.sub(r"\1\2\1", text))
 
 
 def hub_id(name: str | None, folder: Path | None) -> str | None:

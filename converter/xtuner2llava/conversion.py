@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.errors import UsageError
 from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import ConvertOptions, InspectOptions, Options, PathOrText, PushOptions
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.planner import make_plan
-from xtuner2llava.sources import Checkpoint, open_checkpoint, open_training
+from xtuner2llava.sources import open_checkpoint, open_training
 
 if TYPE_CHECKING:
     # Imported where they are used: `plan` and `inspect` start sooner without them.
@@ -41,10 +40,7 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
     check_destination(options)
     template = read_card_template(options.card_template)
     stages = Stages()
-    opened = _open(checkpoint, options, stages)
-    with stages.stage("plan") as stage:
-        planned = with_metadata(make_plan(opened, options), options, template)
-        stage.nbytes = planned.nbytes
+    planned = with_metadata(_planned(checkpoint, options, stages), options, template)
     if options.on_plan is not None:
         options.on_plan(planned)
     conversion = _Conversion(Path(out), planned, options, stages)
@@ -58,12 +54,7 @@ def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) ->
 
 def plan(checkpoint: PathOrText, options: Options) -> Plan:
     """What `convert` would do, see `api.plan`."""
-    stages = Stages()
-    opened = _open(checkpoint, options, stages)
-    with stages.stage("plan") as stage:
-        planned = make_plan(opened, options)
-        stage.nbytes = planned.nbytes
-    return planned
+    return _planned(checkpoint, options, Stages())
 
 
 def inspect(checkpoint: PathOrText, options: InspectOptions) -> Inspection:
@@ -86,11 +77,14 @@ def push(out: PathOrText, repo_id: str, options: PushOptions) -> Pushed:
     return pushed
 
 
-def _open(checkpoint: PathOrText, options: Options, stages: Stages) -> Checkpoint:
+def _planned(checkpoint: PathOrText, options: Options, stages: Stages) -> Plan:
     with stages.stage("open") as stage:
         opened = open_checkpoint(checkpoint, options, stream_base=options.stream_base)
         stage.nbytes = sum(file.size for file in (*opened.artifact.files, *opened.base_files))
-    return opened
+    with stages.stage("plan") as stage:
+        planned = make_plan(opened, options)
+        stage.nbytes = planned.nbytes
+    return planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +147,6 @@ class _Conversion:
         from xtuner2llava.sources.xtuner_folder import check_no_part
         from xtuner2llava.writing import OutputFolder
 
-        if self.out.resolve() == Path.cwd():
-            raise UsageError(
-                "is the folder that this runs in, and OUT takes its place by renaming",
-                where=str(self.out),
-                advice="Run the command in the folder above, and give the name of this one.",
-            )
         checkpoint = self.plan.checkpoint
         check_no_part(checkpoint.artifact.path, self.out)
         read = (checkpoint.artifact.path, checkpoint.llm.folder, checkpoint.visual_encoder.folder)

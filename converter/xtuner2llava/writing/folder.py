@@ -58,6 +58,12 @@ class OutputFolder:
         self.out = Path(os.path.realpath(out))
         if not self.out.name:
             raise UsageError("this cannot be an output folder", where=str(out))
+        if self.out == Path(os.path.realpath(".")):
+            raise UsageError(
+                "is the folder that this runs in, and OUT takes its place by renaming",
+                where=str(out),
+                advice="Run the command in the folder above, and give the name of this one.",
+            )
         self.path = self.out.with_name(self.out.name + ".partial")
         self.state = FolderState(self.path)
         self.kept: Path | None = None

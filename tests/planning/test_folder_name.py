@@ -94,3 +94,15 @@ def test_the_suggestion_is_one_that_works() -> None:
     assert name.suggest("llava-qwen-7b") == "llava-qwen-7b"
     for wrong in ("llava-x", "llava-yi-qwen", "nothing", ""):
         assert name.suggest(wrong) == "llava-qwen"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/cache/models--ann--llava-qwen/snapshots/0123abc", "llava-qwen"),
+        ("/cache/models--llava/snapshots/0123abc", "llava"),
+        ("/cache/ann--llava-qwen/snapshots/0123abc", "0123abc"),
+    ],
+)
+def test_a_snapshot_in_the_cache_is_called_as_its_repository(path: str, name: str) -> None:
+    assert model_name(Path(path)) == name

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from xtuner2llava.errors import CheckpointError, CorruptFileError, UnsafeFileError, UnsupportedError
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import read_json
-from xtuner2llava.storage.weights import find_weights, inside, open_weights
+from xtuner2llava.storage.weights import find_weights, inside, open_weights, unread_weights
 
 A, B, C = torch.tensor([1.0]), torch.tensor([2.0, 3.0]), torch.tensor([[4.0]])
 
@@ -240,3 +241,15 @@ def test_an_index_of_absurdly_many_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="names 10,001 shards, expected at most 10,000") as e:
         open_weights(index)
     assert len(e.value.faults) == 1
+
+
+def test_weights_beside_those_that_are_read_are_named(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "b.bin", "a.gguf", "c.bin.index.json", "optimizer.pt",
+                 "rng_state_0.pth", "config.json", "notes.txt"):  # fmt: skip
+        (tmp_path / name).touch()
+    read = tmp_path / "model.safetensors"
+    assert unread_weights(tmp_path, read, ()) == ["a.gguf", "b.bin", "c.bin.index.json"]
+    files = (Fingerprint("b.bin", 0, ""),)
+    assert unread_weights(tmp_path, None, files) == [
+        "a.gguf", "c.bin.index.json", "model.safetensors"
+    ]  # fmt: skip

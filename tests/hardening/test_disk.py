@@ -72,6 +72,7 @@ def in_tmpfs(folder: Path, size: str, script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @needs_mount
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     arguments: list[str], tmp_path: Path
@@ -107,6 +108,7 @@ def test_a_disk_that_fills_up_meanwhile(arguments: list[str], tmp_path: Path) ->
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 @needs_mount
 def test_a_file_system_that_is_mounted_read_only(arguments: list[str], tmp_path: Path) -> None:
     script = 'mount -o remount,ro . ; "$0" "$@"; echo "status $?"; ls -A'
@@ -116,6 +118,7 @@ def test_a_file_system_that_is_mounted_read_only(arguments: list[str], tmp_path:
     assert "status 1" in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         command(*arguments, out=tmp_path / "llava-out"),
@@ -308,6 +311,7 @@ def test_interrupts_are_answered_and_say_how_to_go_on(
     assert out.is_dir() and not partial.exists()
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(
     arguments: list[str], tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -88,6 +88,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], int, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_the_environment_changes_nothing(
     name: str, expected: Mapping[str, bytes], checkpoints: Path, tmp_path: Path

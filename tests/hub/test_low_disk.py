@@ -217,6 +217,7 @@ def test_publishing_needs_a_repository(checkpoints: Path, tmp_path: Path, flag: 
     assert "--push-to-hub" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_upload_in_another_process_finds_all_of_it(
     hub: HubServer, checkpoints: Path, local: Path, tmp_path: Path
 ) -> None:

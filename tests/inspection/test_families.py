@@ -158,7 +158,9 @@ def test_a_hook_without_template_or_stop_words_is_told_which(
     assert foresee(kind, hook=", stop_words=['</s>']").lines == (line,)
 
 
-@pytest.mark.parametrize("kind", ["internlm2", "phi3", "llama3", "qwen"])
+@pytest.mark.parametrize(
+    "kind", ["internlm2", "phi3", "llama3", pytest.param("qwen", marks=pytest.mark.slow)]
+)
 def test_a_config_without_prompt_template_is_told_which(foresee: Foresee, kind: str) -> None:
     outlook = foresee(kind, prompt_template=None)
     assert f"prompt_template = PROMPT_TEMPLATE.{TEMPLATES[kind]}" in outlook.lines
@@ -189,6 +191,7 @@ def test_the_workaround_on_an_llm_with_a_bos_token(foresee: Foresee) -> None:
     assert not any("'<s>'" in s for s in foresee("internlm2", tokenizer=", bos_token='<s>'").advice)
 
 
+@pytest.mark.slow
 def test_qwen_1_with_the_workaround(foresee: Foresee) -> None:
     outlook = foresee("qwen", tokenizer=WORKAROUND)
     assert outlook.lines == ()  # it does what the lines would do

@@ -334,9 +334,17 @@ def test_a_rebound_builtin_is_not_the_builtin() -> None:
         ("PK\3\4", "config.py:1"),
         ("x = '" + "a" * 900_000 + "'\n" + "y = x + 'b'\n" * 5000, "config.py"),
         ("x = [0]\n" + "x = x + x\n" * 19 + "y = x + [0]\n" * 5000, "config.py"),
-        ("def f(): " + "a, " * 9000 + "a\n" + "foo()\n" * 5000, "config.py"),
+        pytest.param(
+            "def f(): " + "a, " * 9000 + "a\n" + "foo()\n" * 5000,
+            "config.py",
+            marks=pytest.mark.slow,
+        ),
         ("import a\n" + "a = a.b\n" * 50_000, "config.py"),
-        ("x = [" + "[], " * 9000 + "]\n" + "foo(x)\n" * 5000, "config.py"),
+        pytest.param(
+            "x = [" + "[], " * 9000 + "]\n" + "foo(x)\n" * 5000,
+            "config.py",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_hostile_texts_are_refused(text: str, place: str) -> None:

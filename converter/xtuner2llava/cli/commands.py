@@ -118,9 +118,9 @@ def _described(error: BaseException) -> tuple[str, Sequence[Fault], int]:
             return "KeyboardInterrupt", [Fault("", f"Interrupted. {error}".strip())], 130
         # A path that the user gave, such as one in a folder that only others may read.
         case OSError(filename=path, strerror=str(reason)):
-            what = f"{'a file or stdout ' * (path is None)}cannot be read or written ({reason})"
-            where = "" if path is None else str(path)
-            return "OutputError", [Fault(where, what)], OutputError.exit_status
+            what = f"cannot be read or written ({reason})"
+            fault = Fault(str(path), what) if path else Fault("", f"a file or stdout {what}")
+            return "OutputError", [fault], OutputError.exit_status
     advice = "This is a fault of xtuner2llava. Please report it with what -v prints."
     name = type(error).__name__
     return name, [Fault("", f"{name}: {error}", advice)], 1

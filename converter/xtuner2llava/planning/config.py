@@ -21,8 +21,8 @@ from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers import Tokenizer
 
 VOCABULARY = "4.37.2"
-# Keys about the machine or the library that wrote the file, not about generation.
 _TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+# Those, which are written anew, and keys about the library that wrote the file.
 _HOUSEKEEPING = _TOKENS | {"_from_model_config", "transformers_version"}
 
 # What counts only where tokens are drawn, or only with beams, and the values that say nothing.

@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.mapping import Catalogue, Family
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.mapping.caveats import Caveat
+from xtuner2llava.mapping.family import Family
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/compatibility.md"

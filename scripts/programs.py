@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.options.programs import PROGRAMS
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from reference.measured import Measured
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import xtuner2llava
 from xtuner2llava import UsageError, convert, plan, push, verify
 from xtuner2llava.cli.commands import main
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.options import (
     ConvertOptions,
     Format,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from xtuner2llava.inspection.inspection import Inspection
     from xtuner2llava.metadata.report import Report
     from xtuner2llava.planning.plan import Plan
-    from xtuner2llava.verification import Check, Verification
+    from xtuner2llava.verification.outcome import Check, Verification
 
     __version__: str
 
@@ -70,7 +70,7 @@ _MODULES = {
     "inspection.inspection": ("Inspection",),
     "planning.plan": ("Plan",),
     "metadata.report": ("Report",),
-    "verification": ("Check", "Verification"),
+    "verification.outcome": ("Check", "Verification"),
 }
 
 

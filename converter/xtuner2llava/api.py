@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from xtuner2llava.inspection.inspection import Inspection
     from xtuner2llava.metadata.report import Report
     from xtuner2llava.planning.plan import Plan
-    from xtuner2llava.verification import Verification
+    from xtuner2llava.verification.outcome import Verification
 
 _P = ParamSpec("_P")
 _O = TypeVar("_O", bound=CheckedOptions)

@@ -20,7 +20,7 @@ from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import ConvertOptions, InspectOptions, Options, PathOrText, PushOptions
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.planner import make_plan
-from xtuner2llava.sources import open_checkpoint, open_training
+from xtuner2llava.sources.checkpoint import open_checkpoint, open_training
 
 if TYPE_CHECKING:
     # Imported where they are used: `plan` and `inspect` start sooner without them.
@@ -109,7 +109,7 @@ class _Conversion:
     def write_to_hub(self) -> Report:
         """Sends each shard and removes it before the next is written: OUT does not appear."""
         from xtuner2llava.hub.upload import open_upload
-        from xtuner2llava.metadata import CARD_NAME
+        from xtuner2llava.metadata.front_matter import CARD_NAME
 
         repo_id = str(self.options.push_to_hub)
         with self._folder() as folder, open_upload(repo_id, self.options) as upload:

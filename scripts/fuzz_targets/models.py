@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
 
 HIDDEN, INNER, VOCABULARY = 8, 16, 12

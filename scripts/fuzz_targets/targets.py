@@ -22,18 +22,19 @@ from xtuner2llava import convert, inspect, plan
 from xtuner2llava.cli.rendering import render_inspection, render_plan
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.inspection.inspection import inspect_checkpoint
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.options import InspectOptions, SourceOptions
-from xtuner2llava.sources import open_checkpoint, open_training
 from xtuner2llava.sources.adapter import LoraSettings
+from xtuner2llava.sources.checkpoint import open_checkpoint, open_training
 from xtuner2llava.sources.model_config import in_437_vocabulary, read_model_config
 from xtuner2llava.storage.json_file import parse_json
 from xtuner2llava.storage.pickle_reader import read_pickle
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import open_weights, tensor_references
-from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
-from xtuner2llava.training_config import TrainingConfig
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
+from xtuner2llava.training_config.config import TrainingConfig
 
 # The shipped mappings do not change: parsing them for each input would be most of the work.
 _SHIPPED = Catalogue.shipped()

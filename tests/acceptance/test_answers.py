@@ -16,7 +16,7 @@ import pytest
 from acceptance.environments import run_llava
 from reference.cases import CASES, Converted
 from reference.seen import Seen
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.tokenizers.sentencepiece import field_bytes, fields
 

@@ -13,7 +13,7 @@ from acceptance.test_answers import keep_spaces
 from acceptance.test_transformers import run
 from reference.cases import CASES, Converted
 from reference.seen import Seen
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.planning.chat_template import prompt_text
 
 pytestmark = pytest.mark.acceptance

@@ -12,7 +12,8 @@ import pytest
 
 from builders.prepared_tokenizer import write_prepared
 from builders.saved_tokenizers import SAVED, expected, write_saved
-from xtuner2llava.tokenizers import read_tokenizer, readable_tokenizer
+from xtuner2llava.tokenizers.compatibility import readable_tokenizer
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
 pytestmark = pytest.mark.acceptance
 

@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xtuner2llava.mapping import Catalogue
-from xtuner2llava.tokenizers import Prepared, prepare_tokenizer, read_tokenizer
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer
+from xtuner2llava.tokenizers.tokenizer import Prepared, read_tokenizer
 
 DATA = Path(__file__).parent.parent / "data/sentencepiece"
 NAMES = ("prefix", "plain")

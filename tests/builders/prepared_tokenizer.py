@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xtuner2llava.tokenizers import Prepared
+from xtuner2llava.tokenizers.tokenizer import Prepared
 
 
 def write_prepared(prepared: Prepared, folder: Path) -> Path:

@@ -17,9 +17,10 @@ from types import ModuleType
 from typing import Any
 
 from builders.prepared_tokenizer import write_prepared
-from xtuner2llava.mapping import Catalogue
-from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer
 from xtuner2llava.tokenizers.qwen import read_ranks
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

@@ -10,7 +10,7 @@ import pytest
 from builders.families.models import KINDS, SIZES
 from reference.measured import Measured
 from xtuner2llava.errors import MappingError, UnsupportedError
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 
 FOLDER = Path(__file__).parents[2] / "mappings"
 CATALOGUE = Catalogue(FOLDER)

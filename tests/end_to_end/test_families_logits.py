@@ -16,7 +16,7 @@ from builders.families.models import KINDS, Source, load_plain
 from reference.compose import compose, read_tensors
 from reference.measured import Measured
 from xtuner2llava import PlanError, convert, plan
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 
 # Float32 sums in another order; logits are about 1.
 SAME = 1e-5

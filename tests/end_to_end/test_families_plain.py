@@ -11,7 +11,9 @@ import pytest
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS, Source, load_plain
 from xtuner2llava import PlanError, plan
-from xtuner2llava.mapping import Catalogue, Family, check_against_class
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.family import Family
+from xtuner2llava.mapping.plain_class import check_against_class
 from xtuner2llava.storage.weights import open_weights
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")

@@ -17,7 +17,7 @@ from reference.compose import read_tensors
 from reference.measured import Measured
 from reference.trained import compose_trained
 from xtuner2llava import PlanError, convert, plan
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 
 SAME = 1e-5
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -15,7 +15,8 @@ from builders.families.models import SIZES, Source, random_tensors, shapes_of_cl
 from xtuner2llava import PlanError, convert, plan, verify
 from xtuner2llava.cli.commands import main
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import Catalogue, Family
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.family import Family
 from xtuner2llava.planning.language_model import choose_family, translate
 from xtuner2llava.planning.plan import Fidelity
 

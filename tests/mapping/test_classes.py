@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from xtuner2llava.errors import Fault, listed
-from xtuner2llava.mapping import Catalogue, Origin, check_against_class
+from xtuner2llava.mapping.apply import Origin
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.plain_class import check_against_class
 
 FOLDER = Path(__file__).parents[2] / "mappings"
 CATALOGUE = Catalogue(FOLDER)

@@ -17,7 +17,9 @@ from builders.families.models import KINDS, SIZES, Source, random_tensors
 from reference.compose import compose
 from xtuner2llava import PlanError, convert, plan
 from xtuner2llava.cli.commands import main
-from xtuner2llava.mapping import Catalogue, check_against_class, draft
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.draft import draft
+from xtuner2llava.mapping.plain_class import check_against_class
 from xtuner2llava.tensors import FLOAT32, Fill
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")

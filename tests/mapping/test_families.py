@@ -10,14 +10,10 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import (
-    Applied,
-    Catalogue,
-    ChatDefaults,
-    Family,
-    Generation,
-    check_against_class,
-)
+from xtuner2llava.mapping.apply import Applied
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.family import ChatDefaults, Family, Generation
+from xtuner2llava.mapping.plain_class import check_against_class
 from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
 
 FOLDER = Path(__file__).parents[2] / "mappings"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import MappingError
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 
 HEAD = "schema: 1\nfamily: my\nbecomes: llama\nconfig: {keep: all}\n"
 RULES = HEAD + "tensors:\n"

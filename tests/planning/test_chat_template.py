@@ -15,13 +15,15 @@ import pytest
 from builders.internlm2_tokenizer import added
 from reference.encode import IMAGE, Turns, encode
 from reference.seen import Seen
-from xtuner2llava.mapping import Catalogue, PromptTemplate
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.family import PromptTemplate
 from xtuner2llava.planning.chat import with_trained_chat
 from xtuner2llava.planning.chat_template import Marks, chat_template, prompt_text
 from xtuner2llava.planning.plan import Findings
 from xtuner2llava.planning.tokenizer import with_format_tokens
-from xtuner2llava.tokenizers import PrefixSpace, Tokenizer, read_tokenizer
-from xtuner2llava.training_config import TrainingData
+from xtuner2llava.tokenizers.prefix import PrefixSpace
+from xtuner2llava.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from xtuner2llava.training_config.datasets import TrainingData
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")
 REFERENCE = json.loads((Path(__file__).parents[1] / "data/prompts/reference.json").read_text())

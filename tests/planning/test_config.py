@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from xtuner2llava.mapping import Catalogue, Generation
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.family import Generation
 from xtuner2llava.planning.config import (
     TokenIds,
     generation_config,
@@ -16,7 +17,7 @@ from xtuner2llava.planning.config import (
     token_ids,
     valid_settings,
 )
-from xtuner2llava.tokenizers import Tokenizer
+from xtuner2llava.tokenizers.tokenizer import Tokenizer
 
 IDS = {"<s>": 1, "</s>": 2, "<|end|>": 7, "<|im_end|>": 8}
 

@@ -16,7 +16,8 @@ from reference.cases import CASES
 from xtuner2llava import Inspection, inspect, plan
 from xtuner2llava.errors import MappingError
 from xtuner2llava.inspection.inspection import TargetFormat
-from xtuner2llava.mapping import Catalogue, Limit
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.caveats import Limit
 from xtuner2llava.planning.plan import Fidelity
 
 CATALOGUE = Catalogue.shipped()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from xtuner2llava.mapping import Catalogue, FolderName, model_name
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.format import FolderName, model_name
 
 CLASSES = Catalogue.shipped().formats["llava"].classes
 WORDS = ("llava", "llama", "qwen", "quyen", "mistral", "mixtral", "zephyr", "mpt", "moe", "gemma")

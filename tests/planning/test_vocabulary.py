@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from storing import stored
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.planning.language_model import LanguageModel, vocabulary_tensors
 from xtuner2llava.tensors import LazyTensor, Mean
 

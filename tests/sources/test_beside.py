@@ -16,7 +16,7 @@ from xtuner2llava import convert
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.options import SourceOptions
 from xtuner2llava.planning.redaction import cached_id
-from xtuner2llava.sources import open_checkpoint
+from xtuner2llava.sources.checkpoint import open_checkpoint
 
 HEAD = {"lm_head.weight": torch.ones(3, 2)}
 

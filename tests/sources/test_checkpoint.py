@@ -15,7 +15,8 @@ from builders.pth import config_text, projector, save_pth
 from builders.zero import ZeroRun
 from xtuner2llava.errors import CheckpointError, Fault
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.sources import Checkpoint, Part, open_checkpoint
+from xtuner2llava.sources.checkpoint import Checkpoint, open_checkpoint
+from xtuner2llava.sources.part import Part
 
 HEAD = "lm_head.weight"
 BASE, TRAINED, EARLIER = (torch.full((2, 2), value) for value in (1.0, 2.0, 3.0))

@@ -14,7 +14,7 @@ from builders.base import llm_base, save_base, vision_base
 from builders.pth import config_text, projector, save_pth
 from xtuner2llava.errors import Fault
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.sources import Checkpoint, open_checkpoint
+from xtuner2llava.sources.checkpoint import Checkpoint, open_checkpoint
 
 Q, HEAD = "model.q.weight", "lm_head.weight"
 BASE = {Q: torch.full((2, 3), 1.0), HEAD: torch.full((2, 3), 5.0)}

@@ -15,7 +15,7 @@ from builders.base import llm_base, vision_base
 from builders.pth import config_text, projector, save_pth
 from xtuner2llava.errors import ConversionError, CorruptFileError, UnsupportedError, UsageError
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.sources import open_checkpoint
+from xtuner2llava.sources.checkpoint import open_checkpoint
 from xtuner2llava.sources.opening import open_artifact
 
 LLM = {"llm.lm_head.weight": torch.ones(3, 2)}

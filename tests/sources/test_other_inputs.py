@@ -15,7 +15,7 @@ from builders.pth import config_text, projector, save_pth
 from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UsageError
 from xtuner2llava.hub.download import is_reference, local_path
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.sources import open_checkpoint
+from xtuner2llava.sources.checkpoint import open_checkpoint
 from xtuner2llava.sources.opening import open_artifact
 
 HEAD = "llm.lm_head.weight"

@@ -16,8 +16,9 @@ from builders.pth import config_text, projector, save_pth
 from builders.zero import ZeroRun
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.options import SourceOptions
-from xtuner2llava.sources import Checkpoint, Part, open_checkpoint
+from xtuner2llava.sources.checkpoint import Checkpoint, open_checkpoint
 from xtuner2llava.sources.opening import open_artifact
+from xtuner2llava.sources.part import Part
 
 Tensors = Mapping[str, torch.Tensor]
 

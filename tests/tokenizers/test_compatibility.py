@@ -15,8 +15,9 @@ import pytest
 from builders.prepared_tokenizer import write_prepared
 from builders.saved_tokenizers import SAVED, expected, write_saved
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import read_tokenizer, readable_tokenizer, tokenizer_faults
+from xtuner2llava.tokenizers.compatibility import readable_tokenizer, tokenizer_faults
 from xtuner2llava.tokenizers.sentencepiece import fields
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
 BPE = {"type": "BPE", "vocab": {"▁": 0, "a": 1, "▁a": 2, "<s>": 3}, "merges": [["▁", "a"]]}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}

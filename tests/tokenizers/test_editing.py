@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import Tokenizer, read_tokenizer, with_bos_added
+from xtuner2llava.tokenizers.prefix import with_bos_added
+from xtuner2llava.tokenizers.tokenizer import Tokenizer, read_tokenizer
 
 BASES = ("llm_llama", "llm_qwen2")
 

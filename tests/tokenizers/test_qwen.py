@@ -17,8 +17,9 @@ import pytest
 from builders import qwen_tokenizer
 from builders.qwen_tokenizer import END, START, STOP
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer
 from xtuner2llava.tokenizers.qwen import read_ranks
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
 # Of the files that Qwen publishes for Qwen 1.5 and Qwen 3, made from the same ranks.
 PUBLISHED = {

@@ -15,7 +15,7 @@ import pytest
 from builders.internlm2_tokenizer import DATA, END, NAMES, START, expected, prepare, write_base
 from builders.prepared_tokenizer import write_prepared
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import Prepared, read_tokenizer, readable_tokenizer
+from xtuner2llava.tokenizers.compatibility import readable_tokenizer
 from xtuner2llava.tokenizers.sentencepiece import (
     BPE,
     BYTE,
@@ -27,6 +27,7 @@ from xtuner2llava.tokenizers.sentencepiece import (
     read_sentencepiece,
     with_texts,
 )
+from xtuner2llava.tokenizers.tokenizer import Prepared, read_tokenizer
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from xtuner2llava import ConversionError
-from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
 
 def write(folder: Path, **files: object) -> Path:

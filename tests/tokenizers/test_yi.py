@@ -13,8 +13,9 @@ import pytest
 
 from builders.internlm2_tokenizer import DATA, NAMES, expected, write_base
 from builders.prepared_tokenizer import write_prepared
-from xtuner2llava.mapping import Catalogue
-from xtuner2llava.tokenizers import prepare_tokenizer, read_tokenizer
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
 
 @pytest.mark.parametrize("adds_bos", [None, True, False])

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 
 from xtuner2llava.errors import CheckpointError, UnsupportedError
-from xtuner2llava.training_config import (
-    Loaded,
-    TrainingConfig,
-    TrainingData,
-)
+from xtuner2llava.training_config.config import TrainingConfig
+from xtuner2llava.training_config.datasets import Loaded, TrainingData
 
 CONFIG = """\
 from mmengine.hooks import CheckpointHook

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner2llava.errors import CheckpointError
-from xtuner2llava.training_config import Reference, Table, Unknown, Value, dotted, read_python
+from xtuner2llava.training_config.evaluator import read_python
+from xtuner2llava.training_config.values import Reference, Table, Unknown, Value, dotted
 
 
 def read(text: str) -> Table:

@@ -330,7 +330,7 @@ def verify(out: str, *, options: VerifyOptions, as_json: bool, quiet: bool) -> N
     # Configs of LLaVA are not transformers' own, of which it would warn.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from xtuner2llava.cli.rendering import render_verification
-    from xtuner2llava.verification import verify_folder
+    from xtuner2llava.verification.run import verify_folder
 
     with progress(quiet=quiet) as on_progress:
         verification = verify_folder(out, replace(options, on_progress=on_progress))
@@ -396,7 +396,7 @@ def mappings() -> None:
 def list_mappings(as_json: bool) -> None:
     """The shipped families and formats, and what each becomes."""
     from xtuner2llava.cli.terminal import table
-    from xtuner2llava.mapping import Catalogue
+    from xtuner2llava.mapping.catalogue import Catalogue
 
     catalogue = Catalogue.shipped()
     rows = [
@@ -420,7 +420,7 @@ def show_mapping(name: str) -> None:
 
     `llama` is the family, `classes/llama` the class.
     """
-    from xtuner2llava.mapping import Catalogue
+    from xtuner2llava.mapping.catalogue import Catalogue
 
     click.echo(Catalogue.shipped().text_of(name), nl=False)
 
@@ -434,7 +434,7 @@ def check_mapping(
     Without CHECKPOINT, the file alone is checked; with it, as `plan` would.
     """
     from xtuner2llava.errors import MappingError, raise_faults
-    from xtuner2llava.mapping import Catalogue
+    from xtuner2llava.mapping.catalogue import Catalogue
 
     shipped = Catalogue.shipped()
     raise_faults(MappingError, shipped.check(Path(file)))
@@ -464,8 +464,9 @@ def check_mapping(
 def draft_mapping(checkpoint: str, *, options: SourceOptions) -> None:
     """Print a starter mapping for the LLM of CHECKPOINT."""
     from xtuner2llava.errors import CheckpointError, raise_faults
-    from xtuner2llava.mapping import Catalogue, draft
-    from xtuner2llava.sources import open_checkpoint
+    from xtuner2llava.mapping.catalogue import Catalogue
+    from xtuner2llava.mapping.draft import draft
+    from xtuner2llava.sources.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint, options)
     config = opened.llm.config.values if opened.llm.config else {}

@@ -93,7 +93,7 @@ def complete_mapping(
     ctx: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """The shipped families, or a file."""
-    from xtuner2llava.mapping import Catalogue
+    from xtuner2llava.mapping.catalogue import Catalogue
 
     families = [name for name in Catalogue.shipped().families if name.startswith(incomplete)]
     return [*map(CompletionItem, families), *complete_path(ctx, parameter, incomplete)]

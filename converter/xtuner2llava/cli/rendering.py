@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.cli.terminal import columns, one_line, table
 from xtuner2llava.errors import listed
-from xtuner2llava.mapping import fold
-from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.mapping.names import fold
+from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from xtuner2llava.errors import (
 )
 from xtuner2llava.hub.errors import hub_errors, require_token
 from xtuner2llava.hub.upload import Pushed, open_upload
-from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.options import ConvertOptions, PushOptions
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.verification.checks.names import other_class

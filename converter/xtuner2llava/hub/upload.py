@@ -14,7 +14,7 @@ from xtuner2llava import __version__
 from xtuner2llava.errors import HubError, VerificationError
 from xtuner2llava.hub.download import list_files
 from xtuner2llava.hub.errors import hub_errors, require_token, with_retries
-from xtuner2llava.metadata import CARD_NAME, MARK, merged_card
+from xtuner2llava.metadata.front_matter import CARD_NAME, MARK, merged_card
 from xtuner2llava.options import PushOptions
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.writing import WrittenShard

@@ -11,12 +11,13 @@ from typing import Any
 
 from xtuner2llava.errors import ConversionError, Fault
 from xtuner2llava.inspection.token_advice import Advice, TokenAdvice
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.options import InspectOptions
 from xtuner2llava.planning.plan import Fidelity
 from xtuner2llava.planning.planner import Assessment
 from xtuner2llava.planning.vision_tower import KEY as VISION_TOWER_KEY
-from xtuner2llava.sources import Checkpoint, Part
+from xtuner2llava.sources.checkpoint import Checkpoint
+from xtuner2llava.sources.part import Part
 from xtuner2llava.storage.json_file import Json
 
 _ANY_NAME = "openai/any"

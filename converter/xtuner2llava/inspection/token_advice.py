@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from xtuner2llava.mapping import Family
+from xtuner2llava.mapping.family import Family
 from xtuner2llava.planning.chat import stop_words_of
 from xtuner2llava.planning.config import TokenIds, token_ids
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers import Tokenizer
-from xtuner2llava.training_config import Table, TrainingData
+from xtuner2llava.tokenizers.tokenizer import Tokenizer
+from xtuner2llava.training_config.datasets import TrainingData
+from xtuner2llava.training_config.values import Table
 
 # A sentence for the user, and the line that should be added to the config, if any.
 Advice = tuple[str, str | None]

@@ -15,8 +15,8 @@ from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.redaction import hub_id, redact_name, redact_text
-from xtuner2llava.sources import Part
 from xtuner2llava.sources.artifact import VISUAL_ENCODER
+from xtuner2llava.sources.part import Part
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.storage.small_file import read_plain
 

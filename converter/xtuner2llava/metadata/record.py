@@ -23,7 +23,8 @@ from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.redaction import redact_name, redact_text
-from xtuner2llava.sources import Fingerprint, Part
+from xtuner2llava.sources.part import Part
+from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import SourceFile
 from xtuner2llava.writing import Written

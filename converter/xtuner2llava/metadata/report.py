@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.mapping import model_name
+from xtuner2llava.mapping.format import model_name
 from xtuner2llava.metadata.record import FinishedOutput
 from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import ConvertOptions

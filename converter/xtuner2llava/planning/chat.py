@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from xtuner2llava.mapping import Catalogue, Family, PromptTemplate
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.family import Family, PromptTemplate
 from xtuner2llava.planning.chat_template import Marks, chat_template
 from xtuner2llava.planning.config import TokenIds, json_bytes, token_ids
 from xtuner2llava.planning.plan import Chat, Findings
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers import (
-    FAST,
-    MODEL,
-    MadeFile,
-    Tokenizer,
-    keeps_spaces,
-    prefix_space,
-    read_sentencepiece,
-    with_bos_added,
-)
-from xtuner2llava.training_config import Table, TrainingData
+from xtuner2llava.tokenizers.prefix import keeps_spaces, prefix_space, with_bos_added
+from xtuner2llava.tokenizers.sentencepiece import read_sentencepiece
+from xtuner2llava.tokenizers.tokenizer import FAST, MODEL, MadeFile, Tokenizer
+from xtuner2llava.training_config.datasets import TrainingData
+from xtuner2llava.training_config.values import Table
 
 _KEY = "chat_template"
 _JINJA, _JSON = "chat_template.jinja", "chat_template.json"

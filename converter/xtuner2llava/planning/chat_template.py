@@ -15,8 +15,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from string import Formatter
 
-from xtuner2llava.mapping import PromptTemplate
-from xtuner2llava.tokenizers import PrefixSpace
+from xtuner2llava.mapping.family import PromptTemplate
+from xtuner2llava.tokenizers.prefix import PrefixSpace
 
 IMAGE = "<image>"
 

@@ -16,9 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from xtuner2llava.mapping import Format, Generation, PlainClass
+from xtuner2llava.mapping.family import Generation
+from xtuner2llava.mapping.format import Format
+from xtuner2llava.mapping.plain_class import PlainClass
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers import Tokenizer
+from xtuner2llava.tokenizers.tokenizer import Tokenizer
 
 VOCABULARY = "4.37.2"
 _TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})

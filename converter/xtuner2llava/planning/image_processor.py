@@ -11,10 +11,11 @@ from xtuner2llava.hub.download import find_folder
 from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.plan import Findings
 from xtuner2llava.planning.vision_tower import PROCESSOR_KEYS, PUBLISHED, clip_processor
-from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import VISUAL_ENCODER
+from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json, integer, read_json, text
-from xtuner2llava.training_config import TrainingConfig, Value, shown
+from xtuner2llava.training_config.config import TrainingConfig
+from xtuner2llava.training_config.values import Value, shown
 
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"

@@ -8,25 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xtuner2llava.errors import PlanError, UnsupportedError
-from xtuner2llava.mapping import (
-    Catalogue,
-    Dropped,
-    Family,
-    Format,
-    Limit,
-    Origin,
-    PlainClass,
-    TranslatedConfig,
-    check_against_class,
-)
+from xtuner2llava.mapping.apply import Dropped, Origin
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.caveats import Limit
+from xtuner2llava.mapping.family import Family, TranslatedConfig
+from xtuner2llava.mapping.format import Format
+from xtuner2llava.mapping.plain_class import PlainClass, check_against_class
 from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.plan import Findings
-from xtuner2llava.sources import ModelConfig
-from xtuner2llava.sources.model_config import in_437_vocabulary
+from xtuner2llava.sources.model_config import ModelConfig, in_437_vocabulary
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.tensors import LazyTensor, Mean, concat
 from xtuner2llava.tensors.files import cut, read_ranges
-from xtuner2llava.training_config import Reference, Table, TrainingConfig, Unknown, Value
+from xtuner2llava.training_config.config import TrainingConfig
+from xtuner2llava.training_config.values import Reference, Table, Unknown, Value
 
 _BLOCK_BYTES = 8 << 20
 # What XTuner's export and the models of llava-hf pad vocabularies to: matrix products like it.

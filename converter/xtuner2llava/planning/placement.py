@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from xtuner2llava.errors import Fault, MappingError, raise_faults
-from xtuner2llava.mapping import Dropped, Format, Origin
+from xtuner2llava.mapping.apply import Dropped, Origin
+from xtuner2llava.mapping.format import Format
 from xtuner2llava.planning.plan import Findings, PlannedTensor
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import BY_NAME, FileRange, LazyTensor, cast

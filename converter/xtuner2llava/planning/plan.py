@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from xtuner2llava.errors import Fault
-from xtuner2llava.mapping import Dropped, FolderName, Limit, MappingFile, PromptTemplate
+from xtuner2llava.mapping.apply import Dropped
+from xtuner2llava.mapping.caveats import Limit
+from xtuner2llava.mapping.family import PromptTemplate
+from xtuner2llava.mapping.format import FolderName
+from xtuner2llava.mapping.plain_class import MappingFile
 from xtuner2llava.planning.config import TokenIds
-from xtuner2llava.sources import Checkpoint
+from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.writing.shards import ShardPlan

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, UnsupportedError, raise_faults
-from xtuner2llava.mapping import Catalogue, Family, FormatClass, Limit
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.caveats import Limit
 from xtuner2llava.mapping.expressions import visible
+from xtuner2llava.mapping.family import Family
+from xtuner2llava.mapping.format import FormatClass
 from xtuner2llava.options import Options, flag, parse_size
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning import image_processor, language_model, placement, vision_tower
@@ -31,11 +34,12 @@ from xtuner2llava.planning.tokenizer import (
     training_tokenizer,
     with_format_tokens,
 )
-from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.storage.small_file import read_small
-from xtuner2llava.tokenizers import FAST, Tokenizer, readable_tokenizer
+from xtuner2llava.tokenizers.compatibility import readable_tokenizer
+from xtuner2llava.tokenizers.tokenizer import FAST, Tokenizer
 from xtuner2llava.writing.shards import INDEX_NAME, plan_shards
 
 _T = TypeVar("_T")

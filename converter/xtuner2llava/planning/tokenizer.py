@@ -8,26 +8,17 @@ from os import fspath
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, UsageError, raise_faults
 from xtuner2llava.hub.download import find_folder
-from xtuner2llava.mapping import Family
+from xtuner2llava.mapping.family import Family
 from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.plan import Findings
-from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM
+from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers import (
-    Tokenizer,
-    prepare_tokenizer,
-    read_tokenizer,
-    with_arguments,
-)
-from xtuner2llava.training_config import (
-    WITHOUT_IDS,
-    Loaded,
-    TrainingConfig,
-    TrainingData,
-    Value,
-    shown,
-)
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer, with_arguments
+from xtuner2llava.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from xtuner2llava.training_config.config import TrainingConfig
+from xtuner2llava.training_config.datasets import WITHOUT_IDS, Loaded, TrainingData
+from xtuner2llava.training_config.values import Value, shown
 
 FLAG = "--tokenizer"
 _SAVED = (

@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from xtuner2llava.errors import Fault, MappingError, PlanError, UsageError, raise_faults
-from xtuner2llava.mapping import PlainClass, check_against_class
-from xtuner2llava.sources import Checkpoint
+from xtuner2llava.mapping.plain_class import PlainClass, check_against_class
 from xtuner2llava.sources.artifact import PROJECTOR
+from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.sources.model_config import CLIP_VISION_DEFAULTS
 from xtuner2llava.storage.json_file import Json, integer, read_json
 from xtuner2llava.tensors import LazyTensor, Shape

@@ -14,7 +14,8 @@ from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifa
 from xtuner2llava.sources.opening import open_artifact
 from xtuner2llava.sources.part import Assembly, Part
 from xtuner2llava.storage.fingerprint import Fingerprint
-from xtuner2llava.training_config import TrainingConfig, TrainingData
+from xtuner2llava.training_config.config import TrainingConfig
+from xtuner2llava.training_config.datasets import TrainingData
 
 _log = logging.getLogger(__name__)
 

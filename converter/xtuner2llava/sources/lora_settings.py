@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from xtuner2llava.errors import ConversionError, Fault, UnsupportedError, raise_faults
-from xtuner2llava.training_config import Section
+from xtuner2llava.training_config.values import Section
 
 # Keys of LoraConfig that do not change what the weights are (peft `tuners/lora/config.py`).
 _HARMLESS = frozenset(

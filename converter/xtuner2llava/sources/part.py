@@ -27,7 +27,8 @@ from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import text
 from xtuner2llava.storage.weights import find_weights
 from xtuner2llava.tensors import LazyTensor
-from xtuner2llava.training_config import TrainingConfig, shown
+from xtuner2llava.training_config.config import TrainingConfig
+from xtuner2llava.training_config.values import shown
 
 _ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
 # An adapter is in a base's weights, or is not, where its share is this near to 1 or 0.

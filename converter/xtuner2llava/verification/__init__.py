@@ -3,8 +3,3 @@
 By itself, it is held against what loaders read (`folder.py`), not against how it was written.
 Against the checkpoint, the plan is made again. At work, the trained model runs in its own class.
 """
-
-from xtuner2llava.verification.outcome import Check, Verification
-from xtuner2llava.verification.run import verify_folder
-
-__all__ = ["Check", "Verification", "verify_folder"]

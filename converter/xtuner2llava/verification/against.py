@@ -20,7 +20,7 @@ from xtuner2llava.planning.plan import Plan, PlannedTensor
 from xtuner2llava.planning.planner import make_plan
 from xtuner2llava.planning.redaction import redact_name
 from xtuner2llava.planning.vision_tower import is_absolute
-from xtuner2llava.sources import open_checkpoint
+from xtuner2llava.sources.checkpoint import open_checkpoint
 from xtuner2llava.storage.json_file import Json, parse_json
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tensors.files import FileRange

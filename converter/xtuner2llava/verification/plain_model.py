@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, CorruptFileError, UnsupportedError
-from xtuner2llava.mapping import Catalogue
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from os.path import expanduser
 
-from xtuner2llava.mapping import Catalogue, model_name
-from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.mapping.format import model_name
+from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.planning.vision_tower import is_absolute, is_known_to_llava
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Finding, judge

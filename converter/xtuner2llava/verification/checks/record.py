@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from xtuner2llava.metadata import CARD_NAME
+from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import SKIPPED, Check, Finding, judge

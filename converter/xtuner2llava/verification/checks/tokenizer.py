@@ -13,7 +13,8 @@ from typing import Any
 
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.storage.json_file import Json, integer
-from xtuner2llava.tokenizers import read_tokenizer, tokenizer_faults
+from xtuner2llava.tokenizers.compatibility import tokenizer_faults
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import FAILED, SKIPPED, WARNING, Finding, judge
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UsageError, raise_faults
-from xtuner2llava.sources import Checkpoint
+from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.logits.comparison import (

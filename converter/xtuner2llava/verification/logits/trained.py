@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, UnsupportedError
 from xtuner2llava.planning.language_model import trained_llm_config
-from xtuner2llava.sources import Checkpoint
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.logits.comparison import (

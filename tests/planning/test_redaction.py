@@ -167,6 +167,49 @@ def test_quoted_paths_may_have_spaces_and_tokens_slashes(text: str, published: s
     assert redact_text(text) == published
 
 
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("/content/My Drive/a b/cfg.py:3: no type", "cfg.py:3: no type"),
+        ("base /data/Jane Doe/llm, /x y/z.json says", "base llm, z.json says"),
+        ("C:\\Users\\Jane Doe\\clip is used. See docs/cli.md", "clip is used. See docs/cli.md"),
+        ("/a/b and /c d/e, or either/or", "b and e, or either/or"),
+    ],
+)
+def test_folders_may_have_spaces_without_quotes(text: str, published: str) -> None:
+    assert redact_text(text) == published
+
+
+@pytest.mark.parametrize(
+    "name", ["zebra zebra", "zebra's (zebra), zebra", "zebra: zebra; zebra. zebra"]
+)
+def test_a_note_leaves_nothing_of_a_folder(checkpoints: Path, tmp_path: Path, name: str) -> None:
+    """Notes name the config, the checkpoint, and a base by what the training called it."""
+    home = tmp_path / USER / name
+    shutil.copytree(checkpoints / "llama_d_lora_vislora/iter_2_xtuner", home / "iter_2_xtuner")
+    shutil.copytree(checkpoints / "bases/llm_llama_gqa", home / "llm_llama_gqa")
+    config = (home / "iter_2_xtuner/xtuner_config.py").read_text()
+    config = config.replace("max_length=", "max_length=open('x') or ")
+    config = config.replace("'bases/llm_llama_gqa'", repr(f"models of {USER}/{name}/llm_llama_gqa"))
+    (home / "my cfg.py").write_text(config)
+    out = home / "llava-llama"
+    done = run(
+        *("convert", home / "iter_2_xtuner", out, "-q", "--vision-tower-name", CLIP),
+        *("--vision", checkpoints / "bases/vision_clip", "--xtuner-config", home / "my cfg.py"),
+        *("--lora-alpha", "17"),
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "conversion.json").read_text())
+    notes = " ".join(record["notes"])
+    assert "my cfg.py:" in notes
+    assert "adapter_config.json says lora_alpha" in notes
+    assert record["parts"]["llm"]["weights"].endswith("base llm_llama_gqa")
+    for file in ("README.md", "conversion.json"):
+        text = (out / file).read_text()
+        assert USER not in text, file
+        assert "zebra" not in text, file
+
+
 def test_a_text_takes_no_longer_than_it_is_long() -> None:
     for text in ("'" + "/a" * 100_000, "'/" * 100_000, "/" * 200_000, "'" + "/" * 200_000 + "x"):
         assert len(redact_text(text)) <= len(text)

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from itertools import pairwise
+from os import PathLike, fspath
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from xtuner2llava.options import Options
+from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.vision_tower import PUBLISHED
 
 # One in quotes may have spaces. A token such as `</s>` or `[/INST]` is not a path.
 _QUOTED = re.compile(r"(['\"`])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^'\"`\n/\\]*[/\\])*"
                      r"([^'\"`\n/\\]+)[/\\]*\1")  # fmt: skip
-_ABSOLUTE = re.compile(r"(?<![\w/.:<\[])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;()]+[/\\])*"
+# Without quotes, a folder may have spaces too; a comma, or the end of a sentence, ends the path.
+_ABSOLUTE = re.compile(r"(?<![\w/.:<\[)])(?:~[\w.-]*|[A-Za-z]:)?[/\\]"
+                       r"(?:(?:[^\n/\\'\"`,;().:]|[.:](?!\s))+(?<!\s)[/\\])*"
                        r"([^\s/\\'\"`,;()]+)")  # fmt: skip
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 _FILES = (".pth", ".pt", ".bin", ".safetensors", ".json", ".jsonl", ".py", ".yaml", ".yml")
@@ -36,9 +42,27 @@ def redact_name(name: str) -> str:
     return name.removeprefix("./")
 
 
-def redact_text(text: str) -> str:
-    """`text` with absolute paths shortened to their last component."""
+def redact_text(text: str, places: Iterable[str] = ()) -> str:
+    """`text` with absolute paths, and `places`, shortened to their last component.
+
+    Only of `places` is it certain where they end: a folder's name may have any character.
+    """
+    for place in sorted({*places}, key=len, reverse=True):
+        if short := redact_name(place):
+            text = re.sub(rf"(?<![\w/.]){re.escape(place)}(?!\w)", short.replace("\\", ""), text)
     return _ABSOLUTE.sub(r"\1", _QUOTED.sub(r"\1\2\1", text))
+
+
+def places(plan: Plan, options: Options) -> set[str]:
+    """The files and folders that the texts of `plan` may name, as they are spelled there."""
+    checkpoint, config = plan.checkpoint, plan.checkpoint.training_config
+    found: list[object] = [checkpoint.artifact.path]
+    found += [x for part in checkpoint.parts.values() for x in (part.folder, part.name)]
+    found += [options.llm, options.vision, options.tokenizer, options.xtuner_config]
+    if config is not None:
+        found += [config.where, config.config.table.get("load_from")]
+        found += [value for key, value in config.used.items() if key.endswith(("_path", "_pth"))]
+    return {fspath(place) for place in found if isinstance(place, (str, PathLike))}
 
 
 def hub_id(name: str | None, folder: Path | None) -> str | None:

@@ -78,11 +78,11 @@ def test_all_duplicate_keys_are_named() -> None:
 
 def test_anchors_aliases_and_tags_are_refused() -> None:
     assert faults("a: &x [1]\nb: *x\nc: !!python/object/apply:os.system [id]\nd: !!str 1\n") == [
-        "a.yaml:1: `&x` is an anchor, which mappings do not have",
-        "a.yaml:2: `*x` is an alias, which mappings do not have",
+        "a.yaml:1: `&x` is an anchor, which is not read here",
+        "a.yaml:2: `*x` is an alias, which is not read here",
         "a.yaml:3: `tag:yaml.org,2002:python/object/apply:os.system` is a tag, "
-        "which mappings do not have",
-        "a.yaml:4: `tag:yaml.org,2002:str` is a tag, which mappings do not have",
+        "which is not read here",
+        "a.yaml:4: `tag:yaml.org,2002:str` is a tag, which is not read here",
     ]
 
 
@@ -90,19 +90,17 @@ def test_an_alias_bomb_is_not_unfolded() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 60)]
     found = faults("\n".join(lines))
-    assert found[0] == "a.yaml:1: `&a0` is an anchor, which mappings do not have"
+    assert found[0] == "a.yaml:1: `&a0` is an anchor, which is not read here"
     assert len(found) == 60 + 59  # equal ones of a line once
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 50_000, "- " * 50_000])
 def test_deep_nesting_ends_at_its_limit(text: str) -> None:
-    assert faults(f"x:\n {text}")[-1].endswith("has more than 20 levels, mappings have few")
+    assert faults(f"x:\n {text}")[-1].endswith("has more than 20 levels")
 
 
 def test_too_many_values_end_at_their_limit() -> None:
-    assert faults("[" + "1," * 60_000 + "1]") == [
-        "a.yaml:1: has more than 50,000 values, mappings have few"
-    ]
+    assert faults("[" + "1," * 60_000 + "1]") == ["a.yaml:1: has more than 50,000 values"]
 
 
 def test_limits_are_exact() -> None:
@@ -112,12 +110,12 @@ def test_limits_are_exact() -> None:
     assert value("1" * 40) == int("1" * 40)
     assert value("1" * 41) == "1" * 41
     assert value("[" * 19 + "1" + "]" * 19)
-    assert faults("x: " + "[" * 20 + "1" + "]" * 20)[-1].endswith("levels, mappings have few")
+    assert faults("x: " + "[" * 20 + "1" + "]" * 20)[-1].endswith("levels")
 
 
 def test_a_huge_file_is_not_parsed() -> None:
     data = b"a: [" * 400_000
-    assert faults(data) == ["a.yaml: has 1,600,000 bytes, a mapping may have 1,048,576"]
+    assert faults(data) == ["a.yaml: has 1,600,000 bytes, expected at most 1,048,576"]
 
 
 def test_bytes_that_are_not_yaml_are_refused_with_their_line() -> None:
@@ -130,9 +128,7 @@ def test_bytes_that_are_not_yaml_are_refused_with_their_line() -> None:
 def test_only_one_table_is_a_document() -> None:
     assert faults("") == ["a.yaml:1: is not a table of keys and values"]
     assert faults("- 1\n") == ["a.yaml:1: is not a table of keys and values"]
-    assert faults("a: 1\n---\nb: 1\n") == [
-        "a.yaml:2: a second document begins here, a mapping is one"
-    ]
+    assert faults("a: 1\n---\nb: 1\n") == ["a.yaml:2: a second document begins here, expected one"]
     assert faults("? [a]\n: 1\n") == ["a.yaml:1: a list or table cannot be a key"]
 
 
@@ -140,7 +136,7 @@ def test_only_one_table_is_a_document() -> None:
 def test_directives_are_refused_before_they_are_parsed(head: str) -> None:
     many = head + "".join(f"%TAG !{number}! x\n" for number in range(10)) + "---\nb: 1\n"
     line = head.count("\n") + 1
-    assert faults(many) == [f"a.yaml:{line}: `%` begins a directive, which mappings do not have"]
+    assert faults(many) == [f"a.yaml:{line}: `%` begins a directive, which is not read here"]
     assert value("'100 %'\n") == "100 %"
 
 

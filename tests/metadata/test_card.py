@@ -369,8 +369,8 @@ def test_places_are_filled(checkpoints: Path, tmp_path: Path) -> None:
     [
         ("{{ nothing }}", "has no place 'nothing'"),
         ("---\nlicense: [mit\n---\n", "its metadata between --- lines"),
-        ("---\n- mit\n---\n", "is not a mapping of names to values"),
-        ("---\na: &x [1]\nb: *x\n---\n", "has YAML references"),
+        ("---\n- mit\n---\n", "is not a table of keys and values"),
+        ("---\na: &x [1]\nb: *x\n---\n", "`&x` is an anchor, which is not read here"),
     ],
 )
 def test_a_wrong_template_is_a_usage_error(
@@ -402,7 +402,6 @@ def test_the_card_of_a_base_may_be_anything(checkpoints: Path, tmp_path: Path) -
         "---\nlicense: mit\na: !!bool x\n---\n",
         "---\nlicense: mit\na: !!timestamp x\n---\n",
         "---\nlicense: mit\na: !!int ''\n---\n",
-        f"---\nlicense: mit\na: {'1:' * 400}1.0\n---\n",
         "---\n\x00\n---\n",
         "no metadata",
     ):
@@ -415,3 +414,20 @@ def test_the_card_of_a_base_may_be_anything(checkpoints: Path, tmp_path: Path) -
     assert _inherited(llm, "meta/llama")["license_link"] == (
         "https://huggingface.co/meta/llama/blob/main/LICENSE"
     )
+    (llm / "README.md").write_text(
+        f"---\nlicense: mit\nlanguage: [no, sv]\na: {'1:' * 400}1.0\n---\n"
+    )
+    assert _inherited(llm, None) == {"license": "mit", "language": ["no", "sv"]}
+
+
+def test_metadata_on_the_hub_means_what_it_did() -> None:
+    """YAML 1.2, as the Hub reads it: PyYAML's own loaders would make false, 90 and a date of it."""
+    from xtuner2llava.metadata.front_matter import MARK, merged_card, parse, split
+
+    own = "language: no\nratio: 1:30\ndate: 2024-01-01\n"
+    merged = merged_card(f"---\nlicense: mit\n---\n{MARK}\n", f"---\n{own}---\n{MARK}\n")
+    assert merged is not None
+    expected = {"license": "mit", "language": "no", "ratio": "1:30", "date": "2024-01-01"}
+    assert parse(split(merged)[0] or "") == expected
+    assert "'no'" in merged
+    assert merged_card("---\na: b\n---\n", "---\n# A comment\n---\n") == "---\na: b\n---\n"

@@ -82,9 +82,9 @@ def read_document(data: bytes, name: str) -> Document:
     """
     if len(data) > MAX_BYTES:
         raise MappingError(
-            f"has {len(data):,} bytes, a mapping may have {MAX_BYTES:,}",
+            f"has {len(data):,} bytes, expected at most {MAX_BYTES:,}",
             where=name,
-            advice="Mappings are short: is this the right file?",
+            advice="Is this the right file?",
         )
     try:
         text = data.decode("utf-8-sig")
@@ -93,7 +93,7 @@ def read_document(data: bytes, name: str) -> Document:
         raise MappingError("is not UTF-8 text", where=f"{name}:{line}") from error
     if found := _DIRECTIVE.search(text):
         line = text.count("\n", 0, found.end()) + 1
-        what = "`%` begins a directive, which mappings do not have"
+        what = "`%` begins a directive, which is not read here"
         raise MappingError(what, where=f"{name}:{line}")
     composer = _Composer(text, name)
     root = composer.root()
@@ -127,12 +127,12 @@ class _Composer:
         try:
             while not isinstance(event := self._next(), yaml.StreamEndEvent):
                 if isinstance(event, yaml.DocumentStartEvent) and root is not None:
-                    self.fault(self._line, "a second document begins here, a mapping is one")
+                    self.fault(self._line, "a second document begins here, expected one")
                     break
                 if isinstance(event, yaml.NodeEvent):
                     root = self._node(event, 0)
         except _TooLarge as error:
-            self.fault(self._line, f"has more than {error}, mappings have few")
+            self.fault(self._line, f"has more than {error}")
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             self.fault(mark.line + 1 if mark else 1, f"is not YAML: {error.problem}")
@@ -154,13 +154,13 @@ class _Composer:
         line = self._line
         key_line = key_line or line
         if isinstance(event, yaml.AliasEvent):
-            self.fault(line, f"`*{event.anchor}` is an alias, which mappings do not have")
+            self.fault(line, f"`*{event.anchor}` is an alias, which is not read here")
             return Node(line, key_line, None)
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if anchor is not None:
-            self.fault(line, f"`&{anchor}` is an anchor, which mappings do not have")
+            self.fault(line, f"`&{anchor}` is an anchor, which is not read here")
         if tag is not None:
-            self.fault(line, f"`{tag}` is a tag, which mappings do not have")
+            self.fault(line, f"`{tag}` is a tag, which is not read here")
         if isinstance(event, yaml.ScalarEvent):
             value = self._resolve(event.value, line) if event.implicit[0] else event.value
             return Node(line, key_line, value)

@@ -167,7 +167,7 @@ def read_card_template(path: PathOrText | None) -> str | None:
     try:
         parse(yaml_text or "")
     except ValueError as error:
-        faults.append(Fault(where, f"its metadata between --- lines {error}"))
+        faults.append(Fault(where, f"its metadata between --- lines: {error}"))
     raise_faults(UsageError, faults)
     return text
 

@@ -17,7 +17,7 @@ from xtuner2llava.mapping.detect import Match
 from xtuner2llava.mapping.expressions import Environment, Expression, show
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.mapping.names import advice_for
-from xtuner2llava.mapping.plain_class import MappingFile, PlainClass, with_dims
+from xtuner2llava.mapping.plain_class import PlainClass, with_dims
 from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.similar import doubtful_defaults
@@ -157,18 +157,18 @@ class Family:
     chat: ChatDefaults = ChatDefaults()
     caveats: tuple[Caveat, ...] = ()
     target_class: PlainClass = field(metadata=GIVEN)
-    own_files: tuple[MappingFile, ...] = field(metadata=GIVEN)
+    own_files: tuple[Document, ...] = field(metadata=GIVEN)
     """This file, and those that it extends."""
     names_read: frozenset[str] = field(metadata=GIVEN, default=frozenset())
     if_right: str | None = field(metadata=GIVEN, default=None)
     """What its results depend on where only the user says so; None for one that is shipped."""
 
     @property
-    def file(self) -> MappingFile:
+    def file(self) -> Document:
         return self.own_files[0]
 
     @property
-    def files(self) -> tuple[MappingFile, ...]:
+    def files(self) -> tuple[Document, ...]:
         """The provenance of a conversion: its files, and that of the class."""
         return (*self.own_files, self.target_class.file)
 
@@ -253,9 +253,8 @@ def read_family(
     reader, table = Reader(document), document.table
     parent = reader.found("extends", find_family)
     plain = reader.found("becomes", find_class) or (parent.target_class if parent else None)
-    files = (MappingFile(document.name, document.sha256),)
     besides = ("extends", "becomes")
-    family = reader.root(Family, "a family", besides, target_class=plain, own_files=files)
+    family = reader.root(Family, "a family", besides, target_class=plain, own_files=(document,))
     for name in () if "extends" in table else ("becomes", "tensors"):
         if name not in table:
             reader.fault(document.line, f"a family needs `{name}`")

@@ -19,7 +19,6 @@ from xtuner2llava.mapping.config_rules import (
 )
 from xtuner2llava.mapping.detect import Refusal
 from xtuner2llava.mapping.expressions import Environment
-from xtuner2llava.mapping.plain_class import MappingFile
 from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import ABSENT, GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document, Node
@@ -107,7 +106,7 @@ class Format:
     """Tokens that the tokenizer must have, by what they are for: `image` and `pad`."""
     processor: str | None = None
     """The class of transformers that prepares texts and images together, if there is one."""
-    file: MappingFile = field(metadata=GIVEN)
+    file: Document = field(metadata=GIVEN)
     refused: Mapping[str, Fault] = field(metadata=GIVEN, default_factory=dict)
     """Plain classes that it cannot have, each with the reason."""
 
@@ -157,8 +156,7 @@ def read_format(document: Document, refusals: Mapping[str, Mapping[str, Refusal]
     `refusals` are, by format, of the plain classes that it cannot have.
     """
     reader = Reader(document)
-    file = MappingFile(document.name, document.sha256)
-    found = reader.root(Format, "a format", file=file)
+    found = reader.root(Format, "a format", file=document)
     reader.finish()
     refused = refusals.get(found.name, {})
     return replace(found, refused={name: one.fault({}) for name, one in refused.items()})

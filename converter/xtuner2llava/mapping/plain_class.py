@@ -22,14 +22,6 @@ from xtuner2llava.mapping.yaml import Document
 
 
 @dataclass(frozen=True, slots=True)
-class MappingFile:
-    """A file that takes part in a conversion, and the SHA-256 of its bytes."""
-
-    name: str
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class ExpectedTensor:
     """The shape that a class gives a tensor, how its file writes it, and where."""
 
@@ -71,7 +63,7 @@ class PlainClass:
     entries: Annotated[tuple[RuleOrBlock, ...], read_shapes] = field(metadata=key("tensors"))
     dims: Mapping[str, Expression] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
-    file: MappingFile = field(metadata=GIVEN)
+    file: Document = field(metadata=GIVEN)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -183,8 +175,7 @@ def with_dims(config: Mapping[str, object], dims: Mapping[str, Expression]) -> E
 def read_class(document: Document) -> PlainClass:
     """The class in a file. Raises `MappingError` with all faults of the file."""
     reader = Reader(document)
-    file = MappingFile(document.name, document.sha256)
-    found = reader.root(PlainClass, "a class", file=file)
+    found = reader.root(PlainClass, "a class", file=document)
     for name in found.config.default.keys() & found.config.required:
         what = f"`{name}` is both required and given a default"
         reader.fault(document.table["config"].line, what)

@@ -63,7 +63,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A whole file: its name in errors, the SHA-256 of its bytes, and its table."""
+    """A whole file: its name in errors and records, the SHA-256 of its bytes, and its table."""
 
     name: str
     sha256: str

@@ -13,7 +13,7 @@ from xtuner2llava.mapping.apply import Dropped
 from xtuner2llava.mapping.caveats import Limit
 from xtuner2llava.mapping.family import PromptTemplate
 from xtuner2llava.mapping.format import FolderName
-from xtuner2llava.mapping.plain_class import MappingFile
+from xtuner2llava.mapping.yaml import Document
 from xtuner2llava.planning.config import TokenIds
 from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json
@@ -110,7 +110,7 @@ class MappingInUse:
     family: str
     target_class: str
     format: str
-    files: tuple[MappingFile, ...]
+    files: tuple[Document, ...]
 
 
 @dataclass(frozen=True, slots=True)

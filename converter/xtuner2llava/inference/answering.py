@@ -18,7 +18,8 @@ from xtuner2llava.options import TryOptions
 from xtuner2llava.planning.chat_template import IMAGE
 from xtuner2llava.planning.vision_tower import PUBLISHED
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
-from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.sources.model_config import read_model_config, vision_tower_config
+from xtuner2llava.storage.json_file import Json
 from xtuner2llava.verification.checks import structure
 from xtuner2llava.verification.folder import ConvertedFolder, open_folder
 from xtuner2llava.verification.outcome import FAILED
@@ -244,9 +245,7 @@ def _tower_config(out: ConvertedFolder) -> Mapping[str, Json]:
     if published is not None:
         return published.config
     if Path(name).is_dir():
-        values = read_json(Path(name) / "config.json")
-        inner = values.get("vision_config")
-        return inner if isinstance(inner, dict) else values
+        return vision_tower_config(read_model_config(Path(name))).values
     raise UnsupportedError(
         f"mm_vision_tower is '{name}', whose config is not known here",
         where=str(out.path / "config.json"),

@@ -22,7 +22,7 @@ SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 MODEL, VOCAB, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
 # What `PreTrainedTokenizer.save_pretrained` and the slow tokenizers of the families write. Python
 # files are left out: LLaVA never passes trust_remote_code.
-_NAMES = (
+FILES = (
     FAST, CONFIG, SPECIAL_MAP, ADDED, MODEL, VOCAB, MERGES, "vocab.txt", "chat_template.jinja",
     "chat_template.json", "qwen.tiktoken",
 )  # fmt: skip
@@ -219,7 +219,7 @@ class Prepared(NamedTuple):
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in `folder`. Raises `CorruptFileError` if there is none or it is damaged."""
-    files = tuple(name for name in _NAMES if (folder / name).is_file())
+    files = tuple(name for name in FILES if (folder / name).is_file())
     if not any(name in files for name in _VOCABULARIES):
         raise CorruptFileError(
             "holds no tokenizer, expected one of " + ", ".join(_VOCABULARIES[:3]),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import ConversionError, CorruptFileError, UnsupportedError
 from xtuner2llava.mapping.catalogue import Catalogue
+from xtuner2llava.sources.model_config import in_437_vocabulary
 from xtuner2llava.storage.json_file import Json
 
 if TYPE_CHECKING:
@@ -47,15 +48,8 @@ def plain_config(values: Mapping[str, Json]) -> Any:
     import transformers
     from transformers import AutoConfig
 
-    given = {key: value for key, value in values.items() if not _NOT_COMPUTED.fullmatch(key)}
-    rope = given.get("rope_parameters")
-    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
-        del given["rope_parameters"]
-        scaling = dict(rope)
-        if "rope_theta" in scaling:
-            given["rope_theta"] = scaling.pop("rope_theta")
-        kind = scaling.get("rope_type", scaling.get("type"))
-        given["rope_scaling"] = scaling if kind not in (None, "default") else None
+    spelled = in_437_vocabulary(dict(values)).items()
+    given = {key: value for key, value in spelled if not _NOT_COMPUTED.fullmatch(key)}
     _check_counts(given)
     model_type = given.pop("model_type", None)
     known = getattr(transformers, "CONFIG_MAPPING", {})

@@ -14,14 +14,10 @@ from typing import Any
 from xtuner2llava.errors import ConversionError
 from xtuner2llava.storage.json_file import Json, integer
 from xtuner2llava.tokenizers.compatibility import tokenizer_faults
-from xtuner2llava.tokenizers.tokenizer import read_tokenizer
+from xtuner2llava.tokenizers.tokenizer import FILES, read_tokenizer
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import FAILED, SKIPPED, WARNING, Finding, judge
 
-_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-)  # fmt: skip
 # Twice the largest of real ones; transformers takes several times that in memory.
 _MAX_BYTES = 64 << 20
 _SAMPLE = "A picture of 2 cats.\nWhat is it?"
@@ -94,7 +90,7 @@ def load_tokenizer(source: Path, model_type: Json) -> Any:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for file in _FILES:
+        for file in FILES:
             if (source / file).is_file():
                 size = (source / file).stat().st_size
                 if size > _MAX_BYTES:

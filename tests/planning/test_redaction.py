@@ -15,6 +15,7 @@ import pytest
 
 from command import run
 from hub_server import HubServer, content
+from xtuner2llava import verify
 from xtuner2llava.planning.redaction import redact_json, redact_name, redact_text
 
 # What a training machine may have in its config, and must not be published.
@@ -159,8 +160,8 @@ def test_texts_lose_their_paths() -> None:
     [
         ("from '/content/My Drive/a/clip x', which", "from 'clip x', which"),
         ('the `C:\\Users\\Jane Doe\\clip` and "~/My Models/llm/".', 'the `clip` and "llm".'),
-        ("it isn't '/a b/c' or '/d'", "it isn't 'c' or 'd'"),
-        ("after '</s>' and '[/INST]', or '/'", "after '</s>' and '[/INST]', or '/'"),
+        ("it isn't '/a b/c' or '/d/e'", "it isn't 'c' or 'e'"),
+        ("after '</s>', '[/INST]', '/s', /home", "after '</s>', '[/INST]', '/s', /home"),
     ],
 )
 def test_quoted_paths_may_have_spaces_and_tokens_slashes(text: str, published: str) -> None:
@@ -208,6 +209,35 @@ def test_a_note_leaves_nothing_of_a_folder(checkpoints: Path, tmp_path: Path, na
         text = (out / file).read_text()
         assert USER not in text, file
         assert "zebra" not in text, file
+
+
+@pytest.mark.parametrize("words", ["/think/off", "/home/end", "~/bye"])
+def test_words_of_a_prompt_are_not_paths(checkpoints: Path, tmp_path: Path, words: str) -> None:
+    """Neither in what is said of them, nor for `verify`; a path beside them is one."""
+    config = (checkpoints / "qwen2_e_full_fullvis/config.py").read_text()
+    own = f"dict(INSTRUCTION='{{input}} {words} A:', SUFFIX='</s>', STOP_WORDS=['{words}', '/s'])"
+    (tmp_path / "config.py").write_text(config.replace("PROMPT_TEMPLATE.qwen_chat", own))
+    shutil.copytree(checkpoints / "bases/llm_qwen2", tmp_path / "llm")
+    settings = tmp_path / "llm/generation_config.json"
+    values = json.loads(settings.read_text())
+    draft = {"assistant": {"model": f"/data/{USER}/draft"}, "seen_in": [f"~/{USER}"]}
+    settings.write_text(json.dumps({**values, "stop_strings": [words], **draft}))
+    out = tmp_path / "llava-qwen"
+    done = run(
+        *("convert", checkpoints / "qwen2_e_full_fullvis/iter_2.pth", out, "-q"),
+        *("--llm", tmp_path / "llm", "--vision", checkpoints / "bases/vision_clip"),
+        *("--xtuner-config", tmp_path / "config.py", "--format", "hf"),
+    )
+    assert done.returncode == 0, done.stderr
+    card = (out / "README.md").read_text()
+    assert f"not a single token here: {words}, /s. Stop at them" in card
+    assert "without assistant, seen_in: a path of the machine" in card
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["stop_strings"] == [words]
+    assert not draft.keys() & written.keys()
+    assert verify(out).named("no local paths").result == "ok"
+    (out / "README.md").write_text(f"{card} {words} /data/{USER}")
+    assert f"'/data/{USER}'" in verify(out).named("no local paths").detail
 
 
 def test_a_text_takes_no_longer_than_it_is_long() -> None:

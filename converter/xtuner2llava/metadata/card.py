@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from xtuner2llava.options import ConvertOptions, Options, PathOrText, decided
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.redaction import hub_id, places, redact_name, redact_text
+from xtuner2llava.planning.redaction import hub_id, redact_name, redactor
 from xtuner2llava.sources.artifact import VISUAL_ENCODER
 from xtuner2llava.sources.part import Part
 from xtuner2llava.storage.json_file import Json, integer
@@ -62,7 +62,7 @@ def _sections(plan: Plan, options: ConvertOptions) -> dict[str, str]:
     jinja.filters |= {"repr": repr, "code": _code, "fenced": _fenced, "plain": _plain}
     tower, target = plan.checkpoint.visual_encoder.config, plan.mapping.target_class
     tower_name = str(plan.config.get("mm_vision_tower")).lower()
-    example, known = _example_prompt(plan), places(plan, options)
+    example, redact = _example_prompt(plan), redactor(plan, options)
     module = jinja.from_string(_TEMPLATE.read_text(encoding="utf-8")).make_module(
         {
             "plan": plan,
@@ -71,7 +71,7 @@ def _sections(plan: Plan, options: ConvertOptions) -> dict[str, str]:
             "programs": PROGRAMS,
             "version": __version__,
             "base": _base,
-            "origin": partial(_origin, places=known),
+            "origin": partial(_origin, redact=redact),
             "writes_tower": any(each.component == VISUAL_ENCODER for each in plan.tensors),
             "image_size": integer(tower.values, "image_size") if tower is not None else None,
             "is_next": not PROGRAMS["llava"].takes(target),
@@ -82,7 +82,7 @@ def _sections(plan: Plan, options: ConvertOptions) -> dict[str, str]:
             "example": example,
             "image_prompt": example or f"<image>\n{_QUESTION}",
             "command": _command(plan, options),
-            "notes": list(filter(None, (_for_readers(note, known) for note in plan.notes))),
+            "notes": list(filter(None, map(_for_readers, map(redact, plan.notes)))),
         }
     )
     return {name: str(getattr(module, name)()).strip() for name in PLACES}
@@ -124,14 +124,14 @@ def _base(part: Part) -> str:
     return _plain(redact_name(part.name)) if part.name else "-"
 
 
-def _origin(part: Part, places: set[str]) -> str:
+def _origin(part: Part, redact: Callable[[str], str]) -> str:
     frozen = "frozen in training, as the base model"
-    return redact_text(part.origin, places) if part.trained else frozen
+    return redact(part.origin) if part.trained else frozen
 
 
-def _for_readers(note: str, places: set[str]) -> str:
+def _for_readers(note: str) -> str:
     """`note` without sentences that tell which flag to give: a reader has nothing to convert."""
-    sentences = re.split(r"(?<=[.!?]) ", redact_text(note, places))
+    sentences = re.split(r"(?<=[.!?]) ", note)
     return " ".join(text for text in sentences if not _ADVICE.match(text))
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from os import PathLike
@@ -22,7 +22,7 @@ from xtuner2llava.options import ConvertOptions, Options, decided, defaults
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.plan import Plan
-from xtuner2llava.planning.redaction import places, redact_name, redact_text
+from xtuner2llava.planning.redaction import redact_name, redactor
 from xtuner2llava.sources.part import Part
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import Json
@@ -47,7 +47,7 @@ def with_metadata(plan: Plan, options: ConvertOptions, template: str | None) -> 
 def _open_record(plan: Plan, options: Options) -> bytes:
     """`conversion.json` as far as it is known before anything is written."""
     checkpoint, config, prompt = plan.checkpoint, plan.checkpoint.training_config, plan.chat.prompt
-    known = places(plan, options)
+    redact = redactor(plan, options)
     return json_bytes(
         {
             "schema": SCHEMA,
@@ -57,7 +57,7 @@ def _open_record(plan: Plan, options: Options) -> bytes:
                 "iteration": checkpoint.artifact.iteration,
                 "files": _files(checkpoint.artifact.files),
             },
-            "parts": {name: _part(part, known) for name, part in checkpoint.parts.items()},
+            "parts": {name: _part(part, redact) for name, part in checkpoint.parts.items()},
             "base_files": _files(checkpoint.base_files),
             "mapping": {
                 "family": plan.mapping.family,
@@ -82,7 +82,7 @@ def _open_record(plan: Plan, options: Options) -> bytes:
             },
             "dropped": plan.to_dict()["dropped"],
             "nonfinite": [],
-            "notes": [redact_text(note, known) for note in plan.notes],
+            "notes": [*map(redact, plan.notes)],
             "xtuner_config": config
             and {
                 name: redact_name(value) if isinstance(value, str) else value
@@ -246,9 +246,9 @@ def _tables(value: Json) -> list[dict[str, Json]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
-def _part(part: Part, places: set[str]) -> dict[str, Json]:
+def _part(part: Part, redact: Callable[[str], str]) -> dict[str, Json]:
     record: dict[str, Json] = {
-        "weights": redact_text(part.origin, places),
+        "weights": redact(part.origin),
         "trained": part.trained,
         "base": redact_name(part.name) if part.name is not None else None,
     }

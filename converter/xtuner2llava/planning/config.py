@@ -19,6 +19,7 @@ from typing import cast
 from xtuner2llava.mapping.family import Generation
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.mapping.plain_class import PlainClass
+from xtuner2llava.planning.redaction import redact_text
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.tokenizer import Tokenizer
 
@@ -192,6 +193,10 @@ def valid_settings(values: Mapping[str, Json]) -> tuple[dict[str, Json], tuple[s
     length = result.get("max_new_tokens")
     senseless = ["max_new_tokens"] if isinstance(length, int) and length < 1 else []
     drop([*_OF_THE_RUN, *senseless], ", which not every transformers loads.")
+    # Stop strings are words of a prompt.
+    texts = {key: json.dumps(value) for key, value in result.items() if key != "stop_strings"}
+    private = [key for key, text in texts.items() if redact_text(text) != text]
+    drop(private, ": a path of the machine that it was written on.")
     if result.get("penalty_alpha") is not None and result.get("do_sample") is not True:
         drop(
             ["penalty_alpha", "top_k"],

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from os import PathLike, fspath
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
 
-from xtuner2llava.options import Options
-from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.vision_tower import PUBLISHED
 
-# One in quotes may have spaces. A token such as `</s>` or `[/INST]` is not a path.
-_QUOTED = re.compile(r"(['\"`])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^'\"`\n/\\]*[/\\])*"
-                     r"([^'\"`\n/\\]+)[/\\]*\1")  # fmt: skip
+if TYPE_CHECKING:
+    from xtuner2llava.options import Options
+    from xtuner2llava.planning.plan import Plan
+
+# One in quotes may have spaces. A token such as `</s>`, `[/INST]` or `/s` is not a path.
+_QUOTED = re.compile(r"(['\"`])(?:(?:~[\w.-]*|[A-Za-z]:)[/\\]|[/\\][^'\"`\n/\\]*[/\\])"
+                     r"(?:[^'\"`\n/\\]*[/\\])*([^'\"`\n/\\]+)[/\\]*\1")  # fmt: skip
 # Without quotes, a folder may have spaces too; a comma, or the end of a sentence, ends the path.
-_ABSOLUTE = re.compile(r"(?<![\w/.:<\[)])(?:~[\w.-]*|[A-Za-z]:)?[/\\]"
-                       r"(?:(?:[^\n/\\'\"`,;().:]|[.:](?!\s))+(?<!\s)[/\\])*"
-                       r"([^\s/\\'\"`,;()]+)")  # fmt: skip
+_FOLDER = r"(?:[^\n/\\'\"`,;().:]|[.:](?!\s))+(?<!\s)[/\\]"
+_ABSOLUTE = re.compile(rf"(?<![\w/.:<\[)])(?:(?:~[\w.-]*|[A-Za-z]:)[/\\]|[/\\]{_FOLDER})"
+                       rf"(?:{_FOLDER})*([^\s/\\'\"`,;()]+)")  # fmt: skip
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 _FILES = (".pth", ".pt", ".bin", ".safetensors", ".json", ".jsonl", ".py", ".yaml", ".yml")
 # What transformers notes in a tokenizer's files of where it read them (`save_pretrained`), and a
@@ -42,19 +46,23 @@ def redact_name(name: str) -> str:
     return name.removeprefix("./")
 
 
-def redact_text(text: str, places: Iterable[str] = ()) -> str:
+def redact_text(text: str, places: Iterable[str] = (), words: Iterable[str] = ()) -> str:
     """`text` with absolute paths, and `places`, shortened to their last component.
 
-    Only of `places` is it certain where they end: a folder's name may have any character.
+    Only of `places` is it certain where they end: a folder's name may have any character. `words`
+    of the training's prompts stay, such as `/think/off`.
     """
     for place in sorted({*places}, key=len, reverse=True):
         if short := redact_name(place):
             text = re.sub(rf"(?<![\w/.]){re.escape(place)}(?!\w)", short.replace("\\", ""), text)
-    return _ABSOLUTE.sub(r"\1", _QUOTED.sub(r"\1\2\1", text))
+    kept = "|".join(re.escape(word) for word in words if "/" in word or "\\" in word)
+    pieces = re.split(rf"(?<![\w/.])({kept})", text) if kept else [text]
+    pieces[::2] = [_ABSOLUTE.sub(r"\1", _QUOTED.sub(r"\1\2\1", piece)) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
-def places(plan: Plan, options: Options) -> set[str]:
-    """The files and folders that the texts of `plan` may name, as they are spelled there."""
+def redactor(plan: Plan, options: Options) -> Callable[[str], str]:
+    """`redact_text` for the texts of `plan`, with what these may name, as it is spelled there."""
     checkpoint, config = plan.checkpoint, plan.checkpoint.training_config
     found: list[object] = [checkpoint.artifact.path]
     found += [x for part in checkpoint.parts.values() for x in (part.folder, part.name)]
@@ -62,7 +70,8 @@ def places(plan: Plan, options: Options) -> set[str]:
     if config is not None:
         found += [config.where, config.config.table.get("load_from")]
         found += [value for key, value in config.used.items() if key.endswith(("_path", "_pth"))]
-    return {fspath(place) for place in found if isinstance(place, (str, PathLike))}
+    places = {fspath(place) for place in found if isinstance(place, (str, PathLike))}
+    return partial(redact_text, places=places, words=plan.chat.stop_words)
 
 
 def hub_id(name: str | None, folder: Path | None) -> str | None:

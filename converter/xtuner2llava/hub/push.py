@@ -20,7 +20,7 @@ from xtuner2llava.hub.errors import hub_errors, require_token
 from xtuner2llava.hub.upload import Pushed, open_upload
 from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.options import ConvertOptions, PushOptions
-from xtuner2llava.storage.json_file import Json, read_json
+from xtuner2llava.storage.json_file import Json, read_json, table
 from xtuner2llava.verification.checks.names import other_class
 from xtuner2llava.verification.checks.record import changed
 from xtuner2llava.verification.folder import open_folder
@@ -140,8 +140,7 @@ def _recorded(folder: Path) -> tuple[list[str], dict[str, Json]]:
             advice="Give a folder that `xtuner2llava convert` wrote.",
         )
     record = read_json(folder / RECORD_NAME)
-    files = record.get("files")
-    small = files if isinstance(files, dict) else {}
+    small = table(record, "files")
     shards = sorted(recorded_names(record) - {*small, RECORD_NAME})
     if not shards or not small:
         what = f"its {RECORD_NAME} names no files, or some that are not in the folder"

@@ -19,7 +19,7 @@ from xtuner2llava.planning.chat_template import IMAGE
 from xtuner2llava.planning.vision_tower import PUBLISHED
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import read_model_config, vision_tower_config
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, table, text
 from xtuner2llava.verification.checks import structure
 from xtuner2llava.verification.folder import ConvertedFolder, open_folder
 from xtuner2llava.verification.outcome import FAILED
@@ -207,9 +207,8 @@ def _read_picture(path: Path) -> Any:
 
 def _prompt(out: ConvertedFolder, question: str) -> str:
     """The prompt of the training with `question`."""
-    chat = out.record.get("chat")
-    prompt = chat.get("prompt") if isinstance(chat, dict) else None
-    if not isinstance(prompt, str) or IMAGE not in prompt:
+    prompt = text(table(out.record, "chat"), "prompt")
+    if prompt is None or IMAGE not in prompt:
         raise UnsupportedError(
             "does not say which prompt the model was trained with",
             where=str(out.path / "conversion.json"),

@@ -25,7 +25,7 @@ from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.redaction import redact_name, redactor
 from xtuner2llava.sources.part import Part
 from xtuner2llava.storage.fingerprint import Fingerprint
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, items, table
 from xtuner2llava.tensors import SourceFile
 from xtuner2llava.writing import Written
 from xtuner2llava.writing.out_record import RECORD_NAME, TOOL, differences, read_record
@@ -131,15 +131,15 @@ def describe(record: Mapping[str, Json], times: Collection[SourceFile] = ()) -> 
     def told(key: str) -> str:
         return json.dumps(record.get(key), sort_keys=True)
 
-    options, small = _table(record, "options"), _table(record, "files")
+    options, small = table(record, "options"), table(record, "files")
     if "--card-template" not in options:
         small = {name: value for name, value in small.items() if name != CARD_NAME}
     inputs: dict[str, list[str]] = {}
     marks = [
         *(
             (each.get("name"), f"{each.get('bytes')} {each.get('digest')}")
-            for listed in (_table(record, "checkpoint").get("files"), record.get("base_files"))
-            for each in _tables(listed)
+            for place, key in ((table(record, "checkpoint"), "files"), (record, "base_files"))
+            for each in _tables(place, key)
         ),
         *(
             (f.path.name, f"{f.path} {f.size} {f.mtime_ns}")
@@ -175,7 +175,7 @@ class FinishedOutput:
         """Those of the shards, as recorded."""
         return {
             str(each["file"]): str(each.get("blake3"))
-            for each in _tables(self.record.get("shards"))
+            for each in _tables(self.record, "shards")
             if "file" in each
         }
 
@@ -184,7 +184,7 @@ class FinishedOutput:
         """Tensors with NaN or infinite values, and how many of each."""
         return tuple(
             (name, nan, infinite)
-            for each in _tables(self.record.get("nonfinite"))
+            for each in _tables(self.record, "nonfinite")
             if isinstance(name := each.get("name"), str)
             and isinstance(nan := each.get("nan"), int)
             and isinstance(infinite := each.get("infinite"), int)
@@ -200,7 +200,7 @@ def finished_output(out: Path, plan: Plan) -> FinishedOutput | None:
     record = read_record(out)
     if record is None:
         return None
-    shards = _tables(record.get("shards"))
+    shards = _tables(record, "shards")
     sizes = {str(each["file"]): each.get("bytes") for each in shards if "file" in each}
     there, here = describe(record), describe(json.loads(plan.files[RECORD_NAME]))
     what = "" if outcome(there) == outcome(here) else differences(there, here)
@@ -235,15 +235,9 @@ def _damage(out: Path, plan: Plan) -> Iterator[str]:
             yield f"{name} has changed"
 
 
-def _table(values: Mapping[str, Json], key: str) -> dict[str, Json]:
-    """The object under `key` of a record that may be damaged; empty where there is none."""
-    value = values.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _tables(value: Json) -> list[dict[str, Json]]:
-    """The objects of a list, likewise."""
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+def _tables(values: Mapping[str, Json], key: str) -> list[dict[str, Json]]:
+    """The objects in the list under `key` of a record, which may be damaged."""
+    return [each for each in items(values, key) if isinstance(each, dict)]
 
 
 def _part(part: Part, redact: Callable[[str], str]) -> dict[str, Json]:

@@ -17,7 +17,7 @@ from xtuner2llava.mapping.plain_class import PlainClass, check_against_class
 from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.plan import Findings
 from xtuner2llava.sources.model_config import ModelConfig, in_437_vocabulary
-from xtuner2llava.storage.json_file import Json, integer
+from xtuner2llava.storage.json_file import Json, integer, table
 from xtuner2llava.tensors import LazyTensor, Mean, concat
 from xtuner2llava.tensors.files import cut, read_ranges
 from xtuner2llava.training_config.config import TrainingConfig
@@ -87,8 +87,7 @@ def trained_llm_config(
         if not key.startswith("_"):
             values[key] = _json(value, f"{training_config.where}, model.llm.{key}")
     values = in_437_vocabulary(values)
-    scaling = values.get("rope_scaling")
-    before = scaling.get("factor") if isinstance(scaling, dict) else None
+    before = table(values, "rope_scaling").get("factor")
     factor = linear_rope_factor(
         training_config.max_position_embeddings,
         integer(values, "max_position_embeddings"),

@@ -16,7 +16,7 @@ from xtuner2llava.mapping.format import FolderName
 from xtuner2llava.mapping.yaml import Document
 from xtuner2llava.planning.config import TokenIds
 from xtuner2llava.sources.checkpoint import Checkpoint
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, items
 from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.writing.shards import ShardPlan
 
@@ -157,8 +157,7 @@ class Plan:
 
     @property
     def architecture(self) -> str:
-        found = self.config["architectures"]
-        return str(found[0]) if isinstance(found, list) else ""
+        return str(items(self.config, "architectures")[0])
 
     @property
     def suggested_name(self) -> str:

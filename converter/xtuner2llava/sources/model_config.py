@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.storage.json_file import Json, integer, read_json, text
+from xtuner2llava.storage.json_file import Json, integer, items, read_json, text
 
 # The defaults of transformers for a CLIP vision tower
 # (transformers 4.37.2 `models/clip/configuration_clip.py`, `CLIPVisionConfig`).
@@ -44,8 +44,7 @@ class ModelConfig:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        found = self.values.get("architectures")
-        return tuple(a for a in found if isinstance(a, str)) if isinstance(found, list) else ()
+        return tuple(a for a in items(self.values, "architectures") if isinstance(a, str))
 
 
 def read_model_config(folder: Path) -> ModelConfig:

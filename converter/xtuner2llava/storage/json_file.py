@@ -64,6 +64,18 @@ def text(values: Mapping[str, Json], key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def table(values: Mapping[str, Json], key: str) -> dict[str, Json]:
+    """The object under `key`; empty if there is none or it is something else."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def items(values: Mapping[str, Json], key: str) -> list[Json]:
+    """The list under `key`; empty if there is none or it is something else."""
+    value = values.get(key)
+    return value if isinstance(value, list) else []
+
+
 def _is_deep(value: Json) -> bool:
     """Whether containers are nested more deeply than `_MAX_DEPTH`."""
     level: list[Json] = [value]

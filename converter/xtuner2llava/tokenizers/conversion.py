@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from xtuner2llava.errors import UnsupportedError
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, table
 from xtuner2llava.tokenizers.compatibility import KNOWN_CLASSES
 from xtuner2llava.tokenizers.llama import from_sentencepiece
 from xtuner2llava.tokenizers.qwen import from_tiktoken
@@ -44,8 +44,7 @@ def prepare_tokenizer(
             path = folder / source
             made = from_tiktoken(path, tokenizer.config, special_tokens, eos=eos, pad=pad)
         return Prepared(made, (f"{source} was written as the files of a {becomes}.",))
-    remote = tokenizer.config.get("auto_map")
-    code = remote.get("AutoTokenizer") if isinstance(remote, dict) else None
+    code = table(tokenizer.config, "auto_map").get("AutoTokenizer")
     if code is not None and named not in KNOWN_CLASSES:
         raise UnsupportedError(
             f"its tokenizer {named} is code of the model's repository, which LLaVA never runs",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeGuard
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.storage.json_file import Json, read_json, text
+from xtuner2llava.storage.json_file import Json, items, read_json, table, text
 from xtuner2llava.storage.small_file import inside
 from xtuner2llava.tokenizers.sentencepiece import read_sentencepiece
 
@@ -204,8 +204,7 @@ class Tokenizer:
 
     def _fast_file_with(self, new: Sequence[AddedToken]) -> bytes:
         content = self.read(FAST)
-        added = content.get("added_tokens")
-        before = added if isinstance(added, list) else []
+        before = items(content, "added_tokens")
         tokens: Json = [*before, *(token.in_tokenizer_json for token in new)]
         return json_file({**content, "added_tokens": tokens})
 
@@ -246,13 +245,11 @@ def slow_ids(folder: Path, files: Iterable[str]) -> dict[str, int]:
 def _fast_ids(path: Path) -> dict[str, int]:
     """The ids of a `tokenizer.json` (huggingface/tokenizers); vocabularies are dicts or lists."""
     content = read_json(path)
-    model = content.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
-    match vocab:
-        case dict():
+    match table(content, "model").get("vocab"):
+        case dict(vocab):
             ids = integers(vocab)
-        case list():
+        case list(vocab):
             for rank, entry in enumerate(vocab):
                 if isinstance(entry, list) and entry and isinstance(entry[0], str):
                     ids[entry[0]] = rank
@@ -261,22 +258,19 @@ def _fast_ids(path: Path) -> dict[str, int]:
 
 def decoder_tokens(config: Mapping[str, Json]) -> list[AddedToken]:
     """The tokens of `added_tokens_decoder` in a tokenizer_config."""
-    decoder = config.get("added_tokens_decoder")
-    entries = decoder.items() if isinstance(decoder, dict) else ()
+    entries = table(config, "added_tokens_decoder").items()
     return _described((int(i), entry) for i, entry in entries if i.isdecimal() and len(i) <= 9)
 
 
 def fast_tokens(content: Mapping[str, Json]) -> list[AddedToken]:
     """The tokens of `added_tokens` in a tokenizer.json."""
-    added = content.get("added_tokens")
-    entries = added if isinstance(added, list) else ()
+    entries = items(content, "added_tokens")
     return _described((entry.get("id"), entry) for entry in entries if isinstance(entry, dict))
 
 
 def additional_tokens(*places: Mapping[str, Json]) -> list[str]:
     """The texts of the additional special tokens, from the first of `places` that has the key."""
-    listed = next((values[ADDITIONAL] for values in places if ADDITIONAL in values), None)
-    entries = listed if isinstance(listed, list) else ()
+    entries = items(next((v for v in places if ADDITIONAL in v), {}), ADDITIONAL)
     return [token.text for token in _described((0, entry) for entry in entries)]
 
 

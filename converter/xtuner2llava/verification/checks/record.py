@@ -10,7 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from xtuner2llava.metadata.front_matter import CARD_NAME
-from xtuner2llava.storage.json_file import Json
+from xtuner2llava.storage.json_file import Json, table
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import SKIPPED, Check, Finding, judge
 from xtuner2llava.writing.out_record import RECORD_NAME
@@ -118,8 +118,7 @@ def _shards(
 
 def _contradictions(out: ConvertedFolder) -> Iterator[str]:
     """Where the record and the config are of different models."""
-    mapping = out.record.get("mapping")
-    named: Mapping[str, Json] = mapping if isinstance(mapping, dict) else {}
+    named = table(out.record, "mapping")
     if named.get("format") != out.format:
         yield f"the record says format {named.get('format')!r}, the folder is {out.format}"
     model_type, dtype = out.text.get("model_type"), out.record.get("dtype")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
+from xtuner2llava.storage.json_file import table
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.tensors import LazyTensor, Shape
 from xtuner2llava.verification.folder import ConvertedFolder
@@ -82,7 +83,7 @@ def _index_faults(out: ConvertedFolder, where: Mapping[str, str]) -> Iterator[st
             yield f"there is no {INDEX_NAME}, so model.safetensors is expected alone; found {found}"
         return
     values = out.json(INDEX_NAME)
-    weight_map, metadata = values.get("weight_map"), values.get("metadata")
+    weight_map, total = values.get("weight_map"), table(values, "metadata").get("total_size")
     if not isinstance(weight_map, dict):
         yield f"{INDEX_NAME} has no weight_map"
         return
@@ -99,7 +100,6 @@ def _index_faults(out: ConvertedFolder, where: Mapping[str, str]) -> Iterator[st
             yield f"{tensor} is in {where[tensor]}, {INDEX_NAME} says {said}"
     for tensor in sorted(where.keys() - weight_map.keys()):
         yield f"{tensor} is in {where[tensor]}, and not in {INDEX_NAME}"
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     data = sum(t.nbytes for shard in out.shards.values() for t in shard.tensors.values())
     if total != data:
         yield f"{INDEX_NAME} says total_size {total}, the tensors have {data} bytes"

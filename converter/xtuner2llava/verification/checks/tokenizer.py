@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner2llava.errors import ConversionError
-from xtuner2llava.storage.json_file import Json, integer
+from xtuner2llava.storage.json_file import Json, integer, items, table
 from xtuner2llava.tokenizers.compatibility import tokenizer_faults
 from xtuner2llava.tokenizers.tokenizer import FILES, read_tokenizer
 from xtuner2llava.verification.folder import ConvertedFolder
@@ -129,10 +129,8 @@ def has_sentencepiece() -> bool:
 
 def _missing_stops(out: ConvertedFolder, ids: Mapping[str, int]) -> Iterator[str]:
     """Stop words of the training that are single tokens, and that generation does not stop at."""
-    chat = out.record.get("chat")
-    words = chat.get("stop_words") if isinstance(chat, dict) else None
     eos = out.json("generation_config.json").get("eos_token_id")
     stops = eos if isinstance(eos, list) else [eos]
-    for word in words if isinstance(words, list) else ():
+    for word in items(table(out.record, "chat"), "stop_words"):
         if isinstance(word, str) and word in ids and ids[word] not in stops:
             yield f"{word} (id {ids[word]}) ended each turn in training, and is not an eos_token_id"

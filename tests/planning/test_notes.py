@@ -79,10 +79,12 @@ def test_spaces_that_official_llava_drops_are_said(
     assert any(note.startswith(SPACES) for note in notes) is is_said
 
 
+@pytest.mark.parametrize("left_out", ["", "decoder", "pre_tokenizer"])
 @pytest.mark.parametrize("drops", [True, False])
 def test_spaces_that_training_drops_too_are_not_said(
-    drops: bool, checkpoints: Path, tmp_path: Path
+    drops: bool, left_out: str, checkpoints: Path, tmp_path: Path
 ) -> None:
+    """Also where LLaVA's transformers does not read the tokenizer.json that training had."""
     llm = shutil.copytree(checkpoints / "bases/llm_llama", tmp_path / "llm")
     values = json.loads((llm / "tokenizer.json").read_text())
     strip = {"type": "Strip", "strip_left": True, "strip_right": True}
@@ -92,9 +94,12 @@ def test_spaces_that_training_drops_too_are_not_said(
     ]
     values["normalizer"] = {"type": "Sequence", "normalizers": [strip] * drops + written}
     values["pre_tokenizer"] = None
+    if left_out:
+        values[left_out] = {"type": "OfALaterVersion"}
     (llm / "tokenizer.json").write_text(json.dumps(values))
     case = checkpoints / "llama_e_full_fullvis/iter_2.pth"
     made = plan(case, llm=llm, vision=checkpoints / "bases/vision_clip", vision_tower_name="x")
+    assert ("tokenizer.json" in made.files) is not bool(left_out)
     assert any(note.startswith(SPACES) for note in made.notes) is not drops
 
 

@@ -143,12 +143,13 @@ def with_trained_chat(
     return tokenizer.with_made(files)
 
 
-def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
+def with_trained_bos(tokenizer: Tokenizer, trained: Tokenizer, findings: Findings) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
     XTuner puts the token before a turn even where the tokenizer adds none, as Yi's. Official LLaVA
     reads tokenizer.model, where `transformers`' AutoTokenizer gave training the tokenizer.json, or
-    made one (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False).
+    made one (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False). `trained` has that file
+    also where it is left out of the output.
     """
     bos = _trained_bos(tokenizer)
     changed = with_bos_added(tokenizer, True) if bos is not None else tokenizer
@@ -160,9 +161,9 @@ def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
     named = str(tokenizer.config.get("tokenizer_class")).removesuffix("Fast")
     if (
         MODEL in tokenizer.copied
-        and (FAST in tokenizer.files or named == "LlamaTokenizer")
+        and (FAST in trained.files or named == "LlamaTokenizer")
         and read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces
-        and keeps_spaces(tokenizer)
+        and keeps_spaces(trained)
     ):
         findings.note(
             f"Official LLaVA tokenizes with {MODEL}, which drops repeated spaces, line feeds, and "

@@ -190,7 +190,22 @@ def test_wrong_rules(tmp_path: Path, rules: str, expected: str) -> None:
     [
         (
             "schema: 1\nfamily: my\nbecomes: lama\ntensors: [{keep: [a]}]\n",
-            [":3: there is no class `lama`"],
+            [":3: there is no LLM class `lama`"],
+        ),
+        *(
+            (
+                f"schema: 1\nfamily: my\n{line}\ntensors: [{{keep: [a]}}]\n",
+                [f":3: there is no LLM class `{name}`"],
+            )
+            for line, name in (
+                ("becomes: clip_vision_model", "clip_vision_model"),
+                ("becomes: siglip_vision_model", "siglip_vision_model"),
+                ("becomes: ' llama'", " llama"),
+            )
+        ),
+        (
+            "schema: 1\nfamily: my\nextends: llama\nbecomes: clip_vision_model\n",
+            [":4: there is no LLM class `clip_vision_model`"],
         ),
         (
             "schema: 1\nfamily: my\nextends: ../llama\n",

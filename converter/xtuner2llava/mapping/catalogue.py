@@ -15,11 +15,12 @@ from xtuner2llava.mapping.detect import Match, Refusals, choose
 from xtuner2llava.mapping.family import Family, PromptTemplate, read_family
 from xtuner2llava.mapping.format import Format, read_format
 from xtuner2llava.mapping.names import advice_for
-from xtuner2llava.mapping.plain_class import read_class
+from xtuner2llava.mapping.plain_class import PlainClass, read_class
 from xtuner2llava.mapping.schema import ABSENT, Reader
 from xtuner2llava.mapping.yaml import MAX_BYTES, Document, read_document
 
 _T = TypeVar("_T")
+_VOCABULARY = "vocab_size"
 
 
 class Catalogue:
@@ -138,8 +139,16 @@ class Catalogue:
         return found
 
     def _read_family(self, document: Document) -> Family:
-        find = (self.families.__getitem__, self.classes.__getitem__)
+        find = (self.families.__getitem__, self._llm_class)
         return read_family(document, *find, self.prompt_templates)
+
+    def _llm_class(self, name: str) -> PlainClass:
+        """The class `name` if it has a vocabulary, as that of a vision tower does not."""
+        if name in self.classes and _VOCABULARY in self.classes[name].known:
+            return self.classes[name]
+        known = [one for one, found in self.classes.items() if _VOCABULARY in found.known]
+        advice = advice_for(name, known, f"Known: {', '.join(known)}.")
+        raise MappingError(f"there is no LLM class `{name}`", advice=advice)
 
     def _read_format(self, document: Document) -> Format:
         return read_format(document, self.refusals.formats)

@@ -17,7 +17,7 @@ from xtuner2llava.hub.errors import hub_errors, with_retries
 from xtuner2llava.hub.stream import RemoteFile
 from xtuner2llava.storage.safetensors_file import MAX_HEADER_BYTES, START_BYTES
 
-_WEIGHTS = ".safetensors"
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 # The largest small file is a tokenizer of some 30 MB.
 _MAX_SMALL_BYTES = 64 << 20
 
@@ -50,7 +50,8 @@ def published_copy(reference: str) -> Iterator[PublishedCopy]:
         commit = str(info.sha)
         # Names come from the server: only those of files in this folder count.
         files = {name: e for name, e in list_files(repo, commit).items() if _is_plain(name)}
-        small = [n for n, e in files.items() if not _is_weights(n) and e.size <= _MAX_SMALL_BYTES]
+        small = [name for name, entry in files.items()
+                 if not name.endswith(_WEIGHTS) and entry.size <= _MAX_SMALL_BYTES]  # fmt: skip
         patterns = [glob.escape(name) for name in small]
         snapshot = Path(snapshot_download(repo, revision=commit, allow_patterns=patterns))
     with TemporaryDirectory(prefix="xtuner2llava-") as above:
@@ -72,14 +73,10 @@ def _is_plain(name: str) -> bool:
     return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
 
 
-def _is_weights(name: str) -> bool:
-    return name.endswith((_WEIGHTS, ".bin", ".pth", ".pt"))
-
-
 def _write_sparse(path: Path, remote: str, size: int) -> None:
     """A file of `size` bytes that has the header of the safetensors file `remote`, if it is one."""
     header = b""
-    if path.suffix == _WEIGHTS:
+    if path.suffix == ".safetensors":
         file = RemoteFile(remote, ahead=0)
         header = bytes(file.read(0, min(START_BYTES, size)))
         length = int.from_bytes(header, "little")

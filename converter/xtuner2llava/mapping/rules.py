@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -153,10 +154,6 @@ def _name(reader: Reader, node: Node, *, glob: bool = False) -> _Names:
     return (reader.name(reader.plain(str, node, "a tensor name"), node.line, glob=glob),)
 
 
-def _glob(reader: Reader, node: Node) -> _Names:
-    return _name(reader, node, glob=True)
-
-
 def _prefix(reader: Reader, node: Node) -> _Names:
     """The beginning of names, which may be empty."""
     return (reader.name("", node.line),) if node.value == "" else _name(reader, node)
@@ -221,7 +218,7 @@ _VERBS: Mapping[str, _Verb] = {
     "normalize": _Verb(_name, _name),
     "resize": _Verb(_name, _name, ("rows", "lossy?")),
     "fill": _Verb(_name, keys=("shape", "value?")),
-    "drop": _Verb(_glob, keys=("because",)),
+    "drop": _Verb(partial(_name, glob=True), keys=("because",)),
 }
 # Only in the file of a class: the names and shapes that it has.
 _SHAPES = {"shapes": _Verb()}

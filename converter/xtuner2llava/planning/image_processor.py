@@ -13,7 +13,7 @@ from xtuner2llava.planning.plan import Findings
 from xtuner2llava.planning.vision_tower import PROCESSOR_KEYS, PUBLISHED, clip_processor
 from xtuner2llava.sources.artifact import VISUAL_ENCODER
 from xtuner2llava.sources.checkpoint import Checkpoint
-from xtuner2llava.storage.json_file import Json, integer, read_json, text
+from xtuner2llava.storage.json_file import Json, integer, read_json, table, text
 from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.values import Value, shown
 
@@ -57,9 +57,9 @@ def trained_processor(checkpoint: Checkpoint, tower: Path, findings: Findings) -
     values, path = found.values, found.path
     where = str(path or "image_processor of the XTuner config")
     raise_faults(PlanError, [Fault(where, what) for what in colour_faults(values)])
-    tower_config, crop = checkpoint.visual_encoder.config, clip_processor(values)["crop_size"]
+    tower_config = checkpoint.visual_encoder.config
     size = integer(tower_config.values, "image_size") if tower_config else None
-    height = crop.get("height") if isinstance(crop, dict) else None
+    height = table(clip_processor(values), "crop_size").get("height")
     if "crop_size" in values and height not in (None, size) and size is not None:
         raise PlanError(
             f"prepares images of {height} pixels, the vision tower takes {size}",

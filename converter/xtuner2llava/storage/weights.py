@@ -133,9 +133,9 @@ def quantised(tensors: Mapping[str, LazyTensor]) -> str | None:
 def _weight_map(index: Path) -> dict[str, str]:
     """The file of each tensor, as `index` says."""
     values = read_json(index).get("weight_map")
-    found = values if isinstance(values, dict) else {}
-    weight_map = {name: file for name, file in found.items() if isinstance(file, str)}
-    if not isinstance(values, dict) or len(weight_map) != len(values):
+    found = values.items() if isinstance(values, dict) else ()
+    weight_map = {name: file for name, file in found if isinstance(file, str)}
+    if weight_map != values:
         raise CorruptFileError("has no 'weight_map' of names to files", where=str(index))
     return weight_map
 

@@ -64,14 +64,40 @@ def test_threads_share_it_as_long_as_one_of_them_needs_it() -> None:
     assert found == [0, 0, 1, 1]
 
 
+def test_threads_that_need_others_do_not_wait_for_each_other() -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def make() -> torch.Tensor:
+        both.wait()  # Broken unless the other thread is making its own at the same time.
+        return torch.ones(1)
+
+    threads = [threading.Thread(target=thread_cache.get, args=([n], make)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not both.broken
+
+
 def test_a_buffer_is_used_again_by_its_thread_alone() -> None:
     first = thread_cache.buffer("read", 8)
-    others = [thread_cache.buffer("written", 8), thread_cache.buffer("read", 9)]
+    others = [thread_cache.buffer("written", 8)]
     thread = threading.Thread(target=lambda: others.append(thread_cache.buffer("read", 8)))
     thread.start()
     thread.join()
-    assert thread_cache.buffer("read", 8) is first
-    assert all(other is not first for other in others)
+    first[:] = b"8 bytes."
+    assert bytes(thread_cache.buffer("read", 8)) == b"8 bytes."
+    assert all(bytes(other) == bytes(8) for other in others)
+
+
+def test_each_use_has_memory_for_its_largest_buffer_and_no_more() -> None:
+    thread_cache.clear()
+    sizes = [8, 3, 5, 9, 8]
+    views = [thread_cache.buffer("read", size) for size in sizes]
+    assert [len(view) for view in views] == sizes
+    views[-1][:] = b"8 bytes."
+    assert bytes(views[-2][:8]) == b"8 bytes." == bytes(thread_cache.buffer("read", 9)[:8])
+    assert bytes(views[0]) == bytes(8)  # It was too small for the fourth.
 
 
 def test_a_tensor_that_was_cached_for_another_is_freed() -> None:
@@ -82,13 +108,3 @@ def test_a_tensor_that_was_cached_for_another_is_freed() -> None:
     assert alive() is not None
     thread_cache.use_for(other)
     assert alive() is None
-
-
-def test_two_sizes_of_a_buffer_are_kept() -> None:
-    thread_cache.clear()
-    whole, last = thread_cache.buffer("read", 8), thread_cache.buffer("read", 3)
-    assert thread_cache.buffer("read", 8) is whole
-    other = thread_cache.buffer("read", 5)
-    assert thread_cache.buffer("read", 8) is whole
-    assert thread_cache.buffer("read", 5) is other
-    assert thread_cache.buffer("read", 3) is not last

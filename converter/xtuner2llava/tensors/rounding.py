@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Elements that are rounded to odd at a time. They stay in a processor's cache, and are so many that
-# threads seldom wait for each other between two operations, where Python lets one at a time go on.
-_CHUNK = 1 << 17
+# Elements that are rounded at a time, which a processor's caches hold. Python lets one thread at a
+# time begin an operation, so that smaller ones would have many threads wait for each other.
+_CHUNK = 1 << 20
+
+# Bits of a float32 that are zero wherever it is half-way between two narrower floats.
+_HALF_WAY = 0xFFF
 
 # Of a float64's significand, the last bit that rounding to odd keeps: four more than float16 has,
 # and so few that float32 still holds those of the smallest bfloat16s.
@@ -37,31 +40,36 @@ def round_into(source: torch.Tensor, target: torch.Tensor) -> None:
     import torch
 
     if source.dtype == torch.float64 and target.itemsize <= 2 and target.is_floating_point():
-        _round_by_odd(source, target)
+        _round_twice(source, target)
     else:
         target.copy_(source)
 
 
-def _round_by_odd(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Rounds to odd first: cuts bits off, and sets the last one kept if any of them was set.
+def _round_twice(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Rounds by way of float32, and again where that is half-way between two numbers of `target`.
 
-    So float32 holds the value exactly, it is never half-way if it was not, and the second rounding
-    is right (Boldo and Melquiond, "When double rounding is odd").
+    There it rounds to odd first: it cuts bits off, and sets the last one kept if any of them was
+    set. So float32 holds the value exactly, it is never half-way if it was not, and the second
+    rounding is right (Boldo and Melquiond, "When double rounding is odd").
     """
     import numpy as np
     import torch
 
-    exact = source.numpy().view(np.int64)
+    integer = torch.int16 if target.itemsize == 2 else torch.uint8  # 8-bit floats are not indexed.
     # In memory that is used again: new memory for each chunk costs more than the rounding.
-    odd = np.empty(min(_CHUNK, len(exact)), np.int64)
-    for start in range(0, len(exact), _CHUNK):
-        bits = exact[start : start + _CHUNK]
-        kept = odd[: len(bits)]
-        np.bitwise_and(bits, _ODD_BIT - 1, out=kept)
-        kept += _ODD_BIT - 1  # Carries into the bit unless all bits below are zero.
-        kept |= bits
-        kept &= -_ODD_BIT
-        target[start : start + _CHUNK].copy_(torch.from_numpy(kept).view(torch.float64))
+    singles = torch.empty(min(_CHUNK, len(source)), dtype=torch.float32)
+    masked = np.empty(len(singles), np.uint32)
+    for start in range(0, len(source), _CHUNK):
+        exact, result = source[start : start + _CHUNK], target[start : start + _CHUNK]
+        single = singles[: len(exact)].copy_(exact)
+        result.copy_(single)
+        low = np.bitwise_and(single.numpy().view(np.uint32), _HALF_WAY, out=masked[: len(exact)])
+        doubtful = np.flatnonzero(low == 0)
+        bits = exact.numpy().view(np.int64)[doubtful]
+        # The sum carries into the bit unless all bits below are zero.
+        odd = ((bits & _ODD_BIT - 1) + (_ODD_BIT - 1) | bits) & -_ODD_BIT
+        again = torch.from_numpy(odd.view(np.float64)).to(target.dtype)
+        result.view(integer)[doubtful] = again.view(integer)
 
 
 def first_overflow(exact: torch.Tensor, rounded: torch.Tensor) -> tuple[int, float] | None:

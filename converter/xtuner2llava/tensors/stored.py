@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from xtuner2llava.tensors.dtype import FLOAT16, DType
+from xtuner2llava.tensors.dtype import DType
 from xtuner2llava.tensors.files import FileRange, cut, join, read_ranges, read_ranges_into
 from xtuner2llava.tensors.lazy import LazyTensor, Shape
 
@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 # A strided block whose elements span at most this many bytes of the file is read in one go.
 _SPAN_BYTES = 4 << 20
-# What is read at a time for another dtype.
-_PART_BYTES = 512 << 10
 
 
-def from_bytes(buffer: bytearray, dtype: DType, shape: Shape) -> torch.Tensor:
+def from_bytes(buffer: bytearray | memoryview, dtype: DType, shape: Shape) -> torch.Tensor:
     """`buffer` as a tensor of `shape`, without a copy."""
     import torch
 
@@ -56,13 +54,7 @@ class Stored(LazyTensor):
             pieces = cut(self._ranges, start * self.row_bytes, (stop - start) * self.row_bytes)
             read_ranges_into(pieces, bytes_of(out))
             return
-        step = max(1, _PART_BYTES // max(1, self.row_bytes))
-        for first in range(start, stop, step):  # Widened while it is in the cache.
-            last = min(first + step, stop)
-            block = self.read(first, last)
-            # torch widens float16 to float64 one by one, and to float32 many at a time.
-            block = block.float() if self.dtype == FLOAT16 else block
-            out[first - start : last - start].copy_(block)
+        out.copy_(self.read(start, stop))
 
     def leaves(self) -> Iterator[LazyTensor]:
         yield self

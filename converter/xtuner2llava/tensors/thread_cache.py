@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 class _Cache(threading.local):
     def __init__(self) -> None:
         self.owner: object = None
-        self.buffers: dict[str, dict[int, bytearray]] = {}
+        self.buffers: dict[str, bytearray] = {}
         self.key: object = None
         self.value: torch.Tensor | None = None
 
 
 _cache = _Cache()
-# By the id of a key, which lives as long as a thread holds its tensor.
+# By the id of a key, which lives as long as a thread holds its tensor, or the lock to make it.
 _shared: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
-_making = threading.Lock()
+_making: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()
+_asking = threading.Lock()
 
 
 def use_for(owner: object) -> None:
@@ -35,27 +36,26 @@ def use_for(owner: object) -> None:
         _cache.owner, _cache.value = owner, None
 
 
-def buffer(use: str, count: int) -> bytearray:
+def buffer(use: str, count: int) -> memoryview:
     """`count` bytes of memory, which this thread's next call for the same use overwrites.
 
-    New memory for each block costs more than reading it. A tensor has blocks of two sizes, of which
-    one is the last; tensors of one shape have the same.
+    New memory for each block costs more than reading it.
     """
-    sizes = _cache.buffers.setdefault(use, {})
-    found = sizes.pop(count, None)
-    if found is None:
-        if len(sizes) == 2:
-            del sizes[next(iter(sizes))]
+    found = _cache.buffers.pop(use, bytearray())
+    if len(found) < count:
+        found = bytearray()  # Frees what there was.
         found = bytearray(count)
-    sizes[count] = found
-    return found
+    _cache.buffers[use] = found
+    return memoryview(found)[:count]
 
 
 def get(key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What `make` gave for `key`, as long as a thread has asked for nothing else since."""
     if _cache.value is None or _cache.key is not key:
         _cache.value = None
-        with _making:
+        with _asking:
+            making = _making.setdefault(id(key), threading.Lock())
+        with making:
             _cache.value = _shared.get(id(key))
             if _cache.value is None:
                 _cache.value = _shared[id(key)] = make()

@@ -99,7 +99,7 @@ def read_exact(block: Block) -> torch.Tensor:
     count = block.length // block.entry.tensor.dtype.itemsize
     buffer = thread_cache.buffer("exact", count * block.stored.itemsize)
     if block.pieces is not None:
-        read_ranges_into(block.pieces, memoryview(buffer))
+        read_ranges_into(block.pieces, buffer)
         return from_bytes(buffer, block.stored, (count,))
     assert block.source is not None  # noqa: S101 - a block has one of the two
     shape = (block.stop_row - block.first_row, *block.source.row_shape)
@@ -136,7 +136,7 @@ def blocks(entry: Entry) -> Iterator[memoryview]:
     try:
         for block in cut_blocks(entry):
             if block.is_copied:
-                data = memoryview(thread_cache.buffer("source", block.length))
+                data = thread_cache.buffer("source", block.length)
                 read_ranges_into(block.pieces or (), data)
                 yield data
             else:

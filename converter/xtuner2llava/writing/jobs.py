@@ -147,26 +147,29 @@ class Turns:
     """Lets threads through one at a time, in the order of the numbers that they have."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, threading.Condition] = {}
         self._next = 0
         self._broken: int | None = None
 
     @contextmanager
     def take(self, number: int) -> Iterator[None]:
         """Waits for all numbers below. Raises `Stopped` where one of these was given up."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._next == number or (self._broken is not None and self._broken < number)
-            )
-            if self._next != number:
-                raise Stopped
+        with self._lock:
+            while self._next != number:
+                if self._broken is not None and self._broken < number:
+                    raise Stopped
+                # One for each: only the thread whose turn it is wakes up.
+                self._waiting.setdefault(number, threading.Condition(self._lock)).wait()
         yield
-        with self._changed:
+        with self._lock:
             self._next += 1
-            self._changed.notify_all()
+            if waiting := self._waiting.pop(self._next, None):
+                waiting.notify()
 
     def give_up(self, number: int) -> None:
         """Says that `number` will not come, nor those behind it."""
-        with self._changed:
+        with self._lock:
             self._broken = number if self._broken is None else min(number, self._broken)
-            self._changed.notify_all()
+            for waiting in self._waiting.values():
+                waiting.notify()

@@ -199,11 +199,10 @@ class ShardFile:
         found = self._file.read(block.offset, block.length)
         # A sum that the source carries is compared when its entry is complete.
         if self._verify and (not block.summed or any(p.checkable is None for p in pieces)):
-            expected = memoryview(thread_cache.buffer("source", block.length))
+            expected = thread_cache.buffer("source", block.length)
             read_ranges_into(pieces, expected)
             self._file.require_same(block.entry, block.offset, expected, found)
-        data = memoryview(found)
-        return data, data, count_nonfinite(data, block.stored.code)
+        return found, found, count_nonfinite(found, block.stored.code)
 
     def _copy_range(self, source: int, piece: FileRange, offset: int) -> None:
         done = 0
@@ -221,7 +220,7 @@ class ShardFile:
             done += count
         if done < piece.length:
             rest = FileRange(piece.file, piece.offset + done, piece.length - done)
-            view = memoryview(thread_cache.buffer("source", rest.length))
+            view = thread_cache.buffer("source", rest.length)
             read_into(source, rest, view)
             self._file.write(view, offset + done)
 

@@ -24,7 +24,9 @@ from xtuner2llava.tensors import (
     Reshaped,
     Transpose,
     cast,
+    concat,
     first_overflow,
+    split,
 )
 
 INF = float("inf")
@@ -119,8 +121,12 @@ def test_what_is_held_beside_the_rows_is_counted(tmp_path: Path) -> None:
     magnitude = stored(tmp_path, "m", torch.ones(3))
     assert weight.fixed_cost == 0
     # The right factor as it is stored and in float64, and a length and a magnitude for each row.
-    assert Merge(weight, left, right, 1.0).fixed_cost == 2 * 4 * (4 + 8)
-    assert Merge(weight, left, right, 1.0, magnitude).fixed_cost == 2 * 4 * (4 + 8) + 2 * 3 * 8
+    merged = Merge(weight, left, right, 1.0, magnitude)
+    assert Merge(weight, left, right, 1.0).fixed_cost == 0 and merged.fixed_cost == 2 * 3 * 8
+    # One factor is read whole, once for all threads; of two tensors, each has its own.
+    assert merged.shared_cost == cast(merged, FLOAT16).shared_cost == 2 * 4 * (4 + 8)
+    assert concat([merged, Merge(weight, left, right, 1.0)]).shared_cost == 2 * merged.shared_cost
+    assert split(merged, [1, 2])[1].shared_cost == merged.shared_cost
     # The sum and the mean in float64, and a block as it is stored and in float64.
     assert Mean(weight, 1).fixed_cost == 2 * 4 * 8 + 3 * (1 << 20)
 

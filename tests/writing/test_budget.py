@@ -28,8 +28,8 @@ from xtuner2llava.tensors import (
     cast,
 )
 from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
-from xtuner2llava.writing.blocks import working_bytes
-from xtuner2llava.writing.jobs import fitting_jobs
+from xtuner2llava.writing.blocks import working_memory
+from xtuner2llava.writing.jobs import WorkingMemory, fitting_jobs
 
 
 def sparse(path: Path, *shape: int) -> Stored:
@@ -44,12 +44,23 @@ def sparse(path: Path, *shape: int) -> Stored:
 
 @pytest.mark.parametrize(
     ("most", "jobs", "memory", "expected"),
-    [(100, 4, 1000, 4), (100, 4, 399, 3), (100, 4, 99, 1), (0, 2, 0, 1), (100, 1, 1000, 1)],
+    [(100, 4, 1000, 4), (100, 4, 399, 3), (100, 4, 99, 1), (0, 2, 0, 2), (100, 1, 1000, 1)],
 )
 def test_no_more_jobs_than_there_is_memory_for(
     most: int, jobs: int, memory: int, expected: int
 ) -> None:
-    assert fitting_jobs(most, jobs, memory) == expected
+    assert fitting_jobs([WorkingMemory(most), WorkingMemory(0)], jobs, memory) == expected
+    assert fitting_jobs([], jobs, 0) == jobs
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(460, 4), (459, 3), (370, 3), (369, 2), (310, 2), (309, 1)]
+)
+def test_what_threads_share_counts_once_for_each_tensor_in_work(memory: int, expected: int) -> None:
+    shared = [(50, 2), (110, 1), (200, 1), (60, 2), (200, 1)]
+    needs = [WorkingMemory(0, size, blocks) for size, blocks in shared]
+    # Two threads are at the second and third, three at the fourth too, four at the last three.
+    assert fitting_jobs(needs, 4, memory) == expected
 
 
 def test_threads_that_do_not_fit_do_not_work(tmp_path: Path) -> None:
@@ -74,10 +85,11 @@ def test_threads_that_do_not_fit_do_not_work(tmp_path: Path) -> None:
 
     plan = plan_shards({"w": Large(FLOAT32, (40, 2), 1.0)})
     (entry,) = plan.shards[0].entries
+    need = working_memory(entry.tensor).own
     for jobs, expected in ((4, 2), (1, 1)):
         most = 0
         with OutputFolder(tmp_path / "out", "") as folder:
-            write_shards(folder, plan.shards, jobs=jobs, max_memory=2 * working_bytes(entry.tensor))
+            write_shards(folder, plan.shards, jobs=jobs, max_memory=2 * need)
         assert most == expected
 
 
@@ -99,9 +111,10 @@ def test_all_tensors_that_need_more_are_told_before_anything_is_written(tmp_path
     ):
         write_shards(folder, plan.shards, max_memory=40_000_000)
     assert {fault.where for fault in caught.value.faults} == {"down", "more"}
-    need = working_bytes(tensors["down"])
+    memory = working_memory(tensors["down"])
+    need = memory.own + memory.shared
     # The factor, stored and in float64, and a block of rows.
-    assert 512 * 11008 * 12 + (16 << 20) <= need < 512 * 11008 * 12 + (32 << 20)
+    assert memory.shared == 512 * 11008 * 12 and 16 << 20 <= memory.own < 40 << 20
     fault = caught.value.faults[0]
     assert f"needs {need:,} bytes" in fault.what and "40,000,000" in fault.what
     assert fault.advice == f"Give --max-memory {-(-need // 10**6)}MB."
@@ -121,20 +134,21 @@ LARGE = (
     + """
 import sys
 sys.path.insert(0, sys.argv[1])
+from dataclasses import astuple
 import torch
 torch.set_num_threads(1)
 from writing.test_budget import largest
 from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
-from xtuner2llava.writing.blocks import working_bytes
+from xtuner2llava.writing.blocks import working_memory
 folder, kind, rows = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 tensor = largest(folder, kind, rows)
 plan = plan_shards({"w": tensor})
 torch.zeros(4, 4).half().float() @ torch.zeros(4, 4)  # What torch itself needs.
 before = peak()
 with OutputFolder(folder / "out", "") as out:
-    write_shards(out, plan.shards, verify=False)
+    write_shards(out, plan.shards, jobs=1)
     after = peak()
-print(after - before, working_bytes(tensor))
+print(after - before, sum(astuple(working_memory(tensor))[:2]))
 """
 )
 

@@ -55,6 +55,11 @@ class LazyTensor(ABC):
         return 0
 
     @property
+    def shared_cost(self) -> int:
+        """Bytes of memory besides that threads share which read blocks of it at the same time."""
+        return 0
+
+    @property
     def stored_dtype(self) -> DType:
         """What "as stored" means for it: computed tensors are float64 until they are rounded."""
         return self.dtype
@@ -117,6 +122,10 @@ class Derived(LazyTensor):
     @property
     def fixed_cost(self) -> int:
         return self._source.fixed_cost
+
+    @property
+    def shared_cost(self) -> int:
+        return self._source.shared_cost
 
     @property
     def stored_dtype(self) -> DType:

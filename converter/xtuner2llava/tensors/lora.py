@@ -63,9 +63,13 @@ class Merge(LazyTensor):
 
     @property
     def fixed_cost(self) -> int:
-        right = self._right.nbytes + math.prod(self._right.shape) * FLOAT64.itemsize
         magnitude = 0 if self._magnitude is None else 2 * self.rows * FLOAT64.itemsize
-        return right + magnitude + self._weight.fixed_cost
+        return magnitude + self._weight.fixed_cost
+
+    @property
+    def shared_cost(self) -> int:
+        right = self._right.nbytes + math.prod(self._right.shape) * FLOAT64.itemsize
+        return right + self._weight.shared_cost
 
     def read_into(self, start: int, stop: int, out: torch.Tensor) -> None:
         import torch

@@ -19,6 +19,11 @@ _HALF_WAY = 0xFFF
 _ODD_BIT = 1 << 38
 
 
+def scratch_bytes(count: int) -> int:
+    """What rounding `count` float64s takes: float32s, their low bits, and which of these are 0."""
+    return 9 * min(count, _CHUNK)
+
+
 def round_to(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`block` in `dtype`, rounded as by `round_into`; `block` itself if that is its dtype."""
     import torch
@@ -64,7 +69,10 @@ def _round_twice(source: torch.Tensor, target: torch.Tensor) -> None:
         single = singles[: len(exact)].copy_(exact)
         result.copy_(single)
         low = np.bitwise_and(single.numpy().view(np.uint32), _HALF_WAY, out=masked[: len(exact)])
-        doubtful = np.flatnonzero(low == 0)
+        unsure = low == 0
+        if np.count_nonzero(unsure) > len(unsure) // 64:  # Numbers of both dtypes, such as zeros.
+            unsure &= single.numpy() != exact.numpy()
+        doubtful = np.flatnonzero(unsure)
         bits = exact.numpy().view(np.int64)[doubtful]
         # The sum carries into the bit unless all bits below are zero.
         odd = ((bits & _ODD_BIT - 1) + (_ODD_BIT - 1) | bits) & -_ODD_BIT

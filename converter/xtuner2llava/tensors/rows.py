@@ -56,6 +56,10 @@ class Rows(LazyTensor):
         return max(piece.source.fixed_cost for piece in self._pieces)
 
     @property
+    def shared_cost(self) -> int:
+        return sum({id(p.source): p.source.shared_cost for p in self._pieces}.values())
+
+    @property
     def stored_dtype(self) -> DType:
         return self._pieces[0].source.stored_dtype
 
@@ -153,6 +157,10 @@ class Member(LazyTensor):
     def fixed_cost(self) -> int:
         """A member that is not ranges is read whole."""
         return self._source.fixed_cost + self._source.row_cost
+
+    @property
+    def shared_cost(self) -> int:
+        return self._source.shared_cost
 
     @property
     def stored_dtype(self) -> DType:

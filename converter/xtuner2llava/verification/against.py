@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from xtuner2llava.tensors.files import FileRange
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import TENSORS, Check, judge
 from xtuner2llava.writing import INDEX_NAME
-from xtuner2llava.writing.blocks import blocks, position, working_bytes
+from xtuner2llava.writing.blocks import blocks, position, working_memory
 from xtuner2llava.writing.jobs import Work, fitting_jobs
 from xtuner2llava.writing.shards import Entry
 from xtuner2llava.writing.verify import WrittenFile
@@ -104,8 +104,9 @@ def compare(
 
     Reads and computes all sources again, `jobs` tensors at once, in the memory of `convert`.
     """
-    most = max((working_bytes(p.tensor) for p in planned), default=0)
-    work = Work(fitting_jobs(most, jobs), sum(p.tensor.nbytes for p in planned), on_progress)
+    # A job is a whole tensor, so that any number of others follow it.
+    needs = [replace(working_memory(p.tensor), blocks=1) for p in planned]
+    work = Work(fitting_jobs(needs, jobs), sum(p.tensor.nbytes for p in planned), on_progress)
 
     def job(one: PlannedTensor) -> str | None:
         (place,) = found[one.name].ranges() or ()

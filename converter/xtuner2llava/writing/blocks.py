@@ -18,9 +18,12 @@ from xtuner2llava.tensors import (
     row_blocks,
     thread_cache,
 )
+from xtuner2llava.tensors.dtype import FLOAT64
 from xtuner2llava.tensors.files import batches, read_ranges_into
+from xtuner2llava.tensors.rounding import scratch_bytes
 from xtuner2llava.tensors.stored import bytes_of, from_bytes
 from xtuner2llava.writing.disk import BLOCK_BYTES
+from xtuner2llava.writing.jobs import WorkingMemory
 from xtuner2llava.writing.nonfinite import count_nonfinite
 from xtuner2llava.writing.shards import Entry
 
@@ -145,15 +148,25 @@ def blocks(entry: Entry) -> Iterator[memoryview]:
         thread_cache.clear()
 
 
-def working_bytes(tensor: LazyTensor) -> int:
-    """The most memory that writing `tensor` takes at a time in a thread, in bytes."""
+def working_memory(tensor: LazyTensor) -> WorkingMemory:
+    """The most memory that writing `tensor` takes at a time.
+
+    A thread keeps its buffers for the next tensor, so what another would need is in here too.
+    """
     exact = _exact(tensor)
+    compared = 2 * BLOCK_BYTES  # Of the source, and of the file.
+    if tensor.ranges() is not None:
+        return WorkingMemory(compared)
     if exact.ranges() is not None:
-        # Of the source and of the file, each in the larger dtype.
-        return 3 * BLOCK_BYTES * max(1, tensor.dtype.itemsize // exact.dtype.itemsize)
-    first, stop = next(iter(row_blocks(exact, _block_memory(exact))), (0, 0))
-    result = math.prod(exact.row_shape) * tensor.dtype.itemsize
-    return (stop - first) * (exact.row_cost + result) + exact.fixed_cost + 2 * BLOCK_BYTES
+        count, blocks, cost = BLOCK_BYTES // exact.dtype.itemsize, 1, BLOCK_BYTES
+    else:
+        rows = [stop - first for first, stop in row_blocks(exact, _block_memory(exact))] or [0]
+        count, blocks = rows[0] * math.prod(exact.row_shape), len(rows)
+        cost = rows[0] * exact.row_cost + exact.fixed_cost
+    cost += count * tensor.dtype.itemsize + compared
+    if exact.dtype == FLOAT64:
+        cost += scratch_bytes(count)
+    return WorkingMemory(cost, exact.shared_cost, blocks)
 
 
 def _exact(tensor: LazyTensor) -> LazyTensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
 # Called with (bytes done, bytes in all), from one thread at a time.
@@ -26,9 +27,38 @@ def default_jobs() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-def fitting_jobs(most: int, jobs: int | None = None, max_memory: int = DEFAULT_MEMORY) -> int:
-    """`jobs`, or as many as work in `max_memory` bytes if each takes up to `most`; at least one."""
-    return max(1, min(jobs or default_jobs(), max_memory // max(1, most)))
+@dataclass(frozen=True, slots=True)
+class WorkingMemory:
+    """What a tensor takes that is written in `blocks`: bytes of each thread's own, and `shared`."""
+
+    own: int
+    shared: int = 0
+    blocks: int = 1
+
+
+def fitting_jobs(
+    needs: Sequence[WorkingMemory], jobs: int | None = None, max_memory: int = DEFAULT_MEMORY
+) -> int:
+    """`jobs`, or as many as `max_memory` bytes are enough for; at least one.
+
+    Threads take the blocks of the tensors in order, and finish them in order, so that the blocks
+    in work follow each other.
+    """
+    own = max((need.own for need in needs), default=0)
+
+    def fits(count: int) -> bool:
+        shared = 0
+        for first, need in enumerate(needs):
+            others, total = count - 1, need.shared
+            for following in needs[first + 1 : first + count]:
+                if others <= 0:
+                    break
+                total += following.shared
+                others -= following.blocks
+            shared = max(shared, total)
+        return count * own + shared <= max_memory
+
+    return next(filter(fits, range(jobs or default_jobs(), 1, -1)), 1)
 
 
 class Stopped(Exception):

@@ -15,10 +15,18 @@ from types import TracebackType
 from blake3 import blake3
 
 from xtuner2llava.errors import Fault, UsageError, VerificationError, raise_faults
-from xtuner2llava.writing.blocks import Block, working_bytes
+from xtuner2llava.tensors import thread_cache
+from xtuner2llava.writing.blocks import Block, working_memory
 from xtuner2llava.writing.executor import ExecutorWriter
 from xtuner2llava.writing.folder import OutputFolder
-from xtuner2llava.writing.jobs import DEFAULT_MEMORY, POLL_SECONDS, OnProgress, Work, fitting_jobs
+from xtuner2llava.writing.jobs import (
+    DEFAULT_MEMORY,
+    POLL_SECONDS,
+    OnProgress,
+    Work,
+    WorkingMemory,
+    fitting_jobs,
+)
 from xtuner2llava.writing.nonfinite import NonFinite
 from xtuner2llava.writing.shard_file import ShardFile, WrittenPart, hash_start
 from xtuner2llava.writing.shards import Shard
@@ -88,7 +96,7 @@ def write_shards(
     """
     needs = _working_memory(shards)
     _require_memory(needs, max_memory)
-    threads = fitting_jobs(max(needs.values(), default=0), jobs, max_memory)
+    threads = fitting_jobs(list(needs.values()), jobs, max_memory)
     total = sum(shard.size for shard in shards)
     work = Work(threads, total, on_progress, passes=1 + verify + (deliver is not None))
     finished = folder.state.finished()
@@ -120,20 +128,20 @@ def computing_jobs(
     """How many of the jobs of `write_shards` need torch at once; 0 if all tensors are copied."""
     if not _is_computed(shards):
         return 0
-    return fitting_jobs(max(_working_memory(shards).values()), jobs, max_memory)
+    return fitting_jobs(list(_working_memory(shards).values()), jobs, max_memory)
 
 
 def _is_computed(shards: Sequence[Shard]) -> bool:
     return any(e.tensor.ranges() is None for shard in shards for e in shard.entries)
 
 
-def _working_memory(shards: Sequence[Shard]) -> dict[str, int]:
-    """The bytes that a thread needs to write each tensor."""
-    return {e.name: working_bytes(e.tensor) for shard in shards for e in shard.entries}
+def _working_memory(shards: Sequence[Shard]) -> dict[str, WorkingMemory]:
+    return {e.name: working_memory(e.tensor) for shard in shards for e in shard.entries}
 
 
-def _require_memory(needs: Mapping[str, int], max_memory: int) -> None:
+def _require_memory(memory: Mapping[str, WorkingMemory], max_memory: int) -> None:
     """Raises `UsageError` if a tensor needs more than `max_memory` bytes."""
+    needs = {name: need.own + need.shared for name, need in memory.items()}
     most = max(needs.values(), default=0)
     raise_faults(
         UsageError,
@@ -234,6 +242,7 @@ class _Writing:
         file, number, block = place
         file.write(number, block)
         if block.entry is file.shard.entries[-1] and block.is_last:
+            thread_cache.use_for(None)  # Others go on with other tensors meanwhile.
             part = file.finish()
             self._open.pop(file.shard.filename)[1].close()
             self._complete(file.shard, part, file.begun_bytes)

@@ -13,6 +13,7 @@ import pytest
 from builders.families.checkpoints import write_trained
 from builders.families.models import KINDS
 from xtuner2llava import CheckpointError, PlanError, UsageError, plan
+from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -348,6 +349,49 @@ def test_a_qwen_of_longer_context_cannot_be_llavas(workshop: Workshop) -> None:
     assert "LlavaQwenForCausalLM overwrites rope_scaling with None" in fault
     made = workshop.plan(QWEN, xtuner_config=config, format="hf").to_dict()
     assert '"rope_scaling": {"type": "linear", "factor": 2.0}' in json.dumps(made["config"])
+
+
+@pytest.mark.parametrize("format_name", ["llava", "hf"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        *("linear", [2.0], 2, True, {"type": "ntk", "factor": 2.0}, {"factor": 2.0}),
+        *({"type": "linear"}, {"rope_type": "dynamic", "factor": "2"}, {"type": ["linear"]}),
+        *({"rope_type": "llama3", "factor": 8.0}, {"type": "longrope", "short_factor": [1.0]}),
+    ],
+)
+def test_a_rope_scaling_that_no_transformers_loads(
+    workshop: Workshop, scaling: object, format_name: str
+) -> None:
+    llm = workshop.llm(LLAMA, rope_scaling=scaling)
+    (fault,) = workshop.faults(LLAMA, llm=llm, format=format_name)
+    assert "rope_scaling" in fault
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        *({}, {"rope_type": "default"}, {"type": "dynamic", "factor": 2}),
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    ],
+)
+def test_a_rope_scaling_that_transformers_loads(
+    workshop: Workshop, scaling: dict[str, Any]
+) -> None:
+    made = workshop.plan(LLAMA, llm=workshop.llm(LLAMA, rope_scaling=scaling), format="hf")
+    written: Any = made.config["text_config"]
+    assert (written["rope_scaling"] or {}).get("factor") == scaling.get("factor")
+
+
+@pytest.mark.parametrize("window", ["4096", 4096.5, [4096]])
+def test_a_key_that_may_be_null_has_its_kind(workshop: Workshop, window: object) -> None:
+    plain = Catalogue.shipped().classes["mixtral"]
+    sizes = dict.fromkeys(plain.config.required, 8)
+    assert plain.complete({**sizes, "sliding_window": None})[1] == []
+    assert plain.complete({**sizes, "sliding_window": 4096.0})[1] == []
+    (fault,) = plain.complete({**sizes, "sliding_window": window})[1]
+    assert "`sliding_window` is" in fault.what
+    assert fault.what.endswith("expected a whole number")
 
 
 # Options

@@ -197,7 +197,7 @@ class Family:
             read |= {*plain.known}
         values, wrong = plain.complete(made)
         faults += wrong
-        if format_ is not None:
+        if format_ is not None and not wrong:
             faults += format_.class_faults(plain.name, values)
         raise_faults(MappingError, faults)
         unread = tuple(k for k, value in config.items() if k not in read and value is not None)

@@ -20,6 +20,9 @@ from xtuner2llava.mapping.rules import RuleOrBlock, read_shapes
 from xtuner2llava.mapping.schema import GIVEN, KINDS, Reader, key
 from xtuner2llava.mapping.yaml import Document
 
+# Of keys whose default may be null: values of the kind that each has else.
+_NULLABLE: Mapping[str, object] = {"rope_scaling": {}, "sliding_window": 0, "hidden_activation": ""}
+
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
@@ -93,7 +96,7 @@ class PlainClass:
                 wrong[name] = f"is {show(size)}, expected a positive whole number"
         if wrong:
             return config, self._faults(wrong)
-        usual = dict(keys.default)
+        usual = {**keys.default, **{n: _NULLABLE[n] for n in keys.default.keys() & _NULLABLE}}
         try:
             for name, expression in keys.when_null.items():
                 usual[name] = expression.value(config)

@@ -44,6 +44,39 @@ def test_as_stored(checkpoints: Path) -> None:
     assert {planned.how for planned in made.tensors} == {"copy"}
 
 
+def test_a_given_config_that_is_not_the_checkpoints_own_is_said(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    bases = {"llm": tmp_path / "llm_qwen2", "vision": tmp_path / "vision_clip"}
+    changes: dict[str, dict[str, Any]] = {
+        "llm": {"rope_theta": 10000.0, "use_cache": False},
+        "vision": {"hidden_act": "gelu"},
+    }
+    for part, folder in bases.items():
+        shutil.copytree(checkpoints / "bases" / folder.name, folder)
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **changes[part]}))
+    folder = checkpoints / "qwen2_e_full_fullvis/iter_2_xtuner"
+    made = plan(folder, vision_tower_name="openai/clip", **bases)
+    llm, tower = (note for note in made.notes if "is that of the training" in note)
+    assert llm.startswith(f"{bases['llm']}/config.json is used, and the checkpoint's own ")
+    assert "training: rope_theta is 10000.0 here and 1000000.0 there. Without --llm" in llm
+    assert "training: hidden_act is gelu here and quick_gelu there." in tower
+    same = make(checkpoints, "qwen2_e_full_fullvis/iter_2_xtuner", "llm_qwen2")
+    assert not any("is that of the training" in note for note in same.notes)
+
+
+def test_code_of_the_base_is_not_called_the_plain_class(checkpoints: Path, tmp_path: Path) -> None:
+    llm = shutil.copytree(checkpoints / "bases/llm_qwen2", tmp_path / "llm_qwen2")
+    values = json.loads((llm / "config.json").read_text())
+    values["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (llm / "config.json").write_text(json.dumps(values))
+    bases = {"llm": llm, "vision": checkpoints / "bases/vision_clip"}
+    made = plan(checkpoints / "qwen2_a_pretrain/iter_2.pth", vision_tower_name="openai/c", **bases)
+    assert made.fidelity.kind == "exact_if_right"
+    assert any("Qwen2ForCausalLM in place of modeling_own.OwnForCausalLM" in n for n in made.notes)
+
+
 @pytest.mark.parametrize(
     ("case", "llm", "needs"),
     [

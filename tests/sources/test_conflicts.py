@@ -244,6 +244,84 @@ def test_signs_of_a_merged_base_where_the_recorded_one_is_not_here(
         assert "now in them twice. Give the base model with --llm" in opened.notes[0]
 
 
+# Another base than the recorded one, of the same shapes.
+
+
+def other_base(run: Run, name: str = "other") -> Path:
+    return llm_base(run.folder / name, {Q: torch.full((2, 3), 1.1), HEAD: BASE[HEAD]})
+
+
+def frozen(run: Run, llm: object = None) -> Path:
+    return save_pth(run.folder / "iter_2.pth", {}, config_text(llm or run.llm, run.clip))
+
+
+def test_another_base_is_said_where_the_recorded_one_is_here(run: Run) -> None:
+    said = f"are those of --llm '{run.folder / 'other'}', and the XTuner config names '{run.llm}'"
+    base = other_base(run)
+    for path in (run.pth(), frozen(run)):
+        opened = run.open(path, llm=str(base))
+        assert opened.faults == ()
+        (note,) = opened.notes
+        assert note.startswith("The weights of the base LLM") and said in note
+    copy = llm_base(run.folder / "copy", {n: t.to(torch.float16) for n, t in BASE.items()})
+    assert run.open(frozen(run), llm=str(copy)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "said"),
+    [
+        ("org/llm-7b", "other", True),
+        ("/root/llm-7b-chat", "llm-7b", True),
+        ("org/LLM-7B", "llm-7b", False),
+        # As ModelScope's cache has it.
+        ("/root/.cache/modelscope/hub/org/llm1___5-7b", "llm1.5-7b", False),
+    ],
+)
+def test_another_base_is_said_by_its_name(recorded: str, given: str, said: bool, run: Run) -> None:
+    notes = run.open(frozen(run, recorded), llm=str(other_base(run, given))).notes
+    assert [f"names '{recorded}'" in note for note in notes] == [True] * said
+
+
+def test_another_config_of_a_full_llm_is_said(run: Run) -> None:
+    text = config_text("org/llm-7b", run.clip, freeze_llm=False)
+    tensors = {f"llm.{name}": tensor for name, tensor in BASE.items()}
+    path = save_pth(run.folder / "iter_2.pth", tensors, text)
+    (note,) = run.open(path, llm=str(run.llm)).notes
+    assert note.startswith("The config and small files of the base LLM are those of --llm")
+
+
+def test_another_tower_is_said(run: Run) -> None:
+    path = save_pth(run.folder / "iter_2.pth", {}, config_text(run.llm, "laion/CLIP-ViT-L-14"))
+    (note,) = run.open(path).notes
+    assert "of the base vision tower are those of --vision" in note
+    assert "names 'laion/CLIP-ViT-L-14'" in note
+
+
+def test_another_config_than_the_recorded_one_is_said(run: Run) -> None:
+    path, other = run.pth(), run.folder / "other.py"
+    lora = {"r": 2, "lora_alpha": 8, "use_rslora": True}
+    other.write_text(config_text("/data/llm", run.clip, llm_lora=lora))
+    (note,) = run.open(path, xtuner_config=other, llm=str(run.llm)).notes[-1:]
+    assert note.startswith(f"{other} is used, and {path} (meta.cfg) records other settings")
+    assert "model.llm_lora.lora_alpha is 8 here and 4 there" in note
+    assert "model.llm_lora.use_rslora is True here and not set there" in note
+    assert "/data/llm" not in note
+    other.write_text(config_text(run.llm, run.clip, llm_lora={"r": 2, "lora_alpha": 4}))
+    assert run.open(path, xtuner_config=other).notes == ()
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_a_rope_theta_that_only_transformers_5_reads_is_said(run: Run, key: str) -> None:
+    def notes(theta: float) -> tuple[str, ...]:
+        values = {key: {"rope_type": "default", "rope_theta": theta}}
+        (run.llm / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
+        return run.open(run.pth()).notes
+
+    (note,) = notes(1e6)
+    assert "says rope_theta 1000000.0 where only transformers 5 reads it" in note
+    assert notes(1e4) == ()
+
+
 def test_a_base_with_tensors_of_this_training(run: Run) -> None:
     base = llm_base(run.folder / "llm-7b", {**BASE, HEAD: HEAD_AFTER})
     (note,) = run.open(run.pth("org/llm-7b", saved_head=True), llm=str(base)).notes

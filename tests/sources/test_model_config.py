@@ -54,6 +54,16 @@ LLAMA3 = {
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
         ),
         ({"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": None}),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, {"rope_scaling": None}),
+        # 5 takes both names for its table; of two places, all others read the one outside.
+        (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}},
+            {"rope_theta": 1e6, "rope_scaling": None},
+        ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            {"rope_theta": 1e4, "rope_scaling": None},
+        ),
         # 4.37 itself, and keys that no version knows.
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e4},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from xtuner2llava.errors import PlanError, UnsupportedError
 from xtuner2llava.mapping.apply import Dropped, Origin
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.mapping.caveats import Limit
+from xtuner2llava.mapping.detect import texts
+from xtuner2llava.mapping.expressions import visible
 from xtuner2llava.mapping.family import Family, TranslatedConfig
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.mapping.plain_class import PlainClass, check_against_class
@@ -28,6 +30,7 @@ _BLOCK_BYTES = 8 << 20
 _MULTIPLE = 64
 # What it scales to is a number for every factor above.
 _LEAST_FACTOR = 1e-9
+_SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,22 @@ def translate(
     """
     translated = family.translate_config(config, format_)
     of_class = format_.class_limits(family.target_class.name, translated.values)
-    return translated, [*family.limits(config), *translated.doubts, *of_class]
+    of_code = _own_code(family, config)
+    return translated, [*family.limits(config), *translated.doubts, *of_class, *of_code]
+
+
+def _own_code(family: Family, config: Mapping[str, Json]) -> Iterator[Limit]:
+    """Code that the base of an LLM brings along, which may compute something else.
+
+    `from_pretrained` takes that with trust_remote_code, which XTuner's configs set. Families of
+    other classes, and Phi-3's, are written after such code.
+    """
+    remote, target = config.get("auto_map"), family.target_class.architecture
+    code = remote.get("AutoModelForCausalLM") if isinstance(remote, dict) else None
+    known = target == "Phi3ForCausalLM" or target not in texts(config.get("architectures"))
+    if code is not None and not known:
+        code = visible(str(code)[:_SHOWN_CHARACTERS])
+        yield Limit.unproven(f"{target} in place of {code}, code of the base,")
 
 
 def plain_language_model(

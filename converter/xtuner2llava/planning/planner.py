@@ -36,6 +36,7 @@ from xtuner2llava.planning.tokenizer import (
 )
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.checkpoint import Checkpoint
+from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.storage.small_file import read_small
 from xtuner2llava.tokenizers.compatibility import readable_tokenizer
@@ -150,6 +151,31 @@ class Assessment:
         """What the LLM's plain class is called in the format."""
         return self.format.classes[self.family.target_class.name]
 
+    def note_own_config(
+        self, name: str, complete: Callable[[ModelConfig], Mapping[str, object]]
+    ) -> None:
+        """Notes where the config that the user gave for a part is not the artifact's own.
+
+        The latter is as trained. `complete` makes the config of the part's class.
+        """
+        own, given = self.checkpoint.artifact.folders.get(name), self.checkpoint.parts[name].config
+        if own is None or given is None or given.path.parent == own:
+            return
+        trained = self.known(lambda: complete(read_model_config(own)))
+        used = self.known(lambda: complete(given))
+        if trained is None or used is None:
+            return
+        differ = [
+            f"{key} is {used.get(key)} here and {trained[key]} there"
+            for key in trained
+            if key != "vocab_size" and used.get(key) != trained[key]  # Tensors say that.
+        ]
+        if differ:
+            self.found.note(
+                f"{given.path} is used, and the checkpoint's own {own.name}/config.json is that of "
+                f"the training: {', '.join(differ)}. Without --llm and --vision, its own counts."
+            )
+
     # What was trained
 
     @_part
@@ -216,7 +242,14 @@ class Assessment:
     @_part
     def plain_config(self) -> tuple[Mapping[str, object], list[Limit]]:
         """The config of the LLM's plain class, every key explicit, and the caveats."""
-        translated, limits = language_model.translate(self.family, self.llm_config, self.format)
+        family, format_ = self.family, self.format
+        translated, limits = language_model.translate(family, self.llm_config, format_)
+
+        def complete(config: ModelConfig) -> Mapping[str, object]:
+            trained = language_model.trained_llm_config(config, self.checkpoint.training_config)
+            return family.translate_config(trained, format_).values
+
+        self.note_own_config(LLM, complete)
         self.found.note(*(limit.text for limit in limits))
         if translated.not_carried:
             keys = [visible(key) for key in translated.not_carried[:_MAX_KEYS]]
@@ -237,6 +270,10 @@ class Assessment:
         """The complete config of the vision tower."""
         tower = self.checkpoint.visual_encoder
         plain = self.catalogue.classes[vision_tower.TOWER_CLASS]
+        self.note_own_config(
+            VISUAL_ENCODER,
+            lambda one: vision_tower.check_tower(vision_tower_config(one).values, {}, plain),
+        )
         return vision_tower.check_tower(_known(tower.config).values, tower.tensors, plain)
 
     @_part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from xtuner2llava.hub.download import fetch_model, is_reference, local_path
 from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
 from xtuner2llava.storage.weights import Weights, find_weights, open_weights, quantised
+from xtuner2llava.tensors import LazyTensor
+
+_COMPARED, _ROWS_COMPARED = 4, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,12 @@ class BaseModel:
     def reference(self) -> str | None:
         """The folder or Hub repo id to use."""
         return self.given if self.given is not None else self.recorded_place
+
+    @property
+    def has_another_name(self) -> bool:
+        """Whether the user gave a model of another name than the recorded one."""
+        given, name = model_name(self.given), model_name(self.name)
+        return None not in (given, name) and str(given).lower() != str(name).lower()
 
     @property
     def is_remote(self) -> bool:
@@ -175,7 +185,29 @@ def find_beside(name: str, checkpoint: Path) -> Path | None:
 
 
 def model_name(name: str | None) -> str | None:
-    """The last component of a model's path or repo id, also where that is a folder of the cache."""
+    """The last component of a model's path or repo id, also where that is a folder of a cache.
+
+    ModelScope's has three underscores for a dot.
+    """
     parts = Path((name or "").partition("@")[0]).parts
     cached = [part for part in parts if part.startswith("models--")]
-    return (cached[-1].rpartition("--")[2] if cached else parts[-1]) if parts else None
+    last = (cached[-1].rpartition("--")[2] if cached else parts[-1]) if parts else None
+    return last and last.replace("___", ".")
+
+
+def resemble(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> bool:
+    """Whether both hold the same numbers, but for rounding to 16 bits.
+
+    Reads a few rows of a few matrices of `other`.
+    """
+    import torch
+
+    names = [name for name, tensor in other.items() if len(tensor.shape) > 1] or list(other)
+    for name in names[:: len(names) // _COMPARED + 1]:
+        if name not in one or one[name].shape != other[name].shape:
+            return False
+        stop = min(other[name].rows, _ROWS_COMPARED)
+        ours, theirs = (tensors[name].read(0, stop).to(torch.float64) for tensors in (one, other))
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-6):
+            return False
+    return True

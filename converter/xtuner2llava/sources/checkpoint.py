@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
@@ -18,6 +19,7 @@ from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.datasets import TrainingData
 
 _log = logging.getLogger(__name__)
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,10 @@ def _assembled(work: Assembly) -> Checkpoint:
             inexact = work.config.inexact
     except ConversionError as error:
         work.faults.extend(error.faults)
-    work.faults.extend(_class_faults(work.training_config, artifact.config))
+    recorded = _recorded(work.training_config, artifact.config)
+    work.faults.extend(_class_faults(work.training_config, recorded))
+    if work.training_config is not None and recorded is not None:
+        work.notes.extend(_differences(work.training_config, recorded))
     opened = Checkpoint(
         artifact,
         work.training_config,
@@ -141,7 +146,16 @@ def _log_sources(opened: Checkpoint) -> None:
         _log.debug("%s: %s; config and small files from %s", title, part.origin, part.folder)
 
 
-def _class_faults(used: TrainingConfig | None, own: tuple[str, str] | None) -> Iterator[Fault]:
+def _recorded(used: TrainingConfig | None, own: tuple[str, str] | None) -> TrainingConfig | None:
+    """The artifact's own config beside the one that the user gave; None if it cannot be read."""
+    if used is None or own is None or own[1] == used.where:
+        return None
+    with suppress(ConversionError):
+        return TrainingConfig.from_text(*own)
+    return None
+
+
+def _class_faults(used: TrainingConfig | None, recorded: TrainingConfig | None) -> Iterator[Fault]:
     """Faults where another class than XTuner's LLaVAModel was trained.
 
     By the config in use, and by the artifact's own: another config does not change its class.
@@ -152,11 +166,29 @@ def _class_faults(used: TrainingConfig | None, own: tuple[str, str] | None) -> I
         used.check_model()
     except ConversionError as error:
         yield from error.faults
-    if own is None or own[1] == used.where:
-        return
     try:
-        TrainingConfig.from_text(*own).check_model()
+        if recorded is not None:
+            recorded.check_model()
     except UnsupportedError as error:
         yield from error.faults
     except ConversionError:
         pass  # It cannot be read; the config in use names the class.
+
+
+def _differences(used: TrainingConfig, recorded: TrainingConfig) -> Iterator[str]:
+    """A note where the config that the user gave is not that of the artifact's training.
+
+    Where models and data lie may differ.
+    """
+    ours, theirs = used.decisive, recorded.decisive
+    listed = [
+        f"{key} is {ours.get(key, 'not set')} here and {theirs.get(key, 'not set')} there"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if listed:
+        more = [f"and {len(listed) - _SHOWN} more"] if len(listed) > _SHOWN else []
+        yield (
+            f"{used.where} is used, and {recorded.where} records other settings: "
+            f"{', '.join([*listed[:_SHOWN], *more])}. Without --xtuner-config, the latter counts."
+        )

@@ -33,10 +33,14 @@ _LARGEST_INTEGER = 2**53
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A model's config file, and its values in 4.37 vocabulary."""
+    """A model's config file, and its values in 4.37 vocabulary.
+
+    `rope_since_5` says that rope_theta stands where transformers before 5 does not read it.
+    """
 
     path: Path
     values: dict[str, Json]
+    rope_since_5: bool = False
 
     @property
     def model_type(self) -> str | None:
@@ -50,7 +54,9 @@ class ModelConfig:
 def read_model_config(folder: Path) -> ModelConfig:
     """The config of the model in `folder`. Raises `CorruptFileError` if there is none."""
     path = folder / "config.json"
-    return ModelConfig(path, in_437_vocabulary(read_json(path)))
+    raw = read_json(path)
+    values = in_437_vocabulary(raw)
+    return ModelConfig(path, values, "rope_theta" in values and "rope_theta" not in raw)
 
 
 def in_437_vocabulary(values: dict[str, Json]) -> dict[str, Json]:
@@ -61,15 +67,15 @@ def in_437_vocabulary(values: dict[str, Json]) -> dict[str, Json]:
         result.setdefault("torch_dtype", dtype)
     if isinstance(result.get("torch_dtype"), str):
         result["torch_dtype"] = str(result["torch_dtype"]).removeprefix("torch.")
+    # transformers 5 takes either name for the table.
     rope = result.pop("rope_parameters", None)
-    if isinstance(rope, dict):
-        other = ("rope_theta", "partial_rotary_factor")
-        result |= {key: rope[key] for key in other if key in rope}
-        rope = {key: value for key, value in rope.items() if key not in other}
-    else:
+    if not isinstance(rope, dict):
         rope = result.get("rope_scaling")
     if isinstance(rope, dict):
-        result["rope_scaling"] = _rope_scaling(rope)
+        other = ("rope_theta", "partial_rotary_factor")
+        result = {**{key: rope[key] for key in other if key in rope}, **result}
+        rest = {key: value for key, value in rope.items() if key not in other}
+        result["rope_scaling"] = _rope_scaling(rest)
     return result
 
 
@@ -83,6 +89,8 @@ def _rope_scaling(scaling: dict[str, Json]) -> Json:
     if kind is None:
         return scaling
     factor = rest.pop("factor", None)
+    if kind == "linear" and factor == 1:
+        return None
     if isinstance(factor, int) and abs(factor) <= _LARGEST_INTEGER:
         factor = float(factor)
     return {"type": kind} | ({} if factor is None else {"factor": factor}) | rest

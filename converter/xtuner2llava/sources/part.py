@@ -18,7 +18,7 @@ from xtuner2llava.sources.adapter import (
     untied,
 )
 from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER, Artifact
-from xtuner2llava.sources.base_model import BaseModel, find_beside, model_name
+from xtuner2llava.sources.base_model import BaseModel, find_beside, model_name, resemble
 from xtuner2llava.sources.lora_settings import LoraSettings, settle
 from xtuner2llava.sources.model_config import ModelConfig
 from xtuner2llava.sources.opening import open_artifact
@@ -33,6 +33,8 @@ from xtuner2llava.training_config.values import shown
 _ALPHA_FLAGS = {LLM: "--lora-alpha", VISUAL_ENCODER: "--vision-lora-alpha"}
 # An adapter is in a base's weights, or is not, where its share is this near to 1 or 0.
 _NEAR = 0.25
+# The default of transformers 4.
+_ROPE_THETA = 10000.0
 # Where no config is known, what the checkpoint does not hold is taken for frozen.
 WITHOUT_CONFIG = TrainingConfig.from_text(
     "model = dict(freeze_llm=True, freeze_visual_encoder=True)", "no XTuner config"
@@ -111,8 +113,10 @@ class Assembly:
         config = base.read_config(folder)
         if base.part == VISUAL_ENCODER:
             self._check_overrides(base, config)
+        elif folder != self.artifact.folders.get(LLM):
+            self._note_rope(config)
         name = base.name or base.given
-        trained = True
+        trained, as_trained = True, False
         found: _Found | None
         if own is not None:
             found = own, "trained" if adapter is None else "the checkpoint's own weights"
@@ -121,7 +125,7 @@ class Assembly:
                 trained = self._will_be_trained(base.part)
             elif adapter is None:
                 trained = False
-                self._require_frozen(base)
+                as_trained = self._given_as_trained(base)
             found = self._pretrained(base) or self._base_tensors(base, folder)
         tensors, origin = found or ({}, "not downloaded")
         if adapter is not None:
@@ -131,14 +135,18 @@ class Assembly:
                 f"{_ALPHA_FLAGS[base.part]} has no effect: the {base.title} has no LoRA."
             )
         part = Part(tensors, origin, trained, config, folder, name, adapter)
-        if adapter is None or found is None:
-            return part
-        merged = merge(tensors, adapter, where)
-        if own is not None:
-            self._note_own_base(base, part, adapter)
-        elif base.given is not None and adapter.factors:
-            self._note_given_base(base, part, adapter)
-        return replace(part, tensors=merged, origin=f"{adapter.title} on {origin}")
+        merged = None
+        if adapter is not None and found is not None:
+            merged = replace(
+                part,
+                tensors=merge(tensors, adapter, where),
+                origin=f"{adapter.title} on {origin}",
+            )
+            if own is not None:
+                self._note_own_base(base, part, adapter)
+        if base.given is not None and not as_trained and not self.before_training:
+            self._note_given_base(base, part, own=own is not None)
+        return merged or part
 
     def _recorded(self, base: BaseModel) -> BaseModel:
         """`base` with what the XTuner config, or else adapter_config.json, names."""
@@ -198,6 +206,16 @@ class Assembly:
         ]
         raise_faults(UnsupportedError, changed)
 
+    def _note_rope(self, config: ModelConfig) -> None:
+        """Notes a rotary embedding of the base LLM that its training may not have had."""
+        theta, scaling = (config.values.get(key) for key in ("rope_theta", "rope_scaling"))
+        if config.rope_since_5 and (scaling is not None or theta != _ROPE_THETA):
+            self.notes.append(
+                f"{config.path} says rope_theta {theta} where only transformers 5 reads it. If the "
+                "training read this file with an earlier version, such as the 4.48 of XTuner 0.2, "
+                f"it had rope_theta {_ROPE_THETA:g} without scaling: then write that in the file."
+            )
+
     def _adapter(self, base: BaseModel, where: str) -> Adapter:
         """The part's adapter with its settings."""
         adapter = read_adapter(self.artifact.adapters[base.part], None, where)
@@ -232,17 +250,17 @@ class Assembly:
         """
         return self._config_lora(part) is not None or not self.config.frozen(part)
 
-    def _require_frozen(self, base: BaseModel) -> None:
-        """Raises `UnsupportedError` where the XTuner config trains a part that is not here.
+    def _given_as_trained(self, base: BaseModel) -> bool:
+        """Whether the XTuner config trains a part that is not here, and the user gave it.
 
-        A note instead, if the user gave another model than the base: the trained one, merged or
-        taken out of the checkpoint before.
+        That is another model than the base: the trained one, merged or taken out of the checkpoint
+        before, which a note says. Raises `UnsupportedError` where none was given.
         """
         try:
             if not self._will_be_trained(base.part):
-                return
+                return False
         except ConversionError:
-            return  # A config that cannot be read contradicts nothing.
+            return False  # A config that cannot be read contradicts nothing.
         what = f"XTuner config trains the {base.title}, and the checkpoint holds nothing of it"
         if base.given is None or model_name(base.given) == model_name(base.name):
             raise UnsupportedError(
@@ -254,6 +272,7 @@ class Assembly:
         self.notes.append(
             f"The {what}: the weights of {base.flag} '{base.given}' are used as trained."
         )
+        return True
 
     def _pretrained(self, base: BaseModel) -> _Found | None:
         """The part from a checkpoint that the run started from, if one has it.
@@ -339,17 +358,38 @@ class Assembly:
             note += f" {base.flag} gives config and small files only."
         self.notes.append(note)
 
-    def _note_given_base(self, base: BaseModel, part: Part, adapter: Adapter) -> None:
-        """Notes signs that the user gave a base merged before. Raises if it surely is one."""
-        share = self._share(base, part.tensors, adapter, part.folder)
-        signs = list(_signs_of_a_merge(base, part, adapter))
-        if signs and (share is None or abs(share) >= _NEAR):
-            flag = base.flag
+    def _note_given_base(self, base: BaseModel, part: Part, *, own: bool) -> None:
+        """Notes signs that the user gave a base merged before, or another model than the base.
+
+        Raises if it surely is a merged one. With `own`, the weights are the checkpoint's.
+        """
+        flag, adapter = base.flag, part.adapter
+        if adapter is not None and adapter.factors and not own:
+            share = self._share(base, part.tensors, adapter, part.folder)
+            signs = list(_signs_of_a_merge(base, part, adapter))
+            if signs and (share is None or abs(share) >= _NEAR):
+                self.notes.append(
+                    f"The adapter of the {base.title} is merged onto {flag} '{base.given}', but "
+                    f"{' and '.join(signs)}. If the adapter is in those weights already (`xtuner "
+                    f"convert merge`), it is now in them twice. Give the base model with {flag}."
+                )
+                return
+        another = base.has_another_name and base.part not in self.artifact.folders
+        if another and (own or not self._is_recorded_base(base, part)):
+            gives = "config and small files" if own else "weights"
             self.notes.append(
-                f"The adapter of the {base.title} is merged onto {flag} '{base.given}', but "
-                f"{' and '.join(signs)}. If the adapter is in those weights already (`xtuner "
-                f"convert merge`), it is now in them twice. Give the base model with {flag}."
+                f"The {gives} of the base {base.title} are those of {flag} '{base.given}', and "
+                f"{base.record} names '{base.name}': this is the trained model only if both are "
+                "the same."
             )
+
+    def _is_recorded_base(self, base: BaseModel, part: Part) -> bool:
+        """Whether the recorded base is here and has the same weights, as far as a few rows say."""
+        try:
+            path = local_path(base.recorded_place or "")
+            return path.is_dir() and resemble(part.tensors, base.open(path).tensors)
+        except (ConversionError, OSError):
+            return False
 
     def _share(
         self,
@@ -390,7 +430,7 @@ def _signs_of_a_merge(base: BaseModel, part: Part, adapter: Adapter) -> Iterator
         if (folder / name).is_file():
             yield f"it holds {name}"
     expected = model_name(base.name)
-    if expected not in (None, model_name(base.given)) and folder.parent.name != "snapshots":
+    if base.has_another_name and folder.parent.name != "snapshots":
         yield f"{base.record} names '{base.name}'"
         made_from = text(part.config.values, "_name_or_path") if part.config else None
         if model_name(made_from) == expected:

@@ -201,6 +201,17 @@ class TrainingConfig:
                         used[section.name(key)] = dotted(value) or text
         return {**used, **self.data.used}
 
+    @property
+    def decisive(self) -> Mapping[str, str | int | float | bool]:
+        """What decides the trained model and its images, of `used`; not where models lie."""
+        others = (_PATH, ".pretrained_pth", ".use_activation_checkpointing")
+        used = {
+            key: value
+            for key, value in self.used.items()
+            if key.startswith("model.") and not key.endswith(others)
+        }
+        return {**used, "image_aspect_ratio": self.data.image_aspect_ratio or "square"}
+
     def _model_faults(self) -> Iterator[Fault]:
         model = self.model
         kind = model.path_of("type")

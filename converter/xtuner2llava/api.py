@@ -14,7 +14,7 @@ from inspect import Signature, signature
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from xtuner2llava.errors import ConversionError, Fault
+from xtuner2llava.errors import ConversionError, Fault, refused_path
 from xtuner2llava.options import (
     CheckedOptions,
     ConvertOptions,
@@ -73,6 +73,10 @@ class _Takes(Generic[_P, _O]):
                 for parameter, value in zip(leading, first, strict=True):
                     check_argument(parameter.name, value)
                 return function(*first, self._make(**given))
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                raise refused_path(error) from error
             except ConversionError as error:
                 amended = type(error).from_faults([_in_python(fault) for fault in error.faults])
                 error.faults, error.args = amended.faults, amended.args

@@ -107,6 +107,15 @@ class VerificationError(ConversionError):
     pass
 
 
+def refused_path(error: OSError) -> OutputError:
+    """What the operating system says of a path, such as one in a folder that only others read."""
+    what = f"cannot be read or written ({error.strerror})"
+    advice = "Give a path that exists here, and that you may read, or write where it is the output."
+    if error.filename is None:
+        return OutputError(f"a file or stdout {what}")
+    return OutputError(what, where=str(error.filename), advice=advice)
+
+
 def listed(faults: Iterable[Fault]) -> list[str]:
     """`faults` as text. What holds of several places is said once, with the first of them."""
     places: dict[tuple[str, str], list[str]] = {}

@@ -31,7 +31,7 @@ from xtuner2llava.cli.terminal import (
     shortened,
     wrapped,
 )
-from xtuner2llava.errors import ConversionError, Fault, OutputError, UsageError, listed
+from xtuner2llava.errors import ConversionError, Fault, UsageError, listed, refused_path
 from xtuner2llava.options import (
     OUTPUT,
     SPEED,
@@ -116,11 +116,8 @@ def _described(error: BaseException) -> tuple[str, Sequence[Fault], int]:
             return type(error).__name__, error.faults, error.exit_status
         case KeyboardInterrupt():
             return "KeyboardInterrupt", [Fault("", f"Interrupted. {error}".strip())], 130
-        # A path that the user gave, such as one in a folder that only others may read.
-        case OSError(filename=path, strerror=str(reason)):
-            what = f"cannot be read or written ({reason})"
-            fault = Fault(str(path), what) if path else Fault("", f"a file or stdout {what}")
-            return "OutputError", [fault], OutputError.exit_status
+        case OSError(strerror=str()):
+            return _described(refused_path(error))
     advice = "This is a fault of xtuner2llava. Please report it with what -v prints."
     name = type(error).__name__
     return name, [Fault("", f"{name}: {error}", advice)], 1

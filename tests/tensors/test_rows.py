@@ -191,6 +191,7 @@ def test_a_computed_part_joins_stored_ones(tmp_path: Path) -> None:
 def test_blocks_cover_all_rows_within_the_memory_allowed(storages: Storages) -> None:
     lazy, _ = storages.view("float32", [10, 3], [3, 1], 0)  # 12 bytes a row
     assert list(row_blocks(lazy, 50)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(row_blocks(lazy, 75)) == [(0, 5), (5, 10)]  # Six would do, but not for equal ones.
     assert list(row_blocks(lazy, 1)) == [(row, row + 1) for row in range(10)]
     empty, _ = storages.view("float32", [10, 0], [1, 1], 0)
     assert list(row_blocks(empty, 50)) == []

@@ -136,12 +136,13 @@ class Derived(LazyTensor):
 
 
 def row_blocks(tensor: LazyTensor, memory: int) -> Iterator[tuple[int, int]]:
-    """Cuts the rows of `tensor` into blocks that each cost at most `memory` bytes to read.
+    """Cuts the rows of `tensor` into equal blocks that each cost at most `memory` bytes to read.
 
     A single row that costs more is still a block of its own.
     """
     if not tensor.nbytes:
         return
-    step = max(1, memory // max(1, tensor.row_cost))
+    most = max(1, memory // max(1, tensor.row_cost))
+    step = math.ceil(tensor.rows / math.ceil(tensor.rows / most))
     for start in range(0, tensor.rows, step):
         yield start, min(start + step, tensor.rows)

@@ -75,7 +75,7 @@ def metadata(file):
     short = (name for name in fields if not name.startswith("GGUF.") and "token" not in name)
     named = ("add_bos_token", "bos_token_id", "eos_token_id", "add_space_prefix")
     keys = [*short, *(f"tokenizer.ggml.{name}" for name in named)]
-    return {key: fields[key].artifact() for key in keys if key in fields}
+    return {key: fields[key].contents() for key in keys if key in fields}
 
 
 def serve(work):

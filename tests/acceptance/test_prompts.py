@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from acceptance.test_answers import keep_spaces
 from acceptance.test_transformers import run
-from reference.cases import CASES, Converted
+from reference.cases import Converted
 from reference.seen import Seen
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.planning.chat_template import prompt_text
@@ -42,18 +40,9 @@ def prompts(base: str) -> list[tuple[str, str, list[int]]]:
 
 @pytest.mark.parametrize("base", ASKED)
 def test_every_template_gives_the_ids_of_xtuner(
-    llava_python: Path,
-    checkpoints: Path,
-    converted: Converted,
-    tmp_path: Path,
-    seen: Seen,
-    base: str,
+    llava_python: Path, converted: Converted, seen: Seen, base: str
 ) -> None:
-    llm = tmp_path / "base"
-    shutil.copytree(checkpoints / CASES[ASKED[base]].llm, llm)
-    if (llm / "tokenizer.model").exists():
-        keep_spaces(llm / "tokenizer.model")
-    folder = converted(ASKED[base], dtype="float32", llm=llm)
+    folder = converted(ASKED[base], dtype="float32")
     asked = prompts(base)
     texts = [text for _, text, _ in asked]
     job = {"do": "image_token", "folder": folder, "fast": False}

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from xtuner2llava.tokenizers.sentencepiece import field_bytes, fields
+
 DATA = Path(__file__).parent.parent / "data/tokenizers"
 SAVED = [
     (version.name, kind.name)
@@ -29,3 +31,11 @@ def expected(version: str, kind: str) -> list[tuple[str, list[int], list[int]]]:
     ids = found["ids"][version][kind]
     assert len(ids) == len(found["texts"]) > 15
     return [(text, *pair) for text, pair in zip(found["texts"], ids, strict=True)]
+
+
+def keep_spaces(tokenizer_model: Path) -> None:
+    """Makes a SentencePiece model keep spaces and line feeds, as those of published Llamas do."""
+    # NormalizerSpec of google/sentencepiece: field 1 is its name, field 4 remove_extra_whitespaces.
+    identity = field_bytes(1, b"identity") + bytes([4 << 3, 0])
+    kept = [field.raw for field in fields(tokenizer_model.read_bytes()) if field.number != 3]
+    tokenizer_model.write_bytes(b"".join([*kept, field_bytes(3, identity)]))

@@ -9,7 +9,6 @@ Its source is not on the package index, so these tests need a checkout:
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 import pytest
 
 from acceptance.environments import environment, run_llava
-from acceptance.test_answers import ASKED, asking, close, keep_spaces, of
+from acceptance.test_answers import ASKED, asking, close, of
 from consumers.models import LLAVA, write_llava
-from reference.cases import CASES, Converted
+from reference.cases import Converted
 from reference.exchange import write_exchanged
 from reference.seen import Seen
 
@@ -44,10 +43,7 @@ def folders(
     """Converted models by name, each with a `reference.npz` beside it or of its case."""
     home, made = tmp_path_factory.mktemp("next"), {}
     for case in ASKED:
-        llm = shutil.copytree(checkpoints / CASES[case].llm, home / case / "base")
-        if (llm / "tokenizer.model").exists():
-            keep_spaces(llm / "tokenizer.model")
-        made[case] = converted(case, dtype="float32", llm=llm)
+        made[case] = converted(case, dtype="float32")
     for kind in LLAVA:
         made[kind] = write_llava(home / kind, kind, checkpoints)
     exchanged = ("mlp.gate_proj.weight", "mlp.up_proj.weight")

@@ -93,6 +93,17 @@ def test_the_answer_is_that_of_xtuner(
     assert ask(folder, other, asked["question"]).tokens != found.tokens
 
 
+@pytest.mark.parametrize("question", ["  What is it? ", "\n"])
+def test_a_question_has_no_space_around_it(
+    in_checkpoints: None, converted: Converted, question: str
+) -> None:
+    """As `llava_map_fn` of XTuner strips it; without text, the line feed goes too."""
+    case = "qwen2_d_lora_vislora"
+    prompts = [ask(converted(case, format=f), "wide.png", question) for f in ("llava", "hf")]
+    asked = "<|im_start|>user\n" + f"<image>\n{question.strip()}".strip() + "<|im_end|>\n"
+    assert [made.prompt for made in prompts] == [f"{asked}<|im_start|>assistant\n"] * 2
+
+
 def test_the_command_streams_the_answer(in_checkpoints: None, converted: Converted) -> None:
     folder = converted("qwen2_e_full_fullvis", format="hf", dtype="float32")
     words = ["try", str(folder), str(DATA / "square.png"), "--max-new-tokens", "4"]

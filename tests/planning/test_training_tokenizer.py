@@ -237,6 +237,9 @@ def test_arguments_that_tokenise_otherwise_are_written(llama: Bench) -> None:
     config = json.loads(made.files["tokenizer_config.json"])
     assert config["legacy"] is True and config["add_eos_token"] is True
     before = json.loads((llama.llm / "tokenizer_config.json").read_text())
+    # tokenizer.model drops spaces, so that LLaVA is to read tokenizer.json.
+    before["tokenizer_class"] = "PreTrainedTokenizerFast"
+    before["model_input_names"] = ["input_ids", "attention_mask"]
     # LLaVA's version finds these in what the normalizer made of a text: with `normalized`.
     for token in before["added_tokens_decoder"].values():
         token["normalized"] = True

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from builders.prepared_tokenizer import write_prepared
-from builders.saved_tokenizers import SAVED, expected, write_saved
+from builders.saved_tokenizers import SAVED, expected, keep_spaces, write_saved
 from xtuner2llava import ConversionError
 from xtuner2llava.tokenizers.compatibility import readable_tokenizer, tokenizer_faults
+from xtuner2llava.tokenizers.prefix import adds_bos
 from xtuner2llava.tokenizers.sentencepiece import fields
 from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
@@ -72,7 +73,7 @@ def test_the_ids_are_those_of_the_version_that_saved_it(
     ("version", "kind", "format_name", "changed"),
     [
         ("4.37.2", "llama3", "llava", set()),
-        ("4.40.2", "vicuna", "llava", set()),
+        ("4.40.2", "vicuna", "llava", {"tokenizer_config.json"}),  # see READ_OTHERWISE
         ("4.40.2", "vicuna", "hf", {"tokenizer_config.json"}),  # add_prefix_space
         ("4.57.1", "qwen2", "hf", set()),
         ("4.57.1", "qwen2", "llava", {"tokenizer.json"}),
@@ -106,6 +107,62 @@ def test_what_transformers_5_calls_otherwise(checkpoints: Path, tmp_path: Path, 
     if kind == "qwen2":
         assert config["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
         assert any("extra_special_tokens" in note for note in prepared.notes)
+
+
+# What official LLaVA reads: tokenizer.model, where the class is LlamaTokenizer
+
+PREPEND = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    },
+    "pre_tokenizer": None,
+}
+FIRST = {"normalizer": None, "pre_tokenizer": METASPACE}
+READ_OTHERWISE = {
+    "as published, Llama 1": (PREPEND, True, "", ""),
+    "as published, Llama 2": (PREPEND, False, "", "puts a space at other places"),
+    "spaces first": (FIRST, False, "", ""),
+    "spaces first, legacy": (FIRST, True, "", "puts a space at other places"),
+    "no spaces": ({"normalizer": PREPEND["normalizer"]["normalizers"][1]}, True, "", "puts a sp"),
+    "a turn's token, as Phi-3": (FIRST, False, "token", "puts a space at other places"),
+    "one id is another": (PREPEND, True, "ids", "has other ids"),
+    "drops spaces": (PREPEND, True, "spaces", "drops repeated spaces"),
+}
+
+
+@pytest.mark.parametrize("case", READ_OTHERWISE)
+def test_official_llava_is_given_what_training_read(
+    checkpoints: Path, tmp_path: Path, case: str
+) -> None:
+    parts, legacy, change, difference = READ_OTHERWISE[case]
+    base = write_saved(tmp_path / "base", "4.40.2", "vicuna", checkpoints)
+    if change != "spaces":
+        keep_spaces(base / "tokenizer.model")
+    content = json.loads((base / "tokenizer.json").read_text()) | {"pre_tokenizer": None, **parts}
+    config = json.loads((base / "tokenizer_config.json").read_text()) | {"legacy": legacy}
+    if change == "token":
+        content["added_tokens"].append(token("<|user|>", 384))
+        config["added_tokens_decoder"]["384"] = {"content": "<|user|>", "special": True}
+    elif change == "ids":
+        vocab = content["model"]["vocab"]
+        vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    del config["clean_up_tokenization_spaces"]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    prepared = readable_tokenizer(read_tokenizer(base), "llava")
+    named = prepared.tokenizer.config["tokenizer_class"]
+    assert named == ("PreTrainedTokenizerFast" if difference else "LlamaTokenizer")
+    said = [note for note in prepared.notes if "official LLaVA would read" in note]
+    assert [difference in note for note in said] == [True] * bool(difference)
+    if difference:  # This class would have other defaults than LlamaTokenizer.
+        assert prepared.tokenizer.config["clean_up_tokenization_spaces"] is False
+        assert adds_bos(prepared.tokenizer)
+    for_hf = readable_tokenizer(read_tokenizer(base), "hf").tokenizer
+    assert for_hf.config["tokenizer_class"] == "LlamaTokenizer"  # read from tokenizer.json there
 
 
 # tokenizer.json, part by part

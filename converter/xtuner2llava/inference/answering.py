@@ -20,6 +20,7 @@ from xtuner2llava.planning.vision_tower import PUBLISHED
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import read_model_config, vision_tower_config
 from xtuner2llava.storage.json_file import Json, table, text
+from xtuner2llava.tokenizers.tokenizer import FAST
 from xtuner2llava.verification.checks import structure
 from xtuner2llava.verification.folder import ConvertedFolder, open_folder
 from xtuner2llava.verification.outcome import FAILED
@@ -165,7 +166,10 @@ def _ask_llava(out: ConvertedFolder, picture: Any, question: str, device: str) -
         module.to(device).eval()
     if (out.path / "generation_config.json").is_file():
         llm.generation_config = transformers.GenerationConfig.from_pretrained(out.path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out.path, config=llm.config, **_LOCAL)
+    # tokenizer.json as it is: LlamaTokenizer of transformers 5 puts spaces elsewhere.
+    fast = (out.path / FAST).is_file()
+    kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
+    tokenizer = kind.from_pretrained(out.path, config=llm.config, **_LOCAL)
     prompt = question if IMAGE in question else _prompt(out, question)
     before, _, after = prompt.partition(IMAGE)
     pixels = _pixels(out, picture).to(device, dtype)
@@ -214,7 +218,8 @@ def _prompt(out: ConvertedFolder, question: str) -> str:
             where=str(out.path / "conversion.json"),
             advice="Give the whole prompt, with <image> where the picture goes, as the question.",
         )
-    return prompt.replace("{question}", question)
+    # Without space around it, as in training (InternLM/xtuner `dataset_map_fns/llava_map_fn.py`).
+    return prompt.replace(f"{IMAGE}\n{{question}}", f"{IMAGE}\n{question.strip()}".strip())
 
 
 def _parts(out: ConvertedFolder) -> Mapping[str, _Tensors]:

@@ -11,9 +11,8 @@ from xtuner2llava.planning.chat_template import Marks, chat_template
 from xtuner2llava.planning.config import TokenIds, json_bytes, token_ids
 from xtuner2llava.planning.plan import Chat, Findings
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers.prefix import keeps_spaces, prefix_space, with_bos_added
-from xtuner2llava.tokenizers.sentencepiece import read_sentencepiece
-from xtuner2llava.tokenizers.tokenizer import FAST, MODEL, MadeFile, Tokenizer
+from xtuner2llava.tokenizers.prefix import prefix_space, with_bos_added
+from xtuner2llava.tokenizers.tokenizer import MadeFile, Tokenizer
 from xtuner2llava.training_config.datasets import TrainingData
 from xtuner2llava.training_config.values import Table
 
@@ -133,8 +132,8 @@ def with_trained_chat(
     end = template.suffix if template.suffix_as_eos else eos or template.suffix
     if template.sep.isspace() and any(t.rstrip for t in added if t.text == end):
         findings.note(
-            f"Training had {template.sep!r} between turns, and the tokenizer drops white space "
-            f"after '{end}': from the second turn on, a chat lacks those tokens."
+            "Training had white space between turns, and the tokenizer drops it after "
+            f"'{end}': from the second turn on, a chat lacks those tokens."
         )
     tokenizer = tokenizer.with_config({_KEY: text})
     if not with_processor:
@@ -143,13 +142,10 @@ def with_trained_chat(
     return tokenizer.with_made(files)
 
 
-def with_trained_bos(tokenizer: Tokenizer, trained: Tokenizer, findings: Findings) -> Tokenizer:
+def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
-    XTuner puts the token before a turn even where the tokenizer adds none, as Yi's. Official LLaVA
-    reads tokenizer.model, where `transformers`' AutoTokenizer gave training the tokenizer.json, or
-    made one (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False). `trained` has that file
-    also where it is left out of the output.
+    XTuner puts the token before a turn even where the tokenizer adds none, as Yi's.
     """
     bos = _trained_bos(tokenizer)
     changed = with_bos_added(tokenizer, True) if bos is not None else tokenizer
@@ -157,18 +153,6 @@ def with_trained_bos(tokenizer: Tokenizer, trained: Tokenizer, findings: Finding
         findings.note(
             f"The tokenizer adds its bos token '{bos}' to a prompt now: the base's does not, and "
             "XTuner trained with it."
-        )
-    named = str(tokenizer.config.get("tokenizer_class")).removesuffix("Fast")
-    if (
-        MODEL in tokenizer.copied
-        and (FAST in trained.files or named == "LlamaTokenizer")
-        and read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces
-        and keeps_spaces(trained)
-    ):
-        findings.note(
-            f"Official LLaVA tokenizes with {MODEL}, which drops repeated spaces, line feeds, and "
-            f"white space at either end of a text; training kept them, with a fast tokenizer. A "
-            "prompt lacks those tokens there; the format hf keeps them."
         )
     return changed
 

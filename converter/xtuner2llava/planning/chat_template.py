@@ -49,8 +49,9 @@ class Marks:
         if not self.lead("piece", before):
             return ""
         doubled = self.prefix is not None and self.prefix.doubled
-        known = value if doubled else f"{value} and not {value}.startswith(' ')"
-        return f"{{%- if {known} -%}}{_text(' ')}{{%- endif -%}}"
+        without = [*sorted(self.specials), *([] if doubled else [" "])]
+        known = "".join(f" and not {value}.startswith({_quoted(text)})" for text in without)
+        return f"{{%- if {value}{known} -%}}{_text(' ')}{{%- endif -%}}"
 
 
 def prompt_text(template: PromptTemplate, text: str) -> str | None:

@@ -441,7 +441,7 @@ class Assessment:
         (tokenizer, _), (_, chat) = self.format_tokens, self.generation
         with_processor = self.format.processor is not None
         if not with_processor:
-            tokenizer = with_trained_bos(tokenizer, self.base_tokenizer[0], self.found)
+            tokenizer = with_trained_bos(tokenizer, self.found)
         # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
         if with_processor or self.options.model_type == "llava":
             data = self.checkpoint.training_data

@@ -14,18 +14,28 @@ from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.byte_pairs import unreachable
 from xtuner2llava.tokenizers.llama import with_fast_file
+from xtuner2llava.tokenizers.prefix import (
+    LIKE_LLAMA,
+    PrefixSpace,
+    adds_bos,
+    keeps_spaces,
+    prefix_space,
+    with_bos_added,
+)
 from xtuner2llava.tokenizers.qwen import with_fast_file_of_merges
-from xtuner2llava.tokenizers.sentencepiece import SPACE
+from xtuner2llava.tokenizers.sentencepiece import SPACE, read_sentencepiece
 from xtuner2llava.tokenizers.tokenizer import (
     ADDED,
     CONFIG,
     FAST,
     MERGES,
     MODEL,
+    NAMED,
     VOCAB,
     AddedToken,
     Prepared,
     Tokenizer,
+    additional_tokens,
     decoder_tokens,
     fast_tokens,
     integers,
@@ -36,6 +46,7 @@ from xtuner2llava.tokenizers.tokenizer import (
 
 _FAST_CLASS = "PreTrainedTokenizerFast"
 _PREFIX = "add_prefix_space"
+_CLEAN_UP = "clean_up_tokenization_spaces"
 # What each class of transformers 4 reads when it is the slow one.
 _FILES = {
     "LlamaTokenizer": (MODEL,),
@@ -85,10 +96,10 @@ def readable_tokenizer(tokenizer: Tokenizer, format_name: str) -> Prepared:
     """
     notes: list[str] = []
     result = tokenizer
-    if FAST in tokenizer.files:
-        result = _with_readable_fast(tokenizer, format_name, notes)
-    elif format_name == "hf":
-        result = _with_fast_of_slow(tokenizer, notes)
+    if FAST not in tokenizer.files:
+        result = _with_fast_of_slow(tokenizer, format_name, notes)
+    if FAST in result.files:
+        result = _with_readable_fast(result, format_name, notes)
     extra = result.config.get("extra_special_tokens")
     if isinstance(extra, list):
         notes.append(
@@ -123,6 +134,11 @@ def _with_readable_fast(tokenizer: Tokenizer, format_name: str, notes: list[str]
             f"{FAST} is left out: {reader} {error}. transformers makes the fast tokenizer from "
             f"{_FILES[tokenizer.slow_class][0]}."
         )
+        if format_name == "llava" and (difference := _slow_difference(tokenizer)):
+            notes.append(
+                f"Official LLaVA tokenizes with {MODEL}, which {difference}: prompts have other ids "
+                "there than in training. The format hf keeps them."
+            )
         return result
     result = tokenizer
     if changes:
@@ -265,10 +281,15 @@ def _with_flags(values: Mapping[str, Json], added: Mapping[str, AddedToken]) -> 
     return result if token is None else {**result, "normalized": token.normalized}
 
 
-def _with_fast_of_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
-    """`tokenizer` with the tokenizer.json that some transformers would make another way, or not."""
+def _with_fast_of_slow(tokenizer: Tokenizer, format_name: str, notes: list[str]) -> Tokenizer:
+    """`tokenizer` with the tokenizer.json that some transformers would make another way, or not.
+
+    Up to 4.37.2, a slow Qwen2Tokenizer makes the same.
+    """
     name, made = tokenizer.slow_class, f"{FAST} is made from"
     if name == "Qwen2Tokenizer" and {VOCAB, MERGES} <= {*tokenizer.copied}:
+        if format_name == "llava":
+            return tokenizer
         notes.append(
             f"{made} {VOCAB} and {MERGES}, as transformers 4.38 to 4.57 make it for a base "
             "without; 5 makes none."
@@ -324,6 +345,8 @@ def _with_known_class(tokenizer: Tokenizer, format_name: str, notes: list[str]) 
         why = f"transformers {oldest} does not have {name}"
     elif lacking:
         why = f"{name} of transformers 4 needs {' and '.join(lacking)}"
+    elif format_name == "llava" and (difference := _slow_difference(tokenizer)):
+        why = f"official LLaVA would read {MODEL}, which {difference}; training read {FAST}"
     elif (
         format_name == "hf"
         and name in ("LlamaTokenizer", "CodeLlamaTokenizer")
@@ -345,4 +368,32 @@ def _with_known_class(tokenizer: Tokenizer, format_name: str, notes: list[str]) 
     if "model_input_names" not in tokenizer.config:
         # Its own default has token_type_ids, which no LLM here takes.
         changes["model_input_names"] = ["input_ids", "attention_mask"]
-    return tokenizer.with_config(changes)
+    if name in LIKE_LLAMA:
+        changes[_CLEAN_UP] = tokenizer.config.get(_CLEAN_UP, False)
+    return with_bos_added(tokenizer.with_config(changes), adds_bos(tokenizer))
+
+
+def _slow_difference(tokenizer: Tokenizer) -> str | None:
+    """How tokenizer.model makes other ids than tokenizer.json; None where both make the same.
+
+    The slow LlamaTokenizer reads the former (transformers 4.37.2
+    `models/llama/tokenization_llama.py`). Without `legacy`, it knows only the named special tokens
+    as places where no space is added.
+    """
+    if tokenizer.slow_class != "LlamaTokenizer" or MODEL not in tokenizer.copied:
+        return None
+    model = read_sentencepiece(tokenizer.folder / MODEL)
+    if any(tokenizer.ids.get(text) != index for text, index in model.ids.items()):
+        return "has other ids"
+    if (model.removes_extra_spaces or model.charsmap) and keeps_spaces(tokenizer):
+        return "drops repeated spaces, line feeds, and white space at either end of a text"
+    if tokenizer.config.get("legacy") is not False:
+        slow = PrefixSpace(everywhere=True, doubled=True) if model.adds_dummy_prefix else None
+        same = prefix_space(tokenizer) == slow
+    else:
+        special = {tokenizer.special(key) for key in NAMED}
+        special |= {*additional_tokens(tokenizer.config, tokenizer.special_map)}
+        same = prefix_space(tokenizer) == PrefixSpace(everywhere=False, doubled=False) and all(
+            token.text in special for token in tokenizer.added_tokens()
+        )
+    return None if same else "puts a space at other places of a text"

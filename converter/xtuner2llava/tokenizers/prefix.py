@@ -14,9 +14,10 @@ from xtuner2llava.tokenizers.fast_file import around_text
 from xtuner2llava.tokenizers.sentencepiece import SPACE
 from xtuner2llava.tokenizers.tokenizer import FAST, MODEL, Tokenizer, json_file, steps
 
-# Classes of transformers that add the bos token where `add_bos_token` is not false
+# Classes of transformers that add the bos token where `add_bos_token` is not false, and decode
+# without `clean_up_tokenization_spaces` where it is not said
 # (`models/llama/tokenization_llama_fast.py`, `models/gemma/tokenization_gemma_fast.py`).
-_ADDS_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+LIKE_LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def keeps_spaces(tokenizer: Tokenizer) -> bool:
 
 def adds_bos(tokenizer: Tokenizer) -> bool:
     """Whether `tokenizer` puts its bos token before each text."""
-    if tokenizer.slow_class in _ADDS_BOS:
+    if tokenizer.slow_class in LIKE_LLAMA:
         return tokenizer.config.get("add_bos_token") is not False
     bos = tokenizer.special("bos_token")
     for step in steps(tokenizer.read(FAST).get("post_processor")):

@@ -71,13 +71,20 @@ def test_llava_answers_as_xtuner(
         seen.ran("llava", "1.2.2", folder)
 
 
-def test_without_a_tokenizer_json_too(
+def test_a_tokenizer_model_that_drops_spaces_is_said(
     llava_python: Path, checkpoints: Path, converted: Converted, tmp_path: Path
 ) -> None:
-    """transformers made training one from tokenizer.model, which drops no spaces as that does."""
+    """Official LLaVA tokenizes with tokenizer.model, training did with what was made from it."""
     case = "llama_b_full_frozenvis"
     llm = shutil.copytree(checkpoints / CASES[case].llm, tmp_path / "base")
     (llm / "tokenizer.json").unlink()
     folder = converted(case, dtype="float32", llm=llm)
+    notes = json.loads((folder / "conversion.json").read_text())["notes"]
+    assert any("A prompt lacks those tokens there" in note for note in notes)
     results = ask_llava(llava_python, checkpoints, folder, case)
-    assert [r["ids"] for r in results] == [answer["input_ids"] for answer in of(case)]
+    for answer, result in zip(of(case), results, strict=True):
+        lost = len(answer["input_ids"]) - len(result["ids"])
+        assert lost > 0
+        assert [i for i in answer["input_ids"] if i not in (13, 345)] == [
+            i for i in result["ids"] if i not in (13, 345)
+        ]

@@ -12,7 +12,8 @@ from xtuner2llava.planning.config import TokenIds, json_bytes, token_ids
 from xtuner2llava.planning.plan import Chat, Findings
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.prefix import prefix_space, with_bos_added
-from xtuner2llava.tokenizers.tokenizer import MadeFile, Tokenizer
+from xtuner2llava.tokenizers.sentencepiece import read_sentencepiece
+from xtuner2llava.tokenizers.tokenizer import FAST, MODEL, MadeFile, Tokenizer
 from xtuner2llava.training_config.datasets import TrainingData
 from xtuner2llava.training_config.values import Table
 
@@ -145,7 +146,9 @@ def with_trained_chat(
 def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
-    XTuner puts the token before a turn even where the tokenizer adds none, as Yi's.
+    XTuner puts the token before a turn even where the tokenizer adds none, as Yi's. Official LLaVA
+    reads tokenizer.model, where `transformers`' AutoTokenizer made training a tokenizer.json
+    (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False).
     """
     bos = _trained_bos(tokenizer)
     changed = with_bos_added(tokenizer, True) if bos is not None else tokenizer
@@ -153,6 +156,17 @@ def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
         findings.note(
             f"The tokenizer adds its bos token '{bos}' to a prompt now: the base's does not, and "
             "XTuner trained with it."
+        )
+    if (
+        MODEL in tokenizer.copied
+        and not (tokenizer.folder / FAST).is_file()
+        and tokenizer.slow_class == "LlamaTokenizer"
+        and read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces
+    ):
+        findings.note(
+            f"Official LLaVA tokenizes with {MODEL}, which drops repeated spaces, line feeds, and "
+            f"white space at either end of a text; training kept them, with a fast tokenizer. A "
+            "prompt lacks those tokens there; the format hf keeps them."
         )
     return changed
 

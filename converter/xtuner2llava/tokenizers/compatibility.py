@@ -96,10 +96,10 @@ def readable_tokenizer(tokenizer: Tokenizer, format_name: str) -> Prepared:
     """
     notes: list[str] = []
     result = tokenizer
-    if FAST not in tokenizer.files:
-        result = _with_fast_of_slow(tokenizer, format_name, notes)
-    if FAST in result.files:
-        result = _with_readable_fast(result, format_name, notes)
+    if FAST in tokenizer.files:
+        result = _with_readable_fast(tokenizer, format_name, notes)
+    elif format_name == "hf":
+        result = _with_fast_of_slow(tokenizer, notes)
     extra = result.config.get("extra_special_tokens")
     if isinstance(extra, list):
         notes.append(
@@ -136,8 +136,8 @@ def _with_readable_fast(tokenizer: Tokenizer, format_name: str, notes: list[str]
         )
         if format_name == "llava" and (difference := _slow_difference(tokenizer)):
             notes.append(
-                f"Official LLaVA tokenizes with {MODEL}, which {difference}: prompts have other ids "
-                "there than in training. The format hf keeps them."
+                f"Official LLaVA tokenizes with {MODEL}, which {difference}: prompts have other "
+                "ids there than in training. The format hf keeps them."
             )
         return result
     result = tokenizer
@@ -281,15 +281,10 @@ def _with_flags(values: Mapping[str, Json], added: Mapping[str, AddedToken]) -> 
     return result if token is None else {**result, "normalized": token.normalized}
 
 
-def _with_fast_of_slow(tokenizer: Tokenizer, format_name: str, notes: list[str]) -> Tokenizer:
-    """`tokenizer` with the tokenizer.json that some transformers would make another way, or not.
-
-    Up to 4.37.2, a slow Qwen2Tokenizer makes the same.
-    """
+def _with_fast_of_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
+    """`tokenizer` with the tokenizer.json that some transformers would make another way, or not."""
     name, made = tokenizer.slow_class, f"{FAST} is made from"
     if name == "Qwen2Tokenizer" and {VOCAB, MERGES} <= {*tokenizer.copied}:
-        if format_name == "llava":
-            return tokenizer
         notes.append(
             f"{made} {VOCAB} and {MERGES}, as transformers 4.38 to 4.57 make it for a base "
             "without; 5 makes none."

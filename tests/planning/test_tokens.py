@@ -111,6 +111,31 @@ def test_a_bos_token_that_does_no_harm_is_not_blamed(checkpoints: Path, tmp_path
     assert "drops" not in note
 
 
+@pytest.mark.parametrize("of_base", [False, True])
+def test_a_bos_token_that_was_trained_with_stays(
+    checkpoints: Path, tmp_path: Path, of_base: bool
+) -> None:
+    """XTuner puts the tokenizer's bos token before a turn, but for Qwen's: whichever that is."""
+    llm = tmp_path / "base"
+    shutil.copytree(checkpoints / "bases/llm_phi3", llm)
+    (llm / "special_tokens_map.json").unlink()
+    path = llm / "tokenizer_config.json"
+    if of_base:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "</s>"}))
+    made = plan(
+        checkpoints / "phi3_e_full_fullvis/iter_2.pth",
+        format="hf",
+        llm=llm,
+        vision=checkpoints / "bases/vision_clip",
+        vision_tower_name="openai/clip",
+        xtuner_config=config_file(tmp_path, "" if of_base else ", bos_token='</s>'", "phi3_chat"),
+    )
+    config = json.loads(made.files["tokenizer_config.json"])
+    assert ("bos_token", "</s>") in config.items()
+    assert config["chat_template"].count('{%- if ns.turn == 1 -%}{{- "</s>" -}}') == 1
+    assert not any("advice" in note for note in made.notes)
+
+
 def test_who_asks_for_the_bos_token_gets_it(checkpoints: Path, tmp_path: Path) -> None:
     made = make(checkpoints, base(checkpoints, tmp_path), bos_token=BEGIN)
     (note,) = notes_on_bos(made)

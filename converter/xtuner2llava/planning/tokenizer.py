@@ -91,10 +91,10 @@ def tokenizer_to_write(
 ) -> Tokenizer:
     """The training's tokenizer, converted where its family says so, with the right bos token.
 
-    `given_bos` is the user's. Without it, a bos token that is not the family's is taken off:
-    XTuner's advice for Qwen (issue 292 there) puts `<|im_start|>` on the tokenizer, so that
-    `generate` finds a bos id; the configs have that id here, and the token makes LLaVA drop others.
-    Raises `ConversionError` for a tokenizer that cannot be used.
+    `given_bos` is the user's. Without it, a bos token is taken off a tokenizer of Qwen's: XTuner's
+    advice for Qwen (issue 292 there) puts `<|im_start|>` on the tokenizer, so that `generate` finds
+    a bos id; the configs have that id here, and the token makes LLaVA drop others. Raises
+    `ConversionError` for a tokenizer that cannot be used.
     """
     generation = family.generation
     prepared = prepare_tokenizer(
@@ -104,8 +104,12 @@ def tokenizer_to_write(
         eos=next(iter(generation.eos), None),
         pad=generation.pad,
     )
-    # Where the family has a bos token, it is not for the tokenizer: see below.
-    kept = ("bos_token",) if generation.bos is not None else ()
+    # XTuner trains Qwen's tokenizers without a bos token, and others with the one that they have
+    # (InternLM/xtuner `xtuner/dataset/utils.py`, get_bos_eos_token_ids). So the family's is for the
+    # configs alone where the class is Qwen's, or not named.
+    named = prepared.tokenizer.slow_class.lower()
+    apart = generation.bos if named.startswith(("qwen", "none")) else None
+    kept = ("bos_token",) if apart is not None else ()
     result, notes = with_arguments(prepared.tokenizer, _arguments(data.tokenizer)[0], kept=kept)
     findings.note(*prepared.notes, *notes)
     if given_bos is not None:
@@ -117,7 +121,7 @@ def tokenizer_to_write(
         if generation.bos not in (None, given_bos):
             findings.note(f"The tokenizer's bos token is '{given_bos}', as asked. {_DROPS}.")
         return result.with_special_token("bos_token", given_bos)
-    own = generation.bos if generation.bos in result.ids else None
+    own = apart if apart in result.ids else None
     present = result.special("bos_token") or tokenizer.special("bos_token")
     if own is None or present == own or (present is None and data.bos_token is None):
         return result

@@ -67,7 +67,7 @@ def test_a_missing_prompt_template_is_named(foresee) -> None:  # type: ignore[no
 
 def test_the_bos_workaround_is_recognised(foresee) -> None:  # type: ignore[no-untyped-def]
     outlook = foresee(tokenizer=", bos_token='<|im_start|>', eos_token='<|im_end|>'")
-    assert any("'<|im_start|>'" in s and "without it" in s for s in outlook.advice)
+    assert any("'<|im_start|>'; it is written without" in s for s in llava(outlook).caveats)
 
 
 def test_llama_has_its_bos(foresee) -> None:  # type: ignore[no-untyped-def]

@@ -75,17 +75,6 @@ class TokenAdvice:
                     "tokenizer, which transformers before 4.40 need. Training does not use it.",
                     f"tokenizer=dict(**tokenizer, bos_token={own!r}),  # in EvaluateChatHook",
                 )
-        if data.bos_token not in (None, self.written.special("bos_token")):
-            harm = (
-                "LLaVA needs none there"
-                if data.bos_token == own
-                else "in LLaVA it would make prompts lose tokens after an image"
-            )
-            yield (
-                f"The config gives the tokenizer the bos token {data.bos_token!r}. Training does "
-                f"not use it; {harm}, so the converted tokenizer will be without it.",
-                None,
-            )
 
     def _template(self) -> Iterator[Advice]:
         """The prompt template of the LLM, where the config sets none."""

@@ -14,7 +14,7 @@ from builders.families.models import KINDS
 from damage import set_keys
 from reference.cases import Converted, read_reference
 from reference.compose import Llava, compose
-from xtuner2llava import convert, verify
+from xtuner2llava import convert, plan, verify
 
 if TYPE_CHECKING:
     import torch
@@ -93,3 +93,24 @@ def test_ids_without_a_row_are_left_out(checkpoints: Path, tmp_path: Path, forma
         f"The base's pad_token_id 384 is left out: {rows}",
         f"The base's eos_token_id 999, 384 is left out: {rows}",
     }
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_it_stops_at_the_token_that_training_put_after_answers(
+    checkpoints: Path, tmp_path: Path, listed: bool
+) -> None:
+    """That is the tokenizer's eos token, also where the base's configs name another."""
+    llm = shutil.copytree(checkpoints / "bases/llm_llama", tmp_path / "llm")
+    set_keys(llm / "tokenizer_config.json", **{"eos_token": "<0x00>" if listed else ""})
+    set_keys(llm / "special_tokens_map.json", **{"eos_token": "<0x00>"})
+    if not listed:  # Then special_tokens_map.json counts first.
+        values = json.loads((llm / "tokenizer_config.json").read_text())
+        del values["added_tokens_decoder"]
+        (llm / "tokenizer_config.json").write_text(json.dumps(values))
+    made = plan(
+        checkpoints / "llama_e_full_fullvis/iter_2.pth",
+        llm=llm,
+        vision=checkpoints / "bases/vision_clip",
+        vision_tower_name="openai/x",
+    )
+    assert made.generation_config["eos_token_id"] == [2, 3]

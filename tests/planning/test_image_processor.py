@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reference.cases import Converted
-from xtuner2llava import plan, verify
+from xtuner2llava import ConversionError, plan, verify
 from xtuner2llava.planning.image_processor import image_processor_faults, processor_faults
 from xtuner2llava.planning.plan import Plan
 
@@ -105,3 +106,31 @@ def test_verify_reads_the_processor(converted: Converted, tmp_path: Path) -> Non
     path = copy / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 28}))
     assert "has patch_size 28, the tower 14" in details()
+
+
+@pytest.mark.parametrize("recorded", ["openai/clip-vit-large-patch14-336", "org/clip", None])
+def test_a_tower_without_image_processor(
+    checkpoints: Path, tmp_path: Path, recorded: str | None
+) -> None:
+    """One of OpenAI's is known; else the error says what to give."""
+    tower = Path(shutil.copytree(checkpoints / "bases/vision_clip", tmp_path / "tower"))
+    (tower / "preprocessor_config.json").unlink()
+    config = (checkpoints / "qwen2_a_pretrain/config.py").read_text()
+    path = tmp_path / "config.py"
+    path.write_text(config.replace("bases/vision_clip", recorded or "bases/vision_clip"))
+    given = {
+        "llm": checkpoints / "bases/llm_qwen2",
+        "vision": tower,
+        "vision_tower_name": "openai/x",
+        "xtuner_config": path,
+    }
+    checkpoint = checkpoints / "qwen2_a_pretrain/iter_2.pth"
+    with pytest.raises(ConversionError) as caught:
+        plan(checkpoint, **given)
+    (fault,) = caught.value.faults
+    if recorded is not None and recorded.startswith("openai"):
+        assert "prepares images of 336 pixels, the vision tower takes 56" in fault.what
+        return
+    assert fault.where == str(tower)
+    assert "has no preprocessor_config.json" in fault.what
+    assert "a folder with the vision tower and its preprocessor_config.json" in fault.advice

@@ -188,7 +188,7 @@ def lora(arguments: str) -> LoraSettings:
 
 def test_the_settings_of_an_xtuner_config() -> None:
     # The defaults are PEFT's.
-    assert lora("") == LoraSettings("config.py", 8.0, ranks=frozenset({8}))
+    assert lora("") == LoraSettings("config.py", 8.0, ranks=frozenset({8}), targets=())
     assert lora(
         "type='peft.LoraConfig', r=4, lora_alpha=2.5, use_rslora=True, use_dora=True,"
         " fan_in_fan_out=True, bias='all', target_modules=build(), modules_to_save=['a'],"
@@ -197,6 +197,42 @@ def test_the_settings_of_an_xtuner_config() -> None:
         "config.py", 2.5, use_rslora=True, use_dora=True, fan_in_fan_out=True, bias="all",
         alpha_pattern={"q": 1.0}, rank_pattern=frozenset("q"), ranks=frozenset({4, 2}),
     )  # fmt: skip
+
+
+LAYERS = {f"layers.{n}.{name}.weight": WEIGHT for n in (0, 1) for name in ("q", "up")}
+
+
+@pytest.mark.parametrize(
+    ("record", "modules", "lacking"),
+    [
+        ({}, ["layers.0.q"], "layers.1.q"),
+        ({"target_modules": "all-linear"}, ["layers.1.q", "layers.1.up"], "layers.0.q and 1 more"),
+        (
+            {"target_modules": ["q", "up"]},
+            ["layers.0.q", "layers.1.q", "layers.1.up"],
+            "layers.0.up",
+        ),
+        ({"target_modules": ["q"]}, ["layers.0.q", "layers.1.q"], None),
+        ({"target_modules": ["layers.0.q"]}, ["layers.0.q"], None),
+        ({"target_modules": r".*0\.q"}, ["layers.0.q"], None),
+        ({"layers_to_transform": [0]}, ["layers.0.q"], None),
+        ({"exclude_modules": ["layers.1.q"]}, ["layers.0.q"], None),
+    ],
+)
+def test_an_adapter_that_lacks_a_layer(
+    record: dict[str, Any], modules: list[str], lacking: str | None, tmp_path: Path
+) -> None:
+    factors = {f"{m}.lora_{k}.weight": t for m in modules for k, t in (("A", A), ("B", B))}
+    if lacking is None:
+        found = merged(tmp_path, LAYERS, factors, settings(**record))
+        assert [n for n, value in found.items() if value == TWICE] == [
+            f"{m}.weight" for m in modules
+        ]
+        return
+    with pytest.raises(UnsupportedError, match="no factors, while other layers have") as caught:
+        merged(tmp_path, LAYERS, factors, settings(**record))
+    (fault,) = caught.value.faults
+    assert fault.where.endswith(f"LoRA on {lacking}")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,44 @@ def write(folder: Path, **parts: Any) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.mark.parametrize("kind", ["llm_llama", "llm_qwen2"])
+@pytest.mark.parametrize("change", ["vocabulary", "added"])
+def test_a_slow_tokenizer_with_other_ids_is_left_out_for_llava(
+    checkpoints: Path, tmp_path: Path, kind: str, change: str
+) -> None:
+    """Official LLaVA would take it, and training had the fast one."""
+    folder = Path(shutil.copytree(checkpoints / "bases" / kind, tmp_path / "base"))
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    config = json.loads(settings.read_text())
+    config.pop("add_prefix_space", None)
+    settings.write_text(json.dumps(config))
+    same = readable_tokenizer(read_tokenizer(folder), "llava")
+    assert {"tokenizer.model", "vocab.json"} & {*same.tokenizer.files}
+
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    one, two = [text for text in vocab if len(text) > 2][-2:]
+    if change == "vocabulary":
+        vocab[one], vocab[two] = vocab[two], vocab[one]
+    else:
+        one = "<region>"
+        content["added_tokens"].append(token(one, len(vocab) + 3))
+    path.write_text(json.dumps(content))
+    prepared = readable_tokenizer(read_tokenizer(folder), "llava")
+    assert not {"tokenizer.model", "vocab.json", "merges.txt"} & {*prepared.tokenizer.files}
+    assert prepared.tokenizer.config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "XTuner trains with tokenizer.json" in prepared.notes[0]
+    assert repr(one) in prepared.notes[0]
+    # The other formats' programs read tokenizer.json; this Llama's was made from the slow one.
+    assert {"tokenizer.model", "vocab.json"} & {
+        *readable_tokenizer(read_tokenizer(folder), "hf").tokenizer.files
+    }
+    if kind == "llm_llama":
+        settings.write_text(json.dumps({**config, "add_prefix_space": True}))
+        kept = readable_tokenizer(read_tokenizer(folder), "llava")
+        assert "tokenizer.model" in kept.tokenizer.files
 
 
 # What each version saved

@@ -12,6 +12,8 @@ from xtuner2llava import ConversionError
 from xtuner2llava.tokenizers.conversion import prepare_tokenizer
 from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 
+LISTED: dict[str, Any] = {"added_tokens_decoder": {}}
+
 
 def write(folder: Path, **files: object) -> Path:
     """Files by name, with `_` for the dot of `.json`; a text is written as it is."""
@@ -64,6 +66,16 @@ def test_sentencepiece(checkpoints: Path, tmp_path: Path) -> None:
     assert tokenizer.ids == read_tokenizer(model.parent).ids  # its tokenizer.json says the same
 
 
+def test_of_two_ids_that_of_tokenizer_json_counts(tmp_path: Path) -> None:
+    """A fast tokenizer leaves a token of its file where it is (transformers 4.37.2 to 4.57.1)."""
+    write(
+        tmp_path,
+        tokenizer={"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "<x>"}]},
+        tokenizer_config={"added_tokens_decoder": {"2": {"content": "<x>"}}},
+    )
+    assert read_tokenizer(tmp_path).ids == {"a": 0, "<x>": 1}
+
+
 def test_tokens_with_two_names_count_once(tmp_path: Path) -> None:
     write(
         tmp_path,
@@ -78,9 +90,14 @@ def test_tokens_with_two_names_count_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "special_map", "found"),
     [
-        ({"bos_token": "<s>"}, {"bos_token": "<t>"}, "<s>"),
+        ({"bos_token": "<s>", **LISTED}, {"bos_token": "<t>"}, "<s>"),
+        ({"bos_token": None, **LISTED}, {"bos_token": "<t>"}, None),
+        # Without a list of added tokens, as before transformers 4.34, the map counts first.
+        ({"bos_token": "<s>"}, {"bos_token": "<t>"}, "<t>"),
+        ({"bos_token": ""}, {"bos_token": {"content": "<t>"}}, "<t>"),
+        ({"bos_token": "<s>"}, {"eos_token": "<t>"}, "<s>"),
         ({"bos_token": {"content": "<s>"}}, {}, "<s>"),
-        ({"bos_token": None}, {"bos_token": "<t>"}, None),
+        ({"bos_token": None}, {"bos_token": "<t>"}, "<t>"),
         ({}, {"bos_token": {"content": "<t>"}}, "<t>"),
         ({"bos_token": 5}, {}, None),
     ],

@@ -66,7 +66,9 @@ def token_ids(
     A token that the family has `named` counts if the tokenizer has it; else what the base's
     `generation_config.json`, then its `config.json` say; else, for bos and eos, without which
     nothing can be generated, the tokenizer's own. Of `stop_words`, with which the prompt
-    template ends a turn, those that are single tokens are put before the base's eos ids.
+    template ends a turn, those that are single tokens are put before the base's eos ids. The
+    tokenizer's eos token, which XTuner puts after an answer (`xtuner/dataset/utils.py`), is always
+    one of them.
     """
 
     def of_base(key: str) -> list[int]:
@@ -81,9 +83,10 @@ def token_ids(
     def of_texts(*texts: str | None) -> list[int]:
         return [tokenizer.ids[text] for text in texts if text is not None and text in tokenizer.ids]
 
-    eos = (
-        of_texts(*named.eos) or of_base("eos_token_id") or of_texts(tokenizer.special("eos_token"))
-    )
+    eos = [
+        *(of_texts(*named.eos) or of_base("eos_token_id")),
+        *of_texts(tokenizer.special("eos_token")),
+    ]
     bos = of_texts(named.bos) or of_base("bos_token_id") or of_texts(tokenizer.special("bos_token"))
     pad = of_texts(named.pad) or of_base("pad_token_id")
     ends = tuple(dict.fromkeys([*of_texts(*stop_words), *eos]))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner2llava.errors import ConversionError, Fault, PlanError, raise_faults
+from xtuner2llava.errors import ConversionError, Fault, PlanError, UnsupportedError, raise_faults
 from xtuner2llava.hub.download import find_folder
 from xtuner2llava.planning.config import json_bytes
 from xtuner2llava.planning.plan import Findings
@@ -50,10 +50,8 @@ def trained_processor(checkpoint: Checkpoint, tower: Path, findings: Findings) -
     than the tower takes.
     """
     config = checkpoint.training_config
-    if config is None or tower == checkpoint.artifact.folders.get(VISUAL_ENCODER):
-        found = _in_folder(tower)
-    else:
-        found = _of_training(config, tower, findings)
+    own = tower == checkpoint.artifact.folders.get(VISUAL_ENCODER) and _is_in(tower)
+    found = _in_folder(tower) if config is None or own else _of_training(config, tower, findings)
     values, path = found.values, found.path
     where = str(path or "image_processor of the XTuner config")
     raise_faults(PlanError, [Fault(where, what) for what in colour_faults(values)])
@@ -171,6 +169,10 @@ def processor_faults(values: Mapping[str, Json], patch_size: int | None) -> Iter
         )
 
 
+def _is_in(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (PREPROCESSOR, PROCESSOR))
+
+
 def _in_folder(folder: Path) -> ImageProcessor:
     """The settings in `folder`; a processor that transformers 5 saved holds them nested."""
     path, nested = folder / PREPROCESSOR, folder / PROCESSOR
@@ -178,6 +180,12 @@ def _in_folder(folder: Path) -> ImageProcessor:
         inner = read_json(nested).get("image_processor")
         if isinstance(inner, dict):
             return ImageProcessor(inner, nested)
+    if not path.is_file():
+        raise UnsupportedError(
+            f"has no {PREPROCESSOR}, which says how images are prepared",
+            where=str(folder),
+            advice=f"Give --vision a folder with the vision tower and its {PREPROCESSOR}.",
+        )
     return ImageProcessor(read_json(path), path)
 
 
@@ -228,15 +236,15 @@ def _named(config: TrainingConfig, tower: Path, findings: Findings) -> ImageProc
         of_tower = config.base_path(VISUAL_ENCODER)
     except ConversionError:  # Where --vision gives it, that is enough.
         of_tower = None
-    if named is None or named == of_tower:
+    if named is None or (named == of_tower and _is_in(tower)):
         return _in_folder(tower)
     try:
         return _in_folder(find_folder(named))
     except ConversionError:
         if named in PUBLISHED:
             return ImageProcessor(PUBLISHED[named].processor, None)
-        if not any((tower / name).is_file() for name in (PREPROCESSOR, PROCESSOR)):
-            raise
+        if not _is_in(tower):
+            return _in_folder(tower)
     findings.note(
         f"The XTuner config takes its image processor from '{named}', which cannot be read here; "
         f"the {PREPROCESSOR} beside the vision tower is used. If it differs, give --vision a "

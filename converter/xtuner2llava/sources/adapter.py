@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
@@ -28,6 +28,7 @@ _SAVED = re.compile(
     r"(?P<module>.+?)\.(?:modules_to_save(?:\.default)?|(?P<original>original_module))"
     r"\.(?P<leaf>.+)"
 )
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _FIRST_FACTORS = ("lora_A", "lora_embedding_A")
 # As the LLMs of transformers are called that can have them tied; the head is then not saved.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -158,8 +159,23 @@ def merge(base: Mapping[str, LazyTensor], adapter: Adapter, where: str) -> dict[
                 merged[weight] = _merged(merged[weight], module, factors, adapter.settings)
             except ValueError as error:
                 refused.add(str(error), f"LoRA on {module}")
+    for module in _lacking(base, adapter):
+        what = "has no factors, while other layers have them there; was the adapter saved whole?"
+        refused.add(what, f"LoRA on {module}")
     refused.raise_all(where)
     return merged
+
+
+def _lacking(base: Mapping[str, LazyTensor], adapter: Adapter) -> Iterator[str]:
+    """Modules without factors whose likes in other layers have some, by what the record selects."""
+    targets = adapter.settings.targets if adapter.settings is not None else None
+    kinds = {_NUMBER.sub("*", module) for module in adapter.factors}
+    for name in base if targets is not None else ():
+        module = name.removesuffix(".weight")
+        if module == name or module in adapter.factors or _NUMBER.sub("*", module) not in kinds:
+            continue
+        if not targets or any(f".{module}".endswith(f".{target}") for target in targets):
+            yield module
 
 
 def untied(

@@ -22,6 +22,8 @@ _UNDERSTOOD = frozenset(
     "alpha_pattern base_model_name_or_path bias fan_in_fan_out init_lora_weights lora_alpha "
     "peft_type r rank_pattern use_dora use_rslora".split()
 )
+# With one of these, not every module of a name has factors.
+_SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 _PLAIN = re.compile(r"[\w.]+")
 # A larger one is damage, infinity or NaN.
 _LARGEST_ALPHA = 1e9
@@ -34,7 +36,8 @@ class LoraSettings:
     """The settings of an adapter in one record. `where` is the record: a file, or a flag.
 
     `rank_pattern` are the keys of that, `ranks` all that the record names; empty where it names
-    none. `base` is the base model's name.
+    none. `targets` are the ends of the names of all modules with factors, empty for all linear
+    ones; None where something else selects them. `base` is the base model's name.
     """
 
     where: str
@@ -46,6 +49,7 @@ class LoraSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_pattern: frozenset[str] = frozenset()
     ranks: frozenset[int] = frozenset()
+    targets: tuple[str, ...] | None = None
     base: str | None = None
 
     @classmethod
@@ -87,6 +91,7 @@ class LoraSettings:
             {str(key): float(value) for key, value in pattern.items()},
             frozenset(map(str, _mapping(values, "rank_pattern"))),
             _ranks(values),
+            _targets(values),
             base if isinstance(base, str) and base else None,
         )
 
@@ -98,6 +103,7 @@ class LoraSettings:
         PEFT (peft `tuners/lora/config.py`, the same in 0.11 and today).
         """
         values: dict[str, Any] = lora.others((*_HARMLESS, "r", "lora_alpha", "alpha_pattern"))
+        values |= {key: lora.table.get(key) for key in ("target_modules", *_SELECTING)}
         try:
             pattern = lora.section("alpha_pattern")
             alpha, rank = lora.number("lora_alpha", 8), lora.positive("r", 8)
@@ -187,6 +193,14 @@ def _ranks(values: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(
         n for n in (usual, *named) if isinstance(usual, int) and isinstance(n, int) and n > 0
     )
+
+
+def _targets(values: Mapping[str, Any]) -> tuple[str, ...] | None:
+    named = values.get("target_modules")
+    if named is None or named == "all-linear":
+        named = []
+    is_list = isinstance(named, (list, tuple)) and all(isinstance(name, str) for name in named)
+    return tuple(named) if is_list and not any(map(values.get, _SELECTING)) else None
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:

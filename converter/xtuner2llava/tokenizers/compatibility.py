@@ -96,6 +96,8 @@ def readable_tokenizer(tokenizer: Tokenizer, format_name: str) -> Prepared:
     """
     notes: list[str] = []
     result = tokenizer
+    if FAST in tokenizer.copied and format_name == "llava":
+        tokenizer = _without_other_slow(tokenizer, notes)
     if FAST in tokenizer.files:
         result = _with_readable_fast(tokenizer, format_name, notes)
     elif format_name == "hf":
@@ -312,14 +314,43 @@ def _with_fast_of_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
     return result
 
 
+def _slow_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the slow tokenizer that the files make; empty where they make none."""
+    needed = _FILES.get(tokenizer.slow_class)
+    if not needed or not {*needed} <= {*tokenizer.copied}:
+        return {}
+    found = slow_ids(tokenizer.folder, needed)
+    if found:
+        found |= integers(tokenizer.read(ADDED))
+        found |= {token.text: token.id for token in decoder_tokens(tokenizer.config)}
+    return found
+
+
+def _without_other_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
+    """`tokenizer` without the files of a slow one with other ids, which official LLaVA would take.
+
+    XTuner trains with the fast one that AutoTokenizer loads; where a Llama's config says
+    add_prefix_space, that is made from the slow one (`models/llama/tokenization_llama_fast.py`).
+    """
+    if tokenizer.config.get(_PREFIX) is not None and MODEL in tokenizer.copied:
+        return tokenizer
+    slow = _slow_ids(tokenizer)
+    other = [text for text, index in tokenizer.ids.items() if slow and slow.get(text) != index]
+    if not other:
+        return tokenizer
+    files = _FILES[tokenizer.slow_class]
+    notes.append(
+        f"The tokenizer is written without {' and '.join(files)}: XTuner trains with {FAST}, where "
+        f"{other[0]!r} ({len(other):,} in all) has another id."
+    )
+    return tokenizer.without_files(*files)
+
+
 def _without_fast(tokenizer: Tokenizer, why: str, format_name: str) -> Tokenizer:
     """`tokenizer` without tokenizer.json, where its other files have the same ids."""
-    needed = _FILES.get(tokenizer.slow_class)
-    if needed and {*needed} <= {*tokenizer.files}:
-        own = slow_ids(tokenizer.folder, tokenizer.copied) | integers(tokenizer.read(ADDED))
-        own |= {token.text: token.id for token in decoder_tokens(tokenizer.config)}
-        if tokenizer.ids.items() <= own.items():
-            return tokenizer.without_files(FAST)
+    own = _slow_ids(tokenizer)
+    if own and tokenizer.ids.items() <= own.items():
+        return tokenizer.without_files(FAST)
     raise UnsupportedError(
         why,
         where=str(tokenizer.folder / FAST),

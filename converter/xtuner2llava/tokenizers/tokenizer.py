@@ -70,7 +70,7 @@ class Tokenizer:
     """A tokenizer as files: those copied from `folder` as they are, and those that are made.
 
     `config` is tokenizer_config.json, and `special_map` special_tokens_map.json, as they will be
-    written; empty where there is none.
+    written, or as transformers reads them together; empty where there is none.
     """
 
     folder: Path
@@ -230,8 +230,19 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     config, special_map, added = (
         read_json(folder / name) if name in files else {} for name in (CONFIG, SPECIAL_MAP, ADDED)
     )
-    ids = _fast_ids(folder / FAST) if FAST in files else slow_ids(folder, files)
-    ids |= integers(added) | {token.text: token.id for token in decoder_tokens(config)}
+    if "added_tokens_decoder" not in config:
+        # As before transformers 4.34; all versions then let special_tokens_map.json count first
+        # (`tokenization_utils_base.py`, _from_pretrained).
+        config |= {
+            key: text(value, "content") if isinstance(value, dict) else value
+            for key, value in special_map.items()
+            if key in NAMED
+        }
+    ids = integers(added) | {token.text: token.id for token in decoder_tokens(config)}
+    if FAST in files:  # What is in it keeps its id, in all versions.
+        ids |= _fast_ids(folder / FAST)
+    else:
+        ids = slow_ids(folder, files) | ids
     return Tokenizer(folder, files, {}, ids, config, special_map)
 
 

@@ -107,10 +107,12 @@ class _Evaluator:
     def __init__(self, where: str) -> None:
         self._where = where
         self._names = Table()
-        # Functions of the config: any code that is not run may call them.
-        self._functions: list[ast.AST] = []
+        # What functions of the config rebind and mention: any code that is not run may call them.
+        self._rebound: set[str] = set()
+        self._mentioned: set[str] = set()
         # By identity, since two names may share a dict. The container is kept so that its id stays.
-        self._changed: dict[int, tuple[Value, Unknown]] = {}
+        # A tuple stays as it is: what it holds has changed.
+        self._changed: dict[int, tuple[Value, Value]] = {}
         self._copies: dict[int, tuple[Value, int]] = {}
         self._left = _WORK_LIMIT
 
@@ -341,34 +343,32 @@ class _Evaluator:
         return f"`{ast.unparse(node)[:80]}`"
 
     def _function(self, node: ast.FunctionDef | ast.Lambda) -> Unknown:
-        self._functions.append(node)
+        parts = list(ast.walk(node))
+        self._spend(len(parts))
+        self._rebound.update(n for part in parts if isinstance(part, ast.Global) for n in part.names)
+        self._mentioned.update(part.id for part in parts if isinstance(part, ast.Name))
         return Unknown(_OWN, node.lineno)
 
     def _forget(self, node: ast.expr | ast.stmt, reason: str) -> Unknown:
         """`node` is not followed: what it may bind or change is unknown from here on."""
         unknown = Unknown(reason, node.lineno)
-        inner = [part for function in self._functions for part in ast.walk(function)]
         own = list(ast.walk(node))
-        self._spend(len(inner) + len(own))
-        rebound = [name for part in inner if isinstance(part, ast.Global) for name in part.names]
-        for name in (*_bound_by(*own), *rebound):
+        self._spend(len(own) + len(self._rebound) + len(self._mentioned))
+        for name in (*_bound_by(*own), *self._rebound):
             if name != ANY_NAME:
                 self._names.put(name, unknown, unknown.line)
-        used = {part.id for part in (*own, *inner) if isinstance(part, ast.Name)}
+        used = {part.id for part in own if isinstance(part, ast.Name)} | self._mentioned
         if ANY_NAME in _bound_by(*own) or (used - self._names.keys()) & _RUNS_OR_REBINDS_ANYTHING:
             self._spend(len(self._names))
             for known in (*self._names, ANY_NAME):
                 self._names.put(known, unknown, unknown.line)
         todo = [self._names[name] for name in used if name in self._names]
-        seen = set[int]()
         while todo:
             value = todo.pop()
-            if id(value) in seen or not isinstance(value, (list, tuple, Table)):
-                continue
-            seen.add(id(value))
+            if id(value) in self._changed or not isinstance(value, (list, tuple, Table)):
+                continue  # What lies in it is unknown already, and nothing is added to it.
             self._spend(1 + len(value))
-            if not isinstance(value, tuple):
-                self._changed[id(value)] = (value, unknown)
+            self._changed[id(value)] = (value, value if isinstance(value, tuple) else unknown)
             todo += value.values() if isinstance(value, Table) else value
         return unknown
 

@@ -36,11 +36,13 @@ _PUSH_THEIR_ARGUMENT = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
     "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split()
 )
+_PUT = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 _TO_MARKER, _AND_ONE_BELOW = -1, -2
 _ELEMENTS = "elements for something that is not a list"
 _ITEMS = "items for something that is not a dict"
 _CALL = "a call of something that is not an allowed global"
 _STORAGE = "a storage reference of unknown form"
+_UNKNOWN = "opcode {} has no place in a checkpoint"
 # How many values an opcode takes from the stack, and what is wrong where they are of other kinds.
 _OPERANDS = {
     **{f"TUPLE{count}": (count, "") for count in (1, 2, 3)},
@@ -159,32 +161,37 @@ class _Machine:
 
     def step(self, opcode: str, argument: Any) -> None:
         stack = self._stack
+        # Most opcodes are of the first kinds here and below.
         if opcode in _PUSH_THEIR_ARGUMENT:
             if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
                 raise self._damaged("an integer of absurd length")
             stack.append(argument)
             return
-        unknown = f"opcode {opcode} has no place in a checkpoint"
-        count, wrong = _OPERANDS.get(opcode, (0, unknown))
-        match opcode, self.take(count):
-            case "PUT" | "BINPUT" | "LONG_BINPUT", _:
-                self._memo[self._key(argument)] = stack[-1]
-            case "MEMOIZE", _:
-                self._memo[len(self._memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET", _:
+        if opcode in _PUT:
+            self._memo[self._key(argument)] = stack[-1]
+            return
+        count, wrong = _OPERANDS.get(opcode, (0, ""))
+        match opcode, self.take(count) if count else []:
+            case "BINGET" | "LONG_BINGET" | "GET", _:
                 stack.append(self._memo[argument])
             case "MARK", _:
                 stack.append(_MARK)
+            case "TUPLE" | "TUPLE2" | "EMPTY_TUPLE" | "TUPLE1" | "TUPLE3", values:
+                stack.append(tuple(values))
+            case "REDUCE" | "NEWOBJ", [GlobalName(name), tuple(arguments)]:
+                stack.append(self._call(name, arguments))
+            case "BINPERSID", [("storage", GlobalName(kind), str(key), _, int(elements))]:
+                stack.append(self._storage(kind, key, elements))
+            case "NEWFALSE" | "NEWTRUE" | "NONE", _:
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case "MEMOIZE", _:
+                self._memo[len(self._memo)] = stack[-1]
             case "POP", _:
                 stack.pop()
             case "DUP", _:
                 stack += self.take(1) * 2
             case "PROTO" | "FRAME" | "POP_MARK", _:
                 pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE", _:
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
-            case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3", values:
-                stack.append(tuple(values))
             case "EMPTY_LIST" | "EMPTY_SET" | "LIST" | "FROZENSET", values:
                 stack.append(values)
             case "EMPTY_DICT" | "DICT", pairs:
@@ -200,17 +207,13 @@ class _Machine:
                 stack.append(self._global(argument.replace(" ", ".", 1)))
             case "INST", _:
                 self._global(argument.replace(" ", ".", 1))  # Mostly refused by its name.
-                raise self._damaged(unknown)
+                raise self._damaged(_UNKNOWN.format(opcode))
             case "STACK_GLOBAL", [str(module), str(name)]:
                 stack.append(self._global(f"{module}.{name}"))
-            case "BINPERSID", [("storage", GlobalName(kind), str(key), _, int(elements))]:
-                stack.append(self._storage(kind, key, elements))
-            case "REDUCE" | "NEWOBJ", [GlobalName(name), tuple(arguments)]:
-                stack.append(self._call(name, arguments))
             case "BUILD", [Record() | dict() | list() | TensorReference() as target, _]:
                 stack.append(target)  # Attributes do not concern the weights.
             case _:
-                raise self._damaged(wrong)
+                raise self._damaged(wrong or _UNKNOWN.format(opcode))
 
     def take(self, count: int) -> list[Value]:
         """Takes values from the stack; the last was on top."""

@@ -14,6 +14,7 @@ from builders.training_config import write_training_config
 from command import run
 from xtuner2llava import Inspection, inspect
 from xtuner2llava.planning.plan import Fidelity
+from xtuner2llava.tokenizers import conversion
 from xtuner2llava.tokenizers import qwen as qwen_files
 
 Foresee = Callable[..., Inspection]
@@ -164,6 +165,19 @@ def test_a_hook_without_template_or_stop_words_is_told_which(
 def test_a_config_without_prompt_template_is_told_which(foresee: Foresee, kind: str) -> None:
     outlook = foresee(kind, prompt_template=None)
     assert f"prompt_template = PROMPT_TEMPLATE.{TEMPLATES[kind]}" in outlook.lines
+
+
+def test_a_tokenizer_is_converted_once_for_all_targets(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a target is judged twice, with and without the tower's name."""
+    convert, calls = conversion.from_sentencepiece, []
+    monkeypatch.setattr(
+        conversion, "from_sentencepiece", lambda *given: calls.append(given) or convert(*given)
+    )
+    outlook = inspect(written("internlm2"))
+    assert [target.needs for target in outlook.targets] == [None, "vision_tower_name"]
+    assert len(calls) == 1
 
 
 def test_a_template_whose_words_the_tokenizer_lacks_is_not_advised(

@@ -124,9 +124,9 @@ def _as_json(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def inspect_checkpoint(checkpoint: Checkpoint, options: InspectOptions) -> Inspection:
     """What `checkpoint` is, and what it can become with the base models that are here."""
     config, training_config = checkpoint.llm.config, checkpoint.training_config
-    formats = Catalogue.shipped().formats
-    assessments = [Assessment(checkpoint, options.with_format(name)) for name in formats]
-    found = assessments[0]  # What holds of the checkpoint is the same for all.
+    formats = [options.with_format(name) for name in Catalogue.shipped().formats]
+    found = Assessment(checkpoint, formats[0])  # What holds of the checkpoint is the same for all.
+    assessments = [found, *(Assessment(checkpoint, each, found) for each in formats[1:])]
     parts = {"llm": checkpoint.llm, "visual_encoder": checkpoint.visual_encoder}
     folders = {name: (part.name, part.folder) for name, part in parts.items()}
     tokenizer = found.known(lambda: found.base_tokenizer[0].folder)
@@ -171,7 +171,7 @@ def _target(checkpoint: Checkpoint, options: InspectOptions, found: Assessment) 
     if options.vision_tower_name is None and {f.where for f in found.faults} == {VISION_TOWER_KEY}:
         named = replace(options, vision_tower_name=_ANY_NAME)
         other = _target(
-            checkpoint, named, Assessment(checkpoint, named.with_format(found.format.name))
+            checkpoint, named, Assessment(checkpoint, named.with_format(found.format.name), found)
         )
         if other.is_possible:
             return replace(

@@ -40,7 +40,8 @@ from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vi
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.storage.small_file import read_small
 from xtuner2llava.tokenizers.compatibility import readable_tokenizer
-from xtuner2llava.tokenizers.tokenizer import FAST, Tokenizer
+from xtuner2llava.tokenizers.conversion import prepare_tokenizer
+from xtuner2llava.tokenizers.tokenizer import FAST, Prepared, Tokenizer
 from xtuner2llava.writing.shards import INDEX_NAME, plan_shards
 
 _T = TypeVar("_T")
@@ -109,11 +110,14 @@ class Assessment:
 
     `faults` keep it from being converted. Each of its parts is there even if another is at fault.
     Without faults there is a plan, unless tensors are not known yet: weights that were not
-    downloaded, or a training that has not begun.
+    downloaded, or a training that has not begun. `other` judges the same with the same family and
+    tokenizer, in another format or under another name.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
-        self.checkpoint, self.options = checkpoint, options
+    def __init__(
+        self, checkpoint: Checkpoint, options: Options, other: Assessment | None = None
+    ) -> None:
+        self.checkpoint, self.options, self._other = checkpoint, options, other
         self.catalogue = Catalogue.shipped()
         self.format = self.catalogue.formats[options.format]
         faults = [fault for fault in checkpoint.faults if fault not in checkpoint.pending]
@@ -196,10 +200,31 @@ class Assessment:
         return _known(training_tokenizer(self.checkpoint, self.options.tokenizer, self.found))
 
     @_part
+    def converted_tokenizer(self) -> Prepared:
+        """The tokenizer of the training as its family converts it, which can take seconds."""
+        if self._other is not None:
+            return self._other.converted_tokenizer
+        generation, rules = self.family.generation, self.family.tokenizer
+        return prepare_tokenizer(
+            self.base_tokenizer[0],
+            rules.convert,
+            rules.special_tokens,
+            eos=next(iter(generation.eos), None),
+            pad=generation.pad,
+        )
+
+    @_part
     def tokenizer(self) -> Tokenizer:
         """The tokenizer to write, as the programs that the format is for load it."""
         (base, _), data = self.base_tokenizer, self.checkpoint.training_data
-        made = tokenizer_to_write(base, self.family, data, self.options.bos_token, self.found)
+        made = tokenizer_to_write(
+            base,
+            self.converted_tokenizer,
+            self.family.generation.bos,
+            data,
+            self.options.bos_token,
+            self.found,
+        )
         prepared = readable_tokenizer(made, self.options.format)
         self.found.note(*prepared.notes)
         return prepared.tokenizer

@@ -8,14 +8,13 @@ from os import fspath
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, UsageError, raise_faults
 from xtuner2llava.hub.download import find_folder
-from xtuner2llava.mapping.family import Family
 from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.plan import Findings
 from xtuner2llava.sources.artifact import LLM
 from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tokenizers.conversion import prepare_tokenizer, with_arguments
-from xtuner2llava.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from xtuner2llava.tokenizers.conversion import with_arguments
+from xtuner2llava.tokenizers.tokenizer import Prepared, Tokenizer, read_tokenizer
 from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.datasets import WITHOUT_IDS, Loaded, TrainingData
 from xtuner2llava.training_config.values import Value, shown
@@ -84,41 +83,34 @@ def training_tokenizer(
 
 def tokenizer_to_write(
     tokenizer: Tokenizer,
-    family: Family,
+    converted: Prepared,
+    family_bos: str | None,
     data: TrainingData,
     given_bos: str | None,
     findings: Findings,
 ) -> Tokenizer:
-    """The training's tokenizer, converted where its family says so, with the right bos token.
+    """The training's `tokenizer`, `converted` as its family says, with the right bos token.
 
     `given_bos` is the user's. Without it, a bos token is taken off a tokenizer of Qwen's: XTuner's
     advice for Qwen (issue 292 there) puts `<|im_start|>` on the tokenizer, so that `generate` finds
     a bos id; the configs have that id here, and the token makes LLaVA drop others. Raises
     `ConversionError` for a tokenizer that cannot be used.
     """
-    generation = family.generation
-    prepared = prepare_tokenizer(
-        tokenizer,
-        family.tokenizer.convert,
-        family.tokenizer.special_tokens,
-        eos=next(iter(generation.eos), None),
-        pad=generation.pad,
-    )
     # XTuner trains Qwen's tokenizers without a bos token, and others with the one that they have
     # (InternLM/xtuner `xtuner/dataset/utils.py`, get_bos_eos_token_ids). So the family's is for the
     # configs alone where the class is Qwen's, or not named.
-    named = prepared.tokenizer.slow_class.lower()
-    apart = generation.bos if named.startswith(("qwen", "none")) else None
+    named = converted.tokenizer.slow_class.lower()
+    apart = family_bos if named.startswith(("qwen", "none")) else None
     kept = ("bos_token",) if apart is not None else ()
-    result, notes = with_arguments(prepared.tokenizer, _arguments(data.tokenizer)[0], kept=kept)
-    findings.note(*prepared.notes, *notes)
+    result, notes = with_arguments(converted.tokenizer, _arguments(data.tokenizer)[0], kept=kept)
+    findings.note(*converted.notes, *notes)
     if given_bos is not None:
         if given_bos not in result.ids:
             raise UsageError(
                 f"'{given_bos}' is not a token of the tokenizer in {tokenizer.folder}",
                 where="--bos-token",
             )
-        if generation.bos not in (None, given_bos):
+        if family_bos not in (None, given_bos):
             findings.note(f"The tokenizer's bos token is '{given_bos}', as asked. {_DROPS}.")
         return result.with_special_token("bos_token", given_bos)
     own = apart if apart in result.ids else None

@@ -345,7 +345,8 @@ class _Evaluator:
     def _function(self, node: ast.FunctionDef | ast.Lambda) -> Unknown:
         parts = list(ast.walk(node))
         self._spend(len(parts))
-        self._rebound.update(n for part in parts if isinstance(part, ast.Global) for n in part.names)
+        for part in parts:
+            self._rebound.update(part.names if isinstance(part, ast.Global) else ())
         self._mentioned.update(part.id for part in parts if isinstance(part, ast.Name))
         return Unknown(_OWN, node.lineno)
 

@@ -335,8 +335,10 @@ def test_a_rebound_builtin_is_not_the_builtin() -> None:
         ("PK\3\4", "config.py:1"),
         ("x = '" + "a" * 900_000 + "'\n" + "y = x + 'b'\n" * 5000, "config.py"),
         ("x = [0]\n" + "x = x + x\n" * 19 + "y = x + [0]\n" * 5000, "config.py"),
-        ("def f(): " + ", ".join(f"a{i}" for i in range(9000)) + "\n" + "foo()\n" * 500,
-         "config.py"),
+        (
+            "def f(): " + ", ".join(f"a{i}" for i in range(9000)) + "\n" + "foo()\n" * 500,
+            "config.py",
+        ),
         ("import a\n" + "a = a.b\n" * 5000, "config.py"),
     ],
 )

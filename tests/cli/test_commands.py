@@ -188,9 +188,9 @@ def test_a_mapping_that_fits_is_said_in_a_line(arguments: list[object], tmp_path
 
 
 def test_a_draft_is_not_wrapped(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    draft = run("mappings", "draft", *arguments).stdout
+    words = ["mappings", "draft", *map(str, arguments[:5])]
+    draft = run(*words).stdout
     monkeypatch.setattr(commands, "columns", lambda _: 40)
-    words = ["mappings", "draft", *map(str, arguments)]
     assert CliRunner().invoke(main, words).stdout == draft
     assert max(map(len, draft.splitlines())) > 40
 

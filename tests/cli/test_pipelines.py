@@ -180,6 +180,35 @@ def test_an_alpha_without_lora_is_said(words: list[str], checkpoints: Path) -> N
         assert note not in run("plan", *words, flag, "32").stdout
 
 
+def test_an_option_without_effect_is_said_or_refused(
+    words: list[str], checkpoints: Path, tmp_path: Path
+) -> None:
+    full, tower = str(checkpoints / "qwen2_e_full_fullvis/iter_2.pth"), "--vision-tower-name"
+    zero = str(checkpoints / "qwen2_f_zero3_full/iter_2.pth")
+    for flag, value, format_, idle, used in (
+        ("--weights", "module", "llava", full, zero),
+        (tower, "openai/clip-x", "hf", full, None),
+        ("--model-type", "llava", "hf", full, None),
+    ):
+        given = (*words[1:5], "--format", format_)
+        note = f"Note: {flag} has no effect"
+        assert note in run("plan", idle, *given, flag, value).stdout
+        assert note not in run("plan", idle, *given).stdout
+        assert used is None or note not in run("plan", used, *given, flag, value).stdout
+    file = tmp_path / "my.yaml"
+    file.write_text("schema: 1\nfamily: my\nextends: qwen2\n")
+    assert run("mappings", "check", str(file)).exit_code == 0
+    for option, *value in (("--llm", "base"), ("--dtype", "float16"), ("--include-vision-tower",)):
+        flag = option if value else "--no-include-vision-tower"
+        done = run("mappings", "check", str(file), flag, *value)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"{option}: says how a checkpoint is read, and without CHECKPOINT" in done.stderr
+    for command, argument in (("check", str(file)), ("draft", full)):
+        done = run("mappings", command, argument, "--mapping", "qwen2")
+        assert done.exit_code == 2 and "No such option" in done.stderr
+    assert "extends: qwen2" in run("mappings", "draft", full, *words[1:5]).stdout
+
+
 def test_the_name_of_a_file_makes_no_line(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -668,6 +668,21 @@ def test_options_of_a_checkpoint_need_one(whole: Path) -> None:
     assert "without against none is" in error.value.faults[0].what
 
 
+def test_a_folder_is_held_to_every_option_of_its_output(whole: Path) -> None:
+    values = json.loads((whole / "conversion.json").read_text())
+    assert "as asked for" not in results(verify(whole, dtype=values["dtype"], bos_token=None))
+    other = "bfloat16" if values["dtype"] == "float16" else "float16"
+    for options, said in (
+        ({"dtype": other}, f"its dtype is {values['dtype']}"),
+        ({"include_vision_tower": False}, "the vision tower is in it"),
+        ({"bos_token": "<|im_start|>"}, "its bos token is None"),
+    ):
+        found = verify(whole, **options).named("as asked for")
+        assert found.result == "FAILED" and said in found.detail
+    with pytest.raises(UsageError, match="trust_remote_code: is for logits=True with against"):
+        verify(whole, trust_remote_code=True)
+
+
 def test_no_libraries_global_state_is_changed(whole: Path) -> None:
     import torch
 

@@ -43,6 +43,7 @@ from xtuner2llava.options import (
     SourceOptions,
     TryOptions,
     VerifyOptions,
+    decided,
     parse_size,
 )
 
@@ -422,7 +423,7 @@ def show_mapping(name: str) -> None:
     click.echo(Catalogue.shipped().text_of(name), nl=False)
 
 
-@flags.command(mappings, SourceOptions, "file", "[checkpoint]", name="check")
+@flags.command(mappings, SourceOptions, "file", "[checkpoint]", name="check", without=["mapping"])
 def check_mapping(
     file: str, checkpoint: str | None, *, options: SourceOptions, as_json: bool, quiet: bool
 ) -> None:
@@ -436,6 +437,8 @@ def check_mapping(
     shipped = Catalogue.shipped()
     raise_faults(MappingError, shipped.check(Path(file)))
     if checkpoint is None:
+        what = "says how a checkpoint is read, and without CHECKPOINT none is"
+        raise_faults(UsageError, [Fault(name, what) for name in decided(options)])
         if as_json:
             _print_json({"file": file, "faults": []})
         elif not quiet:
@@ -446,18 +449,21 @@ def check_mapping(
     # Which name the tower is published under does not matter to the mapping, nor does which of the
     # formats that have its class.
     plain = shipped.with_family_file(Path(file)).target_class.name
-    named = {
-        "mapping": file,
-        "vision_tower_name": "the vision tower",
-        "format": "llava" if plain in shipped.formats["llava"].classes else "hf",
-    }
+    named = {"mapping": file, "format": "hf"}
+    if plain in shipped.formats["llava"].classes:
+        tower = options.vision_tower_name or "the vision tower"
+        named |= {"format": "llava", "vision_tower_name": tower}
     made = run(checkpoint, Options(**{**vars(options), **named}))
     count = sum(tensor.component == "llm" for tensor in made.tensors)
     fits = f"{file}: fits {checkpoint}: {count} tensors of {made.architecture}"
     _show(made, lambda _: fits, as_json=as_json, quiet=quiet)
 
 
-@flags.command(mappings, SourceOptions, "checkpoint", name="draft", talk=False)
+@flags.command(
+    mappings, SourceOptions, "checkpoint", name="draft", talk=False,
+    without="tokenizer mapping vision_lora_alpha include_vision_tower vision_tower_name bos_token "
+    "dtype".split(),
+)  # fmt: skip
 def draft_mapping(checkpoint: str, *, options: SourceOptions) -> None:
     """Print a starter mapping for the LLM of CHECKPOINT."""
     from xtuner2llava.errors import CheckpointError, raise_faults

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from functools import wraps
@@ -116,13 +116,15 @@ def command(
     *arguments: str,
     name: str | None = None,
     talk: bool = True,
+    without: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Makes a function a command of `group`, with a flag for each field of `kind` that has a help.
 
+    Fields `without` effect on it have none.
     The function gets its arguments by name, one in brackets need not be given; `kind` as `options`;
     with `talk`, also `as_json` and `quiet`; and the flags that `option` has given it.
     """
-    named = [each for each in fields(kind) if each.metadata]
+    named = [each for each in fields(kind) if each.metadata and each.name not in without]
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @wraps(function)

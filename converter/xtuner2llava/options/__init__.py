@@ -287,7 +287,7 @@ class TryOptions(CheckedOptions):
     on_text: Callable[[str], None] | None = None
 
 
-def decided(options: Options) -> dict[str, Any]:
+def decided(options: CheckedOptions) -> dict[str, Any]:
     """What was chosen of what decides the output, by flag; the defaults are left out."""
     return {
         flag(each.name): value

@@ -15,7 +15,7 @@ from xtuner2llava.mapping.caveats import Limit
 from xtuner2llava.mapping.expressions import visible
 from xtuner2llava.mapping.family import Family
 from xtuner2llava.mapping.format import FormatClass
-from xtuner2llava.options import Options, flag, parse_size
+from xtuner2llava.options import Options, decided, flag, parse_size
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning import image_processor, language_model, placement, vision_tower
 from xtuner2llava.planning.chat import generation_tokens, with_trained_bos, with_trained_chat
@@ -68,11 +68,16 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     raise_faults(PlanError, [*found.faults, *checkpoint.pending])
     for file in found.plan.mapping.files:
         _log.debug("mapping: %s, SHA-256 %s", file.name, file.sha256)
+    if vision_tower.KEY not in found.plan.config:
+        for name in ("vision_tower_name", "model_type"):
+            if flag(name) in decided(options):
+                what = "the format has no mm_vision_tower, and one model_type"
+                found.found.note(f"{flag(name)} has no effect: {what}.")
     for path in found.plan.copied_files:
         _log.debug("%s: copied from %s", path.name, path.parent)
     for name in found.plan.made_files:
         _log.debug("%s: made", name)
-    return found.plan
+    return replace(found.plan, notes=tuple(found.found.notes))
 
 
 class _NotKnown(ConversionError):

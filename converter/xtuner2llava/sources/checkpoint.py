@@ -14,6 +14,7 @@ from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.opening import open_artifact
 from xtuner2llava.sources.part import Assembly, Part
+from xtuner2llava.sources.zero_directory import MASTER
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.datasets import TrainingData
@@ -114,6 +115,8 @@ def _assembled(work: Assembly) -> Checkpoint:
             inexact = work.config.inexact
     except ConversionError as error:
         work.faults.extend(error.faults)
+    if work.options.weights != MASTER and not artifact.layout.startswith("DeepSpeed"):
+        work.notes.append("--weights has no effect: the checkpoint is not a DeepSpeed directory.")
     recorded = _recorded(work.training_config, artifact.config)
     work.faults.extend(_class_faults(work.training_config, recorded))
     if work.training_config is not None and recorded is not None:

@@ -24,7 +24,9 @@ from xtuner2llava.errors import (
 from xtuner2llava.hub.download import is_reference
 from xtuner2llava.metadata.stages import Stages
 from xtuner2llava.options import INPUT, PathOrText, SourceOptions, VerifyOptions, flag
+from xtuner2llava.sources.artifact import VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json
+from xtuner2llava.tokenizers.tokenizer import read_tokenizer
 from xtuner2llava.verification.checks import config, names, structure, tokenizer
 from xtuner2llava.verification.checks.record import record_checks
 from xtuner2llava.verification.folder import ConvertedFolder, UnreadableWeights, open_folder
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 
     _Reference = tuple[ModelInput, torch.Tensor]
 
-_HEADERS = "safetensors headers"
+_HEADERS, _ASKED = "safetensors headers", "as asked for"
 # A check that does not apply to a folder finds None.
 _CHECKS: Mapping[str, Callable[[ConvertedFolder], Finding | None]] = {
     _HEADERS: structure.headers,
@@ -87,6 +89,9 @@ def verify_folder(out: PathOrText, options: VerifyOptions) -> Verification:
                  and getattr(options, f.name) != f.default)  # fmt: skip
         what = "says how a checkpoint is read, and without --against none is"
         raise_faults(UsageError, [Fault(flag(name), what) for name in given])
+    if options.trust_remote_code and not (options.logits and options.against is not None):
+        what = "is for --logits with --against, which are not both given"
+        raise UsageError(what, where="--trust-remote-code")
     path, repository = Path(out), fspath(out)
     if "/" in repository and not path.exists() and is_reference(repository):
         return _verify_published(repository, options)
@@ -118,7 +123,7 @@ def _verify(
     with stages.stage("look") as stage:
         checks = check_folder(folder, _reporter(options, "checksums"), published)
         stage.nbytes = _weight_bytes(path)
-    checks += _asked(folder, options)
+    checks += _checked(_ASKED, _asked(folder, options))
     if any(check.name == _HEADERS and check.result == FAILED for check in checks):
         checks += skipped
     else:
@@ -202,8 +207,15 @@ def _asked(folder: ConvertedFolder, options: VerifyOptions) -> Iterator[Check]:
             faults.append(f"its model_type is {kind!r}, --model-type is {options.model_type}")
         if (wanted := options.vision_tower_name) not in (None, tower):
             faults.append(f"its mm_vision_tower is {tower!r}, --vision-tower-name is {wanted}")
+    if (dtype := folder.record.get("dtype", folder.dtype)) != options.dtype != "auto":
+        faults.append(f"its dtype is {dtype}, --dtype is {options.dtype}")
+    if not options.include_vision_tower and folder.part(VISUAL_ENCODER):
+        faults.append("the vision tower is in it, --no-include-vision-tower leaves it out")
+    bos = None if options.bos_token is None else read_tokenizer(folder.path).special("bos_token")
+    if bos != options.bos_token:
+        faults.append(f"its bos token is {bos!r}, --bos-token is {options.bos_token}")
     if faults:
-        yield Check("as asked for", *judge(faults, ""))
+        yield Check(_ASKED, *judge(faults, ""))
 
 
 def _verify_published(repository: str, options: VerifyOptions) -> Verification:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from damage import copy_of, edit_json, edit_tensors
+from damage import copy_of, edit_json, edit_tensors, set_keys
 from reference.cases import Converted
 from xtuner2llava import ConversionError, UsageError
 from xtuner2llava.cli.commands import main
@@ -102,6 +102,25 @@ def test_a_question_has_no_space_around_it(
     prompts = [ask(converted(case, format=f), "wide.png", question) for f in ("llava", "hf")]
     asked = "<|im_start|>user\n" + f"<image>\n{question.strip()}".strip() + "<|im_end|>\n"
     assert [made.prompt for made in prompts] == [f"{asked}<|im_start|>assistant\n"] * 2
+
+
+def test_llava_is_asked_with_the_ids_of_training(
+    in_checkpoints: None, converted: Converted, tmp_path: Path
+) -> None:
+    """Whatever LlamaTokenizer of this transformers makes of white space, and without a bos token
+    in the post-processor, which the class adds.
+    """
+    case = "llama_b_full_frozenvis"
+    asked = first_of(case, "wide.png")
+    for name in ("with", "without"):
+        folder = shutil.copytree(converted(case, dtype="float32"), tmp_path / name)
+        set_keys(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+        set_keys(folder / "tokenizer.json", post_processor=None)
+        if name == "without":
+            (folder / "tokenizer.json").unlink()
+        tokens = list(ask(folder, "wide.png", asked["question"]).tokens)
+        assert len(tokens) >= 2
+        assert tokens == asked["tokens"][: len(tokens)], name
 
 
 def test_the_command_streams_the_answer(in_checkpoints: None, converted: Converted) -> None:
@@ -212,7 +231,7 @@ def test_a_damaged_folder_is_an_error_message(
         ask(folder, "wide.png", "<image><image>")
     (folder / "tokenizer_config.json").write_text("{")
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ConversionError, match=r"cannot be asked: \w+Error"):
+    with pytest.raises(ConversionError, match=r"cannot be asked: \w+Error|is not JSON"):
         ask(folder, "wide.png", "What?")
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConversionError, match=r"model\.safetensors cannot be read"):

@@ -489,3 +489,21 @@ def test_another_class_is_refused_with_the_reason(text: str, found: str, line: i
     (fault,) = caught.value.faults
     assert found in fault.what
     assert fault.where == ("config.py" if line is None else f"config.py:{line}")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("dataset_map_fn=llava_map_fn", "dataset_map_fn=llava_image_only_map_fn", "only_map_fn: "),
+        ("dataset_map_fn=llava_map_fn", "dataset_map_fn='my.code.to_prompt'", " is to_prompt: "),
+        ("type=LLaVADataset", "type='my.code.MyDataset'", "type is MyDataset: "),
+        ("dataset_map_fn=llava_map_fn", "dataset_map_fn=None", ""),
+        ("type=LLaVADataset", "type='xtuner.dataset.LLaVADataset'", ""),
+    ],
+)
+def test_what_makes_prompts_otherwise_is_said(before: str, after: str, said: str) -> None:
+    text = CONFIG.replace("import llava_map_fn,", "import llava_map_fn, llava_image_only_map_fn,")
+    assert text.count(before) == 1
+    notes = TrainingConfig.from_text(text.replace(before, after), "config.py").data.notes
+    found = [note for note in notes if "prompts are written as" in note]
+    assert [said in note for note in found] == [True] * bool(said)

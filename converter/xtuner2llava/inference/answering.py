@@ -8,7 +8,8 @@ composed here: the tower, the projector, and the LLM that generates from embeddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ from xtuner2llava.planning.vision_tower import PUBLISHED
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import read_model_config, vision_tower_config
 from xtuner2llava.storage.json_file import Json, table, text
-from xtuner2llava.tokenizers.tokenizer import FAST
+from xtuner2llava.tokenizers.llama import with_fast_file
+from xtuner2llava.tokenizers.prefix import LIKE_LLAMA, adds_bos
+from xtuner2llava.tokenizers.tokenizer import FAST, read_tokenizer
 from xtuner2llava.verification.checks import structure
 from xtuner2llava.verification.folder import ConvertedFolder, open_folder
 from xtuner2llava.verification.outcome import FAILED
@@ -166,10 +169,7 @@ def _ask_llava(out: ConvertedFolder, picture: Any, question: str, device: str) -
         module.to(device).eval()
     if (out.path / "generation_config.json").is_file():
         llm.generation_config = transformers.GenerationConfig.from_pretrained(out.path)
-    # tokenizer.json as it is: LlamaTokenizer of transformers 5 puts spaces elsewhere.
-    fast = (out.path / FAST).is_file()
-    kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
-    tokenizer = kind.from_pretrained(out.path, config=llm.config, **_LOCAL)
+    tokenizer, begins = _tokenizer(out, llm.config)
     prompt = question if IMAGE in question else _prompt(out, question)
     before, _, after = prompt.partition(IMAGE)
     pixels = _pixels(out, picture).to(device, dtype)
@@ -178,13 +178,35 @@ def _ask_llava(out: ConvertedFolder, picture: Any, question: str, device: str) -
     seen = project(states[out.config["mm_vision_select_layer"]], projector)
     embed = llm.get_input_embeddings()
 
-    def embedded(piece: str, *, first: bool) -> Any:
-        ids = tokenizer.encode(piece, add_special_tokens=first)
+    def embedded(piece: str, first: Sequence[int] = ()) -> Any:
+        ids = [*first, *tokenizer.encode(piece, add_special_tokens=False)]
         return embed(torch.tensor([ids], dtype=torch.long, device=device))
 
-    embeds = torch.cat([embedded(before, first=True), seen, embedded(after, first=False)], dim=1)
+    embeds = torch.cat([embedded(before, begins), seen, embedded(after)], dim=1)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)
     return prompt, tokenizer, llm, {"inputs_embeds": embeds, "attention_mask": mask}
+
+
+def _tokenizer(out: ConvertedFolder, config: Any) -> tuple[Any, list[int]]:
+    """The tokenizer with the ids of training in every transformers, and those before a prompt.
+
+    LlamaTokenizer of 5 leaves tokenizer.json aside, and splits white space otherwise.
+    """
+    import transformers
+
+    from tokenizers import Tokenizer
+
+    files = read_tokenizer(out.path)
+    bos = files.ids.get(files.special("bos_token") or "") if adds_bos(files) else None
+    before = [] if bos is None else [bos]
+    llama = files.slow_class in LIKE_LLAMA
+    made = with_fast_file(files) if llama and FAST not in files.files else files
+    auto: Any = transformers.AutoTokenizer
+    if not llama or made is None:
+        return auto.from_pretrained(out.path, config=config, **_LOCAL), before
+    fast = Tokenizer.from_str(json.dumps(made.read(FAST)))
+    plain: Any = transformers.PreTrainedTokenizerFast
+    return plain(tokenizer_object=fast, clean_up_tokenization_spaces=False), before
 
 
 def _dtype(out: ConvertedFolder) -> torch.dtype:

@@ -32,6 +32,11 @@ WITHOUT_IDS = frozenset(
 _MAX_LENGTH = 2048  # default of LLaVADataset, xtuner/dataset/llava.py
 _DATASETS_LIMIT = 1000
 _STOP_WORDS_LIMIT = 100
+# Of InternLM/xtuner `xtuner/dataset`: they put an image and a question into one form.
+_PROMPT_MAKERS = {
+    "type": ("LLaVADataset", "RefCOCOJsonDataset", "InvRefCOCOJsonDataset"),
+    "dataset_map_fn": ("llava_map_fn",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ class _Reader:
         )
         tokenizer, processor = (next(iter(found), None) for found in (tokenizers, processors))
         aspect_ratio = self._aspect_ratio(datasets)
+        self._note_other_prompts(datasets)
         read = partial(Section.positive, default=_MAX_LENGTH)
         lengths = {self._read(one, "max_length", read) for one in datasets} - {None}
         if len(lengths) > 1:
@@ -224,6 +230,18 @@ class _Reader:
                 "`pad` is what XTuner's own chat and evaluation do"
             )
         return "pad" if True in padded else None
+
+    def _note_other_prompts(self, datasets: list[Section]) -> None:
+        """Notes functions and classes that make prompts in a way that is not known."""
+        for dataset in datasets:
+            for key, known in _PROMPT_MAKERS.items():
+                name = (dotted(dataset.table.get(key)) or "").rpartition(".")[2]
+                if name and name not in known:
+                    self._notes.append(
+                        f"{dataset.name(key)} is {name[:80]}: prompts are written as XTuner's "
+                        "LLaVADataset makes them with llava_map_fn, the image first, then a line "
+                        "feed and the question. Training may have had others."
+                    )
 
     def _prompt_template(self, datasets: list[Section], hook: Section | None) -> str | Table | None:
         maps = filter(None, (dataset.known("template_map_fn") for dataset in datasets))

@@ -661,6 +661,24 @@ def test_logits_need_a_checkpoint(whole: Path) -> None:
         verify(whole, logits=True)
 
 
+@pytest.mark.parametrize("text", ["# Mine\n", "", "{card}\nA sentence more.\n"])
+def test_a_card_may_be_edited_and_nothing_else(whole: Path, tmp_path: Path, text: str) -> None:
+    folder = copy_of(whole, tmp_path)
+    card = folder / "README.md"
+    card.write_text(text.replace("{card}", card.read_text()))
+    found = verify(folder)
+    assert found.passed
+    assert "README.md was edited since" in found.named("checksums of small files").detail
+    assert "edited" not in verify(whole).named("checksums of small files").detail
+    card.write_text(f"{text} /home/ann/models")
+    assert verify(folder).named("no local paths").result == "FAILED"
+    set_keys(folder / "special_tokens_map.json", x="")
+    found = verify(folder)
+    assert "special_tokens_map.json is not what" in found.named("checksums of small files").detail
+    card.unlink()
+    assert "README.md is not there" in verify(folder).named("checksums of small files").detail
+
+
 def test_options_of_a_checkpoint_need_one(whole: Path) -> None:
     with pytest.raises(UsageError) as error:
         verify(whole, llm="base", weights="module", dtype="float16")

@@ -28,7 +28,7 @@ def record_checks(
     """Checks of all files against `conversion.json`; reads everything once.
 
     `advance` counts the bytes that were read. Of a published model, `published` are the SHA-256 of
-    large files that the Hub states; its tensors are not read, and its card may be edited there.
+    large files that the Hub states; its tensors are not read. README.md may have been edited.
     """
     shards, files = out.record.get("shards"), out.record.get("files")
     if not isinstance(shards, list) or not isinstance(files, dict):
@@ -38,13 +38,13 @@ def record_checks(
     listed = (entry if isinstance(entry, dict) else {} for entry in shards)
     entries = [*{str(entry.get("file")): entry for entry in listed}.values()]
     yield Check("checksums of shards", *_shards(out.path, entries, advance, published))
-    edited = [] if published is None else [CARD_NAME]
-    faults = [
-        f"{name} {what}"
-        for name, recorded in files.items()
-        if name not in edited and (what := changed(out.path, name, recorded))
-    ]
-    fine = f"{len(files)} files as written" + "".join(f", {name} aside" for name in edited)
+    wrong = {n: what for n, recorded in files.items() if (what := changed(out.path, n, recorded))}
+    fine = f"{len(files)} files as written"
+    # Users edit the card, and on the Hub they may delete it.
+    if CARD_NAME in wrong and (published is not None or (out.path / CARD_NAME).is_file()):
+        del wrong[CARD_NAME]
+        fine = f"{len(files) - 1} files as written; {CARD_NAME} was edited since"
+    faults = [f"{name} {what}" for name, what in wrong.items()]
     yield Check("checksums of small files", *judge(faults, fine))
     known = {*files, RECORD_NAME, *_OF_THE_HUB, *(str(entry.get("file")) for entry in entries)}
     others = [path.name for path in out.files() if path.name not in known]

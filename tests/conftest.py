@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,14 @@ settings.load_profile("patient")
 
 # Test modules import `reference.…` from here; `--import-mode=importlib` adds no paths itself.
 sys.path.insert(0, str(Path(__file__).parent))
+
+from hub_server import HubServer  # noqa: E402
+
+# The Hub of all tests, and of programs that they start, is one on loopback. huggingface_hub reads
+# where it is when it is first imported.
+LOOPBACK = HubServer()
+HOME = tempfile.TemporaryDirectory()
+os.environ.update(LOOPBACK.environment(Path(HOME.name)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,6 +99,19 @@ def seen(pytestconfig: pytest.Config) -> Seen:
 def checkpoints() -> Path:
     """Checkpoints that XTuner wrote, see its README.md. Not to be written to."""
     return Path(__file__).parent / "checkpoints"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loopback() -> Iterator[HubServer]:
+    with LOOPBACK:
+        yield LOOPBACK
+
+
+@pytest.fixture
+def hub(loopback: HubServer) -> HubServer:
+    """The Hub without what the test before left there."""
+    loopback.reset()
+    return loopback
 
 
 @pytest.fixture(scope="session", autouse=True)

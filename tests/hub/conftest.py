@@ -1,8 +1,7 @@
-"""A Hub on loopback, a client of it in another process, and a converted folder to publish."""
+"""A client of the Hub on loopback, and a converted folder to publish."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,29 +9,9 @@ import pytest
 from hub_server import Client, HubServer
 
 
-@pytest.fixture(scope="package")
-def loopback() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
 @pytest.fixture
-def hub(loopback: HubServer) -> HubServer:
-    """The Hub without the repositories, requests and faults of the test before."""
-    loopback.repos.clear()
-    loopback.requests.clear()
-    loopback.faults.clear()
-    loopback.chunk_bytes = None
-    return loopback
-
-
-@pytest.fixture(scope="package")
-def client(
-    loopback: HubServer, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Client]:
-    home = tmp_path_factory.mktemp("hub") / "home"
-    with Client(loopback, home, checkpoints) as client:
-        yield client
+def client(hub: HubServer, checkpoints: Path) -> Client:
+    return Client(hub, checkpoints)
 
 
 @pytest.fixture(scope="package")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ from hub_server import HubServer, Repo, content
 
 REPO = "ann/llava-qwen-tiny"
 JOBS = 2
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +44,13 @@ def command(checkpoints: Path, out: Path, *more: object) -> list[str]:
     convert = [sys.executable, "-m", "xtuner2llava", "convert", str(checkpoints / CHECKPOINT)]
     push = ["--push-to-hub", REPO, "--low-disk", "--jobs", str(JOBS), "-q"]
     return [*convert, str(out), *words, *push, *map(str, more)]
+
+
+def here(hub: HubServer, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What `command` does in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", hub.token)
+        return run(*command[3:])
 
 
 def environment(hub: HubServer, home: Path) -> dict[str, str]:
@@ -106,9 +106,7 @@ def test_ten_shards_never_lie_on_disk_together(
             seen.append(hub.repos[REPO].content())
 
         hub.before_put = before_put
-        subprocess.run(
-            command(checkpoints, out), env=environment(hub, tmp_path / "home"), check=True
-        )
+        assert here(hub, command(checkpoints, out)).returncode == 0
     shards = shard_sizes(local)
     assert len(hub.log("PUT")) == len(seen) == len(shards)
     assert samples.count > 2 * len(shards)
@@ -196,13 +194,7 @@ def test_nothing_is_written_for_somebody_who_may_not_publish(
 ) -> None:
     hub.users[hub.token] = "ben"
     out = tmp_path / "llava-qwen-tiny"
-    done = subprocess.run(
-        command(checkpoints, out),
-        env=environment(hub, tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = here(hub, command(checkpoints, out))
     assert done.returncode == 1
     assert "403" in done.stderr
     assert not list(tmp_path.glob("llava*"))

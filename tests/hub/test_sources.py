@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,21 +31,18 @@ OTHERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
+@pytest.fixture
+def home() -> Path:
+    """Where huggingface_hub keeps what it fetches."""
+    return Path(os.environ["HF_HOME"])
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hub")
+@pytest.fixture
+def client(hub: HubServer, home: Path) -> Client:
+    return Client(hub, home)
 
 
-@pytest.fixture(scope="module")
-def client(hub: HubServer, home: Path) -> Iterator[Client]:
-    with Client(hub, home, home, HF_HUB_DISABLE_PROGRESS_BARS="1") as client:
-        yield client
+NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,7 @@ class Names:
 @pytest.fixture
 def names(hub: HubServer, checkpoints: Path) -> Names:
     """The bases and a private checkpoint, as safetensors and, on branch `bin`, as .bin."""
-    hub.requests.clear()
-    hub.faults.clear()
-    number = len(hub.repos)
+    number = next(NUMBERS)
     names = Names(f"qwen/tiny-{number}", f"openai/clip-tiny-{number}", f"ann/trained-{number}")
     bases = checkpoints / "bases"
     hub.add(names.llm, {**content(bases / "llm_qwen2"), **OTHERS, "README.md": CARD})
@@ -198,17 +193,35 @@ def test_a_reader_of_a_gated_repository(
     convert(client, names, tmp_path / "llava-qwen", llm="meta/open")
 
 
+# Settings that huggingface_hub reads when it is imported need a process of their own.
+OFFLINE = """
+import sys
+from xtuner2llava import ConversionError, convert
+trained, llm, vision = sys.argv[1:]
+convert(trained, "llava-qwen-2", llm=llm, vision=vision)
+try:
+    convert(trained, "llava-qwen-3", llm="qwen/other", vision=vision)
+except ConversionError as error:
+    print(error)
+"""
+
+
 def test_offline_the_cache_serves(
-    names: Names, hub: HubServer, client: Client, home: Path, tmp_path: Path
+    names: Names, hub: HubServer, client: Client, tmp_path: Path
 ) -> None:
     convert(client, names, tmp_path / "llava-qwen-1")
     hub.requests.clear()
-    with Client(hub, home, tmp_path, HF_HUB_OFFLINE="1") as offline:
-        convert(offline, names, tmp_path / "llava-qwen-2")
-        text = fault(offline, names, tmp_path / "llava-qwen-3", llm="qwen/other")
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, names.trained, names.llm, names.vision],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": hub.token},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert content(tmp_path / "llava-qwen-1") == content(tmp_path / "llava-qwen-2")
     assert hub.requests == []
-    assert "; qwen/other is not in the local cache, and the Hub cannot be reached" in text
+    assert "; qwen/other is not in the local cache, and the Hub cannot be reached" in done.stdout
 
 
 def test_a_hub_that_is_down_is_said(tmp_path: Path) -> None:

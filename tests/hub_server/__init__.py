@@ -1,7 +1,7 @@
 """A Hub on loopback: what huggingface_hub asks for, over real HTTP, with faults to order.
 
-    with HubServer() as hub, Client(hub, cache, folder) as client:
-        client.call("push", out, "ann/model")
+    with HubServer() as hub:
+        Client(hub, folder).call("push", out, "ann/model")
         assert hub.repos["ann/model"].content() == ...
 
 It keeps files in memory, logs every request, and fails where a test says so (`HubServer.fail`).

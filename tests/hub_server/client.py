@@ -1,20 +1,16 @@
-"""Our API in another process, whose huggingface_hub talks to the loopback server.
-
-huggingface_hub reads its settings when it is imported, so the process of the tests cannot change
-its endpoint. One process serves many calls: importing takes longer than they do.
-"""
+"""Our API as a user of the loopback server calls it, in the process of the tests."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
+import pytest
+
+import xtuner2llava
 from hub_server.server import HubServer
 
 
@@ -34,32 +30,8 @@ class Answer:
 class Client:
     """Calls functions of xtuner2llava by name, with keywords; `token` None is an anonymous user."""
 
-    def __init__(self, hub: HubServer, home: Path, cwd: Path, **environment: str) -> None:
-        self.hub, self.token = hub, hub.token
-        self._environment = {**os.environ, **hub.environment(home), **environment}
-        self._cwd = cwd
-        self._process = self._start()
-
-    def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("worker.py")],
-            env=self._environment,
-            cwd=self._cwd,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.communicate()
+    def __init__(self, hub: HubServer, cwd: Path) -> None:
+        self.hub, self.token, self._cwd = hub, hub.token, cwd
 
     def ask(
         self, function: str, *arguments: object, raise_at: str | None = None, **keywords: object
@@ -68,29 +40,26 @@ class Client:
 
         The progress callback raises a `LookupError` at the stage `raise_at`.
         """
-        token = keywords.pop("token", self.token)
-        request = {
-            "function": function,
-            "arguments": [str(argument) for argument in arguments],
-            "keywords": {k: str(v) if isinstance(v, Path) else v for k, v in keywords.items()},
-            "token": token,
-            "raise_at": raise_at,
-        }
-        pipes = self._process
-        assert pipes.stdin is not None and pipes.stdout is not None
-        print(json.dumps(request), file=pipes.stdin, flush=True)
-        line = pipes.stdout.readline()
-        if not line:
-            pipes.communicate()
-            self._process = self._start()  # Other tests share this client.
-            raise AssertionError(f"the worker ended with {pipes.returncode} in {function}")
-        answer = json.loads(line)
-        return Answer(
-            answer["result"],
-            answer["error"],
-            answer["text"],
-            [tuple(p) for p in answer["progress"]],
-        )
+        token = cast("str | None", keywords.pop("token", self.token))
+        progress: list[tuple[str, int, int]] = []
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            progress.append((stage, done, total))
+            if stage == raise_at:
+                raise LookupError("raised by the callback")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_TOKEN", token or "")
+            patch.chdir(self._cwd)
+            try:
+                result = getattr(xtuner2llava, function)(
+                    *map(str, arguments), **keywords, on_progress=on_progress
+                )
+            except xtuner2llava.ConversionError as error:
+                return Answer(None, type(error).__name__, str(error), progress)
+            except (Exception, SystemExit) as error:
+                return Answer(None, type(error).__name__, traceback.format_exc(), progress)
+        return Answer(json.loads(json.dumps(result.to_dict())), None, "", progress)
 
     def call(self, function: str, *arguments: object, **keywords: object) -> dict[str, Any]:
         """The result of a call that must go well."""

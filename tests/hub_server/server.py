@@ -41,6 +41,15 @@ class HubServer:
     """
 
     def __init__(self) -> None:
+        self.reset()
+        self.lock = threading.RLock()
+        self._idle = threading.Condition()
+        self._connections = 0
+        self._server = _Server(self)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    def reset(self) -> None:
+        """Without repositories, requests and faults, as at first."""
         self.repos: dict[str, Repo] = {}
         self.users: dict[str, str] = {"hf_" + "a" * 34: "ann"}
         self.requests: list[Request] = []
@@ -48,11 +57,6 @@ class HubServer:
         self.chunk_bytes: int | None = None
         self.parts: dict[str, dict[int, bytes]] = {}
         self.before_put: Callable[[], None] = lambda: None
-        self.lock = threading.RLock()
-        self._idle = threading.Condition()
-        self._connections = 0
-        self._server = _Server(self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
     def __enter__(self) -> HubServer:
         self._thread.start()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,6 @@ PROMPTS = {
     "phi3": "<|user|>\n<image>\nWhat is in this picture?<|end|>\n<|assistant|>\n",
 }
 CLIP = "openai/clip-vit-large-patch14-336"
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -236,20 +229,16 @@ def test_links_are_of_the_known_places(card: Callable[[str, str], str]) -> None:
 
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_the_hub_takes_it(
-    hub: HubServer, folder: Callable[[str, str], Path], tmp_path: Path, family: str, name: str
+    hub: HubServer, folder: Callable[[str, str], Path], family: str, name: str
 ) -> None:
-    """`ModelCard.validate` asks the Hub, here the one on loopback."""
-    code = "import sys; from huggingface_hub import HfApi; api = HfApi(); "
-    code += "api.create_repo('ann/card', exist_ok=True); "
-    code += "api.upload_file(path_or_fileobj=sys.argv[1], path_in_repo='README.md', "
-    code += "repo_id='ann/card')"
-    subprocess.run(
-        [sys.executable, "-c", code, folder(family, name) / "README.md"],
-        env={**os.environ, **hub.environment(tmp_path, hub.token)},
-        check=True,
-        capture_output=True,
-    )
+    """`upload_file` has the Hub validate it, here the one on loopback."""
+    from huggingface_hub import HfApi
+
+    api, readme = HfApi(token=hub.token), folder(family, name) / "README.md"
+    api.create_repo("ann/card")
+    api.upload_file(path_or_fileobj=readme, path_in_repo="README.md", repo_id="ann/card")
     assert hub.log("POST", "/api/validate-yaml")
+    assert hub.repos["ann/card"].content() == {"README.md": readme.read_bytes()}
 
 
 # Running what it says

@@ -10,24 +10,13 @@ import torch
 from hypothesis import strategies as st
 
 from storing import bytes_of
-from xtuner2llava.tensors import (
-    BY_NAME,
-    Columns,
-    FileRange,
-    Fill,
-    LazyTensor,
-    Piece,
-    Reshaped,
-    Rows,
-    SourceFile,
-    Transpose,
-    cast,
-    concat,
-    deinterleave,
-    split,
-    unstack,
-    view_of_storage,
-)
+from xtuner2llava.tensors.computed import Columns, Fill, Transpose, cast
+from xtuner2llava.tensors.dtype import BY_NAME
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.lora import Reshaped
+from xtuner2llava.tensors.rows import Piece, Rows, concat, deinterleave, split, unstack
+from xtuner2llava.tensors.stored import view_of_storage
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 ELEMENTS = 120

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner2llava.tensors import FileRange, SourceFile, Stored
 from xtuner2llava.tensors.dtype import BY_NAME
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.stored import Stored
 
 if TYPE_CHECKING:
     import torch

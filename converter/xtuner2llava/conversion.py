@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from xtuner2llava.inspection.inspection import Inspection
     from xtuner2llava.metadata.record import FinishedOutput
     from xtuner2llava.metadata.report import Report
-    from xtuner2llava.writing import OutputFolder, Written
+    from xtuner2llava.writing.folder import OutputFolder
+    from xtuner2llava.writing.writer import Written
 
 
 def convert(checkpoint: PathOrText, out: PathOrText, options: ConvertOptions) -> Report:
@@ -145,7 +146,7 @@ class _Conversion:
     def _folder(self) -> OutputFolder:
         from xtuner2llava.metadata.record import identity
         from xtuner2llava.sources.xtuner_folder import check_no_part
-        from xtuner2llava.writing import OutputFolder
+        from xtuner2llava.writing.folder import OutputFolder
 
         checkpoint = self.plan.checkpoint
         check_no_part(checkpoint.artifact.path, self.out)
@@ -162,7 +163,7 @@ class _Conversion:
 
     def _write(self, folder: OutputFolder, upload: Upload | None) -> Written:
         from xtuner2llava.options import parse_size
-        from xtuner2llava.writing import write_shards
+        from xtuner2llava.writing.writer import write_shards
 
         options = self.options
         on_progress = options.on_progress and partial(

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from xtuner2llava.mapping.catalogue import Catalogue
-from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
+from xtuner2llava.tensors.computed import Fill
+from xtuner2llava.tensors.dtype import FLOAT32
+from xtuner2llava.tensors.lazy import LazyTensor
 
 HIDDEN, INNER, VOCABULARY = 8, 16, 12
 _SIZES = {

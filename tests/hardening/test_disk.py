@@ -16,7 +16,8 @@ import pytest
 
 from reference.cases import CASES
 from xtuner2llava import CorruptFileError, OutputError, convert
-from xtuner2llava.writing import Shard, writer
+from xtuner2llava.writing import writer
+from xtuner2llava.writing.shards import Shard
 
 CASE = "qwen2_e_full_fullvis"
 # Far more than anything here takes on a busy machine: what takes longer never ends.
@@ -251,7 +252,8 @@ def test_a_kill_while_out_appears_is_resumed(arguments: list[str], tmp_path: Pat
 # Stops for as long as it is not interrupted, once a shard is finished.
 SLOW = """
 import sys, time
-from xtuner2llava.writing import Shard, writer
+from xtuner2llava.writing import writer
+from xtuner2llava.writing.shards import Shard
 create = writer._Writing._create
 def slow(self, shard):
     print("copying", flush=True)

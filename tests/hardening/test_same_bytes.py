@@ -19,8 +19,13 @@ from safetensors.torch import load_file
 from reference.cases import CASES
 from storing import stored
 from xtuner2llava import convert
-from xtuner2llava.tensors import FLOAT16, LazyTensor, cast, concat, deinterleave, split
-from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import FLOAT16
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.rows import concat, deinterleave, split
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.writer import write_shards
 
 LORA = "llama_d_lora_vislora"
 

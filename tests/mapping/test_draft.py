@@ -20,7 +20,8 @@ from xtuner2llava.cli.commands import main
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.mapping.draft import draft
 from xtuner2llava.mapping.plain_class import check_against_class
-from xtuner2llava.tensors import FLOAT32, Fill
+from xtuner2llava.tensors.computed import Fill
+from xtuner2llava.tensors.dtype import FLOAT32
 
 CATALOGUE = Catalogue(Path(__file__).parents[2] / "mappings")
 SIZES_OF_LAB = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "ffn": 96}

@@ -14,7 +14,9 @@ from xtuner2llava.mapping.apply import Applied
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.mapping.family import ChatDefaults, Family, Generation
 from xtuner2llava.mapping.plain_class import check_against_class
-from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
+from xtuner2llava.tensors.computed import Fill
+from xtuner2llava.tensors.dtype import FLOAT32
+from xtuner2llava.tensors.lazy import LazyTensor
 
 FOLDER = Path(__file__).parents[2] / "mappings"
 CATALOGUE = Catalogue(FOLDER)

@@ -13,7 +13,11 @@ from xtuner2llava.mapping.apply import Applied, apply
 from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import Reader
 from xtuner2llava.mapping.yaml import read_document
-from xtuner2llava.tensors import BFLOAT16, FLOAT32, FileRange, Fill, LazyTensor, SourceFile, Stored
+from xtuner2llava.tensors.computed import Fill
+from xtuner2llava.tensors.dtype import BFLOAT16, FLOAT32
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.stored import Stored
 
 Tensors = dict[str, LazyTensor]
 Given = Callable[..., Tensors]

@@ -175,7 +175,7 @@ def _normalize_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _groups_as_thirds(monkeypatch: pytest.MonkeyPatch) -> None:
     from xtuner2llava.mapping import rules
-    from xtuner2llava.tensors import split
+    from xtuner2llava.tensors.rows import split
 
     def wrong(tensor: Any, groups: int, slots: Any) -> Any:
         return split(tensor, [groups * slot for slot in slots])

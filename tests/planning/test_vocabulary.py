@@ -10,7 +10,8 @@ import pytest
 from storing import stored
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.planning.language_model import LanguageModel, vocabulary_tensors
-from xtuner2llava.tensors import LazyTensor, Mean
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.mean import Mean
 
 FAMILY = Catalogue.shipped().families["qwen2"]
 QWEN2: dict[str, Any] = {

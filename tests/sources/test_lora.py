@@ -14,7 +14,9 @@ from storing import stored
 from xtuner2llava.errors import CheckpointError, UnsupportedError
 from xtuner2llava.sources.adapter import is_adapted, merge, read_adapter
 from xtuner2llava.sources.lora_settings import LoraSettings
-from xtuner2llava.tensors import FLOAT16, cast, split
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import FLOAT16
+from xtuner2llava.tensors.rows import split
 from xtuner2llava.training_config.config import TrainingConfig
 
 Tensors = Mapping[str, torch.Tensor]

@@ -14,7 +14,9 @@ from xtuner2llava.errors import UnsupportedError
 from xtuner2llava.sources.adapter import merge, read_adapter, untied
 from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.sources.model_config import ModelConfig
-from xtuner2llava.tensors import BY_NAME, LazyTensor, cast
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import BY_NAME
+from xtuner2llava.tensors.lazy import LazyTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

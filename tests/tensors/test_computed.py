@@ -9,25 +9,13 @@ import pytest
 import torch
 
 from storing import stored
-from xtuner2llava.tensors import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    Columns,
-    DType,
-    Fill,
-    LazyTensor,
-    Mean,
-    Merge,
-    Normalize,
-    Reshaped,
-    Transpose,
-    cast,
-    concat,
-    first_overflow,
-    split,
-)
+from xtuner2llava.tensors.computed import Columns, Fill, Normalize, Transpose, cast
+from xtuner2llava.tensors.dtype import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.lora import Merge, Reshaped
+from xtuner2llava.tensors.mean import Mean
+from xtuner2llava.tensors.rounding import first_overflow
+from xtuner2llava.tensors.rows import concat, split
 
 INF = float("inf")
 

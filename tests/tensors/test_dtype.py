@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from xtuner2llava.tensors import DType
-from xtuner2llava.tensors.dtype import BY_CODE, BY_NAME
+from xtuner2llava.tensors.dtype import BY_CODE, BY_NAME, DType
 
 
 @pytest.mark.parametrize("dtype", BY_NAME.values(), ids=str)

@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from xtuner2llava.errors import CorruptFileError
-from xtuner2llava.tensors import (
-    FLOAT32,
+from xtuner2llava.tensors.dtype import FLOAT32
+from xtuner2llava.tensors.files import (
     FileRange,
-    LazyTensor,
     SourceFile,
-    Stored,
     ZipMember,
-    view_of_storage,
+    cut,
+    join,
+    read_into,
+    read_ranges,
+    require_member,
 )
-from xtuner2llava.tensors.files import cut, join, read_into, read_ranges, require_member
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.stored import Stored, view_of_storage
 
 
 @pytest.fixture

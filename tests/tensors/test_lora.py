@@ -12,22 +12,11 @@ import pytest
 import torch
 
 from storing import stored
-from xtuner2llava.tensors import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    Columns,
-    DType,
-    LazyTensor,
-    Merge,
-    Reshaped,
-    Transpose,
-    cast,
-    concat,
-    deinterleave,
-    split,
-)
+from xtuner2llava.tensors.computed import Columns, Transpose, cast
+from xtuner2llava.tensors.dtype import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.lora import Merge, Reshaped
+from xtuner2llava.tensors.rows import concat, deinterleave, split
 
 ROWS, COLUMNS = 512, 2048
 

@@ -29,7 +29,13 @@ def test_every_gap_of_a_dtype(dtype: torch.dtype, finite: int, beyond: float, si
     above = torch.nextafter(middle, torch.full((1,), INF, dtype=torch.float64))
 
     def rounded(exact: torch.Tensor) -> torch.Tensor:
-        return round_to(sign * exact, dtype).view(torch.int16) & 0x7FFF
+        alone = round_to(sign * exact, dtype).view(torch.int16) & 0x7FFF
+        # Where they are few, each is looked at, and else only what float32 does not hold.
+        among_others = torch.full((len(exact), 65), 0.1, dtype=torch.float64)
+        among_others[:, 7] = sign * exact
+        found = round_to(among_others, dtype)[:, 7].view(torch.int16) & 0x7FFF
+        assert torch.equal(found, alone)
+        return alone
 
     assert torch.equal(rounded(values[:-1]), bits[:-1])
     assert torch.equal(rounded(below), bits[:-1])

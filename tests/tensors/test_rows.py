@@ -12,28 +12,13 @@ from hypothesis import strategies as st
 
 from storages import Storages, pieces, trees
 from storing import bytes_of, stored
-from xtuner2llava.tensors import (
-    BY_NAME,
-    FLOAT32,
-    FLOAT64,
-    Columns,
-    FileRange,
-    LazyTensor,
-    Merge,
-    Piece,
-    Reshaped,
-    Rows,
-    SourceFile,
-    Transpose,
-    cast,
-    concat,
-    deinterleave,
-    row_blocks,
-    split,
-    unstack,
-    view_of_storage,
-)
-from xtuner2llava.tensors.files import read_ranges
+from xtuner2llava.tensors.computed import Columns, Transpose, cast
+from xtuner2llava.tensors.dtype import BY_NAME, FLOAT32, FLOAT64
+from xtuner2llava.tensors.files import FileRange, SourceFile, read_ranges
+from xtuner2llava.tensors.lazy import LazyTensor, row_blocks
+from xtuner2llava.tensors.lora import Merge, Reshaped
+from xtuner2llava.tensors.rows import Piece, Rows, concat, deinterleave, split, unstack
+from xtuner2llava.tensors.stored import view_of_storage
 
 
 def whole(tensor: LazyTensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ from xtuner2llava import (
 from xtuner2llava.planning.plan import PlannedTensor
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
-from xtuner2llava.tensors import BY_NAME, cast
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import BY_NAME
 from xtuner2llava.verification.against import _first_difference, compare
 
 BITS = "every tensor, bit for bit"

@@ -18,7 +18,9 @@ from builders.families.models import KINDS, SIZES, Source, random_tensors, shape
 from damage import copy_of, edit_json, edit_tensors, exchange, results, seal, set_keys
 from reference.cases import CASES, Converted
 from xtuner2llava import Verification, convert, verify
-from xtuner2llava.tensors import FLOAT32, Fill, LazyTensor
+from xtuner2llava.tensors.computed import Fill
+from xtuner2llava.tensors.dtype import FLOAT32
+from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.verification.logits.comparison import Distance
 from xtuner2llava.verification.logits.streamed import wrong_layers
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from storages import Storages, trees
 from storing import bytes_of
 from xtuner2llava.errors import PlanError
-from xtuner2llava.tensors import BY_NAME, cast
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import BY_NAME
 from xtuner2llava.writing import blocks as module
 from xtuner2llava.writing.blocks import blocks, position
 from xtuner2llava.writing.nonfinite import count_nonfinite

@@ -12,24 +12,18 @@ import pytest
 import torch
 
 from xtuner2llava import UsageError
-from xtuner2llava.tensors import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FileRange,
-    Fill,
-    LazyTensor,
-    Mean,
-    Merge,
-    Normalize,
-    SourceFile,
-    Stored,
-    Transpose,
-    cast,
-)
-from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
+from xtuner2llava.tensors.computed import Fill, Normalize, Transpose, cast
+from xtuner2llava.tensors.dtype import BFLOAT16, FLOAT16, FLOAT32
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.lora import Merge
+from xtuner2llava.tensors.mean import Mean
+from xtuner2llava.tensors.stored import Stored
 from xtuner2llava.writing.blocks import working_memory
+from xtuner2llava.writing.folder import OutputFolder
 from xtuner2llava.writing.jobs import WorkingMemory, fitting_jobs
+from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.writer import write_shards
 
 
 def sparse(path: Path, *shape: int) -> Stored:
@@ -138,7 +132,9 @@ from dataclasses import astuple
 import torch
 torch.set_num_threads(1)
 from writing.test_budget import largest
-from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.writer import write_shards
 from xtuner2llava.writing.blocks import working_memory
 folder, kind, rows = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 tensor = largest(folder, kind, rows)

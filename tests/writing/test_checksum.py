@@ -11,11 +11,15 @@ from blake3 import blake3
 from safetensors.torch import load_file
 
 from storing import stored
-from xtuner2llava.tensors import BFLOAT16, FLOAT16, FLOAT32, DType, LazyTensor, cast
-from xtuner2llava.writing import OutputFolder, plan_shards, shard_file, write_shards
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import BFLOAT16, FLOAT16, FLOAT32, DType
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.writing import shard_file
 from xtuner2llava.writing.disk import BLOCK_BYTES
-from xtuner2llava.writing.shards import Entry
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import Entry, plan_shards
 from xtuner2llava.writing.verify import WrittenFile
+from xtuner2llava.writing.writer import write_shards
 
 BLOCK = BLOCK_BYTES // 4
 CASTS = [

@@ -20,15 +20,12 @@ import torch
 from reference.cases import CASES
 from storing import stored
 from xtuner2llava import OutputError, PlanError, convert
-from xtuner2llava.tensors import FLOAT16, cast
-from xtuner2llava.writing import (
-    OutputFolder,
-    ShardPlan,
-    executor,
-    plan_shards,
-    verify,
-    write_shards,
-)
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import FLOAT16
+from xtuner2llava.writing import executor, verify
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import ShardPlan, plan_shards
+from xtuner2llava.writing.writer import write_shards
 
 OPTIONS: dict[str, Any] = {"vision_tower_name": "openai/x", "max_shard_size": "100KB"}
 

@@ -19,15 +19,14 @@ import torch
 
 from storing import stored
 from xtuner2llava.errors import CorruptFileError, OutputError
-from xtuner2llava.tensors import FLOAT32, FileRange, LazyTensor, SourceFile, Stored
-from xtuner2llava.writing import (
-    OutputFolder,
-    ShardPlan,
-    disk,
-    plan_shards,
-    verify,
-    write_shards,
-)
+from xtuner2llava.tensors.dtype import FLOAT32
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.stored import Stored
+from xtuner2llava.writing import disk, verify
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import ShardPlan, plan_shards
+from xtuner2llava.writing.writer import write_shards
 
 
 class Failing(LazyTensor):
@@ -260,8 +259,10 @@ CRASH = """
 import os, signal, sys, threading
 from pathlib import Path
 from test_failures import Failing, write
-from xtuner2llava.tensors import FLOAT32, FileRange, SourceFile, Stored
-from xtuner2llava.writing import plan_shards
+from xtuner2llava.tensors.dtype import FLOAT32
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.stored import Stored
+from xtuner2llava.writing.shards import plan_shards
 
 class Kill(Stored):
     def ranges(self):
@@ -357,8 +358,13 @@ def test_a_failed_run_keeps_what_is_finished_and_says_so(sources: Path, tmp_path
 MEMORY = """
 import sys
 from pathlib import Path
-from xtuner2llava.tensors import FLOAT16, FLOAT32, FileRange, SourceFile, Stored, cast
-from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import FLOAT16, FLOAT32
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.stored import Stored
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.writer import write_shards
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from xtuner2llava.errors import OutputError, PlanError, UsageError
-from xtuner2llava.writing import OutputFolder
+from xtuner2llava.writing.folder import OutputFolder
 from xtuner2llava.writing.target import Target
 
 

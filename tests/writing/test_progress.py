@@ -14,8 +14,16 @@ import torch
 from xtuner2llava.errors import VerificationError
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import tensor_references
-from xtuner2llava.tensors import FLOAT16, FLOAT32, FileRange, LazyTensor, Stored, cast, split
-from xtuner2llava.writing import NonFinite, OutputFolder, Written, plan_shards, write_shards
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import FLOAT16, FLOAT32
+from xtuner2llava.tensors.files import FileRange
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.rows import split
+from xtuner2llava.tensors.stored import Stored
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.nonfinite import NonFinite
+from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.writer import Written, write_shards
 
 NAMES = "abcdefgh"
 ROWS = 1000

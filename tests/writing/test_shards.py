@@ -13,16 +13,13 @@ from safetensors.torch import load_file, save, save_file
 
 from storing import stored
 from xtuner2llava.errors import PlanError
-from xtuner2llava.tensors import BFLOAT16, FLOAT16, FLOAT32, DType, Fill, LazyTensor, cast, split
-from xtuner2llava.tensors.dtype import BY_NAME
-from xtuner2llava.writing import (
-    INDEX_NAME,
-    OutputFolder,
-    ShardPlan,
-    Written,
-    plan_shards,
-    write_shards,
-)
+from xtuner2llava.tensors.computed import Fill, cast
+from xtuner2llava.tensors.dtype import BFLOAT16, BY_NAME, FLOAT16, FLOAT32, DType
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.rows import split
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import INDEX_NAME, ShardPlan, plan_shards
+from xtuner2llava.writing.writer import Written, write_shards
 
 ODD_NAMES = [
     "z",

@@ -18,8 +18,13 @@ from reference.cases import CASES
 from xtuner2llava import ConversionError, CorruptFileError, VerificationError, convert, plan
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import tensor_references
-from xtuner2llava.tensors import FLOAT16, LazyTensor, Piece, Rows, Transpose, cast, split
-from xtuner2llava.writing import OutputFolder, plan_shards, write_shards
+from xtuner2llava.tensors.computed import Transpose, cast
+from xtuner2llava.tensors.dtype import FLOAT16
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.rows import Piece, Rows, split
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.writer import write_shards
 
 BITS = random.Random(5)  # noqa: S311
 

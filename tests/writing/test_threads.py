@@ -13,8 +13,11 @@ from reference.cases import CASES
 from storing import stored
 from xtuner2llava import Plan, convert
 from xtuner2llava.cli.commands import main
-from xtuner2llava.tensors import FLOAT16, LazyTensor, cast
-from xtuner2llava.writing import Shard, computing_jobs, plan_shards
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import FLOAT16
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.writing.shards import Shard, plan_shards
+from xtuner2llava.writing.writer import computing_jobs
 
 LORA, FULL = "llama_d_lora_vislora", "llama_e_full_fullvis"
 

@@ -12,22 +12,17 @@ from hypothesis import strategies as st
 
 from storing import stored
 from xtuner2llava.errors import PlanError
-from xtuner2llava.tensors import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    DType,
-    FileRange,
-    LazyTensor,
-    SourceFile,
-    Stored,
-    cast,
-    concat,
-    split,
-)
-from xtuner2llava.writing import NonFinite, OutputFolder, Written, plan_shards, write_shards
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import BFLOAT16, FLOAT16, FLOAT32, DType
+from xtuner2llava.tensors.files import FileRange, SourceFile
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.rows import concat, split
+from xtuner2llava.tensors.stored import Stored
 from xtuner2llava.writing.disk import BLOCK_BYTES
-from xtuner2llava.writing.nonfinite import count_nonfinite
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.nonfinite import NonFinite, count_nonfinite
+from xtuner2llava.writing.shards import plan_shards
+from xtuner2llava.writing.writer import Written, write_shards
 
 NAN, INF = float("nan"), float("inf")
 

@@ -12,18 +12,14 @@ import torch
 
 from storing import stored
 from xtuner2llava.errors import VerificationError
-from xtuner2llava.tensors import FLOAT16, FLOAT32, LazyTensor, cast
-from xtuner2llava.writing import (
-    OutputFolder,
-    Shard,
-    ShardPlan,
-    blocks,
-    disk,
-    plan_shards,
-    verify,
-    write_shards,
-)
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import FLOAT16, FLOAT32
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.writing import blocks, disk, verify
+from xtuner2llava.writing.folder import OutputFolder
+from xtuner2llava.writing.shards import Shard, ShardPlan, plan_shards
 from xtuner2llava.writing.verify import verify_shard
+from xtuner2llava.writing.writer import write_shards
 
 BLOCK_BYTES = 512 << 10
 END_OF_FIRST_BLOCK = list(divmod(BLOCK_BYTES // 4 - 1, 200_000))  # of `a`

@@ -188,7 +188,7 @@ def _fit_threads(options: ConvertOptions, plan: Plan) -> None:
     With more, each product of matrices waits for threads that wait for a core. The library leaves
     that number alone, which belongs to the whole process; here, the process is ours.
     """
-    from xtuner2llava.writing import computing_jobs
+    from xtuner2llava.writing.writer import computing_jobs
 
     memory = parse_size(options.max_memory)
     computing = computing_jobs(plan.shards.shards, options.jobs, memory)

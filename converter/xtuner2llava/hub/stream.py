@@ -18,7 +18,9 @@ from xtuner2llava.hub.errors import hub_errors, with_retries
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.safetensors_file import read_header
 from xtuner2llava.storage.weights import Weights, open_shards
-from xtuner2llava.tensors import DType, FileRange, LazyTensor, Shape
+from xtuner2llava.tensors.dtype import DType
+from xtuner2llava.tensors.files import FileRange
+from xtuner2llava.tensors.lazy import LazyTensor, Shape
 from xtuner2llava.tensors.stored import from_bytes
 
 if TYPE_CHECKING:

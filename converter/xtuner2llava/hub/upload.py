@@ -17,7 +17,7 @@ from xtuner2llava.hub.errors import hub_errors, require_token, with_retries
 from xtuner2llava.metadata.front_matter import CARD_NAME, MARK, merged_card
 from xtuner2llava.options import PushOptions
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.writing import WrittenShard
+from xtuner2llava.writing.writer import WrittenShard
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

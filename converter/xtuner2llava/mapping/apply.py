@@ -23,7 +23,7 @@ from xtuner2llava.mapping.names import (
     unnumbered,
 )
 from xtuner2llava.mapping.rules import Rule, RuleOrBlock, Step
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 # The largest models have some 50,000 tensors; a loop over a hostile config ends here.
 _MAX_STEPS = 200_000

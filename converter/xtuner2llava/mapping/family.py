@@ -22,7 +22,7 @@ from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import GIVEN, Reader, key
 from xtuner2llava.mapping.similar import doubtful_defaults
 from xtuner2llava.mapping.yaml import Document, Node
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 _T = TypeVar("_T")
 # Keys that are not about what is computed, or that other stages decide (dtype, token ids).

@@ -22,7 +22,7 @@ from xtuner2llava.mapping.expressions import Environment
 from xtuner2llava.mapping.rules import RuleOrBlock, read_rules
 from xtuner2llava.mapping.schema import ABSENT, GIVEN, Reader, key
 from xtuner2llava.mapping.yaml import Document, Node
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 COMPONENTS = ("llm", "projector", "visual_encoder")
 

@@ -17,20 +17,10 @@ from xtuner2llava.mapping.expressions import Expression
 from xtuner2llava.mapping.names import TextTemplate, advice_for, join
 from xtuner2llava.mapping.schema import ABSENT, Reader
 from xtuner2llava.mapping.yaml import Node
-from xtuner2llava.tensors import (
-    FLOAT32,
-    Columns,
-    Fill,
-    LazyTensor,
-    Normalize,
-    Piece,
-    Rows,
-    Transpose,
-    concat,
-    deinterleave,
-    split,
-    unstack,
-)
+from xtuner2llava.tensors.computed import Columns, Fill, Normalize, Transpose
+from xtuner2llava.tensors.dtype import FLOAT32
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.rows import Piece, Rows, concat, deinterleave, split, unstack
 
 _Names: TypeAlias = tuple[TextTemplate, ...]
 

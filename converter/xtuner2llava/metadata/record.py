@@ -26,9 +26,9 @@ from xtuner2llava.planning.redaction import redact_name, redactor
 from xtuner2llava.sources.part import Part
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import Json, items, table
-from xtuner2llava.tensors import SourceFile
-from xtuner2llava.writing import Written
+from xtuner2llava.tensors.files import SourceFile
 from xtuner2llava.writing.out_record import RECORD_NAME, TOOL, differences, read_record
+from xtuner2llava.writing.writer import Written
 
 # 2: BLAKE3 where 1 had SHA-256, and small files as objects, not as bare digests.
 SCHEMA = 2

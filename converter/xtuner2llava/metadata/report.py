@@ -15,7 +15,7 @@ from xtuner2llava.options import ConvertOptions
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.writing import Written
+from xtuner2llava.writing.writer import Written
 
 if TYPE_CHECKING:
     from xtuner2llava.hub.upload import Pushed

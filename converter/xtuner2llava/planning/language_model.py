@@ -20,8 +20,10 @@ from xtuner2llava.options import PathOrText
 from xtuner2llava.planning.plan import Findings
 from xtuner2llava.sources.model_config import ModelConfig, in_437_vocabulary
 from xtuner2llava.storage.json_file import Json, integer, table
-from xtuner2llava.tensors import LazyTensor, Mean, concat
 from xtuner2llava.tensors.files import cut, read_ranges
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.mean import Mean
+from xtuner2llava.tensors.rows import concat
 from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.values import Reference, Table, Unknown, Value
 

@@ -10,7 +10,10 @@ from xtuner2llava.mapping.apply import Dropped, Origin
 from xtuner2llava.mapping.format import Format
 from xtuner2llava.planning.plan import Findings, PlannedTensor
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tensors import BY_NAME, FileRange, LazyTensor, cast
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import BY_NAME
+from xtuner2llava.tensors.files import FileRange
+from xtuner2llava.tensors.lazy import LazyTensor
 
 KEEP = "keep"
 

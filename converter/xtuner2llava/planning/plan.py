@@ -17,7 +17,7 @@ from xtuner2llava.mapping.yaml import Document
 from xtuner2llava.planning.config import TokenIds
 from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json, items
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.writing.shards import ShardPlan
 
 Kind = Literal["exact", "exact_up_to", "exact_if_right", "not_exact", "not_possible"]

@@ -24,7 +24,7 @@ from xtuner2llava.sources.artifact import PROJECTOR
 from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.sources.model_config import CLIP_VISION_DEFAULTS
 from xtuner2llava.storage.json_file import Json, integer, read_json
-from xtuner2llava.tensors import LazyTensor, Shape
+from xtuner2llava.tensors.lazy import LazyTensor, Shape
 
 # The plain class that every tower is.
 TOWER_CLASS = "clip_vision_model"

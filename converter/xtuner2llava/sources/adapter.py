@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from xtuner2llava.errors import Fault, UnsupportedError, raise_faults
 from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.sources.model_config import ModelConfig
-from xtuner2llava.tensors import LazyTensor, Merge, Reshaped, Transpose
+from xtuner2llava.tensors.computed import Transpose
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.lora import Merge, Reshaped
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(

@@ -13,7 +13,7 @@ from xtuner2llava.sources.lora_settings import LoraSettings
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.pickle_reader import Value, as_dict
 from xtuner2llava.storage.weights import quantised
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 LLM = "llm"
 VISUAL_ENCODER = "visual_encoder"

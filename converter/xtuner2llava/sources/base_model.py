@@ -11,7 +11,7 @@ from xtuner2llava.hub.download import fetch_model, is_reference, local_path
 from xtuner2llava.sources.artifact import LLM, VISUAL_ENCODER
 from xtuner2llava.sources.model_config import ModelConfig, read_model_config, vision_tower_config
 from xtuner2llava.storage.weights import Weights, find_weights, open_weights, quantised
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 _COMPARED, _ROWS_COMPARED = 4, 32
 

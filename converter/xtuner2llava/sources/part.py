@@ -26,7 +26,7 @@ from xtuner2llava.sources.xtuner_folder import ADAPTERS
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import text
 from xtuner2llava.storage.weights import find_weights
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.values import shown
 

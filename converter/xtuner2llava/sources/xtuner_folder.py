@@ -25,7 +25,7 @@ from xtuner2llava.storage.weights import (
     quantised,
     unread_weights,
 )
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 _CONFIG = "xtuner_config.py"
 _ADAPTER = "adapter_config.json"

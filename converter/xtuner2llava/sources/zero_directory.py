@@ -25,9 +25,10 @@ from xtuner2llava.storage.pickle_reader import Record, TensorReference, Value, a
 from xtuner2llava.storage.small_file import inside, read_small
 from xtuner2llava.storage.torch_file import TorchFile
 from xtuner2llava.storage.weights import tensor_references, unread_weights
-from xtuner2llava.tensors import FileRange, LazyTensor, Shape, Stored
 from xtuner2llava.tensors.dtype import DType
-from xtuner2llava.tensors.files import cut, read_ranges, require_member
+from xtuner2llava.tensors.files import FileRange, cut, read_ranges, require_member
+from xtuner2llava.tensors.lazy import LazyTensor, Shape
+from xtuner2llava.tensors.stored import Stored
 
 _RANK_FILE = re.compile(
     r"(?:bf16_|fp16_)?(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<tensor_parallel>\d+)_"

@@ -20,7 +20,7 @@ from typing import Any
 
 from xtuner2llava.errors import CorruptFileError, UnsafeFileError
 from xtuner2llava.storage.allowlist import ALLOWED, STORAGES
-from xtuner2llava.tensors import BY_NAME, DType
+from xtuner2llava.tensors.dtype import BY_NAME, DType
 
 # Shapes, offsets and seeds are shorter.
 _MAX_INTEGER_BITS = 512

@@ -17,8 +17,10 @@ from xtuner2llava.errors import CorruptFileError, Fault, raise_faults
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.json_file import Json, parse_json
 from xtuner2llava.storage.small_file import git_lfs_pointer
-from xtuner2llava.tensors import BY_CODE, DType, FileRange, LazyTensor, Shape, SourceFile, Stored
-from xtuner2llava.tensors.files import read_ranges
+from xtuner2llava.tensors.dtype import BY_CODE, DType
+from xtuner2llava.tensors.files import FileRange, SourceFile, read_ranges
+from xtuner2llava.tensors.lazy import LazyTensor, Shape
+from xtuner2llava.tensors.stored import Stored
 
 # The format's own limit is 100 MB, enough for headers that need more memory than is worth it. This
 # is for some 300,000 tensors; the largest models have a few thousand in a file.

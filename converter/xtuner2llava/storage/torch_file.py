@@ -21,8 +21,9 @@ from xtuner2llava.errors import CorruptFileError, Fault, UnsupportedError, raise
 from xtuner2llava.storage.fingerprint import Fingerprint
 from xtuner2llava.storage.pickle_reader import TensorReference, Value, read_pickle
 from xtuner2llava.storage.small_file import git_lfs_pointer
-from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember, view_of_storage
-from xtuner2llava.tensors.files import read_ranges
+from xtuner2llava.tensors.files import FileRange, SourceFile, ZipMember, read_ranges
+from xtuner2llava.tensors.lazy import LazyTensor
+from xtuner2llava.tensors.stored import view_of_storage
 
 # Far above the largest seen (70B with optimizer state and message hub: some megabytes).
 _MAX_PICKLE_BYTES = 256 << 20

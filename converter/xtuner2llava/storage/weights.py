@@ -14,7 +14,7 @@ from xtuner2llava.storage.pickle_reader import TensorReference, Value
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
 from xtuner2llava.storage.small_file import inside
 from xtuner2llava.storage.torch_file import TorchFile
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 _QUANTISED = re.compile(
     r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\.|\.SCB$|\.weight_format$"

@@ -22,14 +22,13 @@ from xtuner2llava.planning.redaction import redact_name
 from xtuner2llava.planning.vision_tower import is_absolute
 from xtuner2llava.sources.checkpoint import open_checkpoint
 from xtuner2llava.storage.json_file import Json, parse_json
-from xtuner2llava.tensors import LazyTensor
 from xtuner2llava.tensors.files import FileRange
+from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import TENSORS, Check, judge
-from xtuner2llava.writing import INDEX_NAME
 from xtuner2llava.writing.blocks import blocks, position, working_memory
 from xtuner2llava.writing.jobs import Work, fitting_jobs
-from xtuner2llava.writing.shards import Entry
+from xtuner2llava.writing.shards import INDEX_NAME, Entry
 from xtuner2llava.writing.verify import WrittenFile
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from xtuner2llava.errors import ConversionError, CorruptFileError, UsageError
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import Json, read_json
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.writing.out_record import RECORD_NAME
 
 # LLaVA's classes: the transformers class that each derives from, and its own model_type.

@@ -42,7 +42,7 @@ from xtuner2llava.verification.outcome import (
     judge,
 )
 from xtuner2llava.verification.plain_model import NewerModelType
-from xtuner2llava.writing import OnProgress
+from xtuner2llava.writing.jobs import OnProgress
 from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:

@@ -8,19 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import PlanError
-from xtuner2llava.tensors import (
-    DType,
-    FileRange,
-    LazyTensor,
-    Shape,
-    first_overflow,
-    round_into,
-    row_blocks,
-    thread_cache,
-)
-from xtuner2llava.tensors.dtype import FLOAT64
-from xtuner2llava.tensors.files import batches, read_ranges_into
-from xtuner2llava.tensors.rounding import scratch_bytes
+from xtuner2llava.tensors import thread_cache
+from xtuner2llava.tensors.dtype import FLOAT64, DType
+from xtuner2llava.tensors.files import FileRange, batches, read_ranges_into
+from xtuner2llava.tensors.lazy import LazyTensor, Shape, row_blocks
+from xtuner2llava.tensors.rounding import first_overflow, round_into, scratch_bytes
 from xtuner2llava.tensors.stored import bytes_of, from_bytes
 from xtuner2llava.writing.disk import BLOCK_BYTES
 from xtuner2llava.writing.jobs import WorkingMemory

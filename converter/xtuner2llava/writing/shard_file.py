@@ -25,8 +25,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from xtuner2llava.errors import CorruptFileError, OutputError, PlanError
-from xtuner2llava.tensors import FileRange, thread_cache
-from xtuner2llava.tensors.files import read_into, read_ranges_into
+from xtuner2llava.tensors import thread_cache
+from xtuner2llava.tensors.files import FileRange, read_into, read_ranges_into
 from xtuner2llava.tensors.stored import bytes_of
 from xtuner2llava.writing.blocks import Block, cut_blocks, read_exact, rounded
 from xtuner2llava.writing.disk import BLOCK_BYTES, disk_errors

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xtuner2llava.errors import Fault, PlanError, raise_faults
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"

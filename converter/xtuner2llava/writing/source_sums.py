@@ -15,8 +15,8 @@ from typing import NamedTuple
 from isal.isal_zlib import crc32, crc32_combine
 
 from xtuner2llava.errors import VerificationError
-from xtuner2llava.tensors import FileRange, LazyTensor, SourceFile, ZipMember
-from xtuner2llava.tensors.files import crc32_of, require_member
+from xtuner2llava.tensors.files import FileRange, SourceFile, ZipMember, crc32_of, require_member
+from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.writing.shards import Shard
 
 _NAMES = 8

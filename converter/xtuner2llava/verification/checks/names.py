@@ -14,8 +14,8 @@ from xtuner2llava.metadata.front_matter import CARD_NAME
 from xtuner2llava.planning.vision_tower import is_absolute, is_known_to_llava
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import FAILED, OK, WARNING, Finding, judge
-from xtuner2llava.writing import INDEX_NAME
 from xtuner2llava.writing.out_record import RECORD_NAME
+from xtuner2llava.writing.shards import INDEX_NAME
 
 # Written by the converter; all others are copies from the base models.
 _OURS = ("config.json", "generation_config.json", CARD_NAME, RECORD_NAME, INDEX_NAME)

@@ -10,7 +10,7 @@ from typing import Any
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER
 from xtuner2llava.storage.json_file import table
 from xtuner2llava.storage.safetensors_file import SafetensorsFile
-from xtuner2llava.tensors import LazyTensor, Shape
+from xtuner2llava.tensors.lazy import LazyTensor, Shape
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import FAILED, SKIPPED, Finding, judge
 from xtuner2llava.verification.plain_model import (
@@ -20,7 +20,7 @@ from xtuner2llava.verification.plain_model import (
     plain_config,
     tower_config_of_shapes,
 )
-from xtuner2llava.writing import INDEX_NAME
+from xtuner2llava.writing.shards import INDEX_NAME
 
 # Dtypes by their place in a file: enum `Dtype` of safetensors `src/tensor.rs`, backwards.
 _ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()

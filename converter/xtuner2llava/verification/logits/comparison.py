@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from xtuner2llava.errors import CheckpointError
 from xtuner2llava.storage.json_file import Json, integer
-from xtuner2llava.tensors import LazyTensor
+from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.verification.logits.streamed import Model, ModelInput
 from xtuner2llava.verification.outcome import FAILED, OK, Check
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner2llava.errors import CheckpointError, ConversionError, UnsupportedError
 from xtuner2llava.storage.json_file import Json
-from xtuner2llava.tensors import BY_NAME, FLOAT32, LazyTensor, cast, concat, row_blocks, split
-from xtuner2llava.tensors.lazy import Derived
+from xtuner2llava.tensors.computed import cast
+from xtuner2llava.tensors.dtype import BY_NAME, FLOAT32
+from xtuner2llava.tensors.lazy import Derived, LazyTensor, row_blocks
+from xtuner2llava.tensors.rows import concat, split
 from xtuner2llava.verification.plain_model import in_files, new_tower, project
 
 if TYPE_CHECKING:

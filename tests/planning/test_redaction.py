@@ -11,7 +11,7 @@ import pytest
 
 from command import run
 from hub_server import HubServer, content
-from xtuner2llava import verify
+from xtuner2llava import plan, verify
 from xtuner2llava.planning.redaction import redact_json, redact_name, redact_text
 
 # What a training machine may have in its config, and must not be published.
@@ -198,6 +198,26 @@ def test_a_note_leaves_nothing_of_a_folder(checkpoints: Path, tmp_path: Path, na
         text = (out / file).read_text()
         assert USER not in text, file
         assert "zebra" not in text, file
+
+
+@pytest.mark.parametrize(
+    "recorded", ["/home/{}/qwen2", "C:\\Users\\{}\\qwen2", "\\\\nas\\{}\\qwen2", "../{}/qwen2"]
+)
+def test_the_suggested_name_is_of_the_last_component(
+    checkpoints: Path, tmp_path: Path, recorded: str
+) -> None:
+    config = (checkpoints / "qwen2_e_full_fullvis/config.py").read_text()
+    assert config.count("'bases/llm_qwen2'") == 1
+    named = repr(recorded.format(USER))
+    (tmp_path / "config.py").write_text(config.replace("'bases/llm_qwen2'", named))
+    made = plan(
+        checkpoints / "qwen2_e_full_fullvis/iter_2.pth",
+        xtuner_config=tmp_path / "config.py",
+        llm=checkpoints / "bases/llm_qwen2",
+        vision=checkpoints / "bases/vision_clip",
+        vision_tower_name=CLIP,
+    )
+    assert made.suggested_name == "llava-qwen2-xtuner"
 
 
 @pytest.mark.parametrize("words", ["/think/off", "/home/end", "~/bye"])

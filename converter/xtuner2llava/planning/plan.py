@@ -15,6 +15,7 @@ from xtuner2llava.mapping.family import PromptTemplate
 from xtuner2llava.mapping.format import FolderName
 from xtuner2llava.mapping.yaml import Document
 from xtuner2llava.planning.config import TokenIds
+from xtuner2llava.planning.redaction import redact_name
 from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json, items
 from xtuner2llava.tensors.lazy import LazyTensor
@@ -163,7 +164,7 @@ class Plan:
     def suggested_name(self) -> str:
         """A folder name under which LLaVA finds the right class, after the base LLM's."""
         # It stands in lines of code and commands.
-        base = re.sub(r"[^\w.-]+", "-", Path(self.checkpoint.llm.name or "").name)
+        base = re.sub(r"[^\w.-]+", "-", Path(redact_name(self.checkpoint.llm.name or "")).name)
         name = self.folder_name.suggest(f"llava-{base}-xtuner".lower() if base else "")
         return name or "llava"
 

@@ -168,13 +168,26 @@ def test_a_part_at_fault_is_tried_once_and_hides_no_other(
     assert len(faults) == len(set(faults))
 
 
-def test_a_vocabulary_that_is_smaller_than_the_tokenizer(workshop: Workshop) -> None:
-    llm = workshop.llm(QWEN)
-    added = json.loads((llm / "added_tokens.json").read_text())
-    (llm / "added_tokens.json").write_text(json.dumps(added | {"<extra>": 400}))
-    (fault,) = workshop.faults(QWEN, llm=llm)
+@pytest.mark.parametrize("format_name", ["llava", "hf"])
+def test_tokens_of_a_base_that_have_no_row_get_one(workshop: Workshop, format_name: str) -> None:
+    """As <pad> of the first Llama 2: training cannot have used them, and LLaVA adds random rows."""
+    llm = workshop.llm(LLAMA)
+    (llm / "added_tokens.json").write_text(json.dumps({"<pad>": 384}))
+    made = workshop.plan(LLAMA, llm=llm, format=format_name)
+    config: Any = made.config.get("text_config", made.config)
+    assert config["vocab_size"] == 448
+    assert "The base's vocabulary has 384 rows, and tokens without one: '<pad>'." in made.notes
+    assert any("in place of 384" in note and "the mean of the" in note for note in made.notes)
+
+
+def test_tokens_that_the_base_does_not_have_and_without_a_row(workshop: Workshop) -> None:
+    other = workshop.llm(QWEN)
+    added = json.loads((other / "added_tokens.json").read_text())
+    (other / "added_tokens.json").write_text(json.dumps(added | {"<extra>": 400}))
+    llm = workshop.checkpoints / "bases" / BASES[QWEN]
+    (fault,) = workshop.faults(QWEN, llm=llm, tokenizer=other)
     assert "token '<extra>' has id 400, the embedding has 400 rows" in fault
-    assert str(llm) in fault
+    assert str(other) in fault
 
 
 def test_a_base_without_tokenizer(workshop: Workshop) -> None:

@@ -92,6 +92,25 @@ def test_another_head_is_written_and_the_config_says_so(
     assert len(noted) == says_tied
 
 
+def test_a_base_that_says_tied_and_has_another_head_is_not_what_training_had(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    bases = {
+        "llm": Path(shutil.copytree(checkpoints / "bases/llm_qwen2", tmp_path / "llm_qwen2")),
+        "vision": checkpoints / "bases/vision_clip",
+        "vision_tower_name": "openai/clip",
+    }
+    config = bases["llm"] / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    (note,) = (
+        note
+        for note in plan(checkpoints / "qwen2_a_pretrain/iter_2.pth", **bases).notes
+        if "but they differ" in note
+    )
+    assert "Where training loaded this base, it had one of them in both places" in note
+
+
 def test_an_untied_config_keeps_equal_tensors_apart(checkpoints: Path, tmp_path: Path) -> None:
     checkpoint, bases = make(checkpoints, tmp_path / "in", "shared", says_tied=False)
     convert(checkpoint, tmp_path / "llava-qwen", **bases)

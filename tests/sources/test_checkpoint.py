@@ -267,6 +267,60 @@ def test_qlora_is_merged_onto_the_plain_base_and_said(workshop: Workshop) -> Non
     assert "The LLM was trained as QLoRA, on quantised weights" in note
 
 
+@pytest.mark.parametrize("flag", ["load_in_4bit=True", "load_in_8bit=True"])
+def test_a_quantised_llm_without_a_quantization_config(flag: str, workshop: Workshop) -> None:
+    config = workshop.config(llm_lora={"r": 1, "lora_alpha": 1})
+    changed = config.replace("from_pretrained',", f"from_pretrained', {flag},", 1)
+    opened = workshop.open(workshop.save(LORA, changed))
+    assert opened.inexact and "The LLM was trained as QLoRA" in opened.inexact[0]
+    changed = changed.replace(flag, flag.replace("True", "False"))
+    assert workshop.open(workshop.save(LORA, changed)).inexact == ()
+
+
+@pytest.mark.parametrize(
+    ("argument", "refused"),
+    [
+        ("subfolder='llm'", True),
+        ("variant='fp16'", True),
+        ("use_safetensors=False", True),
+        ("gguf_file='q4.gguf'", True),
+        ("config=dict(rope_theta=5.0)", True),
+        ("revision='v1'", False),  # transformers ignores that of a folder.
+        ("use_safetensors=True, variant=None, subfolder=''", False),
+    ],
+)
+def test_arguments_that_choose_other_files_than_the_path_says(
+    argument: str, refused: bool, workshop: Workshop
+) -> None:
+    config = workshop.config(llm_lora={"r": 1, "lora_alpha": 1})
+    path = workshop.save(
+        LORA, config.replace("from_pretrained',", f"from_pretrained', {argument},", 1)
+    )
+    opened = workshop.open(path)
+    assert bool(opened.faults) == refused
+    if refused:
+        (fault,) = opened.faults
+        assert fault.where == f"{path} (meta.cfg), model.llm.{argument.partition('=')[0]}"
+        assert f"'{workshop.llm}' alone does not say what was loaded" in fault.what
+        assert fault.advice.startswith("Give --llm the folder")
+    assert workshop.open(path, llm=str(workshop.llm)).faults == ()
+
+
+def test_a_recorded_revision_of_a_repository(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "xtuner2llava.sources.base_model.fetch_model", lambda *_, **__: workshop.llm
+    )
+    config = workshop.config(llm="org/other", llm_lora={"r": 1, "lora_alpha": 1})
+    path = workshop.save(
+        LORA, config.replace("from_pretrained',", "from_pretrained', revision='v1',", 1)
+    )
+    fault = only_fault(workshop.open(path))
+    assert fault.where.endswith("model.llm.revision") and "OWNER/NAME@REVISION" in fault.advice
+    assert workshop.open(path, llm="org/other@v1").faults == ()
+
+
 def test_biases_of_a_frozen_tower_are_no_tower(workshop: Workshop) -> None:
     # bias="all": XTuner saves every key with "bias" in it, and TOWER_BIAS is not all of the tower.
     weight = "vision_model.post_layernorm.weight"

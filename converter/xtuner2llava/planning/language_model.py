@@ -33,6 +33,12 @@ _MULTIPLE = 64
 # What it scales to is a number for every factor above.
 _LEAST_FACTOR = 1e-9
 _SHOWN_CHARACTERS = 80
+# The last one that was loaded, or the embedding (transformers 4.48 `modeling_utils.py`,
+# _load_pretrained_model and tie_weights).
+_ONE_OF_BOTH = (
+    " Where training loaded this base, it had one of them in both places, which depends on the "
+    "version of transformers: then give --llm a folder that has that one only."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +199,14 @@ def plain_language_model(
     values: Mapping[str, object],
     tensors: Mapping[str, LazyTensor],
     findings: Findings,
+    *,
+    of_base: bool = False,
 ) -> LanguageModel:
     """The LLM with the tensors of its plain class, no more and no less.
 
-    Where the config ties tensors that differ, both are kept and the config is corrected. Raises
-    `MappingError` for rules that do not fit; what the class expects otherwise becomes faults.
+    Where the config ties tensors that differ, both are kept and the config is corrected; a note
+    says what that means for those `of_base`. Raises `MappingError` for rules that do not fit; what
+    the class expects otherwise becomes faults.
     """
     if not tensors:
         return LanguageModel(family, values, {}, {}, ())
@@ -210,7 +219,7 @@ def plain_language_model(
             values["tie_word_embeddings"] = False
             findings.note(
                 f"The config ties {name} to {same_as}, but they differ; both are written, "
-                "with tie_word_embeddings: false."
+                "with tie_word_embeddings: false." + (_ONE_OF_BOTH if of_base else "")
             )
             continue
         del outputs[name]

@@ -59,7 +59,7 @@ _NO_CONFIG = (
 )
 # Of a tokenizer's or processor's file; the largest vocabularies have a tenth of it.
 _MAX_COPIED_BYTES = 256 << 20
-_MAX_KEYS = 40
+_MAX_KEYS, _MAX_LISTED = 40, 8
 
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -290,9 +290,10 @@ class Assessment:
 
     @_part
     def llm(self) -> language_model.LanguageModel:
-        values, tensors = self.plain_config[0], self.checkpoint.llm.tensors
+        values, llm = self.plain_config[0], self.checkpoint.llm
+        of_base = LLM not in self.checkpoint.artifact.weights and llm.adapter is None
         return language_model.plain_language_model(
-            self.family, self.llm_config, values, tensors, self.found
+            self.family, self.llm_config, values, llm.tensors, self.found, of_base=of_base
         )
 
     @_part
@@ -325,7 +326,16 @@ class Assessment:
     def vocabulary(self) -> None:
         """Raises `PlanError` where it does not have the rows that the tokenizer needs."""
         before, rows = self.plain_config[0].get("vocab_size"), self.llm.rows
-        check_vocabulary(self.tokenizer, rows, before, is_base=self.base_tokenizer[1])
+        base, is_base = self.base_tokenizer
+        if is_base and before == rows <= base.highest_id == self.tokenizer.highest_id:
+            # As Llama 2's <pad> at first. Training cannot have used them.
+            without = [text for text, index in base.ids.items() if index >= rows]
+            listed = ", ".join(f"'{visible(text)}'" for text in without[:_MAX_LISTED])
+            self.found.note(
+                f"The base's vocabulary has {rows} rows, and tokens without one: {listed}."
+            )
+            return
+        check_vocabulary(self.tokenizer, rows, before, is_base=is_base)
         if rows != before:
             self.found.note(
                 f"The vocabulary has {rows} rows, as trained; the base's config says {before}."
@@ -388,9 +398,10 @@ class Assessment:
         grown = before.with_rows_for(tokenizer.highest_id + 1)
         if grown is not before:
             added = ", ".join(f"{use} {n}" for use, n in tokens.items() if n >= before.rows)
+            why = f"the tokens that are added ({added})" if added else "tokens without one"
             self.found.note(
-                f"The vocabulary has {grown.rows} rows in place of {before.rows}, for the tokens "
-                f"that are added ({added}); each new row is the mean of the others."
+                f"The vocabulary has {grown.rows} rows in place of {before.rows}, for {why}; each "
+                "new row is the mean of the others."
             )
         return grown
 

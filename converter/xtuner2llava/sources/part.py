@@ -111,6 +111,7 @@ class Assembly:
             own = adapter.own_base(where)
         folder = self._folder(base, weights=own is None)
         config = base.read_config(folder)
+        self._check_choices(base, folder)
         if base.part == VISUAL_ENCODER:
             self._check_overrides(base, config)
         elif folder != self.artifact.folders.get(LLM):
@@ -189,6 +190,26 @@ class Assembly:
                 f"'{base.name}', which is not a folder here. {base.flag} decides."
             )
         return folder
+
+    def _check_choices(self, base: BaseModel, folder: Path) -> None:
+        """Raises `UnsupportedError` where the recorded path alone does not say what was loaded.
+
+        What the user gave is it. transformers ignores the revision of a folder.
+        """
+        if base.given is not None or folder == self.artifact.folders.get(base.part):
+            return
+        is_folder = local_path(base.recorded_place or "").is_dir()
+        faults = [
+            Fault(
+                f"{self.config.where}, model.{base.part}.{key}",
+                f"is {shown(value)} in training: '{base.name}' alone does not say what was loaded",
+                f"Give {base.flag} the folder with the config and weights that were, or "
+                "OWNER/NAME@REVISION.",
+            )
+            for key, value in self.config.choices(base.part).items()
+            if not (key == "revision" and is_folder)
+        ]
+        raise_faults(UnsupportedError, faults)
 
     def _check_overrides(self, base: BaseModel, tower: ModelConfig) -> None:
         """Raises `UnsupportedError` where the XTuner config trained another tower than its base.

@@ -33,8 +33,15 @@ _LOADING_KEYS = (
     "device_map revision code_revision cache_dir token use_auth_token local_files_only "
     "force_download resume_download proxies subfolder variant use_safetensors max_memory "
     "offload_folder config offload_state_dict ignore_mismatched_sizes output_loading_info "
-    "use_flash_attention_2 load_in_8bit load_in_4bit mirror from_tf from_flax use_cache".split(),
+    "use_flash_attention_2 load_in_8bit load_in_4bit mirror from_tf from_flax use_cache "
+    "gguf_file".split(),
 )
+# Of these, those that choose other files than the folder's usual ones, or another config, and the
+# values that do not.
+_CHOOSING: Mapping[str, Value] = {
+    "revision": "main", "subfolder": "", "variant": "", "use_safetensors": True, "gguf_file": "",
+    "config": None,
+}  # fmt: skip
 # XTuner's model by all the names under which its registry and imports find it.
 _LLAVA_MODELS = tuple(
     f"{module}LLaVAModel" for module in ("", "xtuner.", "xtuner.model.", "xtuner.model.llava.")
@@ -125,6 +132,12 @@ class TrainingConfig:
         section = self.model.known(part)
         return section.others(_LOADING_KEYS) if section else {}
 
+    def choices(self, part: str) -> Mapping[str, Value]:
+        """Arguments of `from_pretrained` with which the path alone does not say what was loaded."""
+        section = self.model.known(part)
+        found = {key: section.table.get(key) for key in _CHOOSING} if section else {}
+        return {k: v for k, v in found.items() if v is not None and v != _CHOOSING[k]}
+
     def frozen(self, part: str) -> bool:
         return self.model.flag(f"freeze_{part}")
 
@@ -136,7 +149,8 @@ class TrainingConfig:
     def inexact(self) -> tuple[str, ...]:
         """Why what becomes of this training is near to what was trained, and not the same."""
         llm = self.model.known("llm")
-        if llm is None or llm.section("quantization_config") is None:
+        flags = ("load_in_4bit", "load_in_8bit")
+        if llm is None or not (llm.section("quantization_config") or any(map(llm.flag, flags))):
             return ()
         if self.lora("llm") is not None:
             return (

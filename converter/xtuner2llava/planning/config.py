@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import cast
 
 from xtuner2llava.mapping.family import Generation
@@ -42,6 +43,11 @@ _BEAMS: dict[str, Json] = {"early_stopping": False, "length_penalty": 1.0, "num_
 _OF_THE_RUN = ("cache_implementation", "cache_config", "compile_config", "output_attentions",
                "output_hidden_states", "output_scores", "output_logits",
                "return_dict_in_generate", "return_legacy_cache")  # fmt: skip
+# Texts in their place end in a TypeError of some version (`GenerationConfig.validate`).
+_NUMBERS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "num_beams",
+            "num_return_sequences", "no_repeat_ngram_size", "repetition_penalty", "penalty_alpha",
+            "guidance_scale", *_SAMPLING, "length_penalty", "num_beam_groups",
+            "diversity_penalty")  # fmt: skip
 _FILE = "generation_config.json"
 
 
@@ -193,6 +199,9 @@ def valid_settings(values: Mapping[str, Json]) -> tuple[dict[str, Json], tuple[s
         if found:
             notes.append(f"{_FILE} is written without {', '.join(found)}{why}")
 
+    wrong = [key for key in _NUMBERS if type(result.get(key)) not in (int, float, NoneType)]
+    wrong += ["do_sample"] * (type(result.get("do_sample")) not in (bool, NoneType))
+    drop(wrong, ": of another kind than transformers reads.")
     length = result.get("max_new_tokens")
     senseless = ["max_new_tokens"] if isinstance(length, int) and length < 1 else []
     drop([*_OF_THE_RUN, *senseless], ", which not every transformers loads.")

@@ -35,10 +35,7 @@ def arguments(checkpoints: Path) -> list[object]:
 def test_convert_reports_on_stdout_and_logs_its_stages_on_stderr(
     arguments: list[object], tmp_path: Path
 ) -> None:
-    """As a program of its own: the others run in this process."""
-    words = map(str, ["convert", arguments[0], tmp_path / "llava-qwen2", *arguments[1:]])
-    program = [sys.executable, "-m", "xtuner2llava", *words]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    done = run("convert", arguments[0], tmp_path / "llava-qwen2", *arguments[1:])
     assert done.returncode == 0
     stages = [line.split()[1] for line in done.stderr.splitlines()]
     assert stages == ["open:", "plan:", "write:", "describe:", "publish:"]
@@ -248,15 +245,19 @@ def test_plan_and_inspect_need_no_torch(checkpoints: Path) -> None:
 
 
 def test_the_progress_bar_shows_on_a_terminal_only(arguments: list[object], tmp_path: Path) -> None:
+    """As a program of its own: the others run in this process."""
     checkpoint, *options = arguments
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = ["convert", checkpoint, tmp_path / "llava-qwen2", *options]
-    with subprocess.Popen(
-        [sys.executable, "-m", "xtuner2llava", *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-    ) as process:
+    with (
+        (tmp_path / "stdout").open("w") as stdout,
+        subprocess.Popen(
+            [sys.executable, "-m", "xtuner2llava", *map(str, command)],
+            stdout=stdout,
+            stderr=theirs,
+        ) as process,
+    ):
         os.close(theirs)
         shown = b""
         try:
@@ -268,6 +269,8 @@ def test_the_progress_bar_shows_on_a_terminal_only(arguments: list[object], tmp_
     os.close(ours)
     assert b"write" in shown
     assert b"B/s" in shown
+    assert b"open:" not in shown  # No lines of a log.
+    assert "verified bit for bit" in (tmp_path / "stdout").read_text()
 
 
 @pytest.mark.parametrize(

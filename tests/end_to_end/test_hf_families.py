@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +55,31 @@ def make(case: str, folder: Path, checkpoints: Path) -> tuple[Source, Trained]:
     return source, write_trained(folder / "trained", source, checkpoints)
 
 
+class Family:
+    """A source, trained and converted: not to be written to."""
+
+    def __init__(self, case: str, folder: Path, checkpoints: Path) -> None:
+        self.source, self.trained = make(case, folder, checkpoints)
+        self.out = folder / "out"
+        convert(
+            self.trained.checkpoint, self.out, format="hf", dtype="float32", **self.trained.bases
+        )
+        self.model = huggingface.load(self.out)
+
+
+@pytest.fixture(scope="module")
+def family(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    return cache(lambda case: Family(case, tmp_path_factory.mktemp(case), checkpoints))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_language_model_computes_what_it_did(
-    checkpoints: Path, tmp_path: Path, measured: Measured, case: str
+    family: Callable[[str], Family], measured: Measured, case: str
 ) -> None:
     import torch
 
-    source, trained = make(case, tmp_path, checkpoints)
-    out = tmp_path / "out"
-    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
-    model = huggingface.load(out)
+    made = family(case)
+    source, out, model = made.source, made.out, made.model
     ids = torch.randint(3, 380, (1, 60), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     with torch.no_grad():
@@ -185,7 +202,7 @@ def test_what_to_do_about_padded_images_is_said(checkpoints: Path, tmp_path: Pat
 # With an image
 
 
-def difference_with_an_image(source: Source, trained: Trained, out: Path) -> float:
+def difference_with_an_image(source: Source, trained: Trained, model: Any) -> float:
     import numpy
     import torch
 
@@ -193,7 +210,7 @@ def difference_with_an_image(source: Source, trained: Trained, out: Path) -> flo
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(2)).numpy()
     reference = compose_trained(source, trained)
     expected = reference.logits(ids, pixels)
-    found = huggingface.logits(huggingface.load(out), ids, pixels)
+    found = huggingface.logits(model, ids, pixels)
     assert len(expected) == len(found) == 7 + 16  # the image's patches are in it
     assert expected.abs().max() > 0.5
     # The image counts: another one gives other logits.
@@ -202,27 +219,23 @@ def difference_with_an_image(source: Source, trained: Trained, out: Path) -> flo
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "gemma"])
-def test_an_image_counts_as_it_did(checkpoints: Path, tmp_path: Path, case: str) -> None:
+def test_an_image_counts_as_it_did(family: Callable[[str], Family], case: str) -> None:
     if not huggingface.expands_image_tokens():
         pytest.skip("before 4.45 logits have other places")
-    source, trained = make(case, tmp_path, checkpoints)
-    out = tmp_path / "out"
-    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
-    assert difference_with_an_image(source, trained, out) < SAME
+    made = family(case)
+    assert difference_with_an_image(made.source, made.trained, made.model) < SAME
 
 
-def test_gemma_sees_images_as_its_verdict_says(checkpoints: Path, tmp_path: Path) -> None:
+def test_gemma_sees_images_as_its_verdict_says(family: Callable[[str], Family]) -> None:
     """From 5.4 on images are too weak in LlavaForConditionalGeneration, and the verdict says so."""
     import transformers
 
     if not huggingface.expands_image_tokens():
         pytest.skip("before 4.45 logits have other places")
-    source, trained = make("gemma", tmp_path, checkpoints)
-    out = tmp_path / "out"
-    convert(trained.checkpoint, out, format="hf", dtype="float32", **trained.bases)
-    verdict = plan(trained.checkpoint, format="hf", **trained.bases).fidelity
+    made = family("gemma")
+    verdict = plan(made.trained.checkpoint, format="hf", **made.trained.bases).fidelity
     (versions,) = verdict.transformers
-    difference = difference_with_an_image(source, trained, out)
+    difference = difference_with_an_image(made.source, made.trained, made.model)
     if SpecifierSet(versions).contains(transformers.__version__, prereleases=True):
         assert difference < SAME
     else:
@@ -240,4 +253,4 @@ def test_a_wrong_projector_is_seen_with_an_image(checkpoints: Path, tmp_path: Pa
     saved = torch.load(trained.checkpoint)
     saved["state_dict"]["projector.model.2.weight"] *= -1
     torch.save(saved, trained.checkpoint)
-    assert difference_with_an_image(source, trained, out) > 1e-2
+    assert difference_with_an_image(source, trained, huggingface.load(out)) > 1e-2

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from command import run
 from hub_server import Client, HubServer, content
 
 CARD = (
@@ -265,17 +266,11 @@ def test_a_streamed_base_gives_the_same_bytes_and_is_not_stored(
 
 
 def test_a_plan_of_a_streamed_base_reads_its_header(
-    names: Names, hub: HubServer, tmp_path: Path
+    names: Names, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
     words = [names.trained, "--llm", names.llm, "--vision", names.vision, "--stream-base", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "xtuner2llava", "plan", *words],
-        env={**os.environ, **hub.environment(tmp_path / "home", hub.token)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("plan", *words)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert len(json.loads(done.stdout)["tensors"]) == 114

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from xtuner2llava import convert, verify
 DTYPES = ("float16", "bfloat16", "float32", "keep")
 
 
+@cache
 def of_case(checkpoints: Path, case: str, source: str, **options: Any) -> dict[str, torch.Tensor]:
     base = CASES[case]
     return expected(

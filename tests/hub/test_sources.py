@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from command import run
 from hub_server import Client, HubServer, content
 
 CARD = (
@@ -266,11 +265,18 @@ def test_a_streamed_base_gives_the_same_bytes_and_is_not_stored(
 
 
 def test_a_plan_of_a_streamed_base_reads_its_header(
-    names: Names, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    names: Names, hub: HubServer, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", hub.token)
+    """As a program, which turns the progress bars of huggingface_hub off before importing it."""
     words = [names.trained, "--llm", names.llm, "--vision", names.vision, "--stream-base", "--json"]
-    done = run("plan", *words)
+    done = subprocess.run(
+        [sys.executable, "-m", "xtuner2llava", "plan", *words],
+        env={**os.environ, "HF_TOKEN": hub.token},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert len(json.loads(done.stdout)["tensors"]) == 114

@@ -195,6 +195,9 @@ def test_an_option_without_effect_is_said_or_refused(
         assert note in run("plan", idle, *given, flag, value).stdout
         assert note not in run("plan", idle, *given).stdout
         assert used is None or note not in run("plan", used, *given, flag, value).stdout
+    config = str(checkpoints / "qwen2_e_full_fullvis/config.py")
+    done = run("inspect", config, *words[1:5], "--xtuner-config", config)
+    assert done.exit_code == 2 and "config.py is a config itself" in done.stderr
     file = tmp_path / "my.yaml"
     file.write_text("schema: 1\nfamily: my\nextends: qwen2\n")
     assert run("mappings", "check", str(file)).exit_code == 0

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
 
-from xtuner2llava.errors import CheckpointError, ConversionError, Fault, UnsupportedError
+from xtuner2llava.errors import (
+    CheckpointError,
+    ConversionError,
+    Fault,
+    UnsupportedError,
+    UsageError,
+)
 from xtuner2llava.options import PathOrText, SourceOptions
 from xtuner2llava.sources.artifact import LLM, PROJECTOR, VISUAL_ENCODER, Artifact
 from xtuner2llava.sources.opening import open_artifact
@@ -91,9 +97,12 @@ def open_training(path: PathOrText, options: SourceOptions | None = None) -> Che
     Its projector has no tensors yet, and weights of base models may be missing. Raises
     `CheckpointError` for what is not a config.
     """
+    options = options or SourceOptions()
+    if options.xtuner_config is not None:
+        what = f"is for a checkpoint, and {fspath(path)} is a config itself"
+        raise UsageError(what, where="--xtuner-config")
     training_config = TrainingConfig.from_file(path)
     artifact = Artifact(Path(path), "XTuner config, before training", {}, ())
-    options = options or SourceOptions()
     return _assembled(
         Assembly(artifact, training_config, options, base_weights=False, before_training=True)
     )

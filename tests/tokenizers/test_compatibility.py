@@ -164,12 +164,13 @@ FIRST = {"normalizer": None, "pre_tokenizer": METASPACE}
 READ_OTHERWISE = {
     "as published, Llama 1": (PREPEND, True, "", ""),
     "as published, Llama 2": (PREPEND, False, "", "puts a space at other places"),
-    "spaces first": (FIRST, False, "", ""),
+    "spaces first": (FIRST, False, "", "puts a space at other places"),
     "spaces first, legacy": (FIRST, True, "", "puts a space at other places"),
     "no spaces": ({"normalizer": PREPEND["normalizer"]["normalizers"][1]}, True, "", "puts a sp"),
     "a turn's token, as Phi-3": (FIRST, False, "token", "puts a space at other places"),
     "one id is another": (PREPEND, True, "ids", "has other ids"),
     "drops spaces": (PREPEND, True, "spaces", "drops repeated spaces"),
+    "Code Llama": (PREPEND, True, "CodeLlamaTokenizer", "puts a space at other places"),
 }
 
 
@@ -189,6 +190,8 @@ def test_official_llava_is_given_what_training_read(
     elif change == "ids":
         vocab = content["model"]["vocab"]
         vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    elif change.startswith("Code"):
+        config["tokenizer_class"] = change
     del config["clean_up_tokenization_spaces"]
     (base / "tokenizer.json").write_text(json.dumps(content))
     (base / "tokenizer_config.json").write_text(json.dumps(config))
@@ -201,7 +204,7 @@ def test_official_llava_is_given_what_training_read(
         assert prepared.tokenizer.config["clean_up_tokenization_spaces"] is False
         assert adds_bos(prepared.tokenizer)
     for_hf = readable_tokenizer(read_tokenizer(base), "hf").tokenizer
-    assert for_hf.config["tokenizer_class"] == "LlamaTokenizer"  # read from tokenizer.json there
+    assert for_hf.config["tokenizer_class"] == config["tokenizer_class"]
 
 
 # tokenizer.json, part by part

@@ -30,12 +30,10 @@ from xtuner2llava.tokenizers.tokenizer import (
     FAST,
     MERGES,
     MODEL,
-    NAMED,
     VOCAB,
     AddedToken,
     Prepared,
     Tokenizer,
-    additional_tokens,
     decoder_tokens,
     fast_tokens,
     integers,
@@ -402,24 +400,19 @@ def _with_known_class(tokenizer: Tokenizer, format_name: str, notes: list[str]) 
 def _slow_difference(tokenizer: Tokenizer) -> str | None:
     """How tokenizer.model makes other ids than tokenizer.json; None where both make the same.
 
-    The slow LlamaTokenizer reads the former (transformers 4.37.2
-    `models/llama/tokenization_llama.py`). Without `legacy`, it knows only the named special tokens
-    as places where no space is added.
+    The slow LlamaTokenizer reads the former. Without `legacy`, which Code Llama's does not have, it
+    has a rule of its own for spaces at the start and beside special tokens (transformers 4.37.2
+    `models/llama/tokenization_llama.py`).
     """
-    if tokenizer.slow_class != "LlamaTokenizer" or MODEL not in tokenizer.copied:
+    name = tokenizer.slow_class
+    if _FILES.get(name) != (MODEL,) or MODEL not in tokenizer.copied:
         return None
     model = read_sentencepiece(tokenizer.folder / MODEL)
     if any(tokenizer.ids.get(text) != index for text, index in model.ids.items()):
         return "has other ids"
     if (model.removes_extra_spaces or model.charsmap) and keeps_spaces(tokenizer):
         return "drops repeated spaces, line feeds, and white space at either end of a text"
-    if tokenizer.config.get("legacy") is not False:
-        slow = PrefixSpace(everywhere=True, doubled=True) if model.adds_dummy_prefix else None
-        same = prefix_space(tokenizer) == slow
-    else:
-        special = {tokenizer.special(key) for key in NAMED}
-        special |= {*additional_tokens(tokenizer.config, tokenizer.special_map)}
-        same = prefix_space(tokenizer) == PrefixSpace(everywhere=False, doubled=False) and all(
-            token.text in special for token in tokenizer.added_tokens()
-        )
+    legacy = name == "LlamaTokenizer" and tokenizer.config.get("legacy") is not False
+    slow = PrefixSpace(everywhere=True, doubled=True) if model.adds_dummy_prefix else None
+    same = legacy and prefix_space(tokenizer) == slow
     return None if same else "puts a space at other places of a text"

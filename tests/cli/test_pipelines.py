@@ -141,9 +141,12 @@ def test_a_full_disk_under_stdout_is_said_without_a_traceback() -> None:
 
 @pytest.mark.parametrize(("words", "status"), [("mappings list", 0), ("lst", 2), ("plan /no", 2)])
 def test_without_standard_streams(words: str, status: int) -> None:
-    """As a process that closed them may start us: no shard gets the number of stderr."""
+    """As a process that closed them may start us."""
     command = f"exec {sys.executable} -m xtuner2llava {words} <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], check=False).returncode == status
+
+
+def test_without_standard_streams_no_shard_gets_the_number_of_stderr() -> None:
     code = (
         "import os; from xtuner2llava.cli.commands import main\n"
         "try: main(['mappings', 'list'])\n"

@@ -95,6 +95,7 @@ def test_a_public_repository_is_not_private(hub: HubServer, client: Client, out:
     assert text.startswith("HubError: ann/llava-qwen: is public, and private=True is given")
     assert repo.content() == {}
     client.call("push", out, "ann/llava-mine-qwen", private=True)
+    assert hub.repos["ann/llava-mine-qwen"].private
     client.call("push", out, "ann/llava-mine-qwen", private=True)  # It was made so.
 
 

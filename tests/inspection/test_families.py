@@ -296,6 +296,7 @@ def test_an_llm_of_ones_own_is_foreseen_with_its_mapping(
     assert verdicts(outlook) == {"llava": limit, "hf": limit}
     words = ["inspect", config, "--mapping", mapping, "--vision-tower-name", "openai/clip"]
     done = run(*words, "--json")
+    assert done.returncode == 0
     assert json.loads(done.stdout)["targets"][0]["exact_up_to"] == 8192
 
 
@@ -315,9 +316,10 @@ def test_a_tokenizer_that_is_code_is_told_before_the_training(
 def test_the_command_line_says_it_in_words_and_as_data(written: Callable[..., Path]) -> None:
     path = written("phi3", hook="")
     command = ["inspect", path, "--vision-tower-name", "openai/clip"]
-    words = run(*command).stdout
-    assert f"\nllava: exact up to 2047 tokens, as {LLAMA}\n" in words
-    assert "\nAdd to the config:\n  stop_words=['<|end|>'],  # in EvaluateChatHook\n" in words
+    said = run(*command)
+    assert f"\nllava: exact up to 2047 tokens, as {LLAMA}\n" in said.stdout
+    assert "\nAdd to the config:\n  stop_words=['<|end|>'],  # in EvaluateChatHook\n" in said.stdout
     done = run(*command, "--json")
+    assert (said.returncode, done.returncode) == (0, 0)
     for target in json.loads(done.stdout)["targets"]:
         assert (target["verdict"], target["exact_up_to"]) == ("exact_up_to", 2047)

@@ -127,6 +127,11 @@ def test_the_command_line_exits_with_the_verdict(checkpoints: Path) -> None:
     done = run("inspect", "qwen2_a_pretrain/config.py", "--json", cwd=checkpoints)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["family"] == "qwen2"
+    words = ["inspect", "qwen2_a_pretrain/config.py", "--mapping", "phi3"]
+    done = run(*words, "--json", cwd=checkpoints)
+    assert done.returncode == 1, done.stdout
+    verdicts = [target["verdict"] for target in json.loads(done.stdout)["targets"]]
+    assert verdicts == ["not_possible", "not_possible"]
 
 
 def test_what_cannot_be_read_of_the_config_is_said_once(foresee: Any, tmp_path: Path) -> None:

@@ -272,9 +272,11 @@ def test_the_command_line_says_it_in_words_and_as_data(checkpoints: Path, tmp_pa
     made = trained(tmp_path, checkpoints, "phi3")
     command = ["inspect", made.checkpoint, "--llm", made.llm, "--vision", made.vision]
     command += ["--vision-tower-name", "openai/clip"]
-    words = run(*command).stdout
-    assert "\nllava: exact up to 100 tokens, as LlavaLlamaForCausalLM\n" in words
-    targets = json.loads(run(*command, "--json").stdout)["targets"]
+    said = run(*command)
+    assert "\nllava: exact up to 100 tokens, as LlavaLlamaForCausalLM\n" in said.stdout
+    found = run(*command, "--json")
+    assert (said.returncode, found.returncode) == (0, 0)
+    targets = json.loads(found.stdout)["targets"]
     assert [(t["verdict"], t["exact_up_to"], t["transformers"]) for t in targets] == [
         ("exact_up_to", 100, [])
     ] * 2
@@ -300,5 +302,7 @@ def test_a_plan_has_it_too(checkpoints: Path, tmp_path: Path) -> None:
     data = plan(made.checkpoint, **made.bases).to_dict()
     assert (data["verdict"], data["exact_up_to"]) == ("exact_up_to", 100)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in made.bases.items()]
-    words = run("plan", made.checkpoint, *options).stdout
+    said = run("plan", made.checkpoint, *options)
+    assert said.returncode == 0
+    words = said.stdout
     assert "\nphi3 → llava: LlavaLlamaForCausalLM, exact up to 100 tokens, dtype float32\n" in words

@@ -101,6 +101,8 @@ def test_generation_settings_are_the_base_s() -> None:
         ({"num_beams": 4, "num_beam_groups": 2}, {"num_beams": 4}),
         ({"num_beams": 3, "early_stopping": "often"}, {"num_beams": 3}),
         ({"num_beams": 2, "num_return_sequences": 3}, {"num_beams": 2}),
+        # What 4.37.2 to 4.57 compare with a number.
+        ({"num_return_sequences": None, "num_beams": None, "max_length": None}, {}),
         ({"num_return_sequences": 2}, {}),
         ({"max_new_tokens": 0}, {}),
         ({"max_new_tokens": "256", "num_return_sequences": [1], "temperature": "0.6"}, {}),

@@ -318,3 +318,31 @@ def test_an_xtuner_folders_own_tokenizer_wins(checkpoints: Path, tmp_path: Path)
     report = convert(home, out, **bench.options())
     assert ids(loaded(out)) == ids(own)
     assert any("in the checkpoint's folder" in note for note in report.plan.notes)
+
+
+@pytest.mark.parametrize("how", ["use_fast", "class", "fast"])
+def test_a_training_with_the_slow_tokenizer(llama: Bench, how: str) -> None:
+    """Official LLaVA reads tokenizer.model too, and what is made for hf is made from that."""
+    arguments = {"use_fast": ", use_fast=False", "class": "", "fast": ""}[how]
+    text = llama.config(arguments=arguments)
+    if how == "class":
+        text = text.replace("AutoTokenizer", "LlamaTokenizer")
+    case = llama.checkpoint(text)
+    llama.llm = Path(shutil.copytree(llama.llm, llama.folder / "llm"))
+    base = json.loads((llama.llm / "tokenizer.json").read_text())
+    vocab = base["model"]["vocab"]
+    one, two = [name for name in vocab if len(name) > 2][-2:]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    settings = llama.llm / "tokenizer_config.json"
+    config = json.loads(settings.read_text())
+    config.pop("add_prefix_space", None)
+    (llama.llm / "tokenizer.json").write_text(json.dumps(base))
+    settings.write_text(json.dumps(config))
+    made = plan(case, **llama.options())
+    slow = how != "fast"
+    assert ("tokenizer.model" in made.files, "tokenizer.json" in made.files) == (slow, not slow)
+    assert any("Training loaded the slow tokenizer" in note for note in made.notes) is slow
+    found = json.loads(plan(case, format="hf", **llama.options()).files["tokenizer.json"])
+    before = {name: index for name, index in vocab.items() if name in (one, two)}
+    after = {name: found["model"]["vocab"][name] for name in before}
+    assert (after == before) is not slow

@@ -48,18 +48,19 @@ def write(folder: Path, **parts: Any) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("format_name", ["llava", "hf"])
 @pytest.mark.parametrize("kind", ["llm_llama", "llm_qwen2"])
 @pytest.mark.parametrize("change", ["vocabulary", "added"])
-def test_a_slow_tokenizer_with_other_ids_is_left_out_for_llava(
-    checkpoints: Path, tmp_path: Path, kind: str, change: str
+def test_a_slow_tokenizer_with_other_ids_is_left_out(
+    checkpoints: Path, tmp_path: Path, kind: str, change: str, format_name: str
 ) -> None:
-    """Official LLaVA would take it, and training had the fast one."""
+    """Official LLaVA and llama.cpp would take it, and training had the fast one."""
     folder = Path(shutil.copytree(checkpoints / "bases" / kind, tmp_path / "base"))
     path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     config = json.loads(settings.read_text())
     config.pop("add_prefix_space", None)
     settings.write_text(json.dumps(config))
-    same = readable_tokenizer(read_tokenizer(folder), "llava")
+    same = readable_tokenizer(read_tokenizer(folder), format_name)
     assert {"tokenizer.model", "vocab.json"} & {*same.tokenizer.files}
 
     content = json.loads(path.read_text())
@@ -71,19 +72,16 @@ def test_a_slow_tokenizer_with_other_ids_is_left_out_for_llava(
         one = "<region>"
         content["added_tokens"].append(token(one, len(vocab) + 3))
     path.write_text(json.dumps(content))
-    prepared = readable_tokenizer(read_tokenizer(folder), "llava")
+    prepared = readable_tokenizer(read_tokenizer(folder), format_name)
     assert not {"tokenizer.model", "vocab.json", "merges.txt"} & {*prepared.tokenizer.files}
     assert prepared.tokenizer.config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert adds_bos(prepared.tokenizer) == adds_bos(read_tokenizer(folder))
     assert "XTuner trains with tokenizer.json" in prepared.notes[0]
     assert repr(one) in prepared.notes[0]
-    # The other formats' programs read tokenizer.json; this Llama's was made from the slow one.
-    assert {"tokenizer.model", "vocab.json"} & {
-        *readable_tokenizer(read_tokenizer(folder), "hf").tokenizer.files
-    }
-    if kind == "llm_llama":
+    if kind == "llm_llama":  # Then transformers 4.40 to 4.57 make the fast one from the slow one.
         settings.write_text(json.dumps({**config, "add_prefix_space": True}))
-        kept = readable_tokenizer(read_tokenizer(folder), "llava")
-        assert "tokenizer.model" in kept.tokenizer.files
+        with pytest.raises(ConversionError, match="are of different tokenizers"):
+            readable_tokenizer(read_tokenizer(folder), format_name)
 
 
 # What each version saved
@@ -168,7 +166,6 @@ READ_OTHERWISE = {
     "spaces first, legacy": (FIRST, True, "", "puts a space at other places"),
     "no spaces": ({"normalizer": PREPEND["normalizer"]["normalizers"][1]}, True, "", "puts a sp"),
     "a turn's token, as Phi-3": (FIRST, False, "token", "puts a space at other places"),
-    "one id is another": (PREPEND, True, "ids", "has other ids"),
     "drops spaces": (PREPEND, True, "spaces", "drops repeated spaces"),
     "Code Llama": (PREPEND, True, "CodeLlamaTokenizer", "puts a space at other places"),
 }
@@ -187,9 +184,6 @@ def test_official_llava_is_given_what_training_read(
     if change == "token":
         content["added_tokens"].append(token("<|user|>", 384))
         config["added_tokens_decoder"]["384"] = {"content": "<|user|>", "special": True}
-    elif change == "ids":
-        vocab = content["model"]["vocab"]
-        vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
     elif change.startswith("Code"):
         config["tokenizer_class"] = change
     del config["clean_up_tokenization_spaces"]

@@ -204,7 +204,8 @@ def valid_settings(values: Mapping[str, Json]) -> tuple[dict[str, Json], tuple[s
     drop(wrong, ": of another kind than transformers reads.")
     length = result.get("max_new_tokens")
     senseless = ["max_new_tokens"] if isinstance(length, int) and length < 1 else []
-    drop([*_OF_THE_RUN, *senseless], ", which not every transformers loads.")
+    nulls = [k for k, v in values.items() if v is None and k not in (*_SAMPLING, "do_sample")]
+    drop([*_OF_THE_RUN, *senseless, *nulls], ", which not every transformers loads.")
     # Stop strings are words of a prompt.
     texts = {key: json.dumps(value) for key, value in result.items() if key != "stop_strings"}
     private = [key for key, text in texts.items() if redact_text(text) != text]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os.path
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from os import fspath
+from pathlib import Path
 
 from xtuner2llava.errors import ConversionError, Fault, PlanError, UsageError, raise_faults
 from xtuner2llava.hub.download import find_folder
@@ -48,6 +50,13 @@ def training_tokenizer(
     config says another than the base's and it cannot be read, or where parts of it disagree.
     """
     config, folder = checkpoint.training_config, checkpoint.llm.folder
+    slow = checkpoint.training_data.tokenizer.is_slow
+    read = partial(read_tokenizer, slow=slow)
+    if slow:
+        findings.note(
+            "Training loaded the slow tokenizer, and the base's tokenizer.json is left out. A fast "
+            "one, which transformers makes for the format hf, may split white space otherwise."
+        )
     _, not_followed = _arguments(checkpoint.training_data.tokenizer)
     if given is not None:
         if not_followed:
@@ -55,7 +64,7 @@ def training_tokenizer(
                 f"Arguments of the XTuner config's tokenizer that {FLAG} must hold already: "
                 f"{', '.join(not_followed)}."
             )
-        return read_tokenizer(find_folder(fspath(given))), False
+        return read(find_folder(fspath(given))), False
     if folder is None:
         return None
     named = saved = _saved(checkpoint)
@@ -63,11 +72,11 @@ def training_tokenizer(
         return saved, False
     if saved is None and config is not None:
         _check_arguments(config, not_followed)
-        named = _named(config)
+        named = _named(config, read)
     if named is None:
-        return read_tokenizer(folder), True
+        return read(folder), True
     try:
-        base = read_tokenizer(folder)
+        base = read(folder)
     except ConversionError:
         return named, False
     if named.ids != base.ids:
@@ -232,7 +241,7 @@ def _saved(checkpoint: Checkpoint) -> Tokenizer | None:
         return None
 
 
-def _named(config: TrainingConfig) -> Tokenizer | None:
+def _named(config: TrainingConfig, read: Callable[[Path], Tokenizer]) -> Tokenizer | None:
     """The tokenizer of another folder than the LLM's that the config names; None if it does not."""
     path = config.data.tokenizer.path
     try:
@@ -242,7 +251,7 @@ def _named(config: TrainingConfig) -> Tokenizer | None:
     if path is None or (of_llm is not None and os.path.normpath(path) == os.path.normpath(of_llm)):
         return None
     try:
-        return read_tokenizer(find_folder(path))
+        return read(find_folder(path))
     except ConversionError as error:
         fault = error.faults[0]
         raise PlanError(

@@ -94,7 +94,7 @@ def readable_tokenizer(tokenizer: Tokenizer, format_name: str) -> Prepared:
     """
     notes: list[str] = []
     result = tokenizer
-    if FAST in tokenizer.copied and format_name == "llava":
+    if FAST in tokenizer.copied:
         tokenizer = _without_other_slow(tokenizer, notes)
     if FAST in tokenizer.files:
         result = _with_readable_fast(tokenizer, format_name, notes)
@@ -325,23 +325,28 @@ def _slow_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _without_other_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
-    """`tokenizer` without the files of a slow one with other ids, which official LLaVA would take.
+    """`tokenizer` without the files of a slow one with other ids, which some programs would take.
 
-    XTuner trains with the fast one that AutoTokenizer loads; where a Llama's config says
-    add_prefix_space, that is made from the slow one (`models/llama/tokenization_llama_fast.py`).
+    XTuner trains with the fast one that AutoTokenizer loads. Raises `UnsupportedError` where a
+    Llama's config says add_prefix_space: then some versions make that from the slow one
+    (`models/llama/tokenization_llama_fast.py`).
     """
-    if tokenizer.config.get(_PREFIX) is not None and MODEL in tokenizer.copied:
-        return tokenizer
     slow = _slow_ids(tokenizer)
     other = [text for text, index in tokenizer.ids.items() if slow and slow.get(text) != index]
     if not other:
         return tokenizer
-    files = _FILES[tokenizer.slow_class]
+    names = " and ".join(_FILES[tokenizer.slow_class])
+    differ = f"{other[0]!r} ({len(other):,} in all) has another id"
+    if tokenizer.config.get(_PREFIX) is not None and MODEL in tokenizer.copied:
+        raise UnsupportedError(
+            f"{FAST} and {names} are of different tokenizers: {differ}",
+            where=str(tokenizer.folder),
+            advice="Give --tokenizer a folder with those files alone that training read.",
+        )
     notes.append(
-        f"The tokenizer is written without {' and '.join(files)}: XTuner trains with {FAST}, where "
-        f"{other[0]!r} ({len(other):,} in all) has another id."
+        f"The tokenizer is written without {names}: XTuner trains with {FAST}, where {differ}."
     )
-    return tokenizer.without_files(*files)
+    return tokenizer.without_files(*_FILES[tokenizer.slow_class])
 
 
 def _without_fast(tokenizer: Tokenizer, why: str, format_name: str) -> Tokenizer:
@@ -408,8 +413,6 @@ def _slow_difference(tokenizer: Tokenizer) -> str | None:
     if _FILES.get(name) != (MODEL,) or MODEL not in tokenizer.copied:
         return None
     model = read_sentencepiece(tokenizer.folder / MODEL)
-    if any(tokenizer.ids.get(text) != index for text, index in model.ids.items()):
-        return "has other ids"
     if (model.removes_extra_spaces or model.charsmap) and keeps_spaces(tokenizer):
         return "drops repeated spaces, line feeds, and white space at either end of a text"
     legacy = name == "LlamaTokenizer" and tokenizer.config.get("legacy") is not False

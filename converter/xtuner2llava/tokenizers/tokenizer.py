@@ -216,9 +216,14 @@ class Prepared(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`. Raises `CorruptFileError` if there is none or it is damaged."""
+def read_tokenizer(folder: Path, *, slow: bool = False) -> Tokenizer:
+    """The tokenizer in `folder`. Raises `CorruptFileError` if there is none or it is damaged.
+
+    A `slow` one is without tokenizer.json where there are other files for it.
+    """
     files = tuple(name for name in FILES if (folder / name).is_file())
+    if slow and any(name in files for name in _VOCABULARIES if name != FAST):
+        files = tuple(name for name in files if name != FAST)
     if not any(name in files for name in _VOCABULARIES):
         raise CorruptFileError(
             "holds no tokenizer, expected one of " + ", ".join(_VOCABULARIES[:3]),

@@ -64,6 +64,13 @@ class Loaded:
     path: str | None = None
     arguments: Mapping[str, Value] = field(default_factory=dict)
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether it is a tokenizer that leaves tokenizer.json aside."""
+        kind = self.type or ""
+        named = kind.endswith("Tokenizer") and kind not in ("AutoTokenizer", "PreTrainedTokenizer")
+        return named or self.arguments.get("use_fast") is False
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingData:
@@ -235,8 +242,9 @@ class _Reader:
         """Notes functions and classes that make prompts in a way that is not known."""
         for dataset in datasets:
             for key, known in _PROMPT_MAKERS.items():
-                name = (dotted(dataset.table.get(key)) or "").rpartition(".")[2]
-                if name and name not in known:
+                value = dataset.table.get(key)
+                name = (dotted(value) or shown(value)).rpartition(".")[2]
+                if value is not None and name not in known:
                     self._notes.append(
                         f"{dataset.name(key)} is {name[:80]}: prompts are written as XTuner's "
                         "LLaVADataset makes them with llava_map_fn, the image first, then a line "

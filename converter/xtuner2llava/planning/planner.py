@@ -30,6 +30,7 @@ from xtuner2llava.planning.plan import Chat, Fidelity, Findings, MappingInUse, P
 from xtuner2llava.planning.redaction import cached_id, redact_json
 from xtuner2llava.planning.tokenizer import (
     check_vocabulary,
+    slow_note,
     tokenizer_to_write,
     training_tokenizer,
     with_format_tokens,
@@ -231,7 +232,7 @@ class Assessment:
             self.found,
         )
         prepared = readable_tokenizer(made, self.options.format)
-        self.found.note(*prepared.notes)
+        self.found.note(*prepared.notes, slow_note(data.tokenizer, made))
         return prepared.tokenizer
 
     @_part

@@ -17,7 +17,7 @@ from reference.encode import IMAGE, Turns, encode
 from reference.seen import Seen
 from xtuner2llava.mapping.catalogue import Catalogue
 from xtuner2llava.mapping.family import PromptTemplate
-from xtuner2llava.planning.chat import with_trained_chat
+from xtuner2llava.planning.chat import trained_bos, with_trained_chat
 from xtuner2llava.planning.chat_template import Marks, chat_template, prompt_text
 from xtuner2llava.planning.plan import Findings
 from xtuner2llava.planning.tokenizer import with_format_tokens
@@ -44,7 +44,10 @@ def load(base: Path, template: PromptTemplate | None, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer, _ = with_format_tokens(read_tokenizer(base), CATALOGUE.formats["hf"].tokens)
-    made = with_trained_chat(tokenizer, template, TrainingData(), Findings(), with_processor=True)
+    bos = trained_bos(tokenizer, tokenizer)
+    made = with_trained_chat(
+        tokenizer, template, TrainingData(), Findings(), bos=bos, with_processor=True
+    )
     return AutoTokenizer.from_pretrained(write(made, folder))
 
 
@@ -192,7 +195,9 @@ def test_white_space_that_the_tokenizer_drops_between_turns_is_said(
     separator = made.encode("\n", add_special_tokens=False)
     assert len(expected) - len(rendered(made, first)) == 2 * len(separator)
     notes = Findings()
-    with_trained_chat(read_tokenizer(base), template, TrainingData(), notes, with_processor=True)
+    with_trained_chat(
+        read_tokenizer(base), template, TrainingData(), notes, bos="<s>", with_processor=True
+    )
     assert "the tokenizer drops it after '<|end|>'" in " ".join(notes.notes)
 
 

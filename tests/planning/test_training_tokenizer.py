@@ -265,6 +265,21 @@ def test_a_slow_tokenizer_is_said(
         assert any("loads the slow tokenizer" in note for note in notes) is said
 
 
+@pytest.mark.parametrize("with_vocab", [True, False])
+def test_qwen_has_no_bos_token_before_a_prompt(qwen: Bench, with_vocab: bool) -> None:
+    """Also where its class becomes another one, and the user gives it a bos token."""
+    if not with_vocab:
+        qwen.llm = Path(shutil.copytree(qwen.llm, qwen.folder / "without"))
+        (qwen.llm / "vocab.json").unlink()
+    case = qwen.checkpoint(qwen.config())
+    out = qwen.folder / "llava-out"
+    begin = "<|im_start|>"
+    convert(case, out, **qwen.options(bos_token=begin))
+    tokenizer = loaded(out)
+    assert tokenizer.special_tokens_map["bos_token"] == begin
+    assert tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
+
+
 # Resized vocabularies
 
 

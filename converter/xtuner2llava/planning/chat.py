@@ -102,6 +102,7 @@ def with_trained_chat(
     data: TrainingData,
     findings: Findings,
     *,
+    bos: str | None,
     with_processor: bool,
 ) -> Tokenizer:
     """`tokenizer` with the chat template of the training, in place of one that is there.
@@ -115,7 +116,7 @@ def with_trained_chat(
     eos = data.eos_token or tokenizer.special("eos_token")
     added = tokenizer.added_tokens()
     whole = frozenset(token.text for token in added)
-    marks = Marks(_trained_bos(tokenizer), eos, prefix_space(tokenizer), whole)
+    marks = Marks(bos, eos, prefix_space(tokenizer), whole)
     text = chat_template(template, marks) if template is not None else None
     tokenizer = tokenizer.without_files(_JINJA, _JSON).with_config({}, without=[_KEY])
     if template is None or text is None:
@@ -143,14 +144,13 @@ def with_trained_chat(
     return tokenizer.with_made(files)
 
 
-def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
+def with_trained_bos(tokenizer: Tokenizer, bos: str | None, findings: Findings) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
     XTuner puts the token before a turn even where the tokenizer adds none, as Yi's. Official LLaVA
     reads tokenizer.model, where `transformers`' AutoTokenizer made training a tokenizer.json
     (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False).
     """
-    bos = _trained_bos(tokenizer)
     changed = with_bos_added(tokenizer, True) if bos is not None else tokenizer
     if changed is not tokenizer:
         findings.note(
@@ -171,11 +171,12 @@ def with_trained_bos(tokenizer: Tokenizer, findings: Findings) -> Tokenizer:
     return changed
 
 
-def _trained_bos(tokenizer: Tokenizer) -> str | None:
-    """The bos token that XTuner put before turns.
+def trained_bos(tokenizer: Tokenizer, trained: Tokenizer) -> str | None:
+    """The bos token that XTuner put before turns, with the tokenizer `trained`.
 
-    Qwen's tokenizers have none there (InternLM/xtuner `xtuner/dataset/utils.py`,
-    get_bos_eos_token_ids).
+    Qwen's tokenizers have none there, whatever their config says (InternLM/xtuner
+    `xtuner/dataset/utils.py`, get_bos_eos_token_ids). `tokenizer`, which is written, may have
+    another class.
     """
-    named = str(tokenizer.config.get("tokenizer_class", "")).lower()
-    return None if named.startswith("qwen") else tokenizer.special("bos_token")
+    qwen = any(one.slow_class.lower().startswith("qwen") for one in (tokenizer, trained))
+    return None if qwen else tokenizer.special("bos_token")

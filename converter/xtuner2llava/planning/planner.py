@@ -18,7 +18,12 @@ from xtuner2llava.mapping.format import FormatClass
 from xtuner2llava.options import Options, decided, flag, parse_size
 from xtuner2llava.options.programs import PROGRAMS
 from xtuner2llava.planning import image_processor, language_model, placement, vision_tower
-from xtuner2llava.planning.chat import generation_tokens, with_trained_bos, with_trained_chat
+from xtuner2llava.planning.chat import (
+    generation_tokens,
+    trained_bos,
+    with_trained_bos,
+    with_trained_chat,
+)
 from xtuner2llava.planning.config import (
     TokenIds,
     generation_config,
@@ -482,13 +487,14 @@ class Assessment:
         """The tokenizer with the bos and the chat template of the training, where they are read."""
         (tokenizer, _), (_, chat) = self.format_tokens, self.generation
         with_processor = self.format.processor is not None
+        bos = trained_bos(tokenizer, self.base_tokenizer[0])
         if not with_processor:
-            tokenizer = with_trained_bos(tokenizer, self.found)
+            tokenizer = with_trained_bos(tokenizer, bos, self.found)
         # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
         if with_processor or self.options.model_type == "llava":
             data = self.checkpoint.training_data
             tokenizer = with_trained_chat(
-                tokenizer, chat.prompt, data, self.found, with_processor=with_processor
+                tokenizer, chat.prompt, data, self.found, bos=bos, with_processor=with_processor
             )
         return tokenizer
 

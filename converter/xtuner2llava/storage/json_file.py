@@ -81,6 +81,8 @@ def _is_deep(value: Json) -> bool:
     level: list[Json] = [value]
     for _ in range(_MAX_DEPTH):
         containers = [item for item in level if isinstance(item, (dict, list))]
+        if not containers:
+            return False
         level = [i for c in containers for i in (c.values() if isinstance(c, dict) else c)]
     return any(isinstance(item, (dict, list)) for item in level)
 

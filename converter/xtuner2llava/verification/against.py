@@ -27,7 +27,7 @@ from xtuner2llava.tensors.lazy import LazyTensor
 from xtuner2llava.verification.folder import ConvertedFolder
 from xtuner2llava.verification.outcome import TENSORS, Check, judge
 from xtuner2llava.writing.blocks import blocks, position, working_memory
-from xtuner2llava.writing.jobs import Work, fitting_jobs
+from xtuner2llava.writing.jobs import OnBytes, Work, fitting_jobs
 from xtuner2llava.writing.shards import INDEX_NAME, Entry
 from xtuner2llava.writing.verify import WrittenFile
 
@@ -97,7 +97,7 @@ def compare(
     planned: list[PlannedTensor],
     *,
     jobs: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnBytes | None = None,
 ) -> list[str]:
     """What differs between the planned tensors and those of the folder, in the order of the plan.
 

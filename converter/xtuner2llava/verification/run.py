@@ -42,7 +42,7 @@ from xtuner2llava.verification.outcome import (
     judge,
 )
 from xtuner2llava.verification.plain_model import NewerModelType
-from xtuner2llava.writing.jobs import OnProgress
+from xtuner2llava.writing.jobs import OnBytes
 from xtuner2llava.writing.out_record import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _verify(
 
 
 def check_folder(
-    folder: ConvertedFolder, report: OnProgress | None, published: Mapping[str, str] | None = None
+    folder: ConvertedFolder, report: OnBytes | None, published: Mapping[str, str] | None = None
 ) -> list[Check]:
     """All checks of a folder by itself.
 
@@ -240,11 +240,11 @@ def _weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors") if file.is_file())
 
 
-def _reporter(options: VerifyOptions, stage: str) -> OnProgress | None:
+def _reporter(options: VerifyOptions, stage: str) -> OnBytes | None:
     return options.on_progress and partial(options.on_progress, stage)
 
 
-def _byte_counter(report: OnProgress | None, total: int = 0) -> Callable[[int], None]:
+def _byte_counter(report: OnBytes | None, total: int = 0) -> Callable[[int], None]:
     """Adds up bytes, and reports their sum."""
     done = 0
 

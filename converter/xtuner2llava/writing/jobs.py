@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 # Called with (bytes done, bytes in all), from one thread at a time.
-OnProgress = Callable[[int, int], None]
+OnBytes = Callable[[int, int], None]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ class Work:
         self,
         jobs: int | None,
         total: int,
-        on_progress: OnProgress | None = None,
+        on_progress: OnBytes | None = None,
         passes: int = 1,
     ) -> None:
         self.jobs = jobs or default_jobs()

@@ -22,7 +22,7 @@ from xtuner2llava.writing.folder import OutputFolder
 from xtuner2llava.writing.jobs import (
     DEFAULT_MEMORY,
     POLL_SECONDS,
-    OnProgress,
+    OnBytes,
     Work,
     WorkingMemory,
     fitting_jobs,
@@ -72,7 +72,7 @@ def write_shards(
     verify: bool = True,
     executor: Executor | None = None,
     deliver: Deliver | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnBytes | None = None,
 ) -> Written:
     """Writes and flushes `shards` into `folder`, in order, by `jobs` threads.
 

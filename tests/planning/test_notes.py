@@ -119,6 +119,17 @@ def test_they_are_lost_without_a_tokenizer_json(checkpoints: Path, tmp_path: Pat
     made = plan(case, llm=llm, vision=checkpoints / "bases/vision_clip", vision_tower_name="x")
     (note,) = [note for note in made.notes if SPACES in note]
     assert "A prompt lacks those tokens there" in note
+    config = tmp_path / "config.py"
+    text = (case.parent / "config.py").read_text()
+    config.write_text(text.replace("padding_side=", "use_fast=False, padding_side="))
+    made = plan(
+        case,
+        llm=llm,
+        vision=checkpoints / "bases/vision_clip",
+        vision_tower_name="x",
+        xtuner_config=config,
+    )
+    assert not any(SPACES in note for note in made.notes)
 
 
 @pytest.mark.parametrize("left_out", ["", "decoder", "pre_tokenizer"])

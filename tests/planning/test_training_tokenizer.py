@@ -246,25 +246,6 @@ def test_arguments_that_tokenise_otherwise_are_written(llama: Bench) -> None:
     assert config == {**before, "legacy": True, "add_eos_token": True}
 
 
-@pytest.mark.parametrize(
-    ("fixture", "arguments", "said"),
-    [
-        ("llama", ", use_fast=False", True),
-        ("llama", ", use_fast=True", False),
-        ("llama", "", False),
-        ("qwen", ", use_fast=False", False),
-    ],
-)
-def test_a_slow_tokenizer_is_said(
-    fixture: str, arguments: str, said: bool, request: pytest.FixtureRequest
-) -> None:
-    bench: Bench = request.getfixturevalue(fixture)
-    case = bench.checkpoint(bench.config(arguments=arguments))
-    for format_name in ("llava", "hf"):
-        notes = plan(case, format=format_name, **bench.options()).notes
-        assert any("loads the slow tokenizer" in note for note in notes) is said
-
-
 @pytest.mark.parametrize("with_vocab", [True, False])
 def test_qwen_has_no_bos_token_before_a_prompt(qwen: Bench, with_vocab: bool) -> None:
     """Also where its class becomes another one, and the user gives it a bos token."""

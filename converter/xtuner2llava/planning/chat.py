@@ -144,12 +144,15 @@ def with_trained_chat(
     return tokenizer.with_made(files)
 
 
-def with_trained_bos(tokenizer: Tokenizer, bos: str | None, findings: Findings) -> Tokenizer:
+def with_trained_bos(
+    tokenizer: Tokenizer, bos: str | None, findings: Findings, *, slow: bool
+) -> Tokenizer:
     """`tokenizer` for a program that tokenizes a prompt as text, where training had a bos token.
 
     XTuner puts the token before a turn even where the tokenizer adds none, as Yi's. Official LLaVA
     reads tokenizer.model, where `transformers`' AutoTokenizer made training a tokenizer.json
-    (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False).
+    (haotian-liu/LLaVA `llava/model/builder.py`, use_fast=False), unless training loaded the `slow`
+    tokenizer too.
     """
     changed = with_bos_added(tokenizer, True) if bos is not None else tokenizer
     if changed is not tokenizer:
@@ -158,7 +161,8 @@ def with_trained_bos(tokenizer: Tokenizer, bos: str | None, findings: Findings) 
             "XTuner trained with it."
         )
     if (
-        MODEL in tokenizer.copied
+        not slow
+        and MODEL in tokenizer.copied
         and not (tokenizer.folder / FAST).is_file()
         and tokenizer.slow_class == "LlamaTokenizer"
         and read_sentencepiece(tokenizer.folder / MODEL).removes_extra_spaces

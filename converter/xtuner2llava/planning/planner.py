@@ -35,7 +35,6 @@ from xtuner2llava.planning.plan import Chat, Fidelity, Findings, MappingInUse, P
 from xtuner2llava.planning.redaction import cached_id, redact_json
 from xtuner2llava.planning.tokenizer import (
     check_vocabulary,
-    slow_note,
     tokenizer_to_write,
     training_tokenizer,
     with_format_tokens,
@@ -237,7 +236,7 @@ class Assessment:
             self.found,
         )
         prepared = readable_tokenizer(made, self.options.format)
-        self.found.note(*prepared.notes, slow_note(data.tokenizer, made))
+        self.found.note(*prepared.notes)
         return prepared.tokenizer
 
     @_part
@@ -487,12 +486,11 @@ class Assessment:
         """The tokenizer with the bos and the chat template of the training, where they are read."""
         (tokenizer, _), (_, chat) = self.format_tokens, self.generation
         with_processor = self.format.processor is not None
-        bos = trained_bos(tokenizer, self.base_tokenizer[0])
+        data, bos = self.checkpoint.training_data, trained_bos(tokenizer, self.base_tokenizer[0])
         if not with_processor:
-            tokenizer = with_trained_bos(tokenizer, bos, self.found)
+            tokenizer = with_trained_bos(tokenizer, bos, self.found, slow=data.tokenizer.is_slow)
         # Official LLaVA reads no chat template; servers of the plain model type `llava` do.
         if with_processor or self.options.model_type == "llava":
-            data = self.checkpoint.training_data
             tokenizer = with_trained_chat(
                 tokenizer, chat.prompt, data, self.found, bos=bos, with_processor=with_processor
             )

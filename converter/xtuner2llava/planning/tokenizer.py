@@ -16,7 +16,7 @@ from xtuner2llava.sources.artifact import LLM
 from xtuner2llava.sources.checkpoint import Checkpoint
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.tokenizers.conversion import with_arguments
-from xtuner2llava.tokenizers.tokenizer import MODEL, Prepared, Tokenizer, read_tokenizer
+from xtuner2llava.tokenizers.tokenizer import Prepared, Tokenizer, read_tokenizer
 from xtuner2llava.training_config.config import TrainingConfig
 from xtuner2llava.training_config.datasets import WITHOUT_IDS, Loaded, TrainingData
 from xtuner2llava.training_config.values import Value, shown
@@ -139,17 +139,6 @@ def tokenizer_to_write(
         f"without one: {why}. {stands} that was for. --bos-token puts it there."
     )
     return result
-
-
-def slow_note(loaded: Loaded, tokenizer: Tokenizer) -> str | None:
-    """What to say where training loaded the slow class of a SentencePiece tokenizer."""
-    slow = loaded.arguments.get("use_fast") is False or loaded.type == "LlamaTokenizer"
-    if not slow or MODEL not in tokenizer.files:
-        return None
-    return (
-        f"The XTuner config loads the slow tokenizer of {MODEL}. A fast one, which most programs "
-        "load, may split white space and the text beside special tokens otherwise."
-    )
 
 
 def with_format_tokens(

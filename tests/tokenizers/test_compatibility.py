@@ -49,19 +49,18 @@ def write(folder: Path, **parts: Any) -> Path:
 
 
 @pytest.mark.parametrize("format_name", ["llava", "hf"])
-@pytest.mark.parametrize("kind", ["llm_llama", "llm_qwen2"])
 @pytest.mark.parametrize("change", ["vocabulary", "added"])
 def test_a_slow_tokenizer_with_other_ids_is_left_out(
-    checkpoints: Path, tmp_path: Path, kind: str, change: str, format_name: str
+    checkpoints: Path, tmp_path: Path, change: str, format_name: str
 ) -> None:
     """Official LLaVA and llama.cpp would take it, and training had the fast one."""
-    folder = Path(shutil.copytree(checkpoints / "bases" / kind, tmp_path / "base"))
+    folder = Path(shutil.copytree(checkpoints / "bases/llm_llama", tmp_path / "base"))
     path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     config = json.loads(settings.read_text())
     config.pop("add_prefix_space", None)
     settings.write_text(json.dumps(config))
     same = readable_tokenizer(read_tokenizer(folder), format_name)
-    assert {"tokenizer.model", "vocab.json"} & {*same.tokenizer.files}
+    assert "tokenizer.model" in same.tokenizer.files
 
     content = json.loads(path.read_text())
     vocab = content["model"]["vocab"]
@@ -73,15 +72,15 @@ def test_a_slow_tokenizer_with_other_ids_is_left_out(
         content["added_tokens"].append(token(one, len(vocab) + 3))
     path.write_text(json.dumps(content))
     prepared = readable_tokenizer(read_tokenizer(folder), format_name)
-    assert not {"tokenizer.model", "vocab.json", "merges.txt"} & {*prepared.tokenizer.files}
+    assert "tokenizer.model" not in prepared.tokenizer.files
     assert prepared.tokenizer.config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert adds_bos(prepared.tokenizer) == adds_bos(read_tokenizer(folder))
     assert "XTuner trains with tokenizer.json" in prepared.notes[0]
     assert repr(one) in prepared.notes[0]
-    if kind == "llm_llama":  # Then transformers 4.40 to 4.57 make the fast one from the slow one.
-        settings.write_text(json.dumps({**config, "add_prefix_space": True}))
-        with pytest.raises(ConversionError, match="are of different tokenizers"):
-            readable_tokenizer(read_tokenizer(folder), format_name)
+    # Then transformers 4.40 to 4.57 make the fast one from the slow one.
+    settings.write_text(json.dumps({**config, "add_prefix_space": True}))
+    with pytest.raises(ConversionError, match="are of different tokenizers"):
+        readable_tokenizer(read_tokenizer(folder), format_name)
 
 
 # What each version saved

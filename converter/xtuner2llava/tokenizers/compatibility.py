@@ -325,28 +325,29 @@ def _slow_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _without_other_slow(tokenizer: Tokenizer, notes: list[str]) -> Tokenizer:
-    """`tokenizer` without the files of a slow one with other ids, which some programs would take.
+    """`tokenizer` without a tokenizer.model of other ids, which official LLaVA would take.
 
     XTuner trains with the fast one that AutoTokenizer loads. Raises `UnsupportedError` where a
     Llama's config says add_prefix_space: then some versions make that from the slow one
     (`models/llama/tokenization_llama_fast.py`).
     """
+    if _FILES.get(tokenizer.slow_class) != (MODEL,):
+        return tokenizer
     slow = _slow_ids(tokenizer)
     other = [text for text, index in tokenizer.ids.items() if slow and slow.get(text) != index]
     if not other:
         return tokenizer
-    names = " and ".join(_FILES[tokenizer.slow_class])
     differ = f"{other[0]!r} ({len(other):,} in all) has another id"
-    if tokenizer.config.get(_PREFIX) is not None and MODEL in tokenizer.copied:
+    if tokenizer.config.get(_PREFIX) is not None:
         raise UnsupportedError(
-            f"{FAST} and {names} are of different tokenizers: {differ}",
+            f"{FAST} and {MODEL} are of different tokenizers: {differ}",
             where=str(tokenizer.folder),
-            advice="Give --tokenizer a folder with those files alone that training read.",
+            advice="Give --tokenizer a folder with that file alone which training read.",
         )
     notes.append(
-        f"The tokenizer is written without {names}: XTuner trains with {FAST}, where {differ}."
+        f"The tokenizer is written without {MODEL}: XTuner trains with {FAST}, where {differ}."
     )
-    return tokenizer.without_files(*_FILES[tokenizer.slow_class])
+    return tokenizer.without_files(MODEL)
 
 
 def _without_fast(tokenizer: Tokenizer, why: str, format_name: str) -> Tokenizer:

@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 HEAD = """\
 # Command line
 
-Written by `scripts/cli_docs.py` from `options/`; do not edit it.
+Written by `scripts/cli_docs.py` from `options.py`; do not edit it.
 
 In Python, the functions of the same names take the same options, with the same defaults, as keyword
 arguments: `--max-shard-size 2GB` is `max_shard_size="2GB"`, `--no-verify` is `verify=False`. The

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from xtuner2llava.mapping.catalogue import Catalogue
-from xtuner2llava.options.programs import PROGRAMS
+from xtuner2llava.options import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests/consumers/results.jsonl"

@@ -1,6 +1,6 @@
 """The Python API: what the commands do, with their options as keyword arguments.
 
-The signatures follow from the classes of `options/`, for type checkers and editors too. What does
+The signatures follow from the classes of `options.py`, for type checkers and editors too. What does
 the work is imported when it is called.
 """
 

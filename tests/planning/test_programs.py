@@ -13,8 +13,7 @@ import pytest
 from reference.cases import CASES
 from xtuner2llava import PlanError, UsageError, convert, plan
 from xtuner2llava.metadata.report import next_steps
-from xtuner2llava.options import Options, ProgramName, flag
-from xtuner2llava.options.programs import PROGRAMS
+from xtuner2llava.options import PROGRAMS, Options, ProgramName, flag
 
 
 def made(checkpoints: Path, case: str, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The options of `options/` as flags of the command line, in groups."""
+"""The options of `options.py` as flags of the command line, in groups."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from xtuner2llava import __version__
 from xtuner2llava.errors import CorruptFileError, Fault, UsageError, raise_faults
 from xtuner2llava.metadata.front_matter import MARK, dump, front_matter, parse, split
-from xtuner2llava.options import ConvertOptions, Options, PathOrText, decided
-from xtuner2llava.options.programs import PROGRAMS
+from xtuner2llava.options import PROGRAMS, ConvertOptions, Options, PathOrText, decided
 from xtuner2llava.planning.chat_template import prompt_text
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.planning.redaction import hub_id, redact_name, redactor

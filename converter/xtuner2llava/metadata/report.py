@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from xtuner2llava.mapping.format import model_name
 from xtuner2llava.metadata.record import FinishedOutput
 from xtuner2llava.metadata.stages import Stages
-from xtuner2llava.options import ConvertOptions
-from xtuner2llava.options.programs import PROGRAMS
+from xtuner2llava.options import PROGRAMS, ConvertOptions
 from xtuner2llava.planning.plan import Plan
 from xtuner2llava.storage.json_file import Json
 from xtuner2llava.writing.writer import Written

@@ -15,8 +15,7 @@ from xtuner2llava.mapping.caveats import Limit
 from xtuner2llava.mapping.expressions import visible
 from xtuner2llava.mapping.family import Family
 from xtuner2llava.mapping.format import FormatClass
-from xtuner2llava.options import Options, decided, flag, parse_size
-from xtuner2llava.options.programs import PROGRAMS
+from xtuner2llava.options import PROGRAMS, Options, decided, flag, parse_size
 from xtuner2llava.planning import image_processor, language_model, placement, vision_tower
 from xtuner2llava.planning.chat import (
     generation_tokens,

@@ -15,7 +15,6 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from xtuner2llava.errors import Fault, UsageError, raise_faults
-from xtuner2llava.options.programs import PROGRAMS
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -33,6 +32,48 @@ Weights: TypeAlias = Literal["master", "module"]
 ProgramName: TypeAlias = Literal[
     "llava", "llava-next", "transformers", "vllm", "sglang", "lmdeploy"
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`classes` are the plain LLM classes that it has for its format; None: all of the format.
+
+    `seen` are the families that a test ran it with; docs/compatibility.md has versions. `serve` is
+    the command that serves the folder after it.
+    """
+
+    title: str
+    format: Format
+    model_type: ModelType
+    classes: tuple[str, ...] | None = None
+    seen: frozenset[str] = frozenset()
+    serve: str = ""
+
+    def takes(self, target_class: str) -> bool:
+        """Whether it loads an LLM of the plain class `target_class`."""
+        return self.classes is None or target_class in self.classes
+
+
+_VLLM = frozenset("internlm2 llama mistral mixtral phi3 qwen2 qwen2_moe qwen3".split())
+# haotian-liu/LLaVA and LLaVA-VL/LLaVA-NeXT `llava/model/__init__.py`; sglang
+# `python/sglang/srt/models/llava.py`, which refuses the format hf; vLLM
+# `vllm/model_executor/models/llava.py`; lmdeploy `lmdeploy/pytorch/models/llava.py`.
+PROGRAMS: Mapping[str, Program] = {
+    "llava": Program("LLaVA", "llava", "official", ("llama", "mistral")),
+    "llava-next": Program(
+        "LLaVA-NeXT", "llava", "official", ("llama", "mistral", "mixtral", "qwen2")
+    ),
+    "transformers": Program("transformers", "hf", "official"),
+    "vllm": Program("vLLM", "hf", "official", seen=_VLLM, serve="vllm serve"),
+    "sglang": Program(
+        "SGLang",
+        "llava",
+        "llava",
+        ("llama", "mistral", "qwen2"),
+        serve="python -m sglang.launch_server --model-path",
+    ),
+    "lmdeploy": Program("LMDeploy", "hf", "official", serve="lmdeploy serve api_server"),
+}
 
 TARGET, INPUT, OUTPUT, EXACTNESS = "Target", "Input", "Output", "Exactness"
 SPEED, HUB, TALK = "Speed and memory", "Hub", "Talk"

@@ -266,10 +266,22 @@ def test_json_has_a_path_in_any_spelling() -> None:
     assert redact_json(rb'{"name_or_path": "/home/ann/\ud800"}') == rb'{"name_or_path": "\ud800"}'
 
 
+@pytest.mark.parametrize(
+    ("path", "short"),
+    [("/data/ann/x", "x"), ("~/ann/x", "x"), (r"C:\ann\x", "x"), (r"\\host\ann\x", "x"),
+     ("/s", "/s"), ("a/b", "a/b"), ("data/ann/x", "data/ann/x"), ("https://host/ann", None)],
+)  # fmt: skip
+def test_json_has_no_path_of_a_machine_under_any_key(path: str, short: str | None) -> None:
+    words = {"eos_token": path, "chat_template": path, "added": {"7": {"content": path}}}
+    values = {"logs": path, "of": {"run": path, "words": [path]}, **words}
+    expected = {**values, "logs": short or path, "of": {"run": short or path, "words": [path]}}
+    assert json.loads(redact_json(json.dumps(values).encode())) == expected
+
+
 def test_json_keeps_all_other_bytes() -> None:
-    data = b'{"name_or_path" :  "/data/\xc3\xa9/qwen",\n "x": "/data/kept", "tokenizer_file": null}'
+    data = b'{"name_or_path" :  "/data/\xc3\xa9/qwen",\n "x": "/kept", "tokenizer_file": null}'
     assert redact_json(data) == (
-        b'{"name_or_path" :  "qwen",\n "x": "/data/kept", "tokenizer_file": null}'
+        b'{"name_or_path" :  "qwen",\n "x": "/kept", "tokenizer_file": null}'
     )
     for same in (b"no JSON", b"[1]", b'{"name_or_path": "Qwen/Qwen2-7B"}', b"\xff",
                  rb'{"name_or_path": "/a\x"}'):  # fmt: skip

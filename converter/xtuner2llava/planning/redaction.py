@@ -29,12 +29,15 @@ _ABSOLUTE = re.compile(rf"(?<![\w/.:<\[)])(?:(?:~[\w.-]*|[A-Za-z]:)[/\\]|[/\\]{_
                        rf"(?:{_FOLDER})*([^\s/\\'\"`,;()]+)")  # fmt: skip
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 _FILES = (".pth", ".pt", ".bin", ".safetensors", ".json", ".jsonl", ".py", ".yaml", ".yml")
-# What transformers notes in a tokenizer's files of where it read them (`save_pretrained`), and a
-# string of JSON.
-_PLACES = re.compile(
-    rb'("(?:_?name_or_path|tokenizer_file|vocab_file|merges_file|special_tokens_map_file|cache_dir)"'
-    rb'\s*:\s*)("(?:[^"\\]|\\.)*")'
+# A string of JSON under a key.
+_MEMBER = re.compile(rb'("([^"\\]*)"\s*:\s*)("(?:[^"\\]|\\.)*")')
+# What transformers notes in a tokenizer's files of where it read them (`save_pretrained`): also as
+# a relative path. Of other keys, these are words that a model reads.
+_PLACES = frozenset(
+    "_name_or_path name_or_path tokenizer_file vocab_file merges_file special_tokens_map_file "
+    "cache_dir".split()
 )
+_WORDS = re.compile("content|chat_template|.*_token")
 
 
 def redact_name(name: str) -> str:
@@ -95,19 +98,24 @@ def cached_id(folder: Path | None) -> str | None:
 
 
 def redact_json(data: bytes) -> bytes:
-    """A copied JSON file with the places that transformers notes in it shortened.
-
-    All other bytes stay.
-    """
+    """A copied JSON file with the places that are noted in it shortened; all other bytes stay."""
 
     def shorten(found: re.Match[bytes]) -> bytes:
         try:
-            name = json.loads(found[2])
+            key, name = found[2].decode(), json.loads(found[3])
         except ValueError:
             return found[0]
-        short = redact_name(name)
+        place = key in _PLACES or (_is_place(name) and not _WORDS.fullmatch(key))
+        short = redact_name(name) if place else name
         if short == name:
             return found[0]
         return found[1] + json.dumps(short, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
-    return _PLACES.sub(shorten, data)
+    return _MEMBER.sub(shorten, data)
+
+
+def _is_place(text: str) -> bool:
+    """Whether all of it is a path of one machine; `/s` is a token as often as a folder."""
+    posix = PurePosixPath(text)
+    deep = posix.is_absolute() and len(posix.parts) > 2
+    return deep or PureWindowsPath(text).is_absolute() or text.startswith("~/")

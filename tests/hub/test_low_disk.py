@@ -147,12 +147,13 @@ def test_killed_inside_a_shard_it_goes_on_with_what_is_missing(
     out = tmp_path / "llava-qwen-tiny"
     held = hub.fail("PUT /storage", hold=True, skip=4)
     run = command(checkpoints, out)
+    others = hub.connections  # The client of this process keeps some open.
     with subprocess.Popen(run, env=environment(hub, tmp_path / "home")) as process:
         while not held.held.wait(0.1):
             assert process.poll() is None, "it ended before it was killed"
         process.send_signal(signal.SIGKILL)
     held.release.set()
-    hub.wait_until_idle()  # The other job may have been sending.
+    hub.wait_until_closed(others)  # The other job may have been sending.
     assert process.returncode == -signal.SIGKILL
     assert repo.branches == before
     assert repo.content() == {"figure.png": b"png"}
